@@ -1,0 +1,246 @@
+"""The only owner of files of tensors: written atomically, read without ever running code.
+
+Layout of a pre-training checkpoint: the reference's ``epoch, arch, state_dict, optimizer, scaler`` and one entry
+more, ``mocov3``. Keys of ``state_dict`` begin with ``module.``, in the reference's order.
+"""
+
+import os
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mocov3.errors import UserError
+
+FORMAT_VERSION = 1
+PREFIX = "module."
+_NAME = re.compile(r"checkpoint_(\d{4,})(?:_step(\d{9,}))?\.pth\.tar")
+_SCALER = {
+    "scale": 65536.0,
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 2000,
+    "_growth_tracker": 0,
+}
+_MID_EPOCH_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in training a checkpoint stands: epochs completed, iterations of the running one, steps in all."""
+
+    epoch: int
+    iteration: int
+    step: int
+
+
+def write(path: Path, contents: dict[str, Any]) -> None:
+    """Write ``contents`` so that ``path`` is either as before or complete, even if the machine stops.
+
+    Raises:
+        OSError: if the folder cannot be written or is full; ``path`` is then as it was.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except RuntimeError as error:  # torch's writer reports a full disk so
+        raise OSError(str(error)) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The contents of a file of tensors, on the CPU.
+
+    Raises:
+        UserError: if it is missing, truncated, or holds anything but tensors, numbers, strings, lists and dicts.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path) and "Unsupported" in str(error):
+            raise UserError(
+                f"{path}: holds pickled objects, which could run code, and is refused; save tensors, numbers, "
+                "strings, lists and dicts only"
+            ) from None
+        raise UserError(f"{path}: is not a checkpoint (damaged, or of another program)") from None
+    except PermissionError:
+        raise UserError(f"{path}: cannot be read (permission denied)") from None
+    except Exception as error:  # a damaged file can make torch stumble anywhere
+        raise UserError(f"{path}: is damaged or truncated ({type(error).__name__}); use another checkpoint") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: holds a {type(contents).__name__}, not a checkpoint")
+    return contents
+
+
+def pack(
+    *,
+    arch: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: dict[str, Any],
+    position: Position,
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    """Contents of a checkpoint; ``extra`` is what ``mocov3`` holds besides format version and position."""
+    return {
+        "epoch": position.epoch,
+        "arch": arch,
+        "state_dict": {PREFIX + key: value for key, value in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "scaler": {**_SCALER, **scaler},
+        "mocov3": {
+            "format": FORMAT_VERSION,
+            "iteration": position.iteration,
+            "step": position.step,
+            **extra,
+        },
+    }
+
+
+def epoch_name(epoch: int) -> str:
+    """File of the end of ``epoch``, counted from 0."""
+    return f"checkpoint_{epoch:04d}.pth.tar"
+
+
+def step_name(epoch: int, step: int) -> str:
+    """File within the running ``epoch`` after ``step`` steps in all."""
+    return f"checkpoint_{epoch:04d}_step{step:09d}.pth.tar"
+
+
+def listed(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, newest first."""
+    found = []
+    for path in folder.glob("checkpoint_*.pth.tar"):
+        if match := _NAME.fullmatch(path.name):
+            epoch, step = int(match[1]), match[2]
+            # the file of epoch e stands at the beginning of epoch e + 1
+            found.append(((epoch + 1, 0) if step is None else (epoch, int(step)), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The newest checkpoint that can be read, its contents, and why newer ones were passed over."""
+    passed = []
+    for path in listed(folder):
+        try:
+            contents = read(path)
+            _check_entries(contents, path)
+        except UserError as error:
+            passed.append(str(error))
+            continue
+        return path, contents, passed
+    if passed:
+        raise UserError(f"--resume auto: no checkpoint in {folder} can be read; the newest: {passed[0]}")
+    return None
+
+
+def prune(folder: Path, *, epoch_complete: int | None = None) -> None:
+    """Remove mid-epoch checkpoints beyond the newest two, and those of epochs up to ``epoch_complete``."""
+    middle = [(path, int(m[1])) for path in listed(folder) if (m := _NAME.fullmatch(path.name)) and m[2]]
+    for i, (path, epoch) in enumerate(middle):
+        if i >= _MID_EPOCH_KEPT or (epoch_complete is not None and epoch <= epoch_complete):
+            path.unlink(missing_ok=True)
+
+
+def restore(
+    path: Path,
+    contents: dict[str, Any],
+    *,
+    arch: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: "torch.amp.GradScaler",
+    iterations: int,
+) -> Position:
+    """Load a whole checkpoint, ours or the reference's; hyper-parameters stay those of the command line.
+
+    Raises:
+        UserError: if an entry is missing or does not fit; nothing is loaded then.
+    """
+    _check_entries(contents, path)
+    if contents["arch"] != arch:
+        raise UserError(f"--resume {path}: is of arch {contents['arch']}, not {arch}; give --arch {contents['arch']}")
+    state = {key.removeprefix(PREFIX): value for key, value in contents["state_dict"].items()}
+    check_state(model, state, f"--resume {path}")
+    saved = contents["optimizer"]
+    _check_optimizer(saved, optimizer, path)
+    model.load_state_dict(state)
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, ours in zip(optimizer.param_groups, groups, strict=True):
+        group.update(ours)
+    if scaler.is_enabled() and contents.get("scaler"):
+        scaler.load_state_dict(contents["scaler"])
+    own = contents.get("mocov3") or {}
+    epoch = int(contents["epoch"])
+    return Position(epoch, int(own.get("iteration", 0)), int(own.get("step", epoch * iterations)))
+
+
+def check_state(model: nn.Module, state: dict[str, Any], where: str) -> None:
+    """Refuse a state dict whose keys or shapes are not the model's, naming the first difference."""
+    wanted = model.state_dict()
+    for key, value in wanted.items():
+        if key not in state:
+            raise UserError(f"{where}: misses {key}; it is not a checkpoint of this model")
+        if not isinstance(state[key], Tensor) or state[key].shape != value.shape:
+            have = tuple(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
+            raise UserError(
+                f"{where}: {key} is {have} where this model has {tuple(value.shape)}; "
+                "give the flags it was trained with"
+            )
+    if unknown := [key for key in state if key not in wanted]:
+        raise UserError(f"{where}: holds {unknown[0]}, which this model does not have")
+
+
+def _check_entries(contents: dict[str, Any], path: Path) -> None:
+    kinds = {"epoch": int, "arch": str, "state_dict": dict, "optimizer": dict}
+    for entry, kind in kinds.items():
+        if not isinstance(contents.get(entry), kind):
+            have = ", ".join(map(str, list(contents)[:6]))
+            raise UserError(f"{path}: misses the entry {entry!r} that a resume needs (it has: {have})")
+    own = contents.get("mocov3", {})
+    if not isinstance(own, dict) or int(own.get("format", 0)) > FORMAT_VERSION:
+        raise UserError(f"{path}: was written by a newer mocov3; update this one")
+
+
+def _check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer, path: Path) -> None:
+    try:
+        counts = [len(group["params"]) for group in saved["param_groups"]]
+        states = saved["state"]
+        names = {name for state in states.values() for name in state}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        shapes_fit = all(
+            not isinstance(value, Tensor) or value.ndim == 0 or value.shape == parameters[number].shape
+            for number, state in states.items()
+            for value in state.values()
+        )
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"--resume {path}: its optimizer entry is damaged; use another checkpoint") from None
+    wanted = [len(group["params"]) for group in optimizer.param_groups]
+    if counts != wanted:
+        raise UserError(f"--resume {path}: its optimizer has {counts} parameters, this model {wanted}")
+    kind = "lars" if "mu" in names else "adamw"
+    ours = "adamw" if isinstance(optimizer, torch.optim.AdamW) else "lars"
+    if names and kind != ours:
+        raise UserError(f"--resume {path}: was trained with --optimizer {kind}, not {ours}")
+    if not shapes_fit:
+        raise UserError(f"--resume {path}: its optimizer entry does not fit this model; use another checkpoint")

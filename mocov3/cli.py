@@ -1,0 +1,156 @@
+"""The doors: the program ``mocov3`` with its subcommands, and the scripts of the reference's names.
+
+Nothing here imports torch before a task starts, so help and refusals come at once.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mocov3 import recipes
+from mocov3.config import FinetuneConfig, LinclsConfig, PretrainConfig, parse
+from mocov3.config.fields import Parser
+from mocov3.errors import UserError, nearest, printable
+from mocov3.version import __version__
+
+_HELP = f"""mocov3 {__version__}: self-supervised pre-training of ResNet and ViT (MoCo v3, arXiv 2104.02057)
+
+usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
+
+  pretrain   learn features from a folder of pictures without labels
+  convert    a pre-training checkpoint to DeiT's format
+  demo       train on 8,000 embedded pictures (8 minutes on 2 cores) and show what was learned
+
+The reference's commands work too: python main_moco.py …, python convert_to_deit.py …
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program ``mocov3``; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"mocov3 {__version__}")
+        return 0
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "pretrain": _pretrain,
+        "convert": _convert,
+        "demo": _demo,
+    }
+
+    def run() -> int:
+        if argv[0] not in commands:
+            raise UserError(f"command {argv[0]!r} is not known; {nearest(argv[0], list(commands))}")
+        return commands[argv[0]](argv[1:])
+
+    return guarded(run)
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """Run a task; bad input becomes one line on standard error and exit code 2."""
+    try:
+        return run()
+    except UserError as error:
+        print(f"mocov3: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mocov3: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+
+
+def parse_script(name: str, argv: Sequence[str]) -> Any:
+    """The configuration that a command line of one of the reference's scripts means.
+
+    Args:
+        name: ``main_moco.py``, ``main_lincls.py``, ``convert_to_deit.py`` or ``transfer/main.py``.
+        argv: its arguments.
+    """
+    if name == "main_moco.py":
+        return parse_pretrain(argv, prog=name)
+    if name == "main_lincls.py":
+        return parse(LinclsConfig, argv, prog=name, description=LinclsConfig.__doc__ or "")
+    if name == "transfer/main.py":
+        return parse(FinetuneConfig, argv, prog=name, description=FinetuneConfig.__doc__ or "")
+    return parse_convert(argv, prog=name)
+
+
+def parse_pretrain(argv: Sequence[str], *, prog: str, defaults: dict[str, Any] | None = None) -> PretrainConfig:
+    """Command line of pre-training; both doors share it, only defaults differ."""
+    return parse(
+        PretrainConfig,
+        argv,
+        prog=prog,
+        description="Self-supervised pre-training by MoCo v3.",
+        defaults=defaults,
+        recipes=recipes.settings(),
+        epilog=recipes.listing(),
+    )
+
+
+def _pretrain(argv: list[str]) -> int:
+    config = parse_pretrain(argv, prog="mocov3 pretrain", defaults={"output_dir": ""})
+    if not config.output_dir:
+        import dataclasses
+
+        if config.resume == "auto":
+            raise UserError("--resume auto: name the run to go on with by --output-dir")
+        folder = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.arch.replace('/', '-')}"
+        config = dataclasses.replace(config, output_dir=folder)
+    from mocov3.pretrain import main
+
+    return main(config, script_door=False)
+
+
+def main_moco() -> int:
+    """``main_moco.py``: the script door of pre-training."""
+
+    def run() -> int:
+        config = parse_script("main_moco.py", sys.argv[1:])
+        from mocov3.pretrain import main
+
+        return main(config, script_door=True)
+
+    return guarded(run)
+
+
+def parse_convert(argv: Sequence[str], *, prog: str) -> Any:
+    """Command line of the conversion."""
+    parser = Parser(prog=prog, description="Convert a pre-training checkpoint to DeiT's format.")
+    parser.add_argument("--input", required=True, help="pre-training checkpoint, ours or the reference's")
+    parser.add_argument("--output", required=True, help="file to write; its folder is made if missing")
+    return parser.parse_args(list(argv))
+
+
+def _convert(argv: list[str], prog: str = "mocov3 convert") -> int:
+    args = parse_convert(argv, prog=prog)
+    from pathlib import Path
+
+    from mocov3 import checkpoint
+    from mocov3.convert import to_deit
+
+    converted = to_deit(checkpoint.read(args.input), args.input)
+    output = Path(args.output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write(output, converted)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
+    print(f"{printable(str(output))}: {len(converted['model'])} keys of the encoder, without its head")
+    return 0
+
+
+def convert_to_deit() -> int:
+    """``convert_to_deit.py``: the script door of the conversion."""
+    return guarded(lambda: _convert(sys.argv[1:], "convert_to_deit.py"))
+
+
+def _demo(argv: list[str]) -> int:
+    from mocov3.demo import main
+
+    return main(argv)

@@ -1,0 +1,24 @@
+"""Configuration: one frozen dataclass a task, from which flags, help, ``config.yaml`` and checks are made.
+
+Nothing in this package imports torch, so that help and refusals come at once.
+"""
+
+from mocov3.config.archs import BUILT_IN_ARCHS
+from mocov3.config.fields import changed_fields, parse, read_yaml, write_yaml
+from mocov3.config.finetune import FinetuneConfig
+from mocov3.config.lincls import LinclsConfig
+from mocov3.config.presets import PRESETS, ViewPreset
+from mocov3.config.pretrain import PretrainConfig
+
+__all__ = [
+    "BUILT_IN_ARCHS",
+    "PRESETS",
+    "FinetuneConfig",
+    "LinclsConfig",
+    "PretrainConfig",
+    "ViewPreset",
+    "changed_fields",
+    "parse",
+    "read_yaml",
+    "write_yaml",
+]

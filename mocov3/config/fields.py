@@ -1,0 +1,175 @@
+"""Flags as data: a field of a frozen dataclass carries its flag's names, help, and whether it changes results.
+
+The parser, the help text, ``config.yaml`` and the check of a resumed run are all made from these fields.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from mocov3.errors import UserError, nearest, printable
+
+T = TypeVar("T")
+
+
+def flag(
+    default: Any,
+    help: str,
+    *names: str,
+    kind: type = str,
+    choices: Sequence[str] | None = None,
+    result: bool = True,
+    group: str = "options",
+    positional: bool = False,
+    metavar: str | None = None,
+) -> Any:
+    """A dataclass field that is a command-line flag.
+
+    ``result`` says whether another value makes another trained model; such fields must not change at a resume.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "names": names,
+            "kind": kind,
+            "choices": choices,
+            "result": result,
+            "group": group,
+            "positional": positional,
+            "metavar": metavar,
+        },
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line to standard error and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type, defaults: dict[str, Any]) -> None:
+    """Add every field of ``config`` to ``parser``; a flag that is not given leaves no trace in the result."""
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        meta = field.metadata
+        default = defaults.get(field.name, field.default)
+        text = meta["help"].replace("%", "%%")
+        if default not in (None, "", False) and not meta["positional"]:
+            text += f" (default {str(default).replace('%', '%%')})"
+        if meta["positional"]:
+            parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, help=text, metavar=meta["metavar"])
+            continue
+        title = meta["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        names = meta["names"] or (f"--{field.name.replace('_', '-')}",)
+        common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        if meta["kind"] is bool:
+            groups[title].add_argument(*names, action=argparse.BooleanOptionalAction, **common)
+        else:
+            groups[title].add_argument(
+                *names, type=meta["kind"], choices=meta["choices"], metavar=meta["metavar"], **common
+            )
+
+
+def parse(
+    config: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    defaults: dict[str, Any] | None = None,
+    recipes: dict[str, dict[str, Any]] | None = None,
+    epilog: str = "",
+) -> T:
+    """Command line → frozen configuration.
+
+    A value is taken from the first of: the flag, the file of ``--config``, the recipe, ``defaults`` (the
+    door's), the field's own default.
+
+    Raises:
+        UserError: for an unknown recipe or a configuration file that cannot be read.
+        SystemExit: with code 2 for a malformed command line, 0 after ``--help``.
+    """
+    defaults = dict(defaults or {})
+    parser = Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_flags(parser, config, defaults)
+    given = vars(parser.parse_args(list(argv)))
+    from_file = read_yaml(Path(given["config"]), config) if given.get("config") else {}
+    layers = {**from_file, **given}
+    recipe = layers.get("recipe") or ""
+    known = recipes or {}
+    if recipe and recipe not in known:
+        raise UserError(f"--recipe {recipe!r} is not known; {nearest(recipe, list(known))}")
+    values = {**defaults, **known.get(recipe, {}), **layers}
+    return config(**values)
+
+
+def write_yaml(config: Any, path: Path, header: str) -> None:
+    """Write every field of ``config`` to ``path``: complete, re-runnable by ``--config``."""
+    import yaml
+
+    body = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    path.write_text(f"# {header}\n{body}", encoding="utf-8")
+
+
+def read_yaml(path: Path, config: type) -> dict[str, Any]:
+    """The fields set in a configuration file.
+
+    Raises:
+        UserError: if the file is missing, is not YAML, or names a field that does not exist.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error.__class__.__name__}); give a YAML file") from None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise UserError(f"--config {path}: is not YAML; give the config.yaml of a run") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: holds no 'name: value' lines; give the config.yaml of a run")
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"--config {path}: field {name!r} is not known; {nearest(str(name), list(fields))}")
+        values[name] = _typed(value, fields[name], f"--config {path}")
+    return values
+
+
+def _typed(value: Any, field: "dataclasses.Field[Any]", where: str) -> Any:
+    kind = field.metadata["kind"]
+    if value is None and field.default is None:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML reads 1e-6 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where}: field {field.name!r} must be {kind.__name__}, not {value!r}")
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"{where}: field {field.name!r} must be one of {', '.join(choices)}, not {value!r}")
+    return value
+
+
+def changed_fields(config: Any, saved: dict[str, Any]) -> list[str]:
+    """'name (saved → now)' for every result-changing field of ``config`` that differs from ``saved``."""
+    return [
+        f"{f.name} ({saved[f.name]!r} → {getattr(config, f.name)!r})"
+        for f in dataclasses.fields(config)
+        if f.metadata["result"] and f.name in saved and saved[f.name] != getattr(config, f.name)
+    ]

@@ -1,0 +1,50 @@
+"""View presets: the strengths and probabilities of the two augmented views, as data.
+
+``photos`` is the recipe of BYOL (Grill et al. 2020, appendix B) as MoCo v3 uses it (arXiv 2104.02057, §4).
+"""
+
+from dataclasses import dataclass
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ViewPreset:
+    """What the views of a picture are drawn from. Pairs give the values of view 1 and view 2."""
+
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the crop, drawn uniformly in its logarithm."""
+    pad: float = 0.0
+    """Black border added on each side before the crop, as a share of the picture's side (zooms out, shifts)."""
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    jitter_probability: float = 0.8
+    gray_probability: float = 0.2
+    blur_probability: tuple[float, float] = (1.0, 0.1)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur in pixels of the view, drawn uniformly."""
+    solarize_probability: tuple[float, float] = (0.0, 0.2)
+    flip_probability: float = 0.5
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    evaluation_zoom: float = 256 / 224
+    """For evaluation the shorter side is resized to ``round(size * zoom)`` and the centre is cut out."""
+
+
+PRESETS: dict[str, ViewPreset] = {
+    "photos": ViewPreset(),
+    "gray": ViewPreset(
+        pad=0.1,
+        saturation=0.0,
+        hue=0.0,
+        gray_probability=0.0,
+        blur_probability=(0.0, 0.0),
+        solarize_probability=(0.0, 0.0),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        evaluation_zoom=1.0,
+    ),
+}

@@ -1,0 +1,231 @@
+"""Configuration of pre-training: the reference's flags with their defaults, and ours.
+
+Defaults of the reference are recorded in ``tests/golden/f_sched.json``; a test compares them.
+"""
+
+from dataclasses import dataclass
+
+from mocov3.config.archs import check_arch, is_resnet, is_vit
+from mocov3.config.fields import flag
+from mocov3.config.presets import PRESETS
+from mocov3.errors import UserError
+
+RUN = "run and files"
+METHOD = "method"
+MODEL = "model"
+DATA = "data and views"
+RANKS = "ranks and devices"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything a pre-training run is made from. ``result`` fields may not change at a resume."""
+
+    data: str = flag(
+        "",
+        "folder of pictures (DIR/train is used where it exists), or the built-in fashion-mnist[:ROOT]",
+        positional=True,
+        result=False,
+        metavar="DIR",
+    )
+    # --- the reference's flags -------------------------------------------------------------------------
+    arch: str = flag("resnet50", "backbone, or timm/NAME", "-a", "--arch", group=MODEL)
+    workers: int = flag(
+        32,
+        "data loading processes of a rank; at most the usable cores",
+        "-j",
+        "--workers",
+        kind=int,
+        result=False,
+        group=DATA,
+    )
+    epochs: int = flag(100, "epochs of the whole schedule", "--epochs", kind=int, group=METHOD)
+    start_epoch: int = flag(
+        0, "epoch to start at (for restarts without checkpoint entry)", kind=int, result=False, group=RUN
+    )
+    batch_size: int = flag(4096, "pictures a step, over all ranks", "-b", "--batch-size", kind=int, group=METHOD)
+    lr: float = flag(0.6, "learning rate for 256 pictures", "--lr", "--learning-rate", kind=float, group=METHOD)
+    momentum: float = flag(0.9, "momentum of LARS", kind=float, group=METHOD)
+    weight_decay: float = flag(1e-6, "weight decay", "--wd", "--weight-decay", kind=float, group=METHOD)
+    print_freq: int = flag(10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN)
+    resume: str = flag(
+        "",
+        "checkpoint to go on from, or 'auto' for the newest valid one in the output folder",
+        result=False,
+        group=RUN,
+    )
+    world_size: int = flag(
+        -1,
+        "nodes (with --multiprocessing-distributed), else processes",
+        kind=int,
+        result=False,
+        group=RANKS,
+    )
+    rank: int = flag(-1, "rank of this node, or of this process", kind=int, result=False, group=RANKS)
+    dist_url: str = flag(
+        "tcp://224.66.41.62:23456",
+        "where ranks meet: tcp://HOST:PORT or env://; on one node a free loopback port unless given",
+        result=False,
+        group=RANKS,
+    )
+    dist_backend: str = flag("nccl", "nccl or gloo", result=False, group=RANKS)
+    seed: int | None = flag(
+        None,
+        "seed of weights, order and draws; drawn, printed and stored unless given",
+        kind=int,
+        group=METHOD,
+    )
+    gpu: int | None = flag(None, "use only this GPU", kind=int, result=False, group=RANKS)
+    multiprocessing_distributed: bool = flag(
+        False, "start one process a GPU on this node", kind=bool, result=False, group=RANKS
+    )
+    moco_dim: int = flag(256, "width of the embedding", kind=int, group=MODEL)
+    moco_mlp_dim: int = flag(4096, "hidden width of projector and predictor", kind=int, group=MODEL)
+    moco_m: float = flag(0.99, "momentum of the momentum encoder", kind=float, group=METHOD)
+    moco_m_cos: bool = flag(False, "raise the momentum to 1 by a half cosine", kind=bool, group=METHOD)
+    moco_t: float = flag(1.0, "temperature τ of the loss", kind=float, group=METHOD)
+    stop_grad_conv1: bool = flag(False, "keep the patch projection of a ViT as initialised", kind=bool, group=METHOD)
+    optimizer: str = flag("lars", "optimizer", choices=("lars", "adamw"), group=METHOD)
+    warmup_epochs: int = flag(10, "epochs of linear warm-up", kind=int, group=METHOD)
+    crop_min: float = flag(0.08, "smallest crop as a share of the picture", "--crop-min", kind=float, group=DATA)
+    # --- ours ------------------------------------------------------------------------------------------
+    output_dir: str = flag(".", "folder of checkpoints, metrics and logs", result=False, group=RUN)
+    recipe: str = flag("", "named set of flags (below); any flag still overrides", result=False, group=RUN)
+    config: str = flag("", "YAML file of fields, as a run's config.yaml", result=False, group=RUN)
+    device: str = flag("auto", "device", choices=("auto", "cpu", "cuda", "mps"), result=False, group=RANKS)
+    precision: str = flag("auto", "arithmetic of the networks", choices=("auto", "fp32", "fp16", "bf16"), group=METHOD)
+    image_size: int = flag(224, "side of the views in pixels", kind=int, group=DATA)
+    patch_size: int = flag(16, "side of a ViT's patches in pixels", kind=int, group=MODEL)
+    small_stem: bool = flag(
+        False,
+        "3×3 stride-1 stem without pooling, for ResNets on pictures of 28–64 px",
+        kind=bool,
+        group=MODEL,
+    )
+    init: str = flag(
+        "",
+        "weights file (ours, the reference's, timm's, torchvision's) both backbones start from",
+        group=MODEL,
+    )
+    view_preset: str = flag("photos", "strengths and probabilities of the views", choices=tuple(PRESETS), group=DATA)
+    views: str = flag(
+        "fast",
+        "pillow: the reference's operations; fast: the same draws by OpenCV",
+        choices=("fast", "pillow"),
+        group=DATA,
+    )
+    max_corrupt: float = flag(
+        0.01,
+        "share of unreadable pictures (from 10 on) that stops the run",
+        kind=float,
+        result=False,
+        group=DATA,
+    )
+    checkpoint_every: int = flag(
+        1, "epochs between checkpoints that are kept", kind=int, result=False, group=RUN, metavar="EPOCHS"
+    )
+    checkpoint_steps: int = flag(
+        0,
+        "steps between checkpoints within an epoch (0: none)",
+        kind=int,
+        result=False,
+        group=RUN,
+        metavar="N",
+    )
+    max_steps: int = flag(
+        0,
+        "stop after this many steps in all, with a checkpoint (0: never)",
+        kind=int,
+        result=False,
+        group=RUN,
+    )
+    max_hours: float = flag(
+        0.0, "stop after this time, with a checkpoint (0: never)", kind=float, result=False, group=RUN
+    )
+    knn_every: int = flag(
+        0,
+        "epochs between k-NN evaluations on DIR/val (0: none)",
+        kind=int,
+        result=False,
+        group=RUN,
+        metavar="EPOCHS",
+    )
+    nprocs_per_node: int = flag(
+        0, "processes to start on this node (default: its GPUs, else 1)", kind=int, result=False, group=RANKS
+    )
+    compile: bool = flag(False, "compile the networks with torch.compile", kind=bool, result=False, group=RANKS)
+    grad_checkpoint: bool = flag(
+        False,
+        "save memory by recomputing a ViT's blocks in the backward pass",
+        kind=bool,
+        result=False,
+        group=RANKS,
+    )
+    deterministic: bool = flag(False, "only deterministic operations", kind=bool, result=False, group=RANKS)
+    allow_config_change: bool = flag(
+        False, "resume although result-changing fields differ", kind=bool, result=False, group=RUN
+    )
+    allow_data_change: bool = flag(False, "resume although the pictures differ", kind=bool, result=False, group=RUN)
+    quiet: bool = flag(False, "print warnings and the result only", kind=bool, result=False, group=RUN)
+    json: bool = flag(False, "print every metrics line as JSON instead of text", kind=bool, result=False, group=RUN)
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after warm-up: linear scaling with the batch (Goyal et al. 2017)."""
+        return self.lr * self.batch_size / 256
+
+    def check(self) -> None:
+        """Refuse values that cannot train.
+
+        Raises:
+            UserError: naming the first bad field, its value and what is allowed.
+        """
+        check_arch(self.arch)
+        positive = ("epochs", "batch_size", "moco_dim", "moco_mlp_dim", "image_size", "patch_size", "print_freq",
+                    "checkpoint_every")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
+        not_negative = ("workers", "start_epoch", "lr", "weight_decay", "warmup_epochs", "checkpoint_steps",
+                        "max_steps", "max_hours", "knn_every", "nprocs_per_node", "momentum", "seed")  # fmt: skip
+        for name in not_negative:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:  # also refuses NaN
+                raise UserError(f"{_flag(name)} must be 0 or more, not {value}")
+        for name in ("lr", "weight_decay", "momentum", "max_hours", "moco_t", "moco_m"):
+            if getattr(self, name) in (float("inf"), float("-inf")):
+                raise UserError(f"{_flag(name)} must be finite, not {getattr(self, name)}")
+        if not self.moco_t > 0:
+            raise UserError(f"--moco-t is a temperature and must be above 0, not {self.moco_t}")
+        if self.seed is not None and self.seed >= 2**63:
+            raise UserError(f"--seed must be below 2**63, not {self.seed}")
+        for name in ("moco_m", "crop_min", "max_corrupt"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{_flag(name)} must lie between 0 and 1, not {getattr(self, name)}")
+        if self.warmup_epochs > self.epochs:
+            raise UserError(
+                f"--warmup-epochs {self.warmup_epochs} is longer than --epochs {self.epochs}; "
+                "lower the first or raise the second"
+            )
+        if is_vit(self.arch) and self.image_size % self.patch_size:
+            lower = max(self.image_size // self.patch_size, 1) * self.patch_size
+            raise UserError(
+                f"--image-size {self.image_size} does not divide into patches of {self.patch_size} px; "
+                f"nearest: {lower} or {lower + self.patch_size} (or another --patch-size)"
+            )
+        if self.arch.startswith("vit_conv_") and self.patch_size != 16:
+            raise UserError(
+                f"--patch-size {self.patch_size}: the convolutional stem of {self.arch} makes patches of 16"
+            )
+        if self.small_stem and not is_resnet(self.arch):
+            raise UserError(f"--small-stem is for ResNets; {self.arch} has no such stem")
+        if self.grad_checkpoint and not (is_vit(self.arch) or self.arch.startswith("timm/")):
+            raise UserError(
+                f"--grad-checkpoint would update the batch statistics of {self.arch} twice; it is for ViTs only"
+            )
+        if self.dist_backend not in ("nccl", "gloo"):
+            raise UserError(f"--dist-backend {self.dist_backend!r} is not known; use nccl or gloo")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

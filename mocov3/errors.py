@@ -1,0 +1,21 @@
+"""The one exception that is the user's to mend: printed as one line, exit code 2, never a traceback."""
+
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that says what is wrong, where, and how to mend it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(" ".join(message.split())))
+
+
+def printable(text: str) -> str:
+    """``text`` with control and undecodable characters escaped, so that no name can forge output lines."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint that names the known names nearest to ``name``."""
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"

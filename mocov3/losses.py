@@ -1,0 +1,48 @@
+"""The contrastive loss of MoCo v3 (arXiv 2104.02057, eq. 1 and algorithm 1) and what its numbers mean.
+
+Every row is compared with the keys of the whole batch, over all ranks; the positive of row i is key i. The loss
+of one direction is 2τ times the cross-entropy, and both directions are added.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def logits(
+    q: Float[Tensor, "batch dim"], k: Float[Tensor, "keys dim"], temperature: float
+) -> Float[Tensor, "batch keys"]:
+    """Cosine similarities of queries and keys divided by the temperature, in at least float32."""
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = _at_least_float32(q), _at_least_float32(k)
+        return F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / temperature
+
+
+def contrastive_loss(
+    scores: Float[Tensor, "batch keys"], target: Int[Tensor, "batch"], temperature: float
+) -> Float[Tensor, ""]:
+    """2τ · cross-entropy of one direction. ``target[i]`` is the column of row i's positive key."""
+    return 2 * temperature * F.cross_entropy(scores, target)
+
+
+def retrieved(scores: Float[Tensor, "batch keys"], target: Int[Tensor, "batch"]) -> Int[Tensor, ""]:
+    """How many queries find their own picture's other view before all other keys."""
+    return (scores.argmax(1) == target).sum()
+
+
+def loss_start(temperature: float, batch: int) -> float:
+    """Expected first loss: all keys look alike, so each cross-entropy is ln N."""
+    return 4 * temperature * math.log(batch)
+
+
+def loss_floor(temperature: float, batch: int) -> float:
+    """Loss when positives agree fully (cosine 1) and negatives are orthogonal (cosine 0)."""
+    # ln(e^(1/τ) + N − 1) − 1/τ, written so that small τ does not overflow
+    return 4 * temperature * math.log1p((batch - 1) * math.exp(-1 / temperature))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -1,0 +1,85 @@
+"""Numbers of a run: meters of the log line, the schema of ``metrics.jsonl``, effective statistics of features."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Meter:
+    """A value and its running average, printed as ``Loss 9.87e+00 (9.99e+00)``."""
+
+    name: str
+    format: str
+    value: float = 0.0
+    total: float = 0.0
+    count: int = 0
+
+    def update(self, value: float, n: int = 1) -> None:
+        """Record ``value`` as the average of ``n`` samples."""
+        self.value = value
+        self.total += value * n
+        self.count += n
+
+    @property
+    def average(self) -> float:
+        """Mean of all recorded values."""
+        return self.total / max(self.count, 1)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:{self.format}} ({self.average:{self.format}})"
+
+
+@dataclass
+class Progress:
+    """The reference's log line: ``Epoch: [0][ 10/312]``, then the meters, tab-separated."""
+
+    iterations: int
+    meters: list[Meter] = field(default_factory=list)
+
+    def line(self, epoch: int, iteration: int) -> str:
+        """The line of one iteration."""
+        digits = len(str(self.iterations))
+        head = f"Epoch: [{epoch}][{iteration:{digits}d}/{self.iterations}]"
+        return "\t".join([head, *map(str, self.meters)])
+
+
+@dataclass(frozen=True)
+class MetricsLine:
+    """One line of ``metrics.jsonl``. ``None`` where a quantity was not measured at this step."""
+
+    step: int
+    """Optimisation steps completed before this one; counts on over resumes."""
+    epoch: int
+    iteration: int
+    loss: float
+    """Mean over ranks of this step's loss."""
+    loss_start: float
+    loss_floor: float
+    retrieval_accuracy: float
+    """Share of queries, both directions, whose nearest key in the batch is their own."""
+    lr: float
+    momentum: float
+    feature_std: float
+    """Mean over dimensions of the standard deviation of the normalised queries, times √dim: 1 spread, 0 collapsed."""
+    grad_norm_first: float
+    """Euclidean norm of the gradient of the first trainable weight of the backbone."""
+    grad_norm_last: float
+    """The same of the backbone's last weight before the projector."""
+    images_per_second: float
+    data_wait: float
+    """Share of the time since the last line spent waiting for pictures."""
+    skipped: int
+    """Steps so far whose loss or gradient was not finite and which changed nothing."""
+    resumed: int
+    """How often the run was resumed."""
+    corrupt: int
+    """Distinct unreadable pictures met so far."""
+    knn: float | None = None
+    """k-NN accuracy in %, at the end of an epoch of ``--knn-every``."""
+    version: int = SCHEMA_VERSION
+
+    def as_dict(self) -> dict[str, Any]:
+        """Name → value, for JSON."""
+        return asdict(self)

@@ -1,0 +1,188 @@
+"""Backbones by name. Every encoder has ``features(x)``, a projector in place of its classifier, ``num_features``.
+
+ResNets are torchvision's with zero-initialised last gains (Goyal et al. 2017); ``timm/NAME`` takes any backbone of
+timm. Names are listed in ``mocov3.config.archs``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torchvision.models as tv
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from mocov3.config.archs import check_arch
+from mocov3.errors import UserError, nearest
+from mocov3.models.vit import ConvStem, VisionTransformer
+
+
+class ResNet(tv.ResNet):
+    """torchvision's ResNet with a call for the features, optional widths and a stem for small pictures.
+
+    The last gain of every block starts at 0, as in the reference, except in ResNet-10: its stages have one block, and
+    starting with all of them closed costs more than a short run can make up (measured: docs/demo.md).
+    """
+
+    projector_name = "fc"
+    fc: nn.Module
+    conv1: nn.Conv2d
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: list[int],
+        *,
+        width: int = 64,
+        stem: str = "imagenet",
+        zero_init_residual: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(block, layers, zero_init_residual=zero_init_residual, **kwargs)
+        if width != 64:
+            self._narrow(block, layers, width)
+        if stem != "imagenet":
+            # CIFAR's stem (He et al. 2016, §4.2): 3×3, no pooling; stride 2 halves the cost of 28 px pictures again
+            stride = {"small": 1, "small_stride2": 2}[stem]
+            self.conv1 = nn.Conv2d(3, self.conv1.out_channels, 3, stride=stride, padding=1, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.maxpool = nn.Identity()
+        self.num_features: int = width * 2 ** (len(layers) - 1) * block.expansion
+
+    def _narrow(self, block: type[BasicBlock] | type[Bottleneck], layers: list[int], width: int) -> None:
+        self.inplanes = width
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        for i, depth in enumerate(layers):
+            layer = self._make_layer(block, width * 2**i, depth, stride=1 if i == 0 else 2)
+            setattr(self, f"layer{i + 1}", layer)
+        self.fc = nn.Linear(width * 2 ** (len(layers) - 1) * block.expansion, 1000)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Globally averaged output of the last stage."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.avgpool(x).flatten(1)
+
+    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch out"]:
+        """Features through the last layer (the projector, or a classifier)."""
+        return self.fc(self.features(x))
+
+
+class TimmEncoder(nn.Module):
+    """Any backbone of timm, with the projector beside it (keys ``backbone.*`` and ``projector.*``)."""
+
+    projector_name = "projector"
+
+    def __init__(self, name: str, image_size: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.backbone: Any
+        if not timm.is_model(name):
+            raise UserError(f"--arch timm/{name}: timm {timm.__version__} has no such model; "
+                            f"{nearest(name, timm.list_models())[:300]}")  # fmt: skip
+        try:
+            self.backbone = timm.create_model(name, num_classes=0, img_size=image_size, **kwargs)
+        except TypeError:  # convolutional networks take any size and know no img_size
+            self.backbone = timm.create_model(name, num_classes=0, **kwargs)
+        except (AssertionError, ValueError) as error:
+            raise UserError(f"--arch timm/{name} at --image-size {image_size}: {error}") from None
+        self.num_features = int(getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features)
+        self.projector: nn.Module = nn.Identity()
+
+    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """timm's pooled features before its classifier."""
+        return self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True)
+
+    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch out"]:
+        """Features through the projector."""
+        return self.projector(self.features(x))
+
+
+Encoder = ResNet | VisionTransformer | TimmEncoder
+
+_TORCHVISION: dict[str, dict[str, Any]] = {
+    "resnet18": {"block": BasicBlock, "layers": [2, 2, 2, 2]},
+    "resnet34": {"block": BasicBlock, "layers": [3, 4, 6, 3]},
+    "resnet50": {"block": Bottleneck, "layers": [3, 4, 6, 3]},
+    "resnet101": {"block": Bottleneck, "layers": [3, 4, 23, 3]},
+    "resnet152": {"block": Bottleneck, "layers": [3, 8, 36, 3]},
+    "resnext50_32x4d": {"block": Bottleneck, "layers": [3, 4, 6, 3], "groups": 32, "width_per_group": 4},
+    "resnext101_32x8d": {"block": Bottleneck, "layers": [3, 4, 23, 3], "groups": 32, "width_per_group": 8},
+    "resnext101_64x4d": {"block": Bottleneck, "layers": [3, 4, 23, 3], "groups": 64, "width_per_group": 4},
+    "wide_resnet50_2": {"block": Bottleneck, "layers": [3, 4, 6, 3], "width_per_group": 128},
+    "wide_resnet101_2": {"block": Bottleneck, "layers": [3, 4, 23, 3], "width_per_group": 128},
+}
+_RESNET10: dict[str, Any] = {"block": BasicBlock, "layers": [1, 1, 1, 1], "zero_init_residual": False}
+_SMALL: dict[str, dict[str, Any]] = {
+    "resnet10": _RESNET10,
+    **{f"resnet10_w{width}": {**_RESNET10, "width": width, "stem": "small_stride2"} for width in (32, 48, 64)},
+}
+_VITS: dict[str, dict[str, Any]] = {
+    "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},  # DeiT's Ti; not in the reference
+    "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 12},
+    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "vit_conv_small": {"embed_dim": 384, "depth": 11, "num_heads": 12, "embed_layer": ConvStem},
+    "vit_conv_base": {"embed_dim": 768, "depth": 11, "num_heads": 12, "embed_layer": ConvStem},
+}
+
+
+def build_backbone(
+    arch: str,
+    *,
+    image_size: int = 224,
+    patch_size: int = 16,
+    stop_grad_conv1: bool = False,
+    small_stem: bool = False,
+    **dims: Any,
+) -> Encoder:
+    """A freshly initialised backbone whose last layer is still to be replaced.
+
+    Args:
+        arch: a name of ``mocov3.config.archs`` or ``timm/NAME``.
+        image_size: side of the pictures in pixels (ViT: sets the position table).
+        patch_size: side of a ViT's patches in pixels.
+        stop_grad_conv1: freeze the patch projection of the plain ViTs.
+        small_stem: 3×3 stride-1 stem without pooling (ResNets).
+        **dims: other dimensions of the family's constructor (ViT: ``embed_dim``, ``depth``, ``num_heads``).
+
+    Raises:
+        UserError: if the name is not known.
+    """
+    check_arch(arch)
+    if arch.startswith("timm/"):
+        return TimmEncoder(arch.removeprefix("timm/"), image_size, **dims)
+    if arch in _VITS:
+        settings = {**_VITS[arch], **dims}
+        return VisionTransformer(
+            img_size=image_size, patch_size=patch_size, stop_grad_conv1=stop_grad_conv1, **settings
+        )
+    settings = {**_TORCHVISION, **_SMALL}[arch] | dims
+    if small_stem:
+        settings["stem"] = "small"
+    return ResNet(**settings)
+
+
+def build_encoder(arch: str, projector: Callable[[int], nn.Module], **settings: Any) -> Encoder:
+    """A backbone with ``projector(num_features)`` in place of its classifier; settings as ``build_backbone``."""
+    encoder = build_backbone(arch, **settings)
+    setattr(encoder, encoder.projector_name, projector(encoder.num_features))
+    return encoder
+
+
+def linear_classifier(arch: str, classes: int, **settings: Any) -> Encoder:
+    """A frozen backbone with a linear classifier: weights N(0, 0.01), bias 0 (the reference's linear evaluation)."""
+
+    def classifier(width: int) -> nn.Module:
+        layer = nn.Linear(width, classes)
+        nn.init.normal_(layer.weight, std=0.01)
+        nn.init.zeros_(layer.bias)
+        return layer
+
+    model = build_encoder(arch, classifier, **settings)
+    model.requires_grad_(False)
+    getattr(model, model.projector_name).requires_grad_(True)
+    return model

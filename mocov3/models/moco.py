@@ -1,0 +1,178 @@
+"""The model of MoCo v3 (arXiv 2104.02057, algorithm 1): query encoder with predictor, momentum encoder for keys.
+
+Backbone, heads and loss are separate calls, so that they can be run at different batch sizes; ``model(x1, x2, m)``
+runs them all.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mocov3 import losses
+from mocov3.config.archs import is_resnet
+from mocov3.distributed import gather_keys
+from mocov3.models.backbones import Encoder, build_encoder
+
+
+class Statistics(NamedTuple):
+    """Counts of one step on this rank, as tensors on the device (nothing is read)."""
+
+    retrieved: Tensor
+    """Queries, both directions, whose nearest key is their own."""
+    queries: int
+    """How many queries there were: twice the pictures."""
+    feature_std: Tensor
+    """√dim times the mean standard deviation of the normalised queries: 1 when spread evenly, 0 when collapsed."""
+
+
+class MoCo(nn.Module):
+    """Two encoders (backbone and projector) and the predictor.
+
+    Args:
+        base_encoder: the query encoder; the momentum encoder starts as its copy.
+        predictor: maps an embedding to an embedding.
+        temperature: τ of the loss.
+    """
+
+    def __init__(self, base_encoder: Encoder, predictor: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.base_encoder = base_encoder
+        self.momentum_encoder = deepcopy(base_encoder)
+        self.momentum_encoder.requires_grad_(False)
+        self.predictor = predictor
+        self.temperature = temperature
+
+    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
+        """Features of the query backbone."""
+        return self.base_encoder.features(x)
+
+    def queries(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
+        """Features → projector → predictor."""
+        return self.predictor(_projector(self.base_encoder)(features))
+
+    @torch.no_grad()
+    def key_features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
+        """Features of the momentum backbone, without gradient."""
+        return self.momentum_encoder.features(x)
+
+    @torch.no_grad()
+    def keys(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
+        """Features → momentum projector, without gradient."""
+        return _projector(self.momentum_encoder)(features)
+
+    @torch.no_grad()
+    def update_momentum_encoder(self, m: float) -> None:
+        """k ← m·k + (1 − m)·q for every parameter, frozen ones included. Buffers are not averaged."""
+        keys = list(self.momentum_encoder.parameters())
+        queries = list(self.base_encoder.parameters())
+        torch._foreach_mul_(keys, m)
+        torch._foreach_add_(keys, queries, alpha=1.0 - m)
+
+    def loss(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> tuple[Float[Tensor, ""], Statistics]:
+        """Symmetric contrastive loss of (q1, q2) against the keys (k1, k2) of all ranks, and its statistics."""
+        q1, q2 = queries
+        k1, k2 = keys
+        total = torch.zeros((), device=q1.device)
+        hits = torch.zeros((), dtype=torch.long, device=q1.device)
+        for q, k in ((q1, k2), (q2, k1)):
+            all_keys, offset = gather_keys(k)
+            target = torch.arange(len(q), device=q.device) + offset
+            scores = losses.logits(q, all_keys, self.temperature)
+            total = total + losses.contrastive_loss(scores, target, self.temperature)
+            hits = hits + losses.retrieved(scores.detach(), target)
+        with torch.no_grad():
+            normalised = nn.functional.normalize(torch.cat([q1, q2]).float(), dim=1)
+            spread = normalised.std(0).mean() * normalised.shape[1] ** 0.5
+        return total, Statistics(hits, 2 * len(q1), spread)
+
+    def contrast(
+        self,
+        x1: Float[Tensor, "batch 3 height width"],
+        x2: Float[Tensor, "batch 3 height width"],
+        m: float,
+    ) -> tuple[Float[Tensor, ""], Statistics]:
+        """Loss and statistics of two views; moves the momentum encoder on the way.
+
+        The order is the reference's: queries of view 1, then of view 2 (each its own pass through batch norm),
+        then the momentum update, then the keys in training mode.
+        """
+        queries = [self.queries(self.features(x)) for x in (x1, x2)]
+        self.update_momentum_encoder(m)
+        keys = [self.keys(self.key_features(x)) for x in (x1, x2)]
+        return self.loss(queries, keys)
+
+    def forward(
+        self,
+        x1: Float[Tensor, "batch 3 height width"],
+        x2: Float[Tensor, "batch 3 height width"],
+        m: float,
+    ) -> Float[Tensor, ""]:
+        """The loss of two views of the same pictures; ``m`` is the momentum of this step."""
+        return self.contrast(x1, x2, m)[0]
+
+
+def build(
+    arch: str,
+    *,
+    image_size: int = 224,
+    patch_size: int = 16,
+    dim: int = 256,
+    mlp_dim: int = 4096,
+    temperature: float = 1.0,
+    stop_grad_conv1: bool = False,
+    small_stem: bool = False,
+    **vit_dims: Any,
+) -> MoCo:
+    """A freshly initialised model.
+
+    ResNets have a projector of 2 layers (batch norm without affine at its end) and a predictor of 2 without; ViT
+    and timm's backbones a projector of 3 and a predictor of 2, both ending in batch norm.
+
+    Args:
+        arch: a name of ``mocov3.config.archs`` or ``timm/NAME``.
+        image_size: side of the views in pixels.
+        patch_size: side of a ViT's patches in pixels.
+        dim: width of the embedding.
+        mlp_dim: hidden width of the heads.
+        temperature: τ of the loss.
+        stop_grad_conv1: freeze the patch projection of the plain ViTs.
+        small_stem: 3×3 stride-1 stem without pooling (ResNets).
+        **vit_dims: ``embed_dim``, ``depth``, ``num_heads`` in place of the named ViT's.
+
+    Raises:
+        UserError: if the name is not known.
+    """
+    resnet = is_resnet(arch)
+    encoder = build_encoder(
+        arch,
+        lambda width: _mlp(2 if resnet else 3, width, mlp_dim, dim, last_norm=True),
+        image_size=image_size,
+        patch_size=patch_size,
+        stop_grad_conv1=stop_grad_conv1,
+        small_stem=small_stem,
+        **vit_dims,
+    )
+    return MoCo(encoder, _mlp(2, dim, mlp_dim, dim, last_norm=not resnet), temperature)
+
+
+def _mlp(layers: int, width: int, hidden: int, out: int, *, last_norm: bool) -> nn.Sequential:
+    """Linear layers without bias in torch's default initialisation, batch norm and ReLU between them."""
+    modules: list[nn.Module] = []
+    for i in range(layers):
+        last = i == layers - 1
+        size = out if last else hidden
+        modules.append(nn.Linear(width, size, bias=False))
+        if not last:
+            modules += [nn.BatchNorm1d(size), nn.ReLU(inplace=True)]
+        elif last_norm:
+            modules.append(nn.BatchNorm1d(size, affine=False))  # SimCLR's choice, kept by MoCo v3
+        width = size
+    return nn.Sequential(*modules)
+
+
+def _projector(encoder: Encoder) -> nn.Module:
+    return getattr(encoder, encoder.projector_name)

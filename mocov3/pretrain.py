@@ -1,0 +1,108 @@
+"""Pre-training (arXiv 2104.02057, algorithm 1): ``mocov3 pretrain DIR`` or ``python main_moco.py DIR``.
+
+Everything that can be checked without torch is checked here; then the ranks are started, and ``mocov3.run`` trains.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mocov3.config import PretrainConfig
+from mocov3.data import Source, open_source
+from mocov3.errors import UserError
+
+_DEFAULT_ADDRESS = PretrainConfig.dist_url
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank is given: the configuration, and which door it came through."""
+
+    config: PretrainConfig
+    script_door: bool
+
+
+def main(config: PretrainConfig, *, script_door: bool) -> int:
+    """Check, start the ranks, train; returns the exit code (0, or 128 + the signal that stopped the run).
+
+    Raises:
+        UserError: for anything the user can mend, before training starts where it can be known.
+    """
+    check(config, script_door=script_door)
+    from mocov3.distributed import launch
+    from mocov3.run import train
+
+    return launch(
+        train,
+        Job(config, script_door),
+        device=config.device,
+        gpu=config.gpu,
+        spawn=config.multiprocessing_distributed,
+        processes=config.nprocs_per_node,
+        nodes=config.world_size,
+        node_rank=config.rank,
+        address="" if config.dist_url == _DEFAULT_ADDRESS else config.dist_url,
+        backend=config.dist_backend,
+    )
+
+
+def check(config: PretrainConfig, *, script_door: bool) -> None:
+    """Refuse what cannot work, before torch is imported.
+
+    Raises:
+        UserError: naming what, where and how to mend it.
+    """
+    config.check()
+    source = open_source(config.data)
+    if config.batch_size > len(source):
+        raise UserError(
+            f"--batch-size {config.batch_size} is larger than the {len(source)} pictures of {config.data}; "
+            f"give --batch-size {len(source)} or less"
+        )
+    if config.nprocs_per_node > 1:
+        check_divides(config.batch_size, config.nprocs_per_node * max(config.world_size, 1))
+    if config.knn_every:
+        open_validation(config, source)
+    if config.resume not in ("", "auto") and not Path(config.resume).is_file():
+        raise UserError(f"--resume {config.resume}: there is no such file")
+    if config.init and not Path(config.init).is_file():
+        raise UserError(f"--init {config.init}: there is no such file")
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".mocov3-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+    if not script_door and not config.resume and any(folder.glob("checkpoint_*")):
+        raise UserError(
+            f"--output-dir {folder}: holds checkpoints of a former run; go on with --resume auto, or name another"
+        )
+
+
+def check_divides(batch_size: int, ranks: int) -> None:
+    """Refuse a batch that is not the same on every rank, naming the nearest that are."""
+    if batch_size % ranks:
+        lower = batch_size // ranks * ranks
+        choices = f"{lower} or {lower + ranks}" if lower else str(ranks)
+        raise UserError(f"--batch-size {batch_size} does not divide over {ranks} processes; nearest that do: {choices}")
+
+
+def open_validation(config: PretrainConfig, source: Source) -> Source:
+    """The labelled pictures of DIR/val for the k-NN evaluation.
+
+    Raises:
+        UserError: if they or their classes do not fit those of training.
+    """
+    try:
+        validation = open_source(config.data, "val")
+    except UserError as error:
+        raise UserError(f"--knn-every needs labelled pictures in {config.data}/val: {error}") from None
+    for part, pictures in (("train", source), ("val", validation)):
+        if pictures.labels is None or len(set(pictures.labels.tolist())) < 2:
+            raise UserError(f"--knn-every: {config.data} ({part}) does not hold two or more class folders")
+    if validation.classes != source.classes:
+        differing = sorted(set(validation.classes) ^ set(source.classes))
+        raise UserError(f"--knn-every: train and val have different classes, first: {differing[0]}")
+    return validation

@@ -1,0 +1,99 @@
+"""Recipes by name: the reference's (CONFIG.md there; its results on ImageNet-1k are the reference's) and ours.
+
+A recipe holds only what differs from the defaults; any flag overrides it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Flags beyond the defaults, and the result the reference reports for them on ImageNet-1k, in %."""
+
+    settings: dict[str, Any]
+    about: str
+    reference_result: str = ""
+    program: str = field(default="pretrain")
+
+
+_VIT: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 1.5e-4,
+    "weight_decay": 0.1,
+    "epochs": 300,
+    "warmup_epochs": 40,
+    "stop_grad_conv1": True,
+    "moco_m_cos": True,
+    "moco_t": 0.2,
+}
+
+RECIPES: dict[str, Recipe] = {
+    "resnet50_100ep": Recipe(
+        {"arch": "resnet50", "moco_m_cos": True, "crop_min": 0.2}, "batch 4096, 16 GPUs", "68.9 linear"
+    ),
+    "resnet50_300ep": Recipe(
+        {"arch": "resnet50", "lr": 0.3, "epochs": 300, "moco_m_cos": True, "crop_min": 0.2},
+        "batch 4096, 16 GPUs",
+        "72.8 linear",
+    ),
+    "resnet50_1000ep": Recipe(
+        {
+            "arch": "resnet50",
+            "lr": 0.3,
+            "weight_decay": 1.5e-6,
+            "epochs": 1000,
+            "moco_m": 0.996,
+            "moco_m_cos": True,
+            "crop_min": 0.2,
+        },
+        "batch 4096, 16 GPUs",
+        "74.6 linear",
+    ),
+    "vit_small_300ep_b1024": Recipe(
+        {"arch": "vit_small", "batch_size": 1024, **_VIT}, "batch 1024, 8 GPUs", "not stated"
+    ),
+    "vit_small_300ep": Recipe(
+        {"arch": "vit_small", **_VIT}, "batch 4096, 32 GPUs or more", "73.2 linear, 81.4 fine-tuned"
+    ),
+    "vit_base_300ep": Recipe({"arch": "vit_base", **_VIT}, "batch 4096, 64 GPUs", "76.7 linear, 83.2 fine-tuned"),
+    "vit_small_1gpu": Recipe({"arch": "vit_small", "batch_size": 256, **_VIT}, "ours: one 12 GB GPU, batch 256"),
+    "resnet50_1gpu": Recipe(
+        {
+            "arch": "resnet50",
+            "batch_size": 128,
+            "moco_m_cos": True,
+            "moco_t": 0.2,
+            "crop_min": 0.2,
+            "lr": 0.3,
+        },
+        "ours: one 12 GB GPU, batch 128",
+    ),
+    "small_images": Recipe(
+        {
+            "arch": "resnet18",
+            "small_stem": True,
+            "image_size": 32,
+            "batch_size": 256,
+            "lr": 0.3,
+            "epochs": 200,
+            "moco_m_cos": True,
+            "moco_t": 0.2,
+        },
+        "ours: colour pictures of 28–96 px, one GPU",
+    ),
+}
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """Recipe name → the fields it sets."""
+    return {name: recipe.settings for name, recipe in RECIPES.items()}
+
+
+def listing() -> str:
+    """The recipes as lines for the help text."""
+    lines = []
+    for name, recipe in RECIPES.items():
+        result = f"; reference reports {recipe.reference_result}" if recipe.reference_result else ""
+        lines.append(f"  {name:<22} {recipe.about}{result}")
+    return "recipes (results: the reference's, ImageNet-1k top-1 %, not ours):\n" + "\n".join(lines)

@@ -1,0 +1,316 @@
+"""The training loop of one rank (arXiv 2104.02057, algorithm 1) and the run around it.
+
+``train`` reads as the algorithm; ``Run`` holds what it needs and is made once.
+"""
+
+import dataclasses
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mocov3 import checkpoint, losses, models, resume, schedules
+from mocov3.checkpoint import Position
+from mocov3.config import PRESETS, PretrainConfig, write_yaml
+from mocov3.convert import find_backbone, load_into
+from mocov3.data import Batch, CentreView, Loader, TwoViews, open_source
+from mocov3.data.loader import Unreadable, plan, usable_cores
+from mocov3.distributed import World, synchronise_batch_norm
+from mocov3.errors import UserError
+from mocov3.features import extract
+from mocov3.log import RunLog, warn
+from mocov3.models import MoCo
+from mocov3.neighbours import knn_accuracy
+from mocov3.optim import build_optimizer
+from mocov3.pretrain import Job, check_divides, open_validation
+from mocov3.recorder import Recorder
+from mocov3.step import Outcome, Precision, Step, normalise, resolve_precision
+from mocov3.stop import Stop
+
+
+def train(world: World, job: Job) -> int:
+    """Train on this rank, from wherever the run stands to its end; returns the exit code."""
+    with Run(world, job) as run:
+        for batch in run.batches():
+            lr, m = run.schedule(batch)
+            outcome = run.step(*run.views(batch), lr=lr, m=m)
+            run.advance(batch, outcome, lr, m)
+            if run.position.iteration == 0:
+                run.end_epoch()
+            if run.must_stop():
+                run.save()
+                break
+        return run.exit_code()
+
+
+class Run:
+    """A pre-training run on one rank."""
+
+    def __init__(self, world: World, job: Job) -> None:
+        self.world, self.config = world, job.config
+        c = self.config
+        check_divides(c.batch_size, world.size)
+        self.folder = Path(c.output_dir)
+        self.source = open_source(c.data)
+        self.preset = PRESETS[c.view_preset]
+        self.iterations = len(self.source) // c.batch_size
+        _set_determinism(c)
+        found = resume.find(c, world)
+        seed = resume.saved_seed(found)
+        self.seed: int = seed if seed is not None else world.share(c.seed if c.seed is not None else _draw_seed())
+        torch.manual_seed(self.seed)
+        self.model = build_model(c, world)
+        # fused optimizers can be told on the device to skip a step
+        fused = world.device.type != "cpu"
+        self.optimizer = build_optimizer(
+            self.model.parameters(), c.optimizer, weight_decay=c.weight_decay, momentum=c.momentum, fused=fused
+        )
+        precision = Precision(resolve_precision(c.precision, world.device, script_door=job.script_door), world.device)
+        self.step = Step(self.model, self.optimizer, world=world, precision=precision, compile=c.compile)
+        self.position = self._start(found)
+        self.counters = resume.counters(found, self.source)
+        self.log = self._open_log(job.script_door)
+        self.recorder = Recorder(world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq)
+        self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
+        self._loader: Loader | None = None
+        self._saved_at = -1
+
+    def _start(self, found: resume.Found | None) -> Position:
+        c = self.config
+        if found is None:
+            return Position(c.start_epoch, 0, c.start_epoch * self.iterations)
+        resume.check_same_run(found, c, self.source)
+        scaler = self.step.precision.scaler
+        position = checkpoint.restore(
+            *found,
+            arch=c.arch,
+            model=self.model,
+            optimizer=self.optimizer,
+            scaler=scaler,
+            iterations=self.iterations,
+        )
+        # another batch size (--allow-config-change) may have fewer iterations an epoch
+        return position if position.iteration < self.iterations else Position(position.epoch + 1, 0, position.step)
+
+    def _open_log(self, script_door: bool) -> RunLog:
+        c, world = self.config, self.world
+        start, floor = losses.loss_start(c.moco_t, c.batch_size), losses.loss_floor(c.moco_t, c.batch_size)
+        log = RunLog(
+            self.folder,
+            active=world.main,
+            style="quiet" if c.quiet else "json" if c.json else "lines" if script_door else "bar",
+            epochs=c.epochs,
+            iterations=self.iterations,
+            start=start,
+            floor=floor,
+            first_step=self.position.step,
+        )
+        used = self.step.precision.name
+        if world.main:
+            complete = dataclasses.replace(c, seed=self.seed, resume="", config="")
+            write_yaml(complete, self.folder / "config.yaml", "re-run by: mocov3 pretrain --config FILE")
+            if c.precision not in ("auto", used):
+                warn(f"--precision {c.precision} is for CUDA; training in {used}")
+        if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
+            log.say("no CUDA here: ranks talk over gloo instead of nccl")
+        log.say(
+            f"{len(self.source)} pictures, {self.iterations} steps of {c.batch_size} an epoch, {c.epochs} epochs; "
+            f"{world.size} process(es) on {world.device.type}, {used}; seed {self.seed}"
+        )
+        log.say(
+            f"The loss starts near {start:.2f} (4τ·ln N: all keys look alike) and cannot fall below about {floor:.2f} "
+            "(own key found, others unrelated); where it settles depends on batch and temperature."
+        )
+        if self.counters.resumed:
+            log.say(f"resumed at epoch {self.position.epoch}, iteration {self.position.iteration}")
+        return log
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches from the present position to the end of the last epoch, prepared ahead."""
+        c, world, position = self.config, self.world, self.position
+        if position.epoch >= c.epochs or self._stop.steps_done(position.step):
+            self.log.say(f"nothing left to do: {position.step} steps, {position.epoch} epochs are done")
+            return
+        workers = min(c.workers, max(usable_cores() // world.local_size, 1))
+        views = TwoViews(c.image_size, c.crop_min, c.view_preset, c.views)
+        local = c.batch_size // world.size
+        self._loader = Loader(self.source, views, batch_size=local, seed=self.seed, workers=workers)
+        works = plan(
+            len(self.source),
+            seed=self.seed,
+            batch_size=c.batch_size,
+            rank=world.rank,
+            ranks=world.size,
+            start=(position.epoch, position.iteration),
+            epochs=c.epochs,
+        )
+        for batch in self._loader.run(works):
+            self.recorder.batch_came()
+            yield batch
+
+    def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The two views on the device, normalised."""
+        mean, std = self.preset.mean, self.preset.std
+        x1, x2 = (normalise(pixels, self.world.device, mean, std) for pixels in batch.pixels)
+        return x1, x2
+
+    def schedule(self, batch: Batch) -> tuple[float, float]:
+        """Learning rate and momentum of this step."""
+        c = self.config
+        # stochastic depth and dropout draw from here, so that they too are a function of (seed, step, rank)
+        torch.manual_seed((self.seed * 1_000_003 + self.position.step * 4099 + self.world.rank) % 2**63)
+        epoch = batch.work.epoch + batch.work.iteration / self.iterations
+        lr = schedules.learning_rate(epoch, peak=c.peak_lr, warmup_epochs=c.warmup_epochs, epochs=c.epochs)
+        return lr, schedules.momentum(epoch, start=c.moco_m, epochs=c.epochs, cosine=c.moco_m_cos)
+
+    def advance(self, batch: Batch, outcome: Outcome, lr: float, m: float) -> None:
+        """Record the step and move the position past it."""
+        work, step = batch.work, self.position.step
+        self.recorder.step_done(batch, outcome, step=step, lr=lr, m=m, skipped=self.step.skipped)
+        ended = work.iteration + 1 == self.iterations
+        self.position = Position(work.epoch + ended, 0 if ended else work.iteration + 1, step + 1)
+
+    def end_epoch(self) -> None:
+        """Evaluate and checkpoint, where due."""
+        c, done = self.config, self.position.epoch
+        if c.knn_every and (done % c.knn_every == 0 or done == c.epochs):
+            self.recorder.knn(self._knn(), epoch=done - 1, step=self.position.step - 1)
+        if done % c.checkpoint_every == 0 or done == c.epochs:
+            self.save()
+        self.recorder.restart_clock()
+
+    def _knn(self) -> float:
+        sources = (self.source, open_validation(self.config, self.source))
+        view = CentreView(self.config.image_size, self.preset.evaluation_zoom)
+        bank, queries = (
+            extract(
+                self.model.base_encoder,
+                self.model.features,
+                source,
+                view,
+                world=self.world,
+                mean=self.preset.mean,
+                std=self.preset.std,
+                workers=min(self.config.workers, usable_cores()) if len(source) > 2000 else 0,
+            )
+            for source in sources
+        )
+        labels = [torch.as_tensor(source.labels, dtype=torch.long) for source in sources]
+        return knn_accuracy(bank, labels[0], queries, labels[1])
+
+    def must_stop(self) -> bool:
+        """Checkpoint where due; whether a limit or a signal asks to stop now, the same on every rank."""
+        c, p = self.config, self.position
+        if c.checkpoint_steps and p.step % c.checkpoint_steps == 0:
+            self.save()
+        met = min((p.epoch * self.iterations + p.iteration) * c.batch_size, len(self.source))
+        bad = len(self.counters.corrupt)
+        if bad >= 10 and bad > c.max_corrupt * met:
+            self._stop.refuse(f"{bad} of {met} pictures met cannot be read, more than --max-corrupt {c.max_corrupt}")
+        return self._stop.agreed(self.world, p.step)
+
+    def save(self) -> None:
+        """Write the checkpoint of the present position, by the main rank."""
+        c, p = self.config, self.position
+        if self._saved_at == p.step:
+            return
+        self._saved_at = p.step
+        self.recorder.flush()
+        self.recorder.count_corrupt(p.epoch)
+        if self.world.main:
+            contents = checkpoint.pack(
+                arch=c.arch,
+                model=self.model,
+                optimizer=self.optimizer,
+                scaler=self.step.precision.scaler.state_dict(),
+                position=p,
+                extra={
+                    "config": dataclasses.asdict(dataclasses.replace(c, seed=self.seed)),
+                    "seed": self.seed,
+                    "pictures": len(self.source),
+                    "data_digest": self.source.digest,
+                    "skipped": self.counters.skipped + int(self.step.skipped),
+                    "resumed": self.counters.resumed,
+                    "corrupt": sorted(self.counters.corrupt),
+                    "origin": f"initialised from {c.init}" if c.init else "trained from scratch by mocov3",
+                    "licence": "that of the starting weights" if c.init else "the trainer's to choose",
+                },
+            )
+            name = checkpoint.step_name(p.epoch, p.step) if p.iteration else checkpoint.epoch_name(p.epoch - 1)
+            try:
+                checkpoint.write(self.folder / name, contents)
+            except OSError as error:
+                warn(f"checkpoint {name} could not be written ({error.strerror or error}); the run goes on")
+            else:
+                checkpoint.prune(self.folder, epoch_complete=p.epoch - 1)
+        self.world.barrier()
+
+    def exit_code(self) -> int:
+        """0 when done, 128 + its number when stopped by a signal.
+
+        Raises:
+            UserError: when too many pictures cannot be read.
+        """
+        if self._stop.refusal:
+            raise UserError(f"data {self.config.data}: {self._stop.refusal}; a checkpoint was written")
+        if number := self._stop.signal:
+            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; go on with --resume auto")
+            return 128 + number
+        return 0
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        self._stop.close()
+        if self._loader is not None:
+            self._loader.close()
+        self.log.close()
+        if isinstance(error, Unreadable):
+            raise UserError(f"data {self.config.data}: {error}") from None
+
+
+def build_model(config: PretrainConfig, world: World) -> MoCo:
+    """The model of a configuration on this rank's device, in training mode."""
+    c = config
+    model = models.build(
+        c.arch,
+        image_size=c.image_size,
+        patch_size=c.patch_size,
+        dim=c.moco_dim,
+        mlp_dim=c.moco_mlp_dim,
+        temperature=c.moco_t,
+        stop_grad_conv1=c.stop_grad_conv1,
+        small_stem=c.small_stem,
+    )
+    if c.init:
+        where = f"--init {c.init}"
+        weights = find_backbone(checkpoint.read(c.init), where)
+        for encoder in (model.base_encoder, model.momentum_encoder):
+            load_into(encoder, weights, where)
+    if c.grad_checkpoint:
+        backbone: Any = getattr(model.base_encoder, "backbone", model.base_encoder)
+        if not hasattr(backbone, "set_grad_checkpointing"):
+            raise UserError(f"--grad-checkpoint: {c.arch} cannot recompute its blocks")
+        backbone.set_grad_checkpointing(True)
+    if world.size > 1:
+        synchronise_batch_norm(model)
+    # channels-last is the layout convolutions are fastest in; names and values are the same
+    model.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.train()
+
+
+def _draw_seed() -> int:
+    return secrets.randbelow(2**31)
+
+
+def _set_determinism(config: PretrainConfig) -> None:
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,0 +1,28 @@
+"""Schedules as pure functions of the (fractional) epoch.
+
+MoCo v3 changes learning rate and momentum every iteration (arXiv 2104.02057, §4 and appendix; recorded from the
+reference in ``tests/golden/f_sched.json``). ``epoch`` is ``epoch + iteration / iterations``, from 0 to ``epochs``.
+"""
+
+import math
+
+
+def learning_rate(epoch: float, *, peak: float, warmup_epochs: float, epochs: float) -> float:
+    """Linear warm-up from 0 (the first step has learning rate 0), then a half cosine down to 0."""
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    return peak * _half_cosine((epoch - warmup_epochs) / (epochs - warmup_epochs))
+
+
+def momentum(epoch: float, *, start: float, epochs: float, cosine: bool) -> float:
+    """Momentum of the momentum encoder: constant, or raised from ``start`` to 1 by a half cosine."""
+    return 1.0 - (1.0 - start) * _half_cosine(epoch / epochs) if cosine else start
+
+
+def epoch_cosine(epoch: int, *, initial: float, epochs: int) -> float:
+    """Learning rate of linear evaluation: a half cosine that changes once per whole epoch, without warm-up."""
+    return initial * _half_cosine(epoch / epochs)
+
+
+def _half_cosine(share: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * share))

@@ -1,0 +1,154 @@
+"""One optimisation step: precision, loss, gradients, and an update that non-finite numbers cannot reach.
+
+Nothing is read from the device here; losses, norms and counts stay tensors until a print step.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mocov3.distributed import World
+from mocov3.models import MoCo, Statistics
+from mocov3.optim import set_learning_rate
+
+
+class Outcome(NamedTuple):
+    """What one step did, on the device."""
+
+    loss: Float[Tensor, ""]
+    statistics: Statistics
+    ok: Bool[Tensor, ""]
+    """Whether loss and gradients were finite; where not, weights, optimizer and batch statistics stayed."""
+    grad_norms: Float[Tensor, "2"]
+    """Euclidean gradient norms of the backbone's first and last trainable matrix."""
+
+
+class Precision:
+    """Arithmetic of the networks: fp32, bf16 (autocast) or fp16 (autocast and a loss scaler, CUDA only)."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which networks are run."""
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.name, torch.float32)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")
+
+
+def resolve_precision(name: str, device: torch.device, *, script_door: bool) -> str:
+    """``auto``: fp16 on CUDA as the reference (script door), bf16 where the GPU has it, else fp32."""
+    if name != "auto":
+        return name if name != "fp16" or device.type == "cuda" else "fp32"
+    if device.type != "cuda":
+        return "fp32"
+    return "fp16" if script_door or not torch.cuda.is_bf16_supported() else "bf16"
+
+
+class Step:
+    """Forward, backward and update of one batch.
+
+    Args:
+        model: moved to the device.
+        optimizer: over all parameters of the model.
+        world: this rank; gradients are averaged over all.
+        precision: arithmetic.
+        compile: compile the networks.
+    """
+
+    def __init__(
+        self,
+        model: MoCo,
+        optimizer: torch.optim.Optimizer,
+        *,
+        world: World,
+        precision: Precision,
+        compile: bool = False,
+    ) -> None:
+        self.model, self.optimizer, self.world, self.precision = model, optimizer, world, precision
+        contrast: Any = world.wrap(_Contrast(model))
+        self.contrast = torch.compile(contrast) if compile else contrast
+        self.skipped = torch.zeros((), dtype=torch.long, device=world.device)
+        self._buffers = [b for b in model.buffers() if b.is_floating_point()]
+        weights = [p for n, p in model.base_encoder.named_parameters() if _is_backbone_weight(n, p)]
+        self._watched = (weights[0], weights[-1])
+
+    def __call__(self, x1: Tensor, x2: Tensor, *, lr: float, m: float) -> Outcome:
+        """Train on two views of the same pictures.
+
+        Args:
+            x1: view 1, (batch, 3, height, width), normalised.
+            x2: view 2, likewise.
+            lr: learning rate of this step.
+            m: momentum of the momentum encoder at this step.
+        """
+        set_learning_rate(self.optimizer, lr)
+        before = torch.cat([b.flatten() for b in self._buffers])
+        with self.precision.autocast():
+            loss, statistics = self.contrast(x1, x2, m)
+        self.optimizer.zero_grad(set_to_none=True)
+        scaler = self.precision.scaler
+        scaler.scale(loss).backward()
+        scaler.unscale_(self.optimizer) if scaler.is_enabled() else None
+        ok, norms = self._inspect(loss)
+        self._update(ok, before)
+        self.skipped += ~ok
+        return Outcome(loss.detach(), statistics, ok, norms)
+
+    def _inspect(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        # the largest entry is finite exactly if all are; a sum of squares could overflow. Gradients are averaged
+        # over ranks, so every rank sees the same and decides the same
+        largest = torch.stack(torch._foreach_norm(grads, torch.inf))
+        norms = torch.stack([torch.linalg.vector_norm(w.grad) for w in self._watched if w.grad is not None])
+        agreed = self.world.sum((~torch.isfinite(loss.detach())).float())
+        return torch.isfinite(largest).all() & (agreed == 0), norms
+
+    def _update(self, ok: Tensor, before: Tensor) -> None:
+        scaler, optimizer = self.precision.scaler, self.optimizer
+        if self.world.device.type == "cpu":
+            if bool(ok):  # reading costs nothing here
+                optimizer.step()
+                return
+        elif scaler.is_enabled():
+            scaler.step(optimizer)  # passes its own finding of infinities on, on the device
+            scaler.update()
+        else:
+            optimizer.grad_scale, optimizer.found_inf = None, (~ok).float()  # type: ignore[attr-defined]
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        # batch statistics of a step that does not count may hold NaN for ever
+        kept = torch.where(ok, torch.cat([b.flatten() for b in self._buffers]), before)
+        parts = kept.split([b.numel() for b in self._buffers])
+        torch._foreach_copy_(self._buffers, [p.view_as(b) for p, b in zip(parts, self._buffers, strict=True)])
+
+
+class _Contrast(nn.Module):
+    """What is wrapped for gradient averaging: one call a step, as DistributedDataParallel asks."""
+
+    def __init__(self, model: MoCo) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x1: Tensor, x2: Tensor, m: float) -> tuple[Tensor, Statistics]:
+        return self.model.contrast(x1, x2, m)
+
+
+def _is_backbone_weight(name: str, p: Tensor) -> bool:
+    head = name.startswith(("fc.", "head.", "projector."))
+    return p.requires_grad and p.ndim > 1 and not head and not name.endswith(("cls_token", "pos_embed"))
+
+
+def normalise(
+    pixels: np.ndarray, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Tensor, "batch 3 height width"]:
+    """uint8 pixels (batch, height, width, 3) → normalised channels-last floats on the device, in one place."""
+    x = torch.from_numpy(pixels).to(device, non_blocking=True).permute(0, 3, 1, 2).float()
+    shape = (1, 3, 1, 1)
+    offset = torch.tensor(mean, device=device).view(shape) * 255
+    scale = 1 / (torch.tensor(std, device=device).view(shape) * 255)
+    return x.sub_(offset).mul_(scale)

@@ -1,0 +1,64 @@
+"""Why and when a run stops before its end: signals, limits, too much that cannot be read. Ranks agree each step."""
+
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mocov3.distributed import World
+
+_LIMIT, _REFUSED = 1000, 1001  # above every signal's number
+
+
+class Stop:
+    """Collects reasons to stop; the loop asks after every step.
+
+    Args:
+        max_steps: stop once so many steps are done in all (0: never).
+        max_hours: stop after this time (0: never).
+    """
+
+    def __init__(self, *, max_steps: int, max_hours: float) -> None:
+        self.refusal = ""
+        self._reason = 0
+        self._steps, self._seconds = max_steps, 3600 * max_hours
+        self._began = time.monotonic()
+        self._handlers: dict[int, Any] = {}
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                try:
+                    self._handlers[number] = signal.signal(number, self._signalled)
+                except ValueError:  # not in the main thread: the caller handles signals
+                    break
+
+    def _signalled(self, number: int, _: Any) -> None:
+        if self._reason == number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: at once
+        self._reason = number
+
+    def refuse(self, text: str) -> None:
+        """Ask to stop because the input is not fit."""
+        self._reason, self.refusal = self._reason or _REFUSED, text
+
+    def steps_done(self, step: int) -> bool:
+        """Whether the limit of steps is reached."""
+        return bool(self._steps) and step >= self._steps
+
+    def agreed(self, world: "World", step: int) -> bool:
+        """Whether any rank has a reason; afterwards all have the same. The device is not read."""
+        late = self._seconds and time.monotonic() - self._began > self._seconds
+        if not self._reason and (late or self.steps_done(step)):
+            self._reason = _LIMIT
+        self._reason = world.any(self._reason)
+        return bool(self._reason)
+
+    @property
+    def signal(self) -> int:
+        """Number of the signal that stopped the run, or 0."""
+        return self._reason if self._reason < _LIMIT else 0
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)

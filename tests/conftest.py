@@ -1,0 +1,101 @@
+"""Shared by all tests: shape and type checks of the whole package, thread counts, golden numbers, tiny pictures."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # inherited by every process a test starts, so that ranks don't fight
+
+from jaxtyping import install_import_hook
+
+# every annotated shape and type of the package is checked at every call the tests make
+install_import_hook("mocov3", "typecheck.typechecked")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def _fill():
+    spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fill = sys.modules.setdefault("fill", _fill())
+
+
+def golden(name):
+    """A JSON file of golden numbers."""
+    return json.loads((GOLDEN / name).read_text())
+
+
+def fill_model(model, dtype=torch.float32):
+    """Give every parameter and buffer its value by the fill rule."""
+    state = model.state_dict()
+    for key, value in state.items():
+        new = fill.fill_value(key, tuple(value.shape))
+        if new is not fill.KEEP:
+            value.copy_(torch.from_numpy(np.asarray(new)))
+    return model.to(dtype).train()
+
+
+def moco_images(case, step, view, batch, size):
+    return torch.from_numpy(fill.images(case, step, view, batch, size))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 64 training and 16 validation pictures of 4 classes, of several sizes, modes and formats."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.Generator(np.random.PCG64(0))
+    modes = [("RGB", ".jpg"), ("L", ".png"), ("RGBA", ".png"), ("RGB", ".webp")]
+    for split, count in (("train", 16), ("val", 4)):
+        for label in range(4):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = int(rng.integers(36, 60)), int(rng.integers(36, 60))
+                coarse = rng.integers(0, 256, (4, 4, 3)) // 4 + 48 * np.eye(4, 3)[label].astype(int) * 3
+                image = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((width, height))
+                mode, extension = modes[i % 4]
+                image.convert(mode).save(folder / f"{i:02d}{extension}")
+    return root
+
+
+@pytest.fixture
+def run_program():
+    """Run a program of the repository in a process of its own: (arguments, folder) → completed process."""
+
+    def run(*args, cwd, timeout=120, env=None, script=None, check=True):
+        command = [sys.executable, *([str(ROOT / script)] if script else ["-m", "mocov3"]), *map(str, args)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        done = subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+        )
+        if check:
+            assert done.returncode == 0, done.stderr + done.stdout
+        return done
+
+    return run
+
+
+TINY = [
+    "-a", "resnet10_w32", "--image-size", "32", "-b", "16", "--epochs", "2", "--warmup-epochs", "1",
+    "--moco-mlp-dim", "32", "--moco-dim", "16", "-j", "0", "-p", "1", "--seed", "3", "--device", "cpu",
+]  # fmt: skip
+"""Flags of a pre-training run that takes a second."""
