@@ -9,22 +9,20 @@ import secrets
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mocov3 import checkpoint, losses, models, resume, schedules
+from mocov3 import checkpoint, losses, resume, schedules
+from mocov3.assemble import build_model
 from mocov3.checkpoint import Position
 from mocov3.config import PRESETS, PretrainConfig, write_yaml
-from mocov3.convert import find_backbone, load_into
 from mocov3.data import Batch, CentreView, Loader, TwoViews, open_source
 from mocov3.data.loader import Unreadable, plan, usable_cores
-from mocov3.distributed import World, synchronise_batch_norm
+from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.features import extract
 from mocov3.log import RunLog, warn
-from mocov3.models import MoCo
 from mocov3.neighbours import knn_accuracy
 from mocov3.optim import build_optimizer
 from mocov3.pretrain import Job, check_divides, open_validation
@@ -273,36 +271,6 @@ class Run:
         self.log.close()
         if isinstance(error, Unreadable):
             raise UserError(f"data {self.config.data}: {error}") from None
-
-
-def build_model(config: PretrainConfig, world: World) -> MoCo:
-    """The model of a configuration on this rank's device, in training mode."""
-    c = config
-    model = models.build(
-        c.arch,
-        image_size=c.image_size,
-        patch_size=c.patch_size,
-        dim=c.moco_dim,
-        mlp_dim=c.moco_mlp_dim,
-        temperature=c.moco_t,
-        stop_grad_conv1=c.stop_grad_conv1,
-        small_stem=c.small_stem,
-    )
-    if c.init:
-        where = f"--init {c.init}"
-        weights = find_backbone(checkpoint.read(c.init), where)
-        for encoder in (model.base_encoder, model.momentum_encoder):
-            load_into(encoder, weights, where)
-    if c.grad_checkpoint:
-        backbone: Any = getattr(model.base_encoder, "backbone", model.base_encoder)
-        if not hasattr(backbone, "set_grad_checkpointing"):
-            raise UserError(f"--grad-checkpoint: {c.arch} cannot recompute its blocks")
-        backbone.set_grad_checkpointing(True)
-    if world.size > 1:
-        synchronise_batch_norm(model)
-    # channels-last is the layout convolutions are fastest in; names and values are the same
-    model.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.train()
 
 
 def _draw_seed() -> int:

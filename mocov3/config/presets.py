@@ -36,15 +36,17 @@ class ViewPreset:
 
 PRESETS: dict[str, ViewPreset] = {
     "photos": ViewPreset(),
-    "gray": ViewPreset(
-        pad=0.1,
+    "gray": ViewPreset(  # small grey pictures of centred objects; settings chosen in docs/demo.md
+        pad=2 / 28,
+        brightness=0.4,
+        contrast=0.4,
         saturation=0.0,
         hue=0.0,
         gray_probability=0.0,
         blur_probability=(0.0, 0.0),
         solarize_probability=(0.0, 0.0),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
+        mean=(0.286, 0.286, 0.286),
+        std=(0.353, 0.353, 0.353),
         evaluation_zoom=1.0,
     ),
 }

@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970
 """Pictures of more pixels are refused, as by Pillow: a small file may claim any size."""
@@ -31,5 +31,7 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
             return image.convert("RGB")
     except DecodeError:
         raise
+    except UnidentifiedImageError:
+        raise DecodeError("is not a picture") from None
     except Exception as error:  # Pillow's plugins raise whatever a malformed file makes them stumble over
         raise DecodeError(f"{type(error).__name__}: {error}") from None

@@ -14,7 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +27,7 @@ _LARGE_SLOT = 256 << 20  # bytes above which one batch less is prepared ahead
 _ATTEMPTS = 20
 
 
+@runtime_checkable
 class Transform(Protocol):
     """Bytes of a picture → ``count`` views, written to ``out``."""
 

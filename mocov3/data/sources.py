@@ -9,7 +9,7 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ _EMBEDDED = Path(__file__).parent / "fashion_mnist"
 _PRETRAINING = 8000  # pictures 0–7,999 are for training, the rest is the test split
 
 
+@runtime_checkable
 class Source(Protocol):
     """Pictures by index. Sent to loader processes, so it must pickle to something small."""
 

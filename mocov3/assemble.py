@@ -1,0 +1,42 @@
+"""The model that a configuration describes, on this rank's device."""
+
+from typing import Any
+
+import torch
+
+from mocov3 import checkpoint, models
+from mocov3.config import PretrainConfig
+from mocov3.convert import find_backbone, load_into
+from mocov3.distributed import World, synchronise_batch_norm
+from mocov3.errors import UserError
+from mocov3.models import MoCo
+
+
+def build_model(config: PretrainConfig, world: World) -> MoCo:
+    """The model of a configuration on this rank's device, in training mode."""
+    c = config
+    model = models.build(
+        c.arch,
+        image_size=c.image_size,
+        patch_size=c.patch_size,
+        dim=c.moco_dim,
+        mlp_dim=c.moco_mlp_dim,
+        temperature=c.moco_t,
+        stop_grad_conv1=c.stop_grad_conv1,
+        small_stem=c.small_stem,
+    )
+    if c.init:
+        where = f"--init {c.init}"
+        weights = find_backbone(checkpoint.read(c.init), where)
+        for encoder in (model.base_encoder, model.momentum_encoder):
+            load_into(encoder, weights, where)
+    if c.grad_checkpoint:
+        backbone: Any = getattr(model.base_encoder, "backbone", model.base_encoder)
+        if not hasattr(backbone, "set_grad_checkpointing"):
+            raise UserError(f"--grad-checkpoint: {c.arch} cannot recompute its blocks")
+        backbone.set_grad_checkpointing(True)
+    if world.size > 1:
+        synchronise_batch_norm(model)
+    # channels-last is the layout convolutions are fastest in; names and values are the same
+    model.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.train()

@@ -1,0 +1,135 @@
+"""Batch norm over the batch of all ranks, on any device (torch's own SyncBatchNorm is for CUDA only)."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mocov3.distributed.world import world_size
+
+
+class _SynchronisedNorm(torch.autograd.Function):
+    """Batch norm over the batch of all ranks (Ioffe & Szegedy 2015), forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+        axes = [0, *range(2, x.ndim)]
+        count = torch.full((1,), x.numel() // x.shape[1], dtype=x.dtype, device=x.device)
+        mean = x.mean(axes)
+        squares = (x - _channels(mean, x)).square().sum(axes)
+        # Chan et al. 1983: means and sums of squares of parts combine exactly, without E[x²] − E[x]²
+        parts = _all_gather(torch.cat([mean, squares, count]))
+        means, sums, counts = parts[:, : len(mean)], parts[:, len(mean) : -1], parts[:, -1:]
+        total = counts.sum()
+        mean = (means * counts).sum(0) / total
+        variance = (sums + counts * (means - mean).square()).sum(0) / total
+        scale = torch.rsqrt(variance + eps)
+        normalised = (x - _channels(mean, x)) * _channels(scale, x)
+        ctx.save_for_backward(normalised, weight, scale, total)
+        ctx.axes = axes
+        out = normalised
+        if weight is not None:
+            out = out * _channels(weight, x) + _channels(bias, x)
+        ctx.mark_non_differentiable(mean, variance, total)
+        return out, mean, variance, total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        normalised, weight, scale, total = ctx.saved_tensors
+        grad_bias = grad.sum(ctx.axes)
+        grad_weight = (grad * normalised).sum(ctx.axes)
+        sums = torch.stack([grad_bias, grad_weight])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        mean_grad, mean_product = (_channels(part / total, grad) for part in sums)
+        grad_x = (grad - mean_grad - normalised * mean_product) * _channels(scale, grad)
+        if weight is None:
+            return grad_x, None, None, None
+        return grad_x * _channels(weight, grad), grad_weight, grad_bias, None
+
+
+def _channels(x: Tensor | None, like: Tensor) -> Tensor:
+    assert x is not None
+    return x.view(1, -1, *[1] * (like.ndim - 2))
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    if not dist.is_initialized():
+        return x[None]
+    everyone = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(everyone, x)
+    return torch.stack(everyone)
+
+
+class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm whose training statistics are those of all ranks' batches together, on any device.
+
+    Keys and shapes are those of torch's batch norm. In a world of one it is torch's batch norm. ``drop`` and ``act``
+    follow it where it stands for one of timm's norms with activation.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.ndim}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise by the statistics of all ranks (training) or by the running ones (evaluation)."""
+        return self.act(self.drop(self._normalise(input)))
+
+    def _normalise(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        if input.device.type == "cuda" and dist.get_backend() == "nccl":
+            return self._cuda(input)
+        wide = input if input.dtype in (torch.float32, torch.float64) else input.float()
+        out, mean, variance, total = _SynchronisedNorm.apply(wide, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            assert self.num_batches_tracked is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            self.num_batches_tracked.add_(1)
+            rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+            unbiased = variance * (total / (total - 1))
+            self.running_mean.mul_(1 - rate).add_(mean.to(self.running_mean.dtype), alpha=rate)
+            self.running_var.mul_(1 - rate).add_(unbiased.to(self.running_var.dtype), alpha=rate)
+        return out.to(input.dtype)
+
+    def _cuda(self, input: Tensor) -> Tensor:
+        # torch's fused kernels, where they exist
+        from torch.nn.modules._functions import SyncBatchNorm
+
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        return SyncBatchNorm.apply(
+            input, self.weight, self.bias, self.running_mean, self.running_var, self.eps, rate,
+            dist.group.WORLD, world_size(),
+        )  # fmt: skip
+
+
+def synchronise_batch_norm(model: nn.Module) -> nn.Module:
+    """Make every batch norm of ``model`` use the batch of all ranks. Names and values stay; works on every device."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SynchronisedBatchNorm):
+            setattr(model, name, _synchronised(child))
+        else:
+            synchronise_batch_norm(child)
+    return model
+
+
+def _synchronised(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
+    new = SynchronisedBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    new.weight, new.bias = norm.weight, norm.bias
+    new.running_mean, new.running_var = norm.running_mean, norm.running_var
+    new.num_batches_tracked = norm.num_batches_tracked
+    new.train(norm.training)
+    for name in ("drop", "act"):  # timm folds them into its norm
+        if hasattr(norm, name):
+            setattr(new, name, getattr(norm, name))
+    return new

@@ -1,0 +1,185 @@
+"""Starting ranks: one process, spawned ones, torchrun, several nodes."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mocov3.distributed.world import World, start
+from mocov3.errors import UserError
+
+Task = Callable[["World", Any], int]
+"""What ``launch`` runs on every rank: (world, payload) → exit code."""
+
+
+def launch(
+    task: Task,
+    payload: Any,
+    *,
+    device: str = "auto",
+    gpu: int | None = None,
+    spawn: bool = False,
+    processes: int = 0,
+    nodes: int = -1,
+    node_rank: int = -1,
+    address: str = "",
+    backend: str = "nccl",
+) -> int:
+    """Run ``task(world, payload)`` on every rank that belongs to this node, and return its exit code.
+
+    Ranks come from torchrun's environment; or from ``spawn``/``processes`` (one a GPU, or so many, on each of
+    ``nodes``); or from ``nodes`` and ``node_rank`` alone (every process started by hand); else there is one.
+
+    Raises:
+        UserError: if the device does not exist or ranks do not meet.
+    """
+    if not (spawn or processes > 1) and (given := from_torchrun()) is not None:
+        rank, size, local = given
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return _run(
+            task, payload, rank, size, here, pick_device(device, local if gpu is None else gpu), backend, "env://"
+        )
+    if address == "env://":
+        nodes = int(os.environ.get("WORLD_SIZE", nodes)) if nodes < 1 else nodes
+        node_rank = int(os.environ.get("RANK", node_rank)) if node_rank < 0 else node_rank
+    nodes, node_rank = max(nodes, 1), max(node_rank, 0)
+    if node_rank >= nodes:
+        raise UserError(f"--rank {node_rank} is not below --world-size {nodes}")
+    if not (spawn or processes > 1):
+        if nodes > 1 and not address:
+            raise UserError(f"--world-size {nodes} needs --dist-url tcp://HOST:PORT, the same on all")
+        return _run(task, payload, node_rank, nodes, 1, pick_device(device, gpu), backend, address)
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    processes = processes or max(gpus, 1)
+    if gpus and processes > gpus:
+        raise UserError(f"--nprocs-per-node {processes}: this node has {gpus} GPUs; or give --device cpu")
+    if not address:
+        if nodes > 1:
+            raise UserError(f"--world-size {nodes} needs --dist-url tcp://HOST:PORT, the same on all nodes")
+        address = free_loopback_address()
+    ranks = [(node_rank * processes + local, nodes * processes, local) for local in range(processes)]
+    return _spawn(task, payload, ranks, device, backend, address)
+
+
+def _run(
+    task: Task, payload: Any, rank: int, size: int, here: int, device: torch.device, backend: str, address: str
+) -> int:
+    if here > 1 and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max((os.cpu_count() or 1) // here, 1))  # ranks would fight over the cores
+    world = start(rank, size, device, backend=backend, address=address, local_size=here)
+    try:
+        return task(world, payload)
+    finally:
+        world.finish()
+
+
+def _spawn(task: Task, payload: Any, ranks: list[tuple[int, int, int]], device: str, backend: str, address: str) -> int:
+    context = multiprocessing.get_context("spawn")
+    messages = context.SimpleQueue()
+    children = [
+        context.Process(target=_child, args=(messages, task, payload, *rank, len(ranks), device, backend, address))
+        for rank in ranks
+    ]
+    handlers = {}
+    try:
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # the ranks decide; they get what this process gets
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                handlers[number] = signal.signal(number, lambda n, _: _pass_on(children, n))
+        for child in children:
+            child.start()
+        _wait(children)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for child in children:
+            if child.is_alive():
+                child.kill()
+    if not messages.empty():
+        raise UserError(messages.get())
+    codes = [child.exitcode or 0 for child in children]
+    failed = [(rank[0], code) for rank, code in zip(ranks, codes, strict=True) if code]
+    for rank, code in failed:
+        if code < 0:
+            print(f"mocov3: rank {rank} was killed by signal {-code}", file=sys.stderr)
+    return max((code if code > 0 else 1 for _, code in failed), default=0)
+
+
+def _wait(children: list[Any], grace: float = 20.0) -> None:
+    """Wait for all; once one failed, the others get ``grace`` seconds (they may hang in a collective call)."""
+    deadline = None
+    while any(child.is_alive() for child in children):
+        multiprocessing.connection.wait([c.sentinel for c in children if c.is_alive()], timeout=1.0)
+        if deadline is None and any(c.exitcode for c in children):
+            deadline = time.monotonic() + grace
+        if deadline is not None and time.monotonic() > deadline:
+            return
+
+
+def _pass_on(children: list[Any], number: int) -> None:
+    for child in children:
+        if child.pid and child.is_alive():
+            os.kill(child.pid, number)
+
+
+def _child(
+    messages: Any,
+    task: Task,
+    payload: Any,
+    rank: int,
+    size: int,
+    local: int,
+    here: int,
+    device: str,
+    backend: str,
+    address: str,
+) -> None:
+    try:
+        code = _run(task, payload, rank, size, here, pick_device(device, local), backend, address)
+    except UserError as error:
+        messages.put(str(error))
+        code = 2
+    sys.exit(code)
+
+
+def pick_device(name: str, index: int | None) -> torch.device:
+    """The best device of ``auto``, or the named one.
+
+    Raises:
+        UserError: if the named device is not here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+        if index is not None and index >= torch.cuda.device_count():
+            raise UserError(f"GPU {index} does not exist; this machine has {torch.cuda.device_count()}, from 0")
+        device = torch.device("cuda", index or 0)
+        torch.cuda.set_device(device)
+        return device
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch finds no such device here; use --device cpu")
+    return torch.device(name)
+
+
+def free_loopback_address() -> str:
+    """``tcp://127.0.0.1:PORT`` of a port that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
+
+
+def from_torchrun() -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) as torchrun set them, or ``None`` where it did not start this process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if not all(name in os.environ for name in names):
+        return None
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])

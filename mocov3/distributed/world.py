@@ -1,0 +1,143 @@
+"""This process among the ranks, and what ranks tell each other."""
+
+import inspect
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mocov3.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+    local_size: int = 1
+    """Ranks on this machine, which share its cores."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that writes files and output."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """``module`` with gradients averaged over ranks in its backward pass."""
+        if self.size == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        ddp = nn.parallel.DistributedDataParallel
+        # buffers are equal on all ranks (synchronised batch norm), so none is sent; the option changed its name
+        new = "forward_sync_buffers" in inspect.signature(ddp).parameters
+        options = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return ddp(module, device_ids=ids, gradient_as_bucket_view=True, **options)
+
+    def any(self, flag: int) -> int:
+        """The largest ``flag`` of all ranks, over the host (no device is read)."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([flag])
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=_control_group())
+        return int(value)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of ``values`` over ranks."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's ``value`` on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=_control_group())
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=_control_group())
+        return box
+
+    def barrier(self) -> None:
+        """Wait for all ranks, over the host."""
+        if self.size > 1:
+            dist.barrier(group=_control_group())
+
+    def finish(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            global _control
+            _control = None
+            dist.destroy_process_group()
+
+
+_control: Any = None
+
+
+def _control_group() -> Any:
+    # messages between hosts go over gloo, whatever the devices use, so that they never wait for a device
+    global _control
+    if _control is None:
+        _control = dist.new_group(backend="gloo")
+    return _control
+
+
+def start(
+    rank: int,
+    size: int,
+    device: torch.device,
+    *,
+    backend: str,
+    address: str,
+    local_size: int = 1,
+    timeout_minutes: float = 30,
+) -> World:
+    """Join ``size`` ranks that meet at ``address`` (``tcp://HOST:PORT`` or ``env://``).
+
+    nccl is replaced by gloo where the device is not CUDA.
+
+    Raises:
+        UserError: if the ranks do not meet.
+    """
+    if size > 1:
+        backend = backend if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(
+                backend,
+                init_method=address,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(minutes=timeout_minutes),
+            )
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).split("\n")[0][:200]
+            raise UserError(f"rank {rank} of {size} could not meet the others at {address}: {reason}") from None
+        _control_group()
+    return World(rank, size, device, local_size)
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@torch.no_grad()
+def gather_keys(k: Float[Tensor, "batch dim"]) -> tuple[Float[Tensor, "keys dim"], int]:
+    """The keys of all ranks in rank order, and where this rank's begin. Carries no gradient."""
+    if world_size() == 1:
+        return k, 0
+    everyone = [torch.empty_like(k) for _ in range(world_size())]
+    dist.all_gather(everyone, k.contiguous())
+    return torch.cat(everyone), dist.get_rank() * len(k)

@@ -1,0 +1,75 @@
+"""What tests run on every rank of a real process group. Imports little, since every rank is a process."""
+
+import torch
+
+from mocov3.distributed import SynchronisedBatchNorm, synchronise_batch_norm
+
+
+def batch_norm(world, _):
+    """Synchronised batch norm against torch's over the whole batch, forward, backward and statistics."""
+    torch.manual_seed(5)
+    for shape in ((8, 6), (8, 6, 3, 4)):
+        for affine in (True, False):
+            kind = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
+            whole = kind(shape[1], affine=affine).double()
+            if affine:
+                torch.nn.init.normal_(whole.weight)
+                torch.nn.init.normal_(whole.bias)
+            ours = torch.nn.Sequential(kind(shape[1], affine=affine).double())
+            ours[0].load_state_dict(whole.state_dict())
+            keys = list(ours.state_dict())
+            ours = synchronise_batch_norm(ours)
+            assert isinstance(ours[0], SynchronisedBatchNorm)
+            assert list(ours.state_dict()) == keys
+            x = torch.randn(shape, dtype=torch.float64) + 3
+            weights = torch.randn(shape, dtype=torch.float64)
+            part = slice(world.rank * 4, world.rank * 4 + 4)
+            a, b = x.clone().requires_grad_(), x[part].clone().requires_grad_()
+            for _ in range(2):
+                out, mine = whole(a), ours(b)
+            assert torch.allclose(mine, out[part], rtol=1e-12, atol=1e-12)
+            (out * weights).sum().backward()
+            (mine * weights[part]).sum().backward()
+            assert torch.allclose(b.grad, a.grad[part], rtol=1e-10, atol=1e-12)
+            for p, q in zip(ours[0].parameters(), whole.parameters(), strict=True):
+                assert torch.allclose(world.sum(p.grad), q.grad, rtol=1e-10, atol=1e-12)
+            for p, q in zip(ours[0].buffers(), whole.buffers(), strict=True):
+                assert torch.allclose(p, q, rtol=1e-12, atol=1e-12)
+            ours.eval()
+            whole.eval()
+            assert torch.allclose(ours(x), whole(x), rtol=1e-12)
+    return 0
+
+
+def five_steps(world, payload):
+    """Five steps of a model on this rank's part of fixed batches; rank 0 saves losses, weights and buffers."""
+    from mocov3 import models
+    from mocov3.optim import build_optimizer
+    from mocov3.step import Precision, Step
+
+    arch, dims, optimizer, dtype, lr, path = payload
+    torch.manual_seed(3)
+    model = models.build(arch, dim=16, mlp_dim=32, temperature=0.2, **dims).to(dtype)
+    if world.size > 1:
+        synchronise_batch_norm(model)
+    made = build_optimizer(model.parameters(), optimizer, weight_decay=0.1, momentum=0.9)
+    step = Step(model.train(), made, world=world, precision=Precision("fp32", world.device))
+    losses, first = [], None
+    for i in range(5):
+        generator = torch.Generator().manual_seed(i)
+        part = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
+        views = [torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)[part] for _ in "12"]
+        outcome = step(*views, lr=lr, m=0.9)
+        assert outcome.ok
+        losses.append(float(world.sum(outcome.loss) / world.size))
+        if first is None:
+            first = {k: v.clone() for k, v in model.state_dict().items()}
+    if world.main:
+        torch.save({"losses": losses, "first": first, "last": model.state_dict()}, path)
+    world.barrier()
+    return 0
+
+
+def each(world, payloads):
+    """``five_steps`` for every payload, in one pair of processes."""
+    return max(five_steps(world, payload) for payload in payloads)
