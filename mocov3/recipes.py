@@ -3,7 +3,7 @@
 A recipe holds only what differs from the defaults; any flag overrides it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -14,7 +14,6 @@ class Recipe:
     settings: dict[str, Any]
     about: str
     reference_result: str = ""
-    program: str = field(default="pretrain")
 
 
 _VIT: dict[str, Any] = {
@@ -90,11 +89,11 @@ RECIPES: dict[str, Recipe] = {
             "crop_min": 0.3,
             "optimizer": "adamw",
             "batch_size": 128,
-            "lr": 6e-3,
+            "lr": 8e-3,
             "weight_decay": 0.05,
-            "epochs": 40,
-            "warmup_epochs": 4,
-            "moco_t": 0.1,
+            "epochs": 52,
+            "warmup_epochs": 5,
+            "moco_t": 0.2,
             "moco_m_cos": True,
             "moco_dim": 128,
             "moco_mlp_dim": 512,

@@ -147,7 +147,7 @@ def normalise(
     pixels: np.ndarray, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Tensor, "batch 3 height width"]:
     """uint8 pixels (batch, height, width, 3) → normalised channels-last floats on the device, in one place."""
-    x = torch.from_numpy(pixels).to(device, non_blocking=True).permute(0, 3, 1, 2).float()
+    x = torch.from_numpy(pixels).to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2).float()
     shape = (1, 3, 1, 1)
     offset = torch.tensor(mean, device=device).view(shape) * 255
     scale = 1 / (torch.tensor(std, device=device).view(shape) * 255)

@@ -258,10 +258,12 @@ def test_a_killed_loader_process_is_named(pictures):
     works = epoch_plan(len(source), epochs=50)
     with Loader(source, TwoViews(64), batch_size=16, seed=1, workers=2) as loader:
         pids = [p.pid for p in loader._processes]
+        coming = loader.run(works)
+        for _ in range(3):
+            next(coming)
+        os.kill(pids[0], signal.SIGKILL)
         with pytest.raises(RuntimeError, match="signal 9"):
-            for i, _ in enumerate(loader.run(works)):
-                if i == 2:
-                    os.kill(pids[0], signal.SIGKILL)
+            list(coming)
     for pid in pids:  # none is left behind
         for _ in range(50):
             try:

@@ -37,7 +37,7 @@ class ViewPreset:
 PRESETS: dict[str, ViewPreset] = {
     "photos": ViewPreset(),
     "gray": ViewPreset(  # small grey pictures of centred objects; settings chosen in docs/demo.md
-        pad=2 / 28,
+        pad=1 / 28,
         brightness=0.4,
         contrast=0.4,
         saturation=0.0,

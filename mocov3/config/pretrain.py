@@ -41,7 +41,7 @@ class PretrainConfig:
     )
     epochs: int = flag(100, "epochs of the whole schedule", "--epochs", kind=int, group=METHOD)
     start_epoch: int = flag(
-        0, "epoch to start at (for restarts without checkpoint entry)", kind=int, result=False, group=RUN
+        0, "epoch to begin at without a checkpoint; --resume sets it from the file", kind=int, result=False, group=RUN
     )
     batch_size: int = flag(4096, "pictures a step, over all ranks", "-b", "--batch-size", kind=int, group=METHOD)
     lr: float = flag(0.6, "learning rate for 256 pictures", "--lr", "--learning-rate", kind=float, group=METHOD)

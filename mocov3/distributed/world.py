@@ -36,7 +36,7 @@ class World:
         ddp = nn.parallel.DistributedDataParallel
         # buffers are equal on all ranks (synchronised batch norm), so none is sent; the option changed its name
         new = "forward_sync_buffers" in inspect.signature(ddp).parameters
-        options = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        options: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
         return ddp(module, device_ids=ids, gradient_as_bucket_view=True, **options)
 
     def any(self, flag: int) -> int:
