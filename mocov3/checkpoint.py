@@ -155,6 +155,8 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
 
 def prune(folder: Path, *, epoch_complete: int | None = None) -> None:
     """Remove mid-epoch checkpoints beyond the newest two, and those of epochs up to ``epoch_complete``."""
+    for partial in folder.glob(".checkpoint_*.partial"):  # left by a kill in the middle of writing
+        partial.unlink(missing_ok=True)
     middle = [(path, int(m[1])) for path in listed(folder) if (m := _NAME.fullmatch(path.name)) and m[2]]
     for i, (path, epoch) in enumerate(middle):
         if i >= _MID_EPOCH_KEPT or (epoch_complete is not None and epoch <= epoch_complete):

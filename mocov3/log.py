@@ -57,9 +57,12 @@ class RunLog:
         self._epoch = -1
         self._knn: float | None = None
         self._bar: Any = None
+        self.last: MetricsLine | None = None
+        """The last line of a former run, without k-NN: what a resume goes on from."""
         if not active:
             return
-        self._metrics: TextIO = _reopened(folder / METRICS, first_step)
+        self._metrics: TextIO
+        self._metrics, self.last = _reopened(folder / METRICS, first_step)
         self._corrupt: TextIO = (folder / CORRUPT).open("a", encoding="utf-8")
         self._board = _tensorboard(folder / "tensorboard", first_step)
         if style == "bar" and sys.stdout.isatty():
@@ -163,14 +166,23 @@ class RunLog:
         )
 
 
-def _reopened(path: Path, first_step: int) -> TextIO:
+def _reopened(path: Path, first_step: int) -> tuple[TextIO, MetricsLine | None]:
     # a resumed run goes on from its checkpoint: what was logged after it never happened
+    last = None
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < first_step]
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(partial, path)
-    return path.open("a", encoding="utf-8")
+        last = _parsed(kept[-1]) if kept else None
+    return path.open("a", encoding="utf-8"), last
+
+
+def _parsed(line: str) -> MetricsLine | None:
+    try:
+        return MetricsLine(**{**json.loads(line), "knn": None})
+    except TypeError:  # of another version
+        return None
 
 
 def _step(line: str) -> float:

@@ -91,7 +91,7 @@ RECIPES: dict[str, Recipe] = {
             "batch_size": 128,
             "lr": 8e-3,
             "weight_decay": 0.05,
-            "epochs": 52,
+            "epochs": 50,
             "warmup_epochs": 5,
             "moco_t": 0.2,
             "moco_m_cos": True,

@@ -43,7 +43,7 @@ class Recorder:
         self._step_time, self._line_time = Stopwatch(), Stopwatch()
         self._fetched = self._waited = 0.0
         self._pictures = 0
-        self._last: MetricsLine | None = None
+        self._last = log.last
 
     def restart_clock(self) -> None:
         """Time from here: what went before was not training."""
