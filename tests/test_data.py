@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mocov3.config import PRESETS
+from mocov3.config import PRESETS, ViewPreset
 from mocov3.data import CentreView, FashionMnist, Loader, TwoViews, Work, open_source
 from mocov3.data import sources as sources_module
 from mocov3.data.decode import DecodeError, decode
@@ -125,11 +125,13 @@ def test_centre_view_is_torchvisions():
         assert np.array_equal(ours, np.asarray(theirs)), size
 
 
-def test_padding_shows_in_the_gray_preset():
+@pytest.mark.parametrize(("pad", "seen"), [(0.0, 0), (0.1, 60)])
+def test_padding_shows_at_the_border(pad, seen):
     white = np.full((28, 28), 255, np.uint8)
-    views = TwoViews(28, 0.9, "gray")
+    preset = ViewPreset(pad=pad, jitter_probability=0.0, blur_probability=(0.0, 0.0), solarize_probability=(0.0, 0.0))
+    views = TwoViews(28, 0.9, preset)
     borders = sum(int((view == 0).any()) for i in range(50) for view in views(white, seed=1, epoch=0, index=i))
-    assert borders > 50
+    assert borders == 0 if seen == 0 else borders >= seen
 
 
 def test_folder_index(pictures):
