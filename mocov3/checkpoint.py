@@ -1,13 +1,10 @@
-"""The only owner of files of tensors: written atomically, read without ever running code.
+"""Checkpoints: what is in them, what they are called, which are kept, and how a run is restored from one.
 
 Layout of a pre-training checkpoint: the reference's ``epoch, arch, state_dict, optimizer, scaler`` and one entry
 more, ``mocov3``. Keys of ``state_dict`` begin with ``module.``, in the reference's order.
 """
 
-import os
-import pickle
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mocov3.errors import UserError
+from mocov3.tensorfiles import read, write
+
+__all__ = ["Position", "check_state", "newest", "pack", "prune", "read", "restore", "write"]
 
 FORMAT_VERSION = 1
 PREFIX = "module."
@@ -37,58 +37,6 @@ class Position:
     epoch: int
     iteration: int
     step: int
-
-
-def write(path: Path, contents: dict[str, Any]) -> None:
-    """Write ``contents`` so that ``path`` is either as before or complete, even if the machine stops.
-
-    Raises:
-        OSError: if the folder cannot be written or is full; ``path`` is then as it was.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except RuntimeError as error:  # torch's writer reports a full disk so
-        raise OSError(str(error)) from None
-    finally:
-        partial.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """The contents of a file of tensors, on the CPU.
-
-    Raises:
-        UserError: if it is missing, truncated, or holds anything but tensors, numbers, strings, lists and dicts.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) and "Unsupported" in str(error):
-            raise UserError(
-                f"{path}: holds pickled objects, which could run code, and is refused; save tensors, numbers, "
-                "strings, lists and dicts only"
-            ) from None
-        raise UserError(f"{path}: is not a checkpoint (damaged, or of another program)") from None
-    except PermissionError:
-        raise UserError(f"{path}: cannot be read (permission denied)") from None
-    except Exception as error:  # a damaged file can make torch stumble anywhere
-        raise UserError(f"{path}: is damaged or truncated ({type(error).__name__}); use another checkpoint") from None
-    if not isinstance(contents, dict):
-        raise UserError(f"{path}: holds a {type(contents).__name__}, not a checkpoint")
-    return contents
 
 
 def pack(
@@ -153,14 +101,26 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
     return None
 
 
-def prune(folder: Path, *, epoch_complete: int | None = None) -> None:
-    """Remove mid-epoch checkpoints beyond the newest two, and those of epochs up to ``epoch_complete``."""
+def prune(folder: Path, *, epoch_complete: int | None = None, keep_last: int = 0, keep_every: int = 0) -> None:
+    """Remove what a newer checkpoint has made useless.
+
+    Mid-epoch checkpoints beyond the newest two, and those of epochs up to ``epoch_complete``; with ``keep_last`` also
+    checkpoints of epochs beyond the newest so many, except after every ``keep_every``-th epoch.
+    """
     for partial in folder.glob(".checkpoint_*.partial"):  # left by a kill in the middle of writing
         partial.unlink(missing_ok=True)
-    middle = [(path, int(m[1])) for path in listed(folder) if (m := _NAME.fullmatch(path.name)) and m[2]]
-    for i, (path, epoch) in enumerate(middle):
+    ends: list[tuple[Path, int]] = []
+    middles: list[tuple[Path, int]] = []
+    for path in listed(folder):
+        if match := _NAME.fullmatch(path.name):
+            (middles if match[2] else ends).append((path, int(match[1])))
+    for i, (path, epoch) in enumerate(middles):
         if i >= _MID_EPOCH_KEPT or (epoch_complete is not None and epoch <= epoch_complete):
             path.unlink(missing_ok=True)
+    if keep_last:
+        for path, epoch in ends[keep_last:]:
+            if not keep_every or (epoch + 1) % keep_every:
+                path.unlink(missing_ok=True)
 
 
 def restore(

@@ -11,7 +11,7 @@ from typing import Any
 from mocov3 import recipes
 from mocov3.config import FinetuneConfig, LinclsConfig, PretrainConfig, parse
 from mocov3.config.fields import Parser
-from mocov3.errors import UserError, nearest, printable
+from mocov3.errors import RankLost, UserError, nearest, printable
 from mocov3.version import __version__
 
 _HELP = f"""mocov3 {__version__}: self-supervised pre-training of ResNet and ViT (MoCo v3, arXiv 2104.02057)
@@ -56,6 +56,9 @@ def guarded(run: Callable[[], int]) -> int:
     except UserError as error:
         print(f"mocov3: error: {error}", file=sys.stderr)
         return 2
+    except RankLost as error:
+        print(f"mocov3: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("mocov3: interrupted", file=sys.stderr)
         return 130

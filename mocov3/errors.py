@@ -10,6 +10,10 @@ class UserError(Exception):
         super().__init__(printable(" ".join(message.split())))
 
 
+class RankLost(Exception):
+    """Another rank is gone. The message is one line; the run can go on from its last checkpoint."""
+
+
 def printable(text: str) -> str:
     """``text`` with control and undecodable characters escaped, so that no name can forge output lines."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

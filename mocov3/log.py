@@ -1,12 +1,14 @@
 """The only owner of output: log lines or progress bar, ``metrics.jsonl``, TensorBoard events, warnings."""
 
+import contextlib
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from mocov3.data.loader import Corrupt
 from mocov3.errors import printable
@@ -14,6 +16,7 @@ from mocov3.metrics import Meter, MetricsLine, Progress
 
 METRICS = "metrics.jsonl"
 CORRUPT = "corrupt.jsonl"
+SKIPPED = "skipped.jsonl"
 
 
 def warn(text: str) -> None:
@@ -34,6 +37,7 @@ class RunLog:
         start: loss at the start and its floor, for the bar.
         floor: see ``start``.
         first_step: step at which this process begins; later lines of a former one are cut off.
+        corrupt: indices of the unreadable pictures met before it.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class RunLog:
         start: float,
         floor: float,
         first_step: int,
+        corrupt: Container[int] = (),
     ) -> None:
         self.folder, self.active, self.style = folder, active, style
         self.epochs, self.iterations = epochs, iterations
@@ -61,9 +66,13 @@ class RunLog:
         """The last line of a former run, without k-NN: what a resume goes on from."""
         if not active:
             return
-        self._metrics: TextIO
-        self._metrics, self.last = _reopened(folder / METRICS, first_step)
-        self._corrupt: TextIO = (folder / CORRUPT).open("a", encoding="utf-8")
+        # a resumed run goes on from its checkpoint: what was logged after it never happened
+        kept = _cut(folder / METRICS, lambda entry: entry["step"] < first_step)
+        _cut(folder / SKIPPED, lambda entry: entry["step"] < first_step)
+        _cut(folder / CORRUPT, lambda entry: entry["index"] in corrupt)
+        self.last = _parsed(kept[-1]) if kept else None
+        self._metrics, self._corrupt = LineFile(folder / METRICS), LineFile(folder / CORRUPT)
+        self._skipped = LineFile(folder / SKIPPED)
         self._board = _tensorboard(folder / "tensorboard", first_step)
         if style == "bar" and sys.stdout.isatty():
             self._bar, self._task = _progress_bar(epochs * iterations, first_step)
@@ -95,7 +104,7 @@ class RunLog:
         for step, loss, lr in history:
             self._loss.update(loss)
             self._lr.update(lr)
-            self._board.add_scalar("loss", loss, step)
+            self._scalar("loss", loss, step)
 
     def metrics(self, line: MetricsLine) -> None:
         """Write one line of metrics, and show it."""
@@ -106,7 +115,7 @@ class RunLog:
                      "grad_norm_first", "grad_norm_last", "knn"):  # fmt: skip
             value = getattr(line, name)
             if value is not None:
-                self._board.add_scalar(name, value, line.step)
+                self._scalar(name, value, line.step)
         self._show(line)
 
     def corrupt(self, pictures: Sequence[Corrupt], epoch: int) -> None:
@@ -116,11 +125,24 @@ class RunLog:
         for picture in pictures:
             entry = {"epoch": epoch, "name": picture.name, "index": picture.index, "reason": picture.reason,
                      "replaced_by": picture.replaced_by}  # fmt: skip
-            self._corrupt.write(json.dumps(entry) + "\n")
+            self._corrupt.write(json.dumps(entry))
         if pictures:
-            self._corrupt.flush()
             warn(f"{len(pictures)} unreadable pictures replaced (listed in {CORRUPT}), first: {pictures[0].name}: "
                  f"{pictures[0].reason}")  # fmt: skip
+
+    def skipped(self, *, step: int, epoch: int, iteration: int, loss: float, pictures: list[int]) -> None:
+        """List a step that changed nothing, with its pictures by index."""
+        if not self.active:
+            return
+        value = loss if math.isfinite(loss) else None
+        entry = {"step": step, "epoch": epoch, "iteration": iteration, "loss": value, "pictures": pictures}
+        self._skipped.write(json.dumps(entry))
+        warn(f"step {step} skipped: its loss ({loss:.4g}) or gradient was not finite, or a spike (listed in {SKIPPED})")
+
+    def sync(self) -> None:
+        """What was logged so far is on the disk afterwards, as far as the disk takes it."""
+        if self.active:
+            self._metrics.sync()
 
     def knn(self, line: MetricsLine, epoch: int) -> None:
         """Write the k-NN accuracy at the end of an epoch."""
@@ -128,7 +150,7 @@ class RunLog:
             return
         self._knn = line.knn
         self._write(line)
-        self._board.add_scalar("knn", line.knn, line.step)
+        self._scalar("knn", line.knn, line.step)
         self.say(f"Epoch {epoch}: k-NN {line.knn:.2f} %")
 
     def close(self) -> None:
@@ -137,13 +159,23 @@ class RunLog:
             return
         if self._bar is not None:
             self._bar.stop()
-        self._metrics.close()
-        self._corrupt.close()
-        self._board.close()
+        for file in (self._metrics, self._corrupt, self._skipped):
+            file.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
 
     def _write(self, line: MetricsLine) -> None:
-        self._metrics.write(json.dumps(line.as_dict()) + "\n")
-        self._metrics.flush()
+        self._metrics.write(json.dumps(line.as_dict()))
+
+    def _scalar(self, name: str, value: float | None, step: int) -> None:
+        if self._board is None:
+            return
+        try:
+            self._board.add_scalar(name, value, step)
+        except OSError as error:  # its own thread failed before
+            warn(f"TensorBoard events are given up ({error.strerror or error})")
+            self._board = None
 
     def _show(self, line: MetricsLine) -> None:
         if self.style == "quiet":
@@ -166,30 +198,66 @@ class RunLog:
         )
 
 
-def _reopened(path: Path, first_step: int) -> tuple[TextIO, MetricsLine | None]:
-    # a resumed run goes on from its checkpoint: what was logged after it never happened
-    last = None
-    if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < first_step]
+class LineFile:
+    """A file that lines are appended to; lines that a full or lost disk refuses are kept and tried again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting = b""
+        self._warned = False
+        self._file: Any = None
+
+    def write(self, line: str) -> None:
+        """Append a line (its end is added), handed to the system at once."""
+        self._waiting += line.encode() + b"\n"
+        try:
+            if self._file is None:
+                self._file = self.path.open("ab", buffering=0)
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                warn(f"{self.path.name} cannot be written ({error.strerror or error}); its lines are kept for later")
+
+    def sync(self) -> None:
+        """Ask the system to bring the lines to the disk."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+
+def _cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Rewrite a file of JSON lines with the entries to keep, and return them."""
+    if not path.exists():
+        return []
+    kept, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            if keep(entry):
+                kept.append(entry)
+        except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a kill, or of another program
+            continue
+    if len(kept) < len(lines):
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         os.replace(partial, path)
-        last = _parsed(kept[-1]) if kept else None
-    return path.open("a", encoding="utf-8"), last
+    return kept
 
 
-def _parsed(line: str) -> MetricsLine | None:
+def _parsed(entry: dict[str, Any]) -> MetricsLine | None:
     try:
-        return MetricsLine(**{**json.loads(line), "knn": None})
+        return MetricsLine(**{**entry, "knn": None})
     except TypeError:  # of another version
         return None
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
-        return float("inf")
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:

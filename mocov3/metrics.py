@@ -1,5 +1,6 @@
 """Numbers of a run: meters of the log line, the schema of ``metrics.jsonl``, effective statistics of features."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -81,5 +82,6 @@ class MetricsLine:
     version: int = SCHEMA_VERSION
 
     def as_dict(self) -> dict[str, Any]:
-        """Name → value, for JSON."""
-        return asdict(self)
+        """Name → value, for JSON: ``None`` also for numbers that are not finite, which JSON does not have."""
+        values = asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

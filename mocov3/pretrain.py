@@ -43,6 +43,7 @@ def main(config: PretrainConfig, *, script_door: bool) -> int:
         node_rank=config.rank,
         address="" if config.dist_url == _DEFAULT_ADDRESS else config.dist_url,
         backend=config.dist_backend,
+        timeout_minutes=config.dist_timeout,
     )
 
 

@@ -1,7 +1,9 @@
 """From steps to metrics: keeps losses on the device until a print step, then reads everything at once."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,35 @@ class Counters:
     """Unreadable pictures met so far: index → name."""
 
 
+class Recorded(NamedTuple):
+    """A step whose numbers are still on the device."""
+
+    step: int
+    epoch: int
+    iteration: int
+    loss: Tensor
+    ok: Tensor
+    lr: float
+
+
+@dataclass
+class Skips:
+    """Steps that changed nothing since their loss or gradient was not finite, or a spike."""
+
+    in_a_row: int = 0
+    """How many were skipped in a row, up to the last step that was read."""
+    longest: list[Recorded] = field(default_factory=list)
+    """The longest row so far."""
+    _row: list[Recorded] = field(default_factory=list)
+
+    def read(self, pending: Recorded, ok: bool) -> None:
+        """Count a step."""
+        self._row = [] if ok else [*self._row, pending]
+        self.in_a_row = len(self._row)
+        if self.in_a_row > len(self.longest):
+            self.longest = list(self._row)
+
+
 class Recorder:
     """Turns outcomes of steps into metrics lines.
 
@@ -33,12 +64,23 @@ class Recorder:
         counters: counted on from a former run.
         batch_size: pictures a step over all ranks.
         print_freq: iterations between lines.
+        pictures: indices of the pictures of all ranks in (epoch, iteration).
     """
 
-    def __init__(self, world: World, log: RunLog, counters: Counters, *, batch_size: int, print_freq: int) -> None:
-        self.world, self.log, self.counters = world, log, counters
+    def __init__(
+        self,
+        world: World,
+        log: RunLog,
+        counters: Counters,
+        *,
+        batch_size: int,
+        print_freq: int,
+        pictures: Callable[[int, int], list[int]],
+    ) -> None:
+        self.world, self.log, self.counters, self.pictures = world, log, counters, pictures
         self.batch_size, self.print_freq = batch_size, print_freq
-        self._pending: list[tuple[int, Tensor, float]] = []
+        self.skips = Skips()
+        self._pending: list[Recorded] = []
         self._met: list[Corrupt] = []
         self._step_time, self._line_time = Stopwatch(), Stopwatch()
         self._fetched = self._waited = 0.0
@@ -56,7 +98,8 @@ class Recorder:
 
     def step_done(self, batch: Batch, outcome: Outcome, *, step: int, lr: float, m: float, skipped: Tensor) -> None:
         """Record one step; at print steps read the device and write a line."""
-        self._pending.append((step, outcome.loss, lr))
+        work = batch.work
+        self._pending.append(Recorded(step, work.epoch, work.iteration, outcome.loss, outcome.ok, lr))
         self._met += batch.corrupt
         self._pictures += self.batch_size
         self.log.timed(batch.work.epoch, self._step_time.lap() + self._fetched, self._fetched)
@@ -65,15 +108,8 @@ class Recorder:
 
     def _write(self, batch: Batch, outcome: Outcome, step: int, lr: float, m: float, skipped: int) -> None:
         found = outcome.statistics
-        values = torch.stack(
-            [
-                *(loss.float() for _, loss, _ in self._pending),
-                found.retrieved.float() / found.queries,
-                found.feature_std.float(),
-            ]
-        )
-        # one reading of the device, and one sum over ranks, for all of them
-        *losses, retrieval, spread = (self.world.sum(values) / self.world.size).tolist()
+        extra = [found.retrieved.float() / found.queries, found.feature_std.float()]
+        losses, (retrieval, spread) = self._read(extra)
         first, last = outcome.grad_norms.tolist()
         self.count_corrupt(batch.work.epoch)
         seconds = max(self._line_time.lap(), 1e-9)
@@ -97,18 +133,27 @@ class Recorder:
             corrupt=len(self.counters.corrupt),
         )
         self._waited, self._pictures = 0.0, 0
-        history = [(s, loss, rate) for (s, _, rate), loss in zip(self._pending, losses, strict=True)]
-        self.log.losses(history)
         self.log.metrics(self._last)
-        self._pending.clear()
 
     def flush(self) -> None:
         """Send the losses since the last line on; every rank must call it at the same step."""
         if self._pending:
-            values = torch.stack([loss.float() for _, loss, _ in self._pending])
-            losses = (self.world.sum(values) / self.world.size).tolist()
-            self.log.losses([(s, loss, rate) for (s, _, rate), loss in zip(self._pending, losses, strict=True)])
-            self._pending.clear()
+            self._read([])
+
+    def _read(self, extra: list[Tensor]) -> tuple[list[float], list[float]]:
+        """Read the device, once: losses of the steps since the last reading, and means over ranks of ``extra``."""
+        pending, self._pending = self._pending, []
+        values = torch.stack([*(p.loss.float() for p in pending), *extra, *(p.ok.float() for p in pending)])
+        means = (self.world.sum(values) / self.world.size).tolist()  # ranks agree on ok
+        n = len(pending)
+        losses, oks = means[:n], means[n + len(extra) :]
+        self.log.losses([(p.step, loss, p.lr) for p, loss in zip(pending, losses, strict=True)])
+        for p, loss, ok in zip(pending, losses, oks, strict=True):
+            self.skips.read(p, bool(ok))
+            if not ok:
+                self.log.skipped(step=p.step, epoch=p.epoch, iteration=p.iteration, loss=loss,
+                                 pictures=self.pictures(p.epoch, p.iteration))  # fmt: skip
+        return losses, means[n : n + len(extra)]
 
     def count_corrupt(self, epoch: int) -> None:
         """Gather the unreadable pictures that ranks met, and list those met for the first time."""

@@ -1,5 +1,6 @@
 """Where a run goes on: finds the checkpoint, refuses one of another run, and restores everything counted."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.log import warn
 from mocov3.recorder import Counters
+from mocov3.saver import picture_changes
 
 Found = tuple[Path, dict[str, Any]]
 """A checkpoint's file and its contents."""
@@ -19,27 +21,57 @@ def find(config: PretrainConfig, world: World) -> Found | None:
     """The checkpoint named by ``--resume``; with ``auto`` the newest that can be read, or ``None``.
 
     Raises:
-        UserError: if the named one cannot be read, or ranks do not see the same.
+        UserError: if none can be read, or ranks do not see the same.
     """
-    if not config.resume:
+    name = config.resume
+    if restarted_by_torchrun() and _same_run_in(Path(config.output_dir), world):
+        name = "auto"
+    if not name:
         return None
-    if config.resume != "auto":
-        path = Path(config.resume)
+    if name != "auto":
+        path = Path(name)
         return path, checkpoint.read(path)
-    found = checkpoint.newest(Path(config.output_dir))
-    names = world.gather(found[0].name if found else None)
-    if len(set(names)) > 1:
-        raise UserError(
-            f"--resume auto: ranks see different checkpoints in {config.output_dir} "
-            f"({', '.join(map(str, names))}); they must share the folder"
-        )
-    if found is None:
-        return None
-    path, contents, passed = found
+    return _newest(Path(config.output_dir), world)
+
+
+def _newest(folder: Path, world: World) -> Found | None:
+    # the main rank chooses, so that all go on from the same
+    found, passed, error = None, [], ""
     if world.main:
-        for reason in passed:
-            warn(f"passed over: {reason}")
-    return path, contents
+        try:
+            if newest := checkpoint.newest(folder):
+                found, passed = newest[:2], newest[2]
+        except UserError as refusal:
+            error = str(refusal)
+    path, error = world.share((found[0] if found else None, error))
+    if error:
+        raise UserError(error)
+    for reason in passed:
+        warn(f"passed over: {reason}")
+    if path is None:
+        return None
+    if found is None and not path.is_file():
+        raise UserError(f"--resume auto: rank {world.rank} does not see {path}, which rank 0 goes on from; they must "
+                        "share the folder")  # fmt: skip
+    return found or (path, checkpoint.read(path))
+
+
+def restarted_by_torchrun() -> bool:
+    """Whether torchrun started this process again after a rank was lost: the same command line goes on then."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
+def _same_run_in(folder: Path, world: World) -> bool:
+    """Whether the newest checkpoint is of the run that config.yaml was written for, not of a former one."""
+    same = False
+    if world.main:
+        try:
+            first = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+            newest = checkpoint.newest(folder)
+            same = newest is not None and f"run {saved_run(newest[:2])};" in first
+        except (OSError, UserError):
+            same = False
+    return world.share(same)
 
 
 def check_same_run(found: Found, config: PretrainConfig, source: Source) -> None:
@@ -57,9 +89,10 @@ def check_same_run(found: Found, config: PretrainConfig, source: Source) -> None
             "give them as they were, or --allow-config-change"
         )
     if own.get("data_digest", source.digest) != source.digest and not config.allow_data_change:
+        change = picture_changes(source, path.parent)
         raise UserError(
-            f"--resume {path}: was trained on {own.get('pictures')} pictures; {config.data} holds {len(source)}, "
-            "or others by name; give the same, or --allow-data-change"
+            f"--resume {path}: was trained on {own.get('pictures')} pictures; {config.data} holds {len(source)}"
+            f"{f' ({change})' if change else ', or others by name'}; give the same, or --allow-data-change"
         )
 
 
@@ -70,6 +103,12 @@ def counters(found: Found | None, source: Source) -> Counters:
     own = found[1].get("mocov3") or {}
     corrupt = {int(i): source.name(int(i)) for i in own.get("corrupt", []) if 0 <= int(i) < len(source)}
     return Counters(int(own.get("resumed", 0)) + 1, int(own.get("skipped", 0)), corrupt)
+
+
+def saved_run(found: Found | None) -> str:
+    """The name of the checkpoint's run, '' if it says none."""
+    name = (found[1].get("mocov3") or {}).get("run") if found else None
+    return name if isinstance(name, str) else ""
 
 
 def saved_seed(found: Found | None) -> int | None:

@@ -18,6 +18,7 @@ from mocov3.assemble import build_model
 from mocov3.checkpoint import Position
 from mocov3.config import PRESETS, PretrainConfig, write_yaml
 from mocov3.data import Batch, CentreView, Loader, TwoViews, open_source
+from mocov3.data.draws import permutation
 from mocov3.data.loader import Unreadable, plan, usable_cores
 from mocov3.distributed import World
 from mocov3.errors import UserError
@@ -27,6 +28,7 @@ from mocov3.neighbours import knn_accuracy
 from mocov3.optim import build_optimizer
 from mocov3.pretrain import Job, check_divides, open_validation
 from mocov3.recorder import Recorder
+from mocov3.saver import PICTURES, Saver, new_run_name, write_pictures
 from mocov3.step import Outcome, Precision, Step, normalise, resolve_precision
 from mocov3.stop import Stop
 
@@ -69,14 +71,39 @@ class Run:
             self.model.parameters(), c.optimizer, weight_decay=c.weight_decay, momentum=c.momentum, fused=fused
         )
         precision = Precision(resolve_precision(c.precision, world.device, script_door=job.script_door), world.device)
-        self.step = Step(self.model, self.optimizer, world=world, precision=precision, compile=c.compile)
+        self.step = Step(
+            self.model,
+            self.optimizer,
+            world=world,
+            precision=precision,
+            compile=c.compile,
+            spike_factor=c.skip_spikes,
+        )
         self.position = self._start(found)
         self.counters = resume.counters(found, self.source)
         self.log = self._open_log(job.script_door)
-        self.recorder = Recorder(world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq)
+        complete = dataclasses.replace(c, seed=self.seed)
+        self.saver = Saver(world, complete, self._name_run(found), self.source, self.log)
+        self.recorder = Recorder(
+            world,
+            self.log,
+            self.counters,
+            batch_size=c.batch_size,
+            print_freq=c.print_freq,
+            pictures=self._pictures,
+        )
         self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
         self._loader: Loader | None = None
-        self._saved_at = -1
+
+    def _name_run(self, found: resume.Found | None) -> str:
+        """The run's name: the checkpoint's, or a new one; config.yaml and the list of pictures go with it."""
+        name = resume.saved_run(found) or new_run_name()
+        if self.world.main:
+            complete = dataclasses.replace(self.config, seed=self.seed, resume="", config="")
+            write_yaml(complete, self.folder / "config.yaml", f"run {name}; re-run by: mocov3 pretrain --config FILE")
+            if found is None or not (self.folder / PICTURES).exists():
+                write_pictures(self.source, self.folder)
+        return name
 
     def _start(self, found: resume.Found | None) -> Position:
         c = self.config
@@ -92,6 +119,9 @@ class Run:
             scaler=scaler,
             iterations=self.iterations,
         )
+        own = found[1].get("mocov3") or {}
+        if self.step.spikes is not None and "spikes" in own:
+            self.step.spikes.restore(own["spikes"])
         # another batch size (--allow-config-change) may have fewer iterations an epoch
         return position if position.iteration < self.iterations else Position(position.epoch + 1, 0, position.step)
 
@@ -107,13 +137,11 @@ class Run:
             start=start,
             floor=floor,
             first_step=self.position.step,
+            corrupt=self.counters.corrupt,
         )
         used = self.step.precision.name
-        if world.main:
-            complete = dataclasses.replace(c, seed=self.seed, resume="", config="")
-            write_yaml(complete, self.folder / "config.yaml", "re-run by: mocov3 pretrain --config FILE")
-            if c.precision not in ("auto", used):
-                warn(f"--precision {c.precision} is for CUDA; training in {used}")
+        if world.main and c.precision not in ("auto", used):
+            warn(f"--precision {c.precision} is for CUDA; training in {used}")
         if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
             log.say("no CUDA here: ranks talk over gloo instead of nccl")
         log.say(
@@ -209,53 +237,35 @@ class Run:
         met = min((p.epoch * self.iterations + p.iteration) * c.batch_size, len(self.source))
         bad = len(self.counters.corrupt)
         if bad >= 10 and bad > c.max_corrupt * met:
-            self._stop.refuse(f"{bad} of {met} pictures met cannot be read, more than --max-corrupt {c.max_corrupt}")
+            self._stop.refuse(
+                f"data {c.data}: {bad} of {met} pictures met cannot be read, more than --max-corrupt {c.max_corrupt}"
+            )
+        if self.recorder.skips.in_a_row >= self.step.most_skips_in_a_row and not self._stop.refusal:
+            self._stop.refuse(self.saver.diverged(self.recorder.skips.longest, self.step.diagnosis(), self._pictures))
         return self._stop.agreed(self.world, p.step)
 
     def save(self) -> None:
-        """Write the checkpoint of the present position, by the main rank."""
-        c, p = self.config, self.position
-        if self._saved_at == p.step:
-            return
-        self._saved_at = p.step
+        """Checkpoint the present position; every rank must call it at the same step."""
         self.recorder.flush()
-        self.recorder.count_corrupt(p.epoch)
-        if self.world.main:
-            contents = checkpoint.pack(
-                arch=c.arch,
-                model=self.model,
-                optimizer=self.optimizer,
-                scaler=self.step.precision.scaler.state_dict(),
-                position=p,
-                extra={
-                    "config": dataclasses.asdict(dataclasses.replace(c, seed=self.seed)),
-                    "seed": self.seed,
-                    "pictures": len(self.source),
-                    "data_digest": self.source.digest,
-                    "skipped": self.counters.skipped + int(self.step.skipped),
-                    "resumed": self.counters.resumed,
-                    "corrupt": sorted(self.counters.corrupt),
-                    "origin": f"initialised from {c.init}" if c.init else "trained from scratch by mocov3",
-                    "licence": "that of the starting weights" if c.init else "the trainer's to choose",
-                },
-            )
-            name = checkpoint.step_name(p.epoch, p.step) if p.iteration else checkpoint.epoch_name(p.epoch - 1)
-            try:
-                checkpoint.write(self.folder / name, contents)
-            except OSError as error:
-                warn(f"checkpoint {name} could not be written ({error.strerror or error}); the run goes on")
-            else:
-                checkpoint.prune(self.folder, epoch_complete=p.epoch - 1)
-        self.world.barrier()
+        self.recorder.count_corrupt(self.position.epoch)
+        self.saver.save(self.position, self.model, self.optimizer, self.step, self.counters)
+
+    def _pictures(self, epoch: int, iteration: int) -> list[int]:
+        size = self.config.batch_size
+        return permutation(self.seed, epoch, len(self.source))[iteration * size : (iteration + 1) * size].tolist()
 
     def exit_code(self) -> int:
         """0 when done, 128 + its number when stopped by a signal.
 
         Raises:
-            UserError: when too many pictures cannot be read.
+            UserError: when too many pictures cannot be read, numbers stay bad, or the disk refuses the last checkpoint.
         """
+        unsaved = self.saver.flush()
+        where = f"the last checkpoint is not in {self.folder} ({unsaved})" if unsaved else "a checkpoint was written"
         if self._stop.refusal:
-            raise UserError(f"data {self.config.data}: {self._stop.refusal}; a checkpoint was written")
+            raise UserError(f"{self._stop.refusal}; {where}")
+        if unsaved:
+            raise UserError(f"--output-dir: {where}; make room and go on with --resume auto from what is there")
         if number := self._stop.signal:
             self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; go on with --resume auto")
             return 128 + number
@@ -268,6 +278,7 @@ class Run:
         self._stop.close()
         if self._loader is not None:
             self._loader.close()
+        self.saver.close()
         self.log.close()
         if isinstance(error, Unreadable):
             raise UserError(f"data {self.config.data}: {error}") from None

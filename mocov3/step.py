@@ -3,6 +3,7 @@
 Nothing is read from the device here; losses, norms and counts stay tensors until a print step.
 """
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ class Step:
         world: this rank; gradients are averaged over all.
         precision: arithmetic.
         compile: compile the networks.
+        spike_factor: skip steps whose gradient norm is so many times its usual one (0: none).
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Step:
         world: World,
         precision: Precision,
         compile: bool = False,
+        spike_factor: float = 0.0,
     ) -> None:
         self.model, self.optimizer, self.world, self.precision = model, optimizer, world, precision
+        self.spikes = SpikeGuard(spike_factor, world.device) if spike_factor else None
         contrast: Any = world.wrap(_Contrast(model))
         self.contrast = torch.compile(contrast) if compile else contrast
         self.skipped = torch.zeros((), dtype=torch.long, device=world.device)
@@ -99,6 +103,11 @@ class Step:
         self.skipped += ~ok
         return Outcome(loss.detach(), statistics, ok, norms)
 
+    @property
+    def most_skips_in_a_row(self) -> int:
+        """Skipped steps in a row that mean divergence. A loss scaler needs 16 to find its way from 65536 down to 1."""
+        return 5 + (16 if self.precision.scaler.is_enabled() else 0)
+
     def _inspect(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         # the largest entry is finite exactly if all are; a sum of squares could overflow. Gradients are averaged
@@ -106,7 +115,10 @@ class Step:
         largest = torch.stack(torch._foreach_norm(grads, torch.inf))
         norms = torch.stack([torch.linalg.vector_norm(w.grad) for w in self._watched if w.grad is not None])
         agreed = self.world.sum((~torch.isfinite(loss.detach())).float())
-        return torch.isfinite(largest).all() & (agreed == 0), norms
+        ok = torch.isfinite(largest).all() & (agreed == 0)
+        if self.spikes is not None:
+            ok = ok & self.spikes(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))), ok)
+        return ok, norms
 
     def _update(self, ok: Tensor, before: Tensor) -> None:
         scaler, optimizer = self.precision.scaler, self.optimizer
@@ -114,17 +126,61 @@ class Step:
             if bool(ok):  # reading costs nothing here
                 optimizer.step()
                 return
-        elif scaler.is_enabled():
-            scaler.step(optimizer)  # passes its own finding of infinities on, on the device
-            scaler.update()
         else:
+            # LARS and fused AdamW skip the step on the device
             optimizer.grad_scale, optimizer.found_inf = None, (~ok).float()  # type: ignore[attr-defined]
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+            if scaler.is_enabled():
+                scaler.update()  # by the infinities that unscaling met
         # batch statistics of a step that does not count may hold NaN for ever
         kept = torch.where(ok, torch.cat([b.flatten() for b in self._buffers]), before)
         parts = kept.split([b.numel() for b in self._buffers])
         torch._foreach_copy_(self._buffers, [p.view_as(b) for p, b in zip(parts, self._buffers, strict=True)])
+
+    def diagnosis(self) -> str:
+        """What is not finite after the last step, in words: gradients by name, weights by name."""
+        named = list(self.model.named_parameters())
+        gradients = [n for n, p in named if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+        weights = [n for n, p in named if not bool(torch.isfinite(p).all())]
+        parts = [
+            f"{len(names)} {kind}, first {names[0]}" if names else f"no {kind}"
+            for kind, names in (("gradients", gradients), ("weights", weights))
+        ]
+        return f"not finite now: {'; '.join(parts)}"
+
+
+class SpikeGuard:
+    """Skips steps whose gradient norm is far above the usual one (an exponential mean of its logarithm), on the device.
+
+    Args:
+        factor: how many times the usual norm is too much.
+        device: where it decides.
+    """
+
+    DECAY, WARM_UP = 0.99, 100
+
+    def __init__(self, factor: float, device: torch.device) -> None:
+        self.limit = math.log(factor)
+        self._state = torch.zeros(2, device=device)  # decayed sum of logarithms, steps counted
+
+    def __call__(self, norm: Float[Tensor, ""], finite: Bool[Tensor, ""]) -> Bool[Tensor, ""]:
+        """Whether ``norm`` is usual; counts it if so. The first steps all are."""
+        total, count = self._state
+        log = norm.log()
+        usual = total / (1 - self.DECAY**count).clamp_min(1e-6)
+        ok = finite & ((count < self.WARM_UP) | (log - usual <= self.limit))
+        counted = torch.stack([self.DECAY * total + (1 - self.DECAY) * log, count + 1])
+        self._state = torch.where(ok, counted, self._state)
+        return ok
+
+    def state(self) -> list[float]:
+        """What a resumed run needs."""
+        return self._state.tolist()
+
+    def restore(self, state: list[float]) -> None:
+        """Go on from ``state``."""
+        self._state.copy_(torch.tensor(state))
 
 
 class _Contrast(nn.Module):
@@ -147,7 +203,8 @@ def normalise(
     pixels: np.ndarray, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Tensor, "batch 3 height width"]:
     """uint8 pixels (batch, height, width, 3) → normalised channels-last floats on the device, in one place."""
-    x = torch.from_numpy(pixels).to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2).float()
+    x = torch.from_numpy(pixels).to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
+    x = x.to(torch.get_default_dtype())
     shape = (1, 3, 1, 1)
     offset = torch.tensor(mean, device=device).view(shape) * 255
     scale = 1 / (torch.tensor(std, device=device).view(shape) * 255)

@@ -9,6 +9,7 @@ ranks and loader processes included: nothing in the program can react.
     assert_same_run(whole, folder)
 """
 
+import contextlib
 import json
 import os
 import random
@@ -49,17 +50,15 @@ class Process:
     """A started command in a process group of its own, its output in a file."""
 
     def __init__(self, argv: list[str], **env: str) -> None:
-        self.output = tempfile.TemporaryFile(mode="w+")
+        self.output = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (lives as long as this object)
         self.popen = subprocess.Popen(
             argv, env=environment(**env), stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
         )
 
     def kill(self) -> None:
         """SIGKILL to the whole group, and wait until it is gone."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.popen.wait()
 
     def text(self) -> str:
@@ -129,8 +128,7 @@ def kill_until_done(
             if not process.wait_until(_Growth(folder / metrics)):
                 break  # it ended by itself
             if rng.random() < writing:
-                deadline = time.monotonic() + 3 * within
-                process.wait_until(lambda: _writing(folder) or time.monotonic() > deadline, pause=0.0005)
+                _wait_for_writing(process, folder, 3 * within)
                 report.while_writing += _writing(folder)
             else:
                 time.sleep(rng.uniform(0, within))
@@ -159,6 +157,11 @@ class _Growth:
             return False
         self.least = stat.st_size if self.least < 0 else min(self.least, stat.st_size)
         return stat.st_size > self.least
+
+
+def _wait_for_writing(process: Process, folder: Path, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    process.wait_until(lambda: _writing(folder) or time.monotonic() > end, pause=0.0005)
 
 
 def _writing(folder: Path) -> bool:

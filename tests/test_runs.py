@@ -63,7 +63,7 @@ def whole(pictures, tmp_path_factory):
 
 def test_files_of_a_run(whole, pictures):
     assert sorted(p.name for p in whole.iterdir()) == [
-        "checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "config.yaml", "corrupt.jsonl", "metrics.jsonl",
+        "checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "config.yaml", "metrics.jsonl", "pictures.txt.gz",
         "tensorboard",
     ]  # fmt: skip
     saved = contents(whole / "checkpoint_0001.pth.tar")
@@ -218,7 +218,10 @@ def test_resume_refuses_another_run(pictures, whole, tmp_path, capsys):
     assert "crop_min (0.08 → 0.5)" in error
     assert "moco_t (1.0 → 0.7)" in error
     pretrain(pictures / "train" / "class0", folder, "--resume", "auto", code=2)
-    assert "trained on 64 pictures" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "trained on 64 pictures" in error
+    assert "missing: class0/00.jpg" in error
+    assert "16 new: 00.jpg" in error
     pretrain(pictures, folder, "--resume", "auto", "--epochs", 3, "--allow-config-change", "--max-steps", 9)
     assert (folder / "checkpoint_0002_step000000009.pth.tar").exists()
     pretrain(pictures, folder, "--resume", "auto", "--epochs", 3, "--allow-config-change", "--max-steps", 9)

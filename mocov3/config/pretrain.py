@@ -132,6 +132,12 @@ class PretrainConfig:
         group=RUN,
         metavar="N",
     )
+    keep_last: int = flag(
+        0, "keep only the newest so many checkpoints of epochs (0: all)", kind=int, result=False, group=RUN, metavar="K"
+    )
+    keep_every: int = flag(
+        0, "with --keep-last, also keep every N-th epoch's", kind=int, result=False, group=RUN, metavar="N"
+    )
     max_steps: int = flag(
         0,
         "stop after this many steps in all, with a checkpoint (0: never)",
@@ -161,6 +167,16 @@ class PretrainConfig:
         result=False,
         group=RANKS,
     )
+    skip_spikes: float = flag(
+        0.0,
+        "skip steps whose gradient norm is FACTOR times its usual one (0: none)",
+        kind=float,
+        group=METHOD,
+        metavar="FACTOR",
+    )
+    dist_timeout: float = flag(
+        30.0, "minutes until a silent rank counts as lost", kind=float, result=False, group=RANKS, metavar="MINUTES"
+    )
     deterministic: bool = flag(False, "only deterministic operations", kind=bool, result=False, group=RANKS)
     allow_config_change: bool = flag(
         False, "resume although result-changing fields differ", kind=bool, result=False, group=RUN
@@ -187,7 +203,8 @@ class PretrainConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
         not_negative = ("workers", "start_epoch", "lr", "weight_decay", "warmup_epochs", "checkpoint_steps",
-                        "max_steps", "max_hours", "knn_every", "nprocs_per_node", "momentum", "seed")  # fmt: skip
+                        "max_steps", "max_hours", "knn_every", "nprocs_per_node", "momentum", "seed",
+                        "keep_last", "keep_every")  # fmt: skip
         for name in not_negative:
             value = getattr(self, name)
             if value is not None and not value >= 0:  # also refuses NaN
@@ -199,6 +216,10 @@ class PretrainConfig:
             raise UserError(f"--moco-t is a temperature and must be above 0, not {self.moco_t}")
         if self.seed is not None and self.seed >= 2**63:
             raise UserError(f"--seed must be below 2**63, not {self.seed}")
+        if self.skip_spikes and not 1 < self.skip_spikes < float("inf"):
+            raise UserError(f"--skip-spikes is a factor above 1, or 0 for none, not {self.skip_spikes}")
+        if not 0 < self.dist_timeout < 1e6:
+            raise UserError(f"--dist-timeout must be above 0 minutes, not {self.dist_timeout}")
         for name in ("moco_m", "crop_min", "max_corrupt"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{_flag(name)} must lie between 0 and 1, not {getattr(self, name)}")

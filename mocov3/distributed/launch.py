@@ -8,12 +8,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mocov3.distributed.world import World, start
-from mocov3.errors import UserError
+from mocov3.errors import RankLost, UserError
 
 Task = Callable[["World", Any], int]
 """What ``launch`` runs on every rank: (world, payload) → exit code."""
@@ -31,6 +31,7 @@ def launch(
     node_rank: int = -1,
     address: str = "",
     backend: str = "nccl",
+    timeout_minutes: float = 30,
 ) -> int:
     """Run ``task(world, payload)`` on every rank that belongs to this node, and return its exit code.
 
@@ -39,13 +40,14 @@ def launch(
 
     Raises:
         UserError: if the device does not exist or ranks do not meet.
+        RankLost: if another rank is gone, at once where that shows, else after ``timeout_minutes`` of silence.
     """
+    meet = Meeting(backend, address, timeout_minutes)
     if not (spawn or processes > 1) and (given := from_torchrun()) is not None:
         rank, size, local = given
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return _run(
-            task, payload, rank, size, here, pick_device(device, local if gpu is None else gpu), backend, "env://"
-        )
+        meet = meet._replace(address="env://")
+        return _run(task, payload, rank, size, here, pick_device(device, local if gpu is None else gpu), meet)
     if address == "env://":
         nodes = int(os.environ.get("WORLD_SIZE", nodes)) if nodes < 1 else nodes
         node_rank = int(os.environ.get("RANK", node_rank)) if node_rank < 0 else node_rank
@@ -55,7 +57,7 @@ def launch(
     if not (spawn or processes > 1):
         if nodes > 1 and not address:
             raise UserError(f"--world-size {nodes} needs --dist-url tcp://HOST:PORT, the same on all")
-        return _run(task, payload, node_rank, nodes, 1, pick_device(device, gpu), backend, address)
+        return _run(task, payload, node_rank, nodes, 1, pick_device(device, gpu), meet)
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     processes = processes or max(gpus, 1)
     if gpus and processes > gpus:
@@ -65,26 +67,42 @@ def launch(
             raise UserError(f"--world-size {nodes} needs --dist-url tcp://HOST:PORT, the same on all nodes")
         address = free_loopback_address()
     ranks = [(node_rank * processes + local, nodes * processes, local) for local in range(processes)]
-    return _spawn(task, payload, ranks, device, backend, address)
+    return _spawn(task, payload, ranks, device, meet._replace(address=address))
 
 
-def _run(
-    task: Task, payload: Any, rank: int, size: int, here: int, device: torch.device, backend: str, address: str
-) -> int:
+class Meeting(NamedTuple):
+    """How ranks meet, and how long one may be silent."""
+
+    backend: str
+    address: str
+    timeout_minutes: float
+
+
+def _run(task: Task, payload: Any, rank: int, size: int, here: int, device: torch.device, meet: Meeting) -> int:
     if here > 1 and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max((os.cpu_count() or 1) // here, 1))  # ranks would fight over the cores
-    world = start(rank, size, device, backend=backend, address=address, local_size=here)
+    world = start(rank, size, device, local_size=here, **meet._asdict())
+    reason = ""
     try:
         return task(world, payload)
+    except UserError as error:
+        reason = str(error)
+        raise
+    except RuntimeError as error:
+        reason = f"{type(error).__name__}"
+        if gone := world.blame():  # what a call among ranks says names nobody
+            reason = gone
+            raise RankLost(f"{gone}; rank {rank} ends; go on with --resume auto") from None
+        raise
     finally:
-        world.finish()
+        world.finish(reason)
 
 
-def _spawn(task: Task, payload: Any, ranks: list[tuple[int, int, int]], device: str, backend: str, address: str) -> int:
+def _spawn(task: Task, payload: Any, ranks: list[tuple[int, int, int]], device: str, meet: Meeting) -> int:
     context = multiprocessing.get_context("spawn")
     messages = context.SimpleQueue()
     children = [
-        context.Process(target=_child, args=(messages, task, payload, *rank, len(ranks), device, backend, address))
+        context.Process(target=_child, args=(messages, task, payload, *rank, len(ranks), device, meet))
         for rank in ranks
     ]
     handlers = {}
@@ -138,14 +156,16 @@ def _child(
     local: int,
     here: int,
     device: str,
-    backend: str,
-    address: str,
+    meet: Meeting,
 ) -> None:
     try:
-        code = _run(task, payload, rank, size, here, pick_device(device, local), backend, address)
+        code = _run(task, payload, rank, size, here, pick_device(device, local), meet)
     except UserError as error:
         messages.put(str(error))
         code = 2
+    except RankLost as error:
+        print(f"mocov3: error: {error}", file=sys.stderr, flush=True)
+        code = 1
     sys.exit(code)
 
 

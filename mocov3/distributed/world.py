@@ -1,7 +1,7 @@
 """This process among the ranks, and what ranks tell each other."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mocov3.distributed.heartbeat import Heartbeat
 from mocov3.errors import UserError
 
 
@@ -22,6 +23,7 @@ class World:
     device: torch.device
     local_size: int = 1
     """Ranks on this machine, which share its cores."""
+    heartbeat: Heartbeat | None = field(default=None, repr=False, compare=False)
 
     @property
     def main(self) -> bool:
@@ -75,8 +77,14 @@ class World:
         if self.size > 1:
             dist.barrier(group=_control_group())
 
-    def finish(self) -> None:
-        """Leave the process group."""
+    def blame(self) -> str:
+        """Which rank is gone, in words, after a call among ranks failed; '' if none is known to be."""
+        return self.heartbeat.blame() if self.heartbeat is not None else ""
+
+    def finish(self, reason: str = "") -> None:
+        """Leave the process group; ``reason`` is told to the other ranks where it is not the proper end."""
+        if self.heartbeat is not None:
+            self.heartbeat.leave(reason)
         if dist.is_initialized():
             global _control
             _control = None
@@ -125,6 +133,8 @@ def start(
             reason = str(error).split("\n")[0][:200]
             raise UserError(f"rank {rank} of {size} could not meet the others at {address}: {reason}") from None
         _control_group()
+        heartbeat = Heartbeat(rank, size, silence=60 * timeout_minutes)
+        return World(rank, size, device, local_size, heartbeat)
     return World(rank, size, device, local_size)
 
 

@@ -1,0 +1,109 @@
+"""Which rank is gone: every rank leaves a sign of life in the store where the ranks met, and a thread watches.
+
+A collective call only says that somebody is missing, after a time that may be half an hour. Rank 0 watches all,
+the others watch rank 0, so that the traffic grows with the number of ranks only.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+PERIOD = 1.0
+"""Seconds between signs of life."""
+_LEFT = "left "
+
+
+class Heartbeat:
+    """Signs of life of one rank, and what it knows of the others'.
+
+    Args:
+        rank: of this process.
+        size: number of ranks.
+        silence: seconds without a sign of life after which a rank counts as lost, and this process ends.
+    """
+
+    def __init__(self, rank: int, size: int, *, silence: float) -> None:
+        self.rank, self.size, self.silence = rank, size, silence
+        self._store = _own_connection()
+        self._seen: dict[int, tuple[str, float]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        if self._store is not None:
+            self._thread.start()
+
+    def leave(self, reason: str) -> None:
+        """Say that this rank ends, '' at its proper end, and stop watching."""
+        self._stop.set()
+        if self._store is not None:
+            self._thread.join(timeout=5 * PERIOD)
+            with contextlib.suppress(Exception):  # the store may be gone already
+                self._store.set(self._key(self.rank), _LEFT + reason)
+
+    def blame(self, within: float = 8 * PERIOD) -> str:
+        """Who is gone, in words, after a call among ranks failed; '' if all seem well."""
+        if self._store is None:
+            return ""
+        end = time.monotonic() + within
+        while time.monotonic() < end:
+            for rank in self._watched(everyone=True):
+                value, silent = self._look(rank)
+                if value.startswith(_LEFT) and len(value) > len(_LEFT):
+                    return f"rank {rank} stopped: {value.removeprefix(_LEFT)}"
+                if silent > 4 * PERIOD:
+                    return f"rank {rank} is gone (killed, stopped, or its machine is lost)"
+            time.sleep(PERIOD / 2)
+        return ""
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._stop.wait(PERIOD):
+            count += 1
+            with contextlib.suppress(Exception):  # seen below as the silence of rank 0, at whose place the store is
+                self._store.set(self._key(self.rank), str(count))
+            for rank in self._watched(everyone=self.rank == 0):
+                value, silent = self._look(rank)
+                if silent > self.silence and not value.startswith(_LEFT) and not self._stop.is_set():
+                    self._end(f"rank {rank} has not been heard of for {silent:.0f} s (stopped, or its machine is lost)")
+
+    def _end(self, text: str) -> None:
+        # the main thread may hang in a call that never returns
+        print(f"mocov3: error: {text}; rank {self.rank} ends; go on with --resume auto", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _watched(self, *, everyone: bool) -> list[int]:
+        return [r for r in range(self.size) if r != self.rank and (everyone or r == 0)]
+
+    def _look(self, rank: int) -> tuple[str, float]:
+        """The last sign of a rank, and for how many seconds there was no other."""
+        old, since = self._seen.get(rank, ("", time.monotonic()))
+        try:
+            key = self._key(rank)
+            value = self._store.get(key).decode() if self._store.check([key]) else old
+        except Exception:
+            value = old
+        if value != old or rank not in self._seen:
+            self._seen[rank] = (value, time.monotonic())
+            return value, 0.0
+        return value, time.monotonic() - since
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"mocov3/heartbeat/{rank}"
+
+
+def _own_connection() -> Any:
+    # a connection of its own: the one of the process group is locked while the main thread waits in it
+    store: Any = dist.distributed_c10d._get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    if not isinstance(store, dist.TCPStore):
+        return None
+    return dist.TCPStore(
+        store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5 * PERIOD)
+    )

@@ -1,0 +1,66 @@
+"""Reading and writing files of tensors: written atomically, vetted and read without running code."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mocov3.errors import UserError
+from mocov3.vetting import vet
+
+
+def write(path: Path, contents: dict[str, Any]) -> None:
+    """Write ``contents`` so that ``path`` is either as before or complete, even if the machine stops.
+
+    Raises:
+        OSError: if the folder cannot be written or is full; ``path`` is then as it was.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except RuntimeError as error:  # torch's writer reports a full disk so
+        raise OSError(str(error).splitlines()[0]) from None
+    finally:
+        _remove(partial)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # where the folder is gone, the error that led here says more
+        path.unlink(missing_ok=True)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The contents of a file of tensors, on the CPU.
+
+    Raises:
+        UserError: if it is missing, damaged, or holds anything but tensors, numbers, strings, lists and dicts.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        vet(path)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except PermissionError:
+        raise UserError(f"{path}: cannot be read (permission denied)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a damaged file can make the readers stumble anywhere
+        raise UserError(f"{path}: is damaged or no file of tensors ({type(error).__name__}); use another") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: holds a {type(contents).__name__}, not a checkpoint")
+    return contents
