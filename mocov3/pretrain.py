@@ -76,10 +76,15 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
-    if not script_door and not config.resume and any(folder.glob("checkpoint_*")):
+    if not (script_door or config.resume or restarted_by_torchrun()) and any(folder.glob("checkpoint_*")):
         raise UserError(
             f"--output-dir {folder}: holds checkpoints of a former run; go on with --resume auto, or name another"
         )
+
+
+def restarted_by_torchrun() -> bool:
+    """Whether torchrun started this process again after a rank was lost: the same command line goes on then."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
 def check_divides(batch_size: int, ranks: int) -> None:

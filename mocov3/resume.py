@@ -1,6 +1,5 @@
 """Where a run goes on: finds the checkpoint, refuses one of another run, and restores everything counted."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from mocov3.data import Source
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.log import warn
+from mocov3.pretrain import restarted_by_torchrun
 from mocov3.recorder import Counters
 from mocov3.saver import picture_changes
 
@@ -54,11 +54,6 @@ def _newest(folder: Path, world: World) -> Found | None:
         raise UserError(f"--resume auto: rank {world.rank} does not see {path}, which rank 0 goes on from; they must "
                         "share the folder")  # fmt: skip
     return found or (path, checkpoint.read(path))
-
-
-def restarted_by_torchrun() -> bool:
-    """Whether torchrun started this process again after a rank was lost: the same command line goes on then."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
 def _same_run_in(folder: Path, world: World) -> bool:

@@ -19,13 +19,16 @@ def write(path: Path, contents: dict[str, Any]) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            torch.save(contents, file)
-            file.flush()
+        with partial.open("wb", buffering=0) as file:
+            target: Any = _Target(file)
+            try:
+                torch.save(contents, target)
+            except RuntimeError:  # all that torch says of a full disk is that a position is unexpected
+                if target.error is None:
+                    raise
+                raise target.error from None
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except RuntimeError as error:  # torch's writer reports a full disk so
-        raise OSError(str(error).splitlines()[0]) from None
     finally:
         _remove(partial)
     if os.name == "posix":
@@ -34,6 +37,29 @@ def write(path: Path, contents: dict[str, Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+class _Target:
+    """A file to write to that remembers why it refused."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data``."""
+        view = memoryview(data)
+        try:
+            done = 0
+            while done < len(view):
+                done += self.file.write(view[done:])
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
 
 def _remove(path: Path) -> None:

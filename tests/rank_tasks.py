@@ -73,3 +73,28 @@ def five_steps(world, payload):
 def each(world, payloads):
     """``five_steps`` for every payload, in one pair of processes."""
     return max(five_steps(world, payload) for payload in payloads)
+
+
+def bad_on_one_rank(world, _):
+    """A NaN in one rank's pictures: no rank's weights move, and all count the step."""
+    from mocov3 import models
+    from mocov3.optim import build_optimizer
+    from mocov3.step import Precision, Step
+
+    torch.manual_seed(3)
+    model = synchronise_batch_norm(models.build("resnet10_w32", dim=8, mlp_dim=16)).train()
+    made = build_optimizer(model.parameters(), "adamw", weight_decay=0.1, momentum=0.9)
+    step = Step(model, made, world=world, precision=Precision("fp32", world.device))
+    for i in range(4):
+        views = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(10 * world.rank + i)) for _ in "12"]
+        bad = i in (1, 2)
+        if bad and world.rank == 1:
+            views[1][2] = float("nan")
+        before = [p.clone() for p in (*model.base_encoder.parameters(), *model.predictor.parameters())]
+        outcome = step(*views, lr=1e-3, m=0.9)
+        after = [*model.base_encoder.parameters(), *model.predictor.parameters()]
+        assert bool(outcome.ok) != bad
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == bad
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert step.skipped == 2
+    return 0

@@ -4,20 +4,22 @@ import random
 import sys
 
 import pytest
-from conftest import TINY
-from killing import Process, assert_same_run, kill_until_done
+import torch
+from conftest import ROOT, TINY
+from killing import Process, assert_same_run, difference, kill_until_done, steady
+from trials import record, trials
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX process groups")
 EPOCHS = 24
 LAST = f"checkpoint_{EPOCHS - 1:04d}.pth.tar"
 
 
-def command(pictures, *flags):
+def command(pictures, *flags, program=("-m", "mocov3", "pretrain")):
     """A run of 96 steps that checkpoints every other step and goes on from what it finds."""
 
     def argv(folder):
         return [
-            sys.executable, "-m", "mocov3", "pretrain", str(pictures), *TINY, "--epochs", str(EPOCHS),
+            sys.executable, *program, str(pictures), *TINY, "--epochs", str(EPOCHS),
             "--checkpoint-every", "8", "--checkpoint-steps", "2", "--output-dir", str(folder), "--resume", "auto",
             "--quiet", *flags,
         ]  # fmt: skip
@@ -30,17 +32,82 @@ def whole(pictures, folder, *flags):
     return folder
 
 
+def kill_many(command, folder, *, count, seed):
+    """Runs that are killed six times each until ``count`` kills came; every one must end as the first."""
+    rng = random.Random(seed)
+    kills = writing = runs = 0
+    while kills < count:
+        report = kill_until_done(command, folder / str(runs), kills=min(6, count - kills), rng=rng)
+        kills, writing, runs = kills + report.kills, writing + report.while_writing, runs + 1
+        assert runs <= 2 + count, "runs end before they are killed"
+    return kills, writing, [folder / str(i) for i in range(runs)]
+
+
 def test_killed_and_resumed_is_never_killed(pictures, tmp_path):
-    rng = random.Random(1)
     workers = [command(pictures, "-j", str(n)) for n in (0, 1, 2)]
-    report = kill_until_done(workers, tmp_path / "killed", kills=6, rng=rng)
-    assert report.kills >= 4
-    assert_same_run(whole(pictures, tmp_path / "whole"), tmp_path / "killed", last=LAST)
+    kills, writing, folders = kill_many(workers, tmp_path, count=trials(6, 200), seed=1)
+    reference = whole(pictures, tmp_path / "whole")
+    for folder in folders:
+        assert_same_run(reference, folder, last=LAST)
+    record("SIGKILL at a random moment, resumed with 0, 1, 2 loader processes", kills,
+           f"all {len(folders)} runs bit-equal to the run never killed; {writing} kills fell into a write")  # fmt: skip
 
 
 def test_killed_and_resumed_with_two_ranks(pictures, tmp_path):
-    rng = random.Random(2)
     two = command(pictures, "--nprocs-per-node", "2")
-    report = kill_until_done(two, tmp_path / "killed", kills=3, rng=rng)
-    assert report.kills >= 2
-    assert_same_run(whole(pictures, tmp_path / "whole", "--nprocs-per-node", "2"), tmp_path / "killed", last=LAST)
+    kills, writing, folders = kill_many(two, tmp_path, count=trials(3, 80), seed=2)
+    reference = whole(pictures, tmp_path / "whole", "--nprocs-per-node", "2")
+    for folder in folders:
+        assert_same_run(reference, folder, last=LAST)
+    record("the same with 2 ranks", kills, f"all {len(folders)} runs bit-equal; {writing} kills fell into a write")
+
+
+def test_killed_and_resumed_with_other_ranks(pictures, tmp_path):
+    # float64, since sums over ranks are in another order (habit 11)
+    program = (str(ROOT / "tests" / "pretrain64.py"),)
+    both = [command(pictures, "--nprocs-per-node", str(n), program=program) for n in (1, 2)]
+    kills, _, folders = kill_many(both, tmp_path, count=trials(1, 20), seed=3)
+    Process(both[0](tmp_path / "whole")).finish()
+    a = torch.load(tmp_path / "whole" / LAST, weights_only=True)["state_dict"]
+    worst = 0.0
+    for folder in folders:
+        b = torch.load(folder / LAST, weights_only=True)["state_dict"]
+        for key, value in a.items():
+            if value.is_floating_point() and value.norm() > 0 and not key.endswith("predictor.1.running_mean"):
+                assert value.dtype == torch.float64
+                worst = max(worst, float((b[key] - value).norm() / value.norm()))
+        assert worst <= 1e-9
+        lines = [[(x["step"], x["epoch"], x["lr"]) for x in steady(f)] for f in (tmp_path / "whole", folder)]
+        assert not difference(*lines)
+    record("SIGKILL, resumed with 1 and 2 ranks in turn, float64", kills, f"largest relative difference {worst:.1e}")
+
+
+def test_a_killed_worker_restarts_the_group(pictures, tmp_path):
+    # torchrun starts the group again with the same command line, and it goes on from its own checkpoint
+    script = tmp_path / "dies_once.py"
+    script.write_text(
+        "import os, signal, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "from mocov3.cli import main\n"
+        "folder = Path(sys.argv[sys.argv.index('--output-dir') + 1])\n"
+        "def die():\n"
+        "    while not list(folder.glob('checkpoint_*step*')):\n"
+        "        time.sleep(0.002)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1' and 'die' in sys.argv:\n"
+        "    threading.Thread(target=die, daemon=True).start()\n"
+        "sys.exit(main(['pretrain', *[a for a in sys.argv[1:] if a != 'die']]))\n"
+    )
+    for name in ("dies", "whole"):
+        argv = command(pictures, program=(
+            "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--monitor-interval", "0.1",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script)))(tmp_path / name)  # fmt: skip
+        at = argv.index("--resume")
+        argv[at : at + 2] = ["die"] if name == "dies" else []  # it resumes without being told
+        text = Process(argv).finish()
+        assert ("Traceback" in text) is False, text
+    assert steady(tmp_path / "dies") == steady(tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "dies", last=LAST)
+    lines = (tmp_path / "dies" / "metrics.jsonl").read_text().splitlines()
+    assert '"resumed": 1' in lines[-1]
+    record("a worker killed under torchrun: the group restarts and goes on by itself", 1, "bit-equal")

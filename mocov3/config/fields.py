@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from mocov3.errors import UserError, nearest, printable
 
 T = TypeVar("T")
+_LARGEST_CONFIG = 1 << 20  # bytes
 
 
 def flag(
@@ -132,7 +133,11 @@ def read_yaml(path: Path, config: type) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(_LARGEST_CONFIG + 1)
+        if len(text) > _LARGEST_CONFIG:
+            raise UserError(f"--config {path}: is larger than {_LARGEST_CONFIG} bytes; give the config.yaml of a run")
+        values = yaml.safe_load(text.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({error.__class__.__name__}); give a YAML file") from None
     except (yaml.YAMLError, RecursionError, ValueError):
@@ -141,14 +146,18 @@ def read_yaml(path: Path, config: type) -> dict[str, Any]:
         raise UserError(f"--config {path}: holds no 'name: value' lines; give the config.yaml of a run")
     fields = {f.name: f for f in dataclasses.fields(config)}
     for name, value in values.items():
-        if name not in fields:
-            raise UserError(f"--config {path}: field {name!r} is not known; {nearest(str(name), list(fields))}")
+        if not isinstance(name, str) or name not in fields:
+            shown = str(name)[:80] if isinstance(name, str | int | float) else type(name).__name__
+            raise UserError(f"--config {path}: field {shown!r} is not known; {nearest(shown, list(fields))}")
         values[name] = _typed(value, fields[name], f"--config {path}")
     return values
 
 
 def _typed(value: Any, field: "dataclasses.Field[Any]", where: str) -> Any:
     kind = field.metadata["kind"]
+    if not (value is None or isinstance(value, str | int | float)):
+        # never shown: a few lines of YAML can stand for a text that fills the memory
+        raise UserError(f"{where}: field {field.name!r} must be {kind.__name__}, not a {type(value).__name__}")
     if value is None and field.default is None:
         return None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
