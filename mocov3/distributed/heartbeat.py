@@ -94,7 +94,8 @@ class Heartbeat:
 
     @staticmethod
     def _key(rank: int) -> str:
-        return f"mocov3/heartbeat/{rank}"
+        # torchrun keeps its store when it starts a group again
+        return f"mocov3/heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
 
 
 def _own_connection() -> Any:
