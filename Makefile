@@ -5,13 +5,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test lint types style check clean
+.PHONY: demo test soak lint types style check clean
 
 demo: $(VENV)/installed
 	$(BIN)/mocov3 demo
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+# hours: the tests of reliability with 300 kills and 10,000 fuzzed inputs, and the table of docs/reliability.md
+soak: $(VENV)/installed-dev
+	$(PIP) --editable ".[soak]"
+	$(BIN)/python benchmarks/soak.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

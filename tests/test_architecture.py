@@ -10,9 +10,11 @@ from conftest import ROOT
 
 # a module may import those after it; the order of docs/architecture.md
 ORDER = [
-    "cli", "recipes", "demo", "run", "resume", "recorder", "pretrain", "assemble", "features", "step", "convert",
+    "cli", "recipes", "demo", "run", "resume", "saver", "recorder", "pretrain",
+    "assemble", "features", "step", "convert",
     "models", "models.moco", "models.backbones", "models.vit", "optim", "schedules", "losses", "neighbours",
-    "stop", "checkpoint", "distributed", "distributed.launch", "distributed.batch_norm", "distributed.world",
+    "stop", "writer", "checkpoint", "tensorfiles", "vetting",
+    "distributed", "distributed.launch", "distributed.batch_norm", "distributed.world", "distributed.heartbeat",
     "log", "metrics",
     "data", "data.loader", "data.views", "data.draws", "data.decode", "data.sources",
     "config", "config.pretrain", "config.lincls", "config.finetune", "config.presets", "config.fields", "config.archs",

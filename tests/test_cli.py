@@ -30,7 +30,8 @@ FROZEN = """
 --moco-dim --moco-mlp-dim --moco-m --moco-m-cos --moco-t --stop-grad-conv1 --optimizer --warmup-epochs --crop-min
 --output-dir --recipe --config --device --precision --image-size --patch-size --small-stem --init --view-preset --views
 --max-corrupt --checkpoint-every --checkpoint-steps --max-steps --max-hours --knn-every --nprocs-per-node --compile
---grad-checkpoint --deterministic --allow-config-change --allow-data-change --quiet --json
+--grad-checkpoint --deterministic --keep-last --keep-every --skip-spikes --dist-timeout
+--allow-config-change --allow-data-change --quiet --json
 """
 
 

@@ -25,11 +25,12 @@ class Heartbeat:
     Args:
         rank: of this process.
         size: number of ranks.
+        group: name of this meeting of ranks; the store may hold signs of former ones.
         silence: seconds without a sign of life after which a rank counts as lost, and this process ends.
     """
 
-    def __init__(self, rank: int, size: int, *, silence: float) -> None:
-        self.rank, self.size, self.silence = rank, size, silence
+    def __init__(self, rank: int, size: int, *, group: str, silence: float) -> None:
+        self.rank, self.size, self.group, self.silence = rank, size, group, silence
         self._store = _own_connection()
         self._seen: dict[int, tuple[str, float]] = {}
         self._stop = threading.Event()
@@ -92,10 +93,8 @@ class Heartbeat:
             return value, 0.0
         return value, time.monotonic() - since
 
-    @staticmethod
-    def _key(rank: int) -> str:
-        # torchrun keeps its store when it starts a group again
-        return f"mocov3/heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
+    def _key(self, rank: int) -> str:
+        return f"{self.group}/heartbeat/{rank}"
 
 
 def _own_connection() -> Any:

@@ -1,6 +1,8 @@
 """This process among the ranks, and what ranks tell each other."""
 
 import inspect
+import secrets
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -121,21 +123,51 @@ def start(
     """
     if size > 1:
         backend = backend if device.type == "cuda" else "gloo"
+        timeout = timedelta(minutes=timeout_minutes)
         try:
-            dist.init_process_group(
-                backend,
-                init_method=address,
-                rank=rank,
-                world_size=size,
-                timeout=timedelta(minutes=timeout_minutes),
-            )
+            store, rank, size = next(iter(dist.rendezvous(address, rank, size, timeout=timeout)))
+            name = _name_group(store, rank, size, 60 * timeout_minutes)
+            store = dist.PrefixStore(name, store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         except (ValueError, RuntimeError) as error:
             reason = str(error).split("\n")[0][:200]
             raise UserError(f"rank {rank} of {size} could not meet the others at {address}: {reason}") from None
         _control_group()
-        heartbeat = Heartbeat(rank, size, silence=60 * timeout_minutes)
+        heartbeat = Heartbeat(rank, size, group=name, silence=60 * timeout_minutes)
         return World(rank, size, device, local_size, heartbeat)
     return World(rank, size, device, local_size)
+
+
+def _name_group(store: Any, rank: int, size: int, seconds: float) -> str:
+    """A name for this meeting of ranks that no earlier one in the same store has.
+
+    torchrun keeps its store when it starts a group again, and what the former group left there makes the new one wait
+    for ever. Ranks cannot tell old keys from new ones, but for those named by a token of their own: each says hello
+    with its token until rank 0 has answered to it.
+
+    Raises:
+        RuntimeError: naming the ranks that did not come.
+    """
+    end = time.monotonic() + seconds
+    token = secrets.token_hex(8)
+    missing = set(range(1, size)) if rank == 0 else {0}
+    while missing:
+        if time.monotonic() > end:
+            raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)[:5]))} did not come within {seconds:.0f} s")
+        if rank == 0:
+            for other in sorted(missing):
+                if store.check([f"hello/{other}"]):
+                    store.set(f"welcome/{store.get(f'hello/{other}').decode()}", token)
+                if store.check([f"{token}/{other}"]):
+                    missing.discard(other)
+        else:
+            store.set(f"hello/{rank}", token)
+            if store.check([f"welcome/{token}"]):
+                token = store.get(f"welcome/{token}").decode()
+                store.set(f"{token}/{rank}", "")
+                break
+        time.sleep(0.02)
+    return token
 
 
 def world_size() -> int:
