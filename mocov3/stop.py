@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mocov3.distributed import World
 
 _LIMIT, _REFUSED = 1000, 1001  # above every signal's number
+_AGAIN = 0.5  # seconds: a key pressed once reaches spawned ranks twice, from the terminal and from the process above
 
 
 class Stop:
@@ -20,7 +21,7 @@ class Stop:
 
     def __init__(self, *, max_steps: int, max_hours: float) -> None:
         self.refusal = ""
-        self._reason = 0
+        self._reason, self._asked = 0, 0.0
         self._steps, self._seconds = max_steps, 3600 * max_hours
         self._began = time.monotonic()
         self._handlers: dict[int, Any] = {}
@@ -33,9 +34,10 @@ class Stop:
                     break
 
     def _signalled(self, number: int, _: Any) -> None:
-        if self._reason == number == signal.SIGINT:
+        if self._reason != number:
+            self._reason, self._asked = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._asked > _AGAIN:
             raise KeyboardInterrupt  # asked twice: at once
-        self._reason = number
 
     def refuse(self, text: str) -> None:
         """Ask to stop because the input is not fit."""

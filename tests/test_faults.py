@@ -21,6 +21,7 @@ from mocov3.distributed import World, free_loopback_address, launch
 from mocov3.log import LineFile
 from mocov3.optim import build_optimizer
 from mocov3.step import Precision, SpikeGuard, Step
+from mocov3.stop import Stop
 from mocov3.writer import Writer
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits and signals")
@@ -149,6 +150,21 @@ def test_the_lost_rank_is_named(pictures, tmp_path, fault, lost):
     finally:
         for process in ranks:
             process.kill()
+
+
+@posix
+def test_a_second_interrupt_stops_at_once():
+    stop = Stop(max_steps=0, max_hours=0)
+    try:
+        for _ in range(2):  # one key press, passed on by the process above
+            signal.raise_signal(signal.SIGINT)
+        assert stop.agreed(CPU, 1)
+        assert stop.signal == signal.SIGINT
+        stop._asked -= 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.close()
 
 
 # --- bad numbers -------------------------------------------------------------------------------------------
