@@ -16,7 +16,7 @@ ORDER = [
     "stop", "writer", "checkpoint", "tensorfiles", "vetting",
     "distributed", "distributed.launch", "distributed.batch_norm", "distributed.world", "distributed.heartbeat",
     "log", "metrics",
-    "data", "data.loader", "data.views", "data.draws", "data.decode", "data.sources",
+    "data", "data.loader", "data.views", "data.operations", "data.native", "data.draws", "data.decode", "data.sources",
     "config", "config.pretrain", "config.lincls", "config.finetune", "config.presets", "config.fields", "config.archs",
     "errors", "version",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from PIL import Image
 from mocov3.config.presets import IMAGENET_MEAN, IMAGENET_STD, PRESETS
 from mocov3.data import TwoViews
 from mocov3.data.draws import Draw, draw
-from mocov3.data.views import apply_draw
+from mocov3.data.operations import apply_draw
 
 TRACES = golden("h_traces.json")["traces"]
 CELLS = golden("h_aug.json")["pipelines"]
@@ -32,7 +32,7 @@ def recorded_draw(trace):
 def test_traces(backend, largest_mean):
     pixels = np.load(GOLDEN / "h_traces.npz")
     for trace in TRACES:
-        image = Image.open(GOLDEN / "images" / trace["file"]).convert("RGB")
+        image = np.asarray(Image.open(GOLDEN / "images" / trace["file"]).convert("RGB"))
         view = apply_draw(image, recorded_draw(trace), trace["size"], backend)
         difference = np.abs(view.astype(int) - pixels[trace["key"]].astype(int))
         assert difference.mean() <= largest_mean, trace["key"]

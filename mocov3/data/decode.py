@@ -1,20 +1,99 @@
-"""File bytes → RGB pixels, by Pillow, with a limit on the size checked before anything is decoded."""
+"""File bytes → RGB pixels. The rules for every kind of picture are here.
+
+| what | becomes |
+|---|---|
+| EXIF orientation | the picture as it is meant to be seen |
+| transparent pixels | laid over white |
+| palette, grey, CMYK, Lab … | RGB, by Pillow's conversion |
+| 16 bits a channel | the upper 8 bits (so 65535 is white; rescale 10- or 12-bit data before) |
+| 32-bit integers | taken as 16-bit, larger values cut; floats: 0–255, cut |
+| several frames or pages | the first |
+
+JPEGs are decoded by libjpeg-turbo directly (simplejpeg; the same pixels as Pillow's), on demand at 1/2, 1/4 or 1/8 of
+their size; all else by Pillow. Sizes are checked before anything is decoded.
+"""
 
 import io
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970
 """Pictures of more pixels are refused, as by Pillow: a small file may claim any size."""
+
+SHRINKS = (8, 4, 2)
+"""Parts of its size at which a JPEG is decoded faster; others (5/8 …) are slower than the whole."""
+
+_JPEG, _EXIF, _ORIENTATION = b"\xff\xd8\xff", b"Exif\0\0", 0x0112
 
 
 class DecodeError(Exception):
     """A picture that cannot be read; the message is the reason."""
 
 
+class Picture:
+    """A picture whose size is known and whose pixels are decoded when asked for.
+
+    Args:
+        data: the bytes of a file, or uint8 pixels (H, W) or (H, W, 3).
+
+    Raises:
+        DecodeError: if the bytes are no picture, or one of more than ``MAX_PIXELS`` pixels.
+    """
+
+    width: int
+    height: int
+    """Size as the picture is meant to be seen, in pixels."""
+
+    def __init__(self, data: bytes | np.ndarray) -> None:
+        self._data = data
+        self._pixels: np.ndarray | None = None
+        self._turn = 1
+        if isinstance(data, np.ndarray):
+            self._pixels = _as_rgb(data)
+        elif not self._is_plain_jpeg(data):
+            self._pixels = np.asarray(decode(data))
+        if self._pixels is not None:
+            self.height, self.width = self._pixels.shape[:2]
+
+    def _is_plain_jpeg(self, data: bytes) -> bool:
+        if data[:3] != _JPEG:
+            return False
+        try:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+            self._turn = _orientation(data)
+        except Exception:  # damaged, or of a kind libjpeg-turbo's plain interface does not know: Pillow decides
+            return False
+        if space not in ("YCbCr", "Gray", "RGB"):
+            return False
+        _check_size(width, height)
+        self._stored = width, height
+        self.width, self.height = (width, height) if self._turn < 5 else (height, width)
+        return True
+
+    def pixels(self, shrink: int = 1) -> tuple[np.ndarray, int]:
+        """uint8 pixels (height, width, 3), and by which of 1 and ``shrink`` they are smaller.
+
+        Raises:
+            DecodeError: if the bytes are damaged.
+        """
+        if self._pixels is not None:
+            return self._pixels, 1
+        width, height = self._stored
+        least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)} if shrink > 1 else {}
+        try:
+            pixels = simplejpeg.decode_jpeg(self._data, "RGB", **least)
+        except ValueError:  # Pillow bears more than libjpeg-turbo's strict mode, and knows what is too much
+            return np.asarray(decode(self._data)), 1
+        if shrink > 1 and pixels.shape[:2] != (least["min_height"], least["min_width"]):
+            pixels, shrink = simplejpeg.decode_jpeg(self._data, "RGB"), 1
+        return _turned(pixels, self._turn), shrink
+
+
 def decode(data: bytes | np.ndarray) -> Image.Image:
-    """An RGB picture from the bytes of a file, or from uint8 pixels (H, W) or (H, W, 3).
+    """An RGB picture from the bytes of a file, or from uint8 pixels (H, W) or (H, W, 3), whole, by Pillow.
 
     Raises:
         DecodeError: if the bytes are no picture, a truncated one, or one of more than ``MAX_PIXELS`` pixels.
@@ -25,13 +104,63 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
         raise DecodeError("the file is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise DecodeError(f"{width}×{height} pixels are more than {MAX_PIXELS}")
-            return image.convert("RGB")
+            _check_size(*image.size)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
     except DecodeError:
         raise
     except UnidentifiedImageError:
         raise DecodeError("is not a picture") from None
     except Exception as error:  # Pillow's plugins raise whatever a malformed file makes them stumble over
         raise DecodeError(f"{type(error).__name__}: {error}") from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"{width}×{height} pixels are more than {MAX_PIXELS}")
+
+
+def _to_rgb(image: Any) -> Image.Image:
+    if image.mode.startswith("I"):  # I;16 in either byte order, or 32 bits
+        values = np.asarray(image)
+        if image.mode == "I":
+            values = values.clip(0, 65535)
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _as_rgb(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
+        raise DecodeError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (H, W) or (H, W, 3)")
+    return pixels if pixels.ndim == 3 else pixels[:, :, None].repeat(3, axis=2)
+
+
+def _orientation(data: bytes) -> int:
+    """EXIF orientation 1–8 of a JPEG's bytes; 1 where there is none."""
+    start = data.find(_EXIF)
+    if start < 4:
+        return 1
+    exif = Image.Exif()
+    exif.load(data[start : start + int.from_bytes(data[start - 2 : start])])
+    value = exif.get(_ORIENTATION, 1)
+    return value if value in range(1, 9) else 1
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation == 1:
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    # after turning over the diagonal where need be, what is left are mirrors
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
