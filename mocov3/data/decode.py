@@ -27,6 +27,8 @@ SHRINKS = (8, 4, 2)
 """Parts of its size at which a JPEG is decoded faster; others (5/8 …) are slower than the whole."""
 
 _JPEG, _EXIF, _ORIENTATION = b"\xff\xd8\xff", b"Exif\0\0", 0x0112
+_APP1 = 0xE1
+_SCANS = (0xC0, 0xC1, 0xC2, 0xDA)  # the frame or the scan begins: no EXIF from here on
 
 
 class DecodeError(Exception):
@@ -144,13 +146,16 @@ def _as_rgb(pixels: np.ndarray) -> np.ndarray:
 
 def _orientation(data: bytes) -> int:
     """EXIF orientation 1–8 of a JPEG's bytes; 1 where there is none."""
-    start = data.find(_EXIF)
-    if start < 4:
-        return 1
-    exif = Image.Exif()
-    exif.load(data[start : start + int.from_bytes(data[start - 2 : start])])
-    value = exif.get(_ORIENTATION, 1)
-    return value if value in range(1, 9) else 1
+    place = 2
+    while data[place] == 0xFF and data[place + 1] not in _SCANS:  # segments: marker, length (itself counted), contents
+        length = int.from_bytes(data[place + 2 : place + 4])
+        if data[place + 1] == _APP1 and data.startswith(_EXIF, place + 4):
+            exif = Image.Exif()
+            exif.load(data[place + 4 : place + 2 + length])
+            value = exif.get(_ORIENTATION, 1)
+            return value if value in range(1, 9) else 1
+        place += 2 + length
+    return 1
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -30,6 +30,7 @@ enum {
 
 INLINE int rounded_up(int n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
 INLINE uint16_t high(uint32_t a, uint32_t b) { return (uint16_t)((uint16_t)a * (uint32_t)(uint16_t)b >> 16); }
+INLINE uint16_t plus(uint16_t a, uint16_t b) { return (uint16_t)(a + b); }
 INLINE int smaller(int a, int b) { return a < b ? a : b; }
 
 /* --- resize ------------------------------------------------------------------------------------------------- */
@@ -72,8 +73,8 @@ static void fill_axis(Axis *axis, int in, double begin, double extent, int out) 
 /* Half a unit a product makes good for what `high` cuts off; bounded, so that white cannot overflow. */
 INLINE uint16_t lift(int products) { return (uint16_t)smaller(products / 2, 48); }
 
-INLINE void add_rows(uint16_t *to, const uint8_t *s, ptrdiff_t stride, const uint16_t *w, int k, int n, int first,
-                     uint16_t bias) {
+INLINE void add_rows(uint16_t *restrict to, const uint8_t *restrict s, ptrdiff_t stride, const uint16_t *restrict w, int k,
+                     int n, int first, uint16_t bias) {
     const uint8_t *s0 = s, *s1 = s + stride, *s2 = s + 2 * stride, *s3 = s + 3 * stride;
     uint16_t w0 = w[0], w1 = k > 1 ? w[1] : 0, w2 = k > 2 ? w[2] : 0, w3 = k > 3 ? w[3] : 0;
     for (int x = 0; x < n; x++) {
@@ -150,7 +151,8 @@ INLINE void turn_bytes(uint8_t *to, ptrdiff_t to_stride, const uint8_t *from, pt
     for (int i = 0; i < 16; i++) memcpy(to + i * to_stride, &a[i], 16);
 }
 
-INLINE void add_columns(uint16_t *sum, const uint16_t *s, const uint16_t *w, int k) {
+/* The next `k` (a constant) input pixels' share of an output pixel, all BLOCK rows of three channels at once. */
+INLINE void add_columns(uint16_t *restrict sum, const uint16_t *restrict s, const uint16_t *restrict w, int k) {
     for (int i = 0; i < 3 * BLOCK; i++) {
         uint16_t all = (uint16_t)(sum[i] + high(s[i], w[0]));
         if (k > 1) all = (uint16_t)(all + high(s[i + 3 * BLOCK], w[1]));
@@ -160,23 +162,41 @@ INLINE void add_columns(uint16_t *sum, const uint16_t *s, const uint16_t *w, int
     }
 }
 
+INLINE void put_columns(uint8_t *restrict to, ptrdiff_t stride, const uint16_t *restrict s, const uint16_t *restrict w,
+                        int k, uint16_t bias) {
+    for (int c = 0; c < 3; c++)
+        for (int i = 0; i < BLOCK; i++) {
+            const uint16_t *in = s + c * BLOCK + i;
+            uint16_t all = (uint16_t)(bias + high(in[0], w[0]));
+            if (k > 1) all = (uint16_t)(all + high(in[3 * BLOCK], w[1]));
+            if (k > 2) all = (uint16_t)(all + high(in[6 * BLOCK], w[2]));
+            if (k > 3) all = (uint16_t)(all + high(in[9 * BLOCK], w[3]));
+            if (k > 4) all = (uint16_t)(all + high(in[12 * BLOCK], w[4]));
+            to[c * stride + i] = (uint8_t)(all >> 8);
+        }
+}
+
 /* Output pixels of BLOCK rows from columns of words (pixel, channel, row) to bytes (channel, pixel, row). */
 INLINE void horizontal(uint8_t *to, const uint16_t *columns, const Axis *axis, int size, int flip) {
-    int pitch = rounded_up(size);
+    ptrdiff_t stride = (ptrdiff_t)rounded_up(size) * BLOCK;
     for (int x = 0; x < size; x++) {
-        uint16_t sum[3 * BLOCK];
-        uint16_t bias = (uint16_t)(lift(axis->count[x]) + 128);
+        uint16_t sum[3 * BLOCK], bias = (uint16_t)(lift(axis->count[x]) + 128);
         const uint16_t *s = columns + (ptrdiff_t)axis->start[x] * 3 * BLOCK, *w = axis->weight + x * axis->taps;
+        uint8_t *place = to + (ptrdiff_t)(flip ? size - 1 - x : x) * BLOCK;
+        switch (axis->count[x]) {
+        case 1: put_columns(place, stride, s, w, 1, bias); continue;
+        case 2: put_columns(place, stride, s, w, 2, bias); continue;
+        case 3: put_columns(place, stride, s, w, 3, bias); continue;
+        case 4: put_columns(place, stride, s, w, 4, bias); continue;
+        case 5: put_columns(place, stride, s, w, 5, bias); continue;
+        default: break;
+        }
         for (int i = 0; i < 3 * BLOCK; i++) sum[i] = bias;
-        for (int left = axis->count[x]; left > 0; left -= 4, s += 12 * BLOCK, w += 4) switch (left) {
-            case 1: add_columns(sum, s, w, 1); break;
-            case 2: add_columns(sum, s, w, 2); break;
-            case 3: add_columns(sum, s, w, 3); break;
-            default: add_columns(sum, s, w, 4);
-            }
-        int place = flip ? size - 1 - x : x;
+        int left = axis->count[x];
+        for (; left >= 4; left -= 4, s += 12 * BLOCK, w += 4) add_columns(sum, s, w, 4);
+        for (; left > 0; left--, s += 3 * BLOCK, w++) add_columns(sum, s, w, 1);
         for (int c = 0; c < 3; c++)
-            for (int i = 0; i < BLOCK; i++) to[(c * pitch + place) * BLOCK + i] = (uint8_t)(sum[c * BLOCK + i] >> 8);
+            for (int i = 0; i < BLOCK; i++) place[c * stride + i] = (uint8_t)(sum[c * BLOCK + i] >> 8);
     }
 }
 
@@ -329,48 +349,95 @@ static int fill_blur(uint16_t *half, double sigma, double *work) {
     return reach;
 }
 
-/* One plane, edges repeated. `row` has room for the padded row. */
-FAST static void blur(uint8_t *to, const uint8_t *from, int size, int pitch, const uint16_t *half, int reach,
+/* Three neighbours on both sides, weighted: reaches from 1 to 3 and from 4 to 6 are one and two calls. */
+#define SIDES(start, at) plus(plus(plus(start, high(at(1), h1)), high(at(2), h2)), high(at(3), h3))
+#define MORE_SIDES(start, at) plus(plus(plus(start, high(at(4), h4)), high(at(5), h5)), high(at(6), h6))
+
+/* One row of the vertical pass, in 9.7 fixed point. */
+INLINE void blur_down(uint16_t *restrict to, const uint8_t *restrict from, int y, int size, int pitch,
+                      const uint16_t *restrict half, int reach, uint16_t bias) {
+    const uint16_t h0 = half[0], h1 = half[1], h2 = half[2], h3 = half[3];
+#define ROW(t) (from + (ptrdiff_t)((t) < 0 ? 0 : (t) >= size ? size - 1 : (t)) * pitch)
+#define ABOVE_BELOW(t) ((a##t[x] + b##t[x]) << 7)
+    const uint8_t *restrict s = ROW(y), *restrict a1 = ROW(y - 1), *restrict b1 = ROW(y + 1), *restrict a2 = ROW(y - 2),
+                  *restrict b2 = ROW(y + 2), *restrict a3 = ROW(y - 3), *restrict b3 = ROW(y + 3);
+    for (int x = 0; x < pitch; x++) to[x] = SIDES(plus(bias, high(s[x] << 7, h0)), ABOVE_BELOW);
+    if (reach == 3) return;
+    const uint16_t h4 = half[4], h5 = half[5], h6 = half[6];
+    const uint8_t *restrict a4 = ROW(y - 4), *restrict b4 = ROW(y + 4), *restrict a5 = ROW(y - 5),
+                  *restrict b5 = ROW(y + 5), *restrict a6 = ROW(y - 6), *restrict b6 = ROW(y + 6);
+    for (int x = 0; x < pitch; x++) to[x] = MORE_SIDES(to[x], ABOVE_BELOW);
+    for (int t = 7; t <= reach; t++) {
+        const uint8_t *restrict above = ROW(y - t), *restrict below = ROW(y + t);
+        for (int x = 0; x < pitch; x++) to[x] = (uint16_t)(to[x] + high((above[x] + below[x]) << 7, half[t]));
+    }
+}
+
+INLINE void blur_across(uint8_t *restrict to, uint16_t *restrict sum, const uint16_t *restrict mid, int pitch,
+                        const uint16_t *restrict half, int reach, uint16_t bias) {
+    const uint16_t h0 = half[0];
+    for (int x = 0; x < pitch; x++) sum[x] = plus(bias, high(mid[x], h0));
+    for (int t = 1; t <= reach; t++) { /* one pair a loop: GCC makes vectors of no more at once */
+        const uint16_t *restrict a = mid - t, *restrict b = mid + t;
+        const uint16_t h = half[t];
+        for (int x = 0; x < pitch; x++) sum[x] = plus(sum[x], high((uint16_t)(a[x] + b[x]), h));
+    }
+    for (int x = 0; x < pitch; x++) to[x] = (uint8_t)(sum[x] >> 7);
+}
+
+INLINE void blur_rows(uint8_t *to, const uint8_t *from, int size, int pitch, const uint16_t *half, int reach,
                       uint16_t *row) {
     uint16_t bias = (uint16_t)smaller((reach + 1) / 2, 31); /* bounded, so that white cannot overflow */
     uint16_t *mid = row + reach, *sum = row + 2 * reach + pitch;
     for (int y = 0; y < size; y++) {
-        const uint8_t *s = from + (ptrdiff_t)y * pitch;
-        for (int x = 0; x < size; x++) mid[x] = (uint16_t)(bias + high(s[x] << 7, half[0]));
-        for (int t = 1; t <= reach; t++) {
-            const uint8_t *above = from + (ptrdiff_t)(y - t < 0 ? 0 : y - t) * pitch;
-            const uint8_t *below = from + (ptrdiff_t)(y + t >= size ? size - 1 : y + t) * pitch;
-            uint16_t w = half[t];
-            for (int x = 0; x < size; x++) mid[x] = (uint16_t)(mid[x] + high((above[x] + below[x]) << 7, w));
-        }
+        blur_down(mid, from, y, size, pitch, half, reach, bias);
         for (int t = 1; t <= reach; t++) mid[-t] = mid[0], mid[size - 1 + t] = mid[size - 1];
-        for (int x = 0; x < size; x++) sum[x] = (uint16_t)(bias + 64 + high(mid[x], half[0]));
-        for (int t = 1; t <= reach; t++) {
-            const uint16_t *a = mid - t, *b = mid + t;
-            uint16_t w = half[t];
-            for (int x = 0; x < size; x++) sum[x] = (uint16_t)(sum[x] + high((uint16_t)(a[x] + b[x]), w));
-        }
-        for (int x = 0; x < size; x++) to[(ptrdiff_t)y * pitch + x] = (uint8_t)(sum[x] >> 7);
+        blur_across(to + (ptrdiff_t)y * pitch, sum, mid, pitch, half, reach, (uint16_t)(bias + 64));
     }
+}
+
+/* One plane, edges repeated. `row` has room for the padded row and a sum. A reach is a multiple of three. */
+FAST static void blur(uint8_t *to, const uint8_t *from, int size, int pitch, const uint16_t *half, int reach,
+                      uint16_t *row) {
+    if (reach == 3)
+        blur_rows(to, from, size, pitch, half, 3, row);
+    else
+        blur_rows(to, from, size, pitch, half, reach, row);
 }
 
 /* --- the view ----------------------------------------------------------------------------------------------- */
 
-FAST static void interleave(uint8_t *restrict to, const uint8_t *restrict r, const uint8_t *restrict g,
-                            const uint8_t *restrict b, int size, int pitch, int solarize) {
-    for (int y = 0; y < size; y++, to += 3 * size, r += pitch, g += pitch, b += pitch) {
-        if (solarize)
-            for (int x = 0; x < size; x++) {
-                to[3 * x] = r[x] < 128 ? r[x] : 255 - r[x];
-                to[3 * x + 1] = g[x] < 128 ? g[x] : 255 - g[x];
-                to[3 * x + 2] = b[x] < 128 ? b[x] : 255 - b[x];
-            }
-        else
-            for (int x = 0; x < size; x++) {
-                to[3 * x] = r[x];
-                to[3 * x + 1] = g[x];
-                to[3 * x + 2] = b[x];
-            }
+#if defined(__clang__)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (Bytes){__VA_ARGS__})
+#endif
+
+INLINE uint8_t solarized(uint8_t v) { return v < 128 ? v : (uint8_t)(255 - v); }
+
+/* Planes to interleaved pixels; the vectors are first those of two channels, then the third put in. */
+FAST static void interleave(uint8_t *to, const uint8_t *r, const uint8_t *g, const uint8_t *b, int size, int pitch,
+                            int solarize) {
+    for (int y = 0; y < size; y++, to += 3 * (ptrdiff_t)size, r += pitch, g += pitch, b += pitch) {
+        int x = 0;
+        for (; x + 16 <= size; x += 16) {
+            Bytes v[3], w[3];
+            memcpy(&v[0], r + x, 16), memcpy(&v[1], g + x, 16), memcpy(&v[2], b + x, 16);
+            if (solarize) /* the smaller of v and 255 − v, which is its complement */
+                for (int c = 0; c < 3; c++) v[c] = (v[c] & (Bytes)(v[c] < 128)) | (~v[c] & (Bytes)(v[c] >= 128));
+            w[0] = PICK(v[0], v[1], 0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5);
+            w[1] = PICK(v[0], v[1], 21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26);
+            w[2] = PICK(v[0], v[1], 0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0);
+            w[0] = PICK(w[0], v[2], 0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12, 13, 20, 15);
+            w[1] = PICK(w[1], v[2], 0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11, 12, 25, 14, 15);
+            w[2] = PICK(w[2], v[2], 26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10, 11, 30, 13, 14, 31);
+            memcpy(to + 3 * x, w, 48);
+        }
+        for (; x < size; x++) {
+            to[3 * x] = solarize ? solarized(r[x]) : r[x];
+            to[3 * x + 1] = solarize ? solarized(g[x]) : g[x];
+            to[3 * x + 2] = solarize ? solarized(b[x]) : b[x];
+        }
     }
 }
 
