@@ -10,12 +10,13 @@
 | several frames or pages | the first |
 
 JPEGs are decoded by libjpeg-turbo directly (simplejpeg; the same pixels as Pillow's), on demand at 1/2, 1/4 or 1/8 of
-their size; all else by Pillow. Sizes are checked before anything is decoded.
+their size; plain PNGs by OpenCV; all else, and whatever these refuse, by Pillow. Sizes are checked before anything is decoded.
 """
 
 import io
 from typing import Any
 
+import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -28,6 +29,7 @@ SHRINKS = (8, 4, 2)
 
 _JPEG, _EXIF, _ORIENTATION = b"\xff\xd8\xff", b"Exif\0\0", 0x0112
 _APP1 = 0xE1
+_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 _SCANS = (0xC0, 0xC1, 0xC2, 0xDA)  # the frame or the scan begins: no EXIF from here on
 
 
@@ -50,13 +52,14 @@ class Picture:
     """Size as the picture is meant to be seen, in pixels."""
 
     def __init__(self, data: bytes | np.ndarray) -> None:
-        self._data = data
+        self._data: Any = data
         self._pixels: np.ndarray | None = None
         self._turn = 1
         if isinstance(data, np.ndarray):
             self._pixels = _as_rgb(data)
         elif not self._is_plain_jpeg(data):
-            self._pixels = np.asarray(decode(data))
+            plain = _plain_png(data)
+            self._pixels = _by_pillow(data) if plain is None else plain
         if self._pixels is not None:
             self.height, self.width = self._pixels.shape[:2]
 
@@ -88,7 +91,7 @@ class Picture:
         try:
             pixels = simplejpeg.decode_jpeg(self._data, "RGB", **least)
         except ValueError:  # Pillow bears more than libjpeg-turbo's strict mode, and knows what is too much
-            return np.asarray(decode(self._data)), 1
+            return _by_pillow(self._data), 1
         if shrink > 1 and pixels.shape[:2] != (least["min_height"], least["min_width"]):
             pixels, shrink = simplejpeg.decode_jpeg(self._data, "RGB"), 1
         return _turned(pixels, self._turn), shrink
@@ -100,15 +103,18 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
     Raises:
         DecodeError: if the bytes are no picture, a truncated one, or one of more than ``MAX_PIXELS`` pixels.
     """
-    if isinstance(data, np.ndarray):
-        return Image.fromarray(data).convert("RGB")
+    return Image.fromarray(_as_rgb(data) if isinstance(data, np.ndarray) else _by_pillow(data))
+
+
+def _by_pillow(data: bytes) -> np.ndarray:
     if not data:
         raise DecodeError("the file is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(*image.size)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb_of(image)
     except DecodeError:
         raise
     except UnidentifiedImageError:
@@ -122,26 +128,44 @@ def _check_size(width: int, height: int) -> None:
         raise DecodeError(f"{width}×{height} pixels are more than {MAX_PIXELS}")
 
 
-def _to_rgb(image: Any) -> Image.Image:
+def _rgb_of(image: Any) -> np.ndarray:
     if image.mode.startswith("I"):  # I;16 in either byte order, or 32 bits
         values = np.asarray(image)
         if image.mode == "I":
             values = values.clip(0, 65535)
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        image = Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
-    elif image.has_transparency_data:
+        return _as_rgb((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        return _as_rgb(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
-        return white
-    return image.convert("RGB")
+        image = white
+    elif image.mode == "L":
+        return _as_rgb(np.asarray(image))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _as_rgb(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
         raise DecodeError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (H, W) or (H, W, 3)")
-    return pixels if pixels.ndim == 3 else pixels[:, :, None].repeat(3, axis=2)
+    return pixels if pixels.ndim == 3 else cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+
+
+def _plain_png(data: bytes) -> np.ndarray | None:
+    """Pixels of a whole 8-bit grey or RGB PNG without transparency or EXIF, by OpenCV; ``None`` for any other."""
+    if data[:8] != _PNG or data[24:25] != b"\x08" or data[25:26] not in (b"\0", b"\2") or data[-12:] != _PNG_END:
+        return None
+    place = 8
+    while (kind := data[place + 4 : place + 8]) != b"IDAT":
+        if kind in (b"tRNS", b"eXIf", b""):
+            return None
+        place += 12 + int.from_bytes(data[place : place + 4])
+    _check_size(int.from_bytes(data[16:20]), int.from_bytes(data[20:24]))
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)  # None where it is damaged
+    except cv2.error:
+        return None
 
 
 def _orientation(data: bytes) -> int:

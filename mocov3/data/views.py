@@ -70,8 +70,11 @@ class TwoViews:
 
 
 def _shrink(choices: Sequence[Draw], size: int) -> int:
-    smallest = min(min(choice.height, choice.width) for choice in choices)
-    return next((shrink for shrink in SHRINKS if smallest >= shrink * size * _SHARPNESS), 1)
+    a, b = choices
+    smallest = min(a.height, a.width, b.height, b.width)
+    if smallest < 2 * size * _SHARPNESS:
+        return 1
+    return next(shrink for shrink in SHRINKS if smallest >= shrink * size * _SHARPNESS)
 
 
 @dataclass(frozen=True)

@@ -43,28 +43,34 @@ typedef struct {
 
 static int taps_of(double extent, int out) { return 2 * (int)ceil(extent > out ? extent / out : 1.0) + 2; }
 
-static double falling(double distance, double support) {
-    double w = 1 - fabs(distance / support);
+INLINE double falling(double distance, double slope) {
+    double w = 1 - fabs(distance) * slope;
     return w > 0 ? w : 0;
 }
 
 /* Pillow's triangle filter, widened by the scale where the picture shrinks: `out` pixels from `extent` input pixels that
    begin at `begin`, which may be fractions; no pixel outside 0 … in − 1 is touched. */
 static void fill_axis(Axis *axis, int in, double begin, double extent, int out) {
-    double scale = extent / out, support = scale > 1 ? scale : 1;
+    double scale = extent / out, support = scale > 1 ? scale : 1, slope = 1 / support;
     for (int i = 0; i < out; i++) {
-        double centre = begin + (i + 0.5) * scale, sum = 0, passed = 0;
-        int low = (int)floor(centre - support + 0.5), end = (int)floor(centre + support + 0.5), before = 0;
-        if (low < 0) low = 0;
+        double centre = begin + (i + 0.5) * scale - 0.5, sum = 0, passed = 0;
+        int low = (int)(centre - support + 1), end = (int)(centre + support + 1), before = 0;
+        if (centre - support + 1 < 0) low = 0;
         if (end > in) end = in;
         if (low >= end) low = smaller(low, in - 1), end = low + 1; /* a sliver at the edge */
         axis->start[i] = low;
         axis->count[i] = end - low;
-        for (int j = low; j < end; j++) sum += falling(j - centre + 0.5, support);
+        uint16_t *weight = axis->weight + (ptrdiff_t)i * axis->taps;
+        for (int j = low; j < end; j++) sum += falling(j - centre, slope);
+        if (!(sum > 0)) { /* only a sliver: its one pixel */
+            weight[0] = 65535;
+            continue;
+        }
+        sum = 65535 / sum;
         for (int j = low; j < end; j++) { /* differences of the rounded running sum: the parts sum to the whole */
-            passed += sum > 0 ? falling(j - centre + 0.5, support) / sum : 1.0 / (end - low);
-            int now = (int)(65535 * passed + 0.5);
-            axis->weight[i * axis->taps + j - low] = (uint16_t)(now - before);
+            passed += falling(j - centre, slope);
+            int now = (int)(passed * sum + 0.5);
+            weight[j - low] = (uint16_t)(now - before);
             before = now;
         }
     }
