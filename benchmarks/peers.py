@@ -1,8 +1,8 @@
 """The two views of MoCo v3 by other libraries, at the same draws' distribution: what mocov3.data is compared with.
 
-Each maker returns a function bytes → two views. ``reference`` follows the paper's description (arXiv 2104.02057, §4, and
-BYOL, appendix B) on torchvision's v1 transforms and Pillow, down to normalised float tensors, as the published code's
-loader processes do. The others stop at uint8, as ours does.
+Each maker returns a function bytes → two views. ``reference`` follows the paper's description (arXiv 2104.02057, §4,
+and BYOL, appendix B) on torchvision's v1 transforms and Pillow, down to normalised float tensors, which is where that
+pipeline's loader processes end. The others stop at uint8, as ours does.
 """
 
 import io

@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -94,7 +95,7 @@ def test_every_crop_lies_in_the_picture(width, height, crop_min, preset, seed, v
     assert 0 <= d.left <= width + pad - d.width
 
 
-@pytest.mark.parametrize("backend", ["fast", "pillow"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (640, 480)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16", "1"])
 def test_any_picture_becomes_two_views(backend, size, mode, tmp_path):

@@ -10,7 +10,8 @@
 | several frames or pages | the first |
 
 JPEGs are decoded by libjpeg-turbo directly (simplejpeg; the same pixels as Pillow's), on demand at 1/2, 1/4 or 1/8 of
-their size; plain PNGs by OpenCV; all else, and whatever these refuse, by Pillow. Sizes are checked before anything is decoded.
+their size; plain PNGs by OpenCV; all else, and whatever these refuse, by Pillow. Sizes are checked before anything is
+decoded.
 """
 
 import io
@@ -87,6 +88,8 @@ class Picture:
         if self._pixels is not None:
             return self._pixels, 1
         width, height = self._stored
+        if self._turn > 1 and (width % shrink or height % shrink):
+            shrink = 1  # the part pixel at the far edge would come to lie at the near one
         least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)} if shrink > 1 else {}
         try:
             pixels = simplejpeg.decode_jpeg(self._data, "RGB", **least)

@@ -1,8 +1,8 @@
 """Draw → pixels of one view, in three ways that give the same picture.
 
-``pillow`` applies the reference's own operations and is the standard. ``native`` is the compiled kernel, ``library`` the
-same draws by Pillow's resize, OpenCV and look-up tables, where the kernel was not built; the tests hold both to the
-standard. ``fast`` is the better of the two here.
+``pillow`` applies the reference's own operations and is the standard. ``native`` is the compiled kernel, ``library``
+the same draws by Pillow's resize, OpenCV and look-up tables, where the kernel was not built; the tests hold both to
+the standard. ``fast`` is the better of the two here.
 """
 
 import cv2
@@ -15,8 +15,13 @@ from mocov3.data.draws import Draw
 Pixels = np.ndarray
 """uint8, (height, width, 3), RGB."""
 
+_FARTHEST = 40
+"""Crops this many times larger than the view are resized by Pillow: the kernel's 16-bit sums are for fewer terms."""
 
-def apply_draw(pixels: Pixels, choice: Draw, size: int, backend: str, shrink: int = 1, out: Pixels | None = None) -> Pixels:
+
+def apply_draw(
+    pixels: Pixels, choice: Draw, size: int, backend: str, shrink: int = 1, out: Pixels | None = None
+) -> Pixels:
     """One view of a (padded) picture, as (size, size, 3), written to ``out`` if given.
 
     Args:
@@ -27,9 +32,16 @@ def apply_draw(pixels: Pixels, choice: Draw, size: int, backend: str, shrink: in
         shrink: 1, or by how much the picture was decoded smaller.
         out: contiguous, (size, size, 3).
     """
-    box = (choice.top / shrink, choice.left / shrink, choice.height / shrink, choice.width / shrink)
+    box: tuple[float, float, float, float] = (
+        choice.top / shrink,
+        choice.left / shrink,
+        choice.height / shrink,
+        choice.width / shrink,
+    )
     if backend in ("fast", "native") and native.available() and _kernel_takes(choice):
         view = np.empty((size, size, 3), np.uint8) if out is None or not out.flags.c_contiguous else out
+        if max(box[2], box[3]) > _FARTHEST * size:
+            pixels, box = np.asarray(_resized(pixels, box, size)), (0, 0, size, size)
         native.view(
             pixels,
             box,
