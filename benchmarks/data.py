@@ -203,14 +203,14 @@ def table(rows: list[list[str]], found: dict[str, float], worst: float, rounds: 
     system = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     lines += [
         "",
-        f"Milliseconds of processor time a picture for both views, one thread, median of {rounds} rounds, {made}; how many",
-        "times as long others take; speed as a share of decoding alone (simplejpeg for JPEG, OpenCV for PNG, Pillow for",
-        "TIFF). JPEG quality 92 (12 Mpx: 90; up to 96 px: 95), cut from photographs in scikit-learn and scikit-image.",
-        "albumentations resizes with OpenCV's area filter, which antialiases. The reference's pipeline goes on to float",
-        "tensors, in the loader processes; ours stays uint8 and normalises on the device. 12 Mpx pictures are decoded",
-        f"smaller where every crop allows: views differ by at most {worst:.1f}/255 in the mean. The loader adds "
-        f"{loader:.0f} % to the",
-        f"views' time; two loader processes bring {workers:.2f} times the pictures of one. {system}.",
+        f"Milliseconds of processor time a picture for both views, one thread, median of {rounds} rounds, {made};",
+        "how many times as long others take; speed as a share of decoding alone (simplejpeg for JPEG, OpenCV for PNG,",
+        "Pillow for TIFF). JPEG quality 92 (12 Mpx: 90; up to 96 px: 95), cut from photographs in scikit-learn and",
+        "scikit-image. albumentations resizes with OpenCV's area filter, which antialiases. The reference's pipeline",
+        "goes on to float tensors, in the loader processes; ours stays uint8 and normalises on the device. 12 Mpx",
+        f"pictures are decoded smaller where every crop allows: views differ by at most {worst:.1f}/255 in the mean.",
+        f"The loader adds {loader:.0f} % to the views' time; two loader processes bring {workers:.2f} times the",
+        f"pictures of one. {system}.",
     ]
     return "\n".join(lines)
 
