@@ -20,6 +20,7 @@ from mocov3.data import Source, open_source
 from mocov3.data.decode import DecodeError, Picture
 from mocov3.data.loader import usable_cores
 from mocov3.data.shards import CLASSES_FILE
+from mocov3.data.sources import EXTENSIONS
 from mocov3.errors import UserError, printable
 from mocov3.log import warn
 
@@ -121,7 +122,8 @@ def _prepare(source: Source, index: int, side: int, quality: int) -> tuple[str, 
             return ".jpg", _saved(image.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=quality)
         if isinstance(data, np.ndarray):
             return ".png", _saved(Image.fromarray(data), "PNG")
-        return os.path.splitext(source.name(index))[1].lower() or _ending(data), data
+        ending = os.path.splitext(source.name(index))[1].lower()
+        return ending if ending in EXTENSIONS else _ending(data), data
     except (DecodeError, OSError) as error:
         return error
 
@@ -139,7 +141,8 @@ def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def _key(name: str, taken: set[str]) -> str:
     """A sample's key: the name without ending, without dots (which end a key) and without ways out; not used before."""
-    stem = os.path.splitext(name.replace("\\", "/"))[0].replace(".", "_").replace(":", "_").strip("/")
+    stem, ending = os.path.splitext(name.replace("\\", "/"))
+    stem = (stem if ending.lower() in EXTENSIONS else name).replace(".", "_").replace(":", "_").strip("/")
     key, number = stem, 1
     while key in taken:
         number += 1

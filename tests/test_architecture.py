@@ -16,13 +16,13 @@ ORDER = [
     "stop", "writer", "checkpoint", "tensorfiles", "vetting",
     "distributed", "distributed.launch", "distributed.batch_norm", "distributed.world", "distributed.heartbeat",
     "log", "metrics",
-    "data", "data.loader", "data.views", "data.operations", "data.native", "data.draws", "data.decode",
-    "data.shards", "data.parquet", "data.sources",
+    "data", "data.loader", "data.slots", "data.views", "data.operations", "data.native", "data.draws", "data.decode",
+    "data.packed", "data.shards", "data.parquet", "data.sources",
     "config", "config.pretrain", "config.lincls", "config.finetune", "config.presets", "config.fields", "config.archs",
     "errors", "version",
 ]  # fmt: skip
-# started from above, by name: the doors call a task, and a task its loop
-LAZY = {("pretrain", "run"), ("demo", "cli"), ("data.sources", "data.shards"), ("data.sources", "data.parquet")}
+# started from above, by name: the doors call a task, a task its loop; sources by what they are named
+LAZY = {("pretrain", "run"), ("demo", "cli"), ("data.sources", "data.packed")}
 LIGHT = ["mocov3.cli", "mocov3.recipes", "mocov3.config", "mocov3.data", "mocov3.pretrain", "mocov3.log", "mocov3.stop"]
 
 

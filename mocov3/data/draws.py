@@ -34,6 +34,21 @@ class Draw(NamedTuple):
     flip: bool
 
 
+PARAMETERS = 12
+"""Numbers that ``colour_parameters`` gives."""
+
+
+def colour_parameters(choice: Draw) -> list[float]:
+    """All but the geometry of a draw, as numbers: jitter (0 or 1), its order, its factors, grey, sigma, solarise."""
+    order, *factors = choice.jitter or ((0, 1, 2, 3), 1.0, 1.0, 1.0, 0.0)
+    return [choice.jitter is not None, *order, *factors, choice.gray, choice.blur_sigma or 0.0, choice.solarize]
+
+
+def without_colour(choice: Draw) -> Draw:
+    """The geometry of a draw alone."""
+    return choice._replace(jitter=None, gray=False, blur_sigma=None, solarize=False)
+
+
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of ``n`` pictures in an epoch, as int64. From raw bits, so that it never changes with numpy."""
     bits = np.random.Philox(key=[seed, _ORDER], counter=[0, 0, 0, epoch])

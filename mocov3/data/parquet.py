@@ -22,17 +22,12 @@ def is_parquet(data: str) -> bool:
     return data.lower().endswith(".parquet")
 
 
-def open_parquet(files: list[str]) -> "Parquet":
-    """The pictures in ``files``.
+class Parquet:
+    """Rows of tables.
 
     Raises:
         UserError: if pyarrow is missing, or a file is damaged or has no column of pictures.
     """
-    return Parquet(files)
-
-
-class Parquet:
-    """Rows of tables."""
 
     def __init__(self, files: list[str]) -> None:
         self.files = files

@@ -60,8 +60,10 @@ def open_source(data: str, split: str = "train") -> Source:
     name, _, root = data.partition(":")
     if name == BUILT_IN and not Path(data).exists():
         return FashionMnist(split, root or None)
+    from mocov3.data.packed import open_packed
+
     folder = Path(data)
-    if packed := _packed(data, split):
+    if packed := open_packed(data, split):
         return packed
     if not data:
         raise UserError("no data: name a folder of pictures, or fashion-mnist")
@@ -72,26 +74,6 @@ def open_source(data: str, split: str = "train") -> Source:
     if split == "val" or (folder / split).is_dir():
         folder = folder / split
     return scan(folder)
-
-
-def _packed(data: str, split: str) -> Source | None:
-    """Pictures in archives or tables: named by a pattern, or all in a folder (or in its part ``split``)."""
-    from mocov3.data import parquet, shards
-
-    for is_kind, open_kind, ending in (
-        (shards.is_shards, shards.open_shards, ".tar"),
-        (parquet.is_parquet, parquet.open_parquet, ".parquet"),
-    ):
-        if is_kind(data):
-            if split == "val":
-                raise UserError(f"data {data}: has no val part; name a folder that holds train/ and val/")
-            return open_kind(shards.expand(data))
-        folder = Path(data) / split if (Path(data) / split).is_dir() else Path(data)
-        if split == "val" and folder == Path(data):
-            continue
-        if data and folder.is_dir() and (files := sorted(map(str, folder.glob(f"*{ending}")))):
-            return open_kind(files)
-    return None
 
 
 def scan(folder: Path) -> "Folder":

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.data.decode import SHRINKS, Picture
-from mocov3.data.draws import Draw, draw, pad_pixels
+from mocov3.data.draws import PARAMETERS, Draw, colour_parameters, draw, pad_pixels, without_colour
 from mocov3.data.operations import Pixels, apply_draw
 
 _SHARPNESS = 1.5
@@ -28,13 +28,21 @@ class TwoViews:
         preset: strengths and probabilities; a name of ``mocov3.config.PRESETS`` or a ``ViewPreset``.
         backend: ``fast``, or ``pillow`` for the reference's operations (``native`` and ``library``: see
             ``mocov3.data.operations``).
+        crop_only: stop after crop, resize and flip; what is left is written to ``parameters``, for
+            ``mocov3.augment`` to do on a device.
     """
 
     image_size: int = 224
     crop_min: float = 0.08
     preset: str | ViewPreset = "photos"
     backend: str = "fast"
+    crop_only: bool = False
     count: int = field(default=2, init=False)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that go with a view."""
+        return PARAMETERS if self.crop_only else 0
 
     def __call__(
         self,
@@ -44,8 +52,11 @@ class TwoViews:
         epoch: int,
         index: int,
         out: Sequence[Pixels] | np.ndarray | None = None,
+        parameters: np.ndarray | None = None,
     ) -> tuple[Pixels, Pixels]:
         """The views of the picture in ``data`` (file bytes or uint8 pixels), written to ``out`` if given.
+
+        With ``crop_only``, what is left to do is written to ``parameters``, float32 (2, ``PARAMETERS``).
 
         Raises:
             DecodeError: if the picture cannot be read.
@@ -57,6 +68,10 @@ class TwoViews:
             draw(preset, self.crop_min, width, height, seed=seed, epoch=epoch, index=index, view=view)
             for view in range(2)
         ]
+        if self.crop_only:
+            if parameters is not None:
+                parameters[:] = [colour_parameters(choice) for choice in choices]
+            choices = [without_colour(choice) for choice in choices]
         pad = pad_pixels(preset, width, height)
         whole = pad or self.backend == "pillow"
         pixels, shrink = picture.pixels(1 if whole else _shrink(choices, self.image_size))
