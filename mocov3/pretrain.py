@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mocov3.config import PretrainConfig
-from mocov3.data import Source, open_source
+from mocov3.data import Source, native, open_source
 from mocov3.errors import UserError
 from mocov3.log import warn
 
@@ -57,6 +57,8 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
     config.check()
     source = open_source(config.data)
     warn_skipped(source)
+    if config.views == "fast" and (remark := native.remark()):
+        warn(remark)
     if config.batch_size > len(source):
         raise UserError(
             f"--batch-size {config.batch_size} is larger than the {len(source)} pictures of {config.data}; "

@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import BACKENDS
+from conftest import BACKENDS, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -276,3 +276,13 @@ def test_a_killed_loader_process_is_named(pictures):
             time.sleep(0.1)
         else:
             pytest.fail(f"loader process {pid} lives on")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+def test_memory_stays_flat(monkeypatch):
+    """10,000 samples of every kind, some damaged; benchmarks/memory.py does 200,000."""
+    monkeypatch.syspath_prepend(ROOT)
+    soak = pytest.importorskip("benchmarks.memory")
+    held = [size for _, size in soak.measure(10_000, workers=1, size=32, folder=200)]
+    assert len(held) >= 10
+    assert held[-1] <= 1.05 * held[2]
