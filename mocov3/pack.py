@@ -156,18 +156,17 @@ class _Writer:
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, size
-        self.number = self.total = self._bytes = 0
+        self.number = self.total = 0
         self._tar: tarfile.TarFile | None = None
 
     def add(self, key: str, ending: str, data: bytes, label: int | None) -> None:
         """One picture and its class, in the same archive."""
-        if self._tar is not None and self._bytes + len(data) > self.size:
+        if self._tar is not None and self._tar.offset + len(data) > self.size:
             self.close()
         if self._tar is None:
             self._name = self.folder / f"shard-{self.number:06d}.tar"
             self._partial = self._name.with_name(f"{self._name.name}.partial")
             self._tar = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed by close)
-            self._bytes = 0
         self._member(key + ending, data)
         if label is not None:
             self._member(f"{key}.cls", str(label).encode())
@@ -177,13 +176,12 @@ class _Writer:
         info = tarfile.TarInfo(name)  # no times, no owners: the same pictures make the same bytes
         info.size = len(data)
         self._tar.addfile(info, io.BytesIO(data))
-        self._bytes += len(data)
-        self.total += len(data)
 
     def close(self) -> None:
         """Complete the archive."""
         if self._tar is not None:
             self._tar.close()
+            self.total += self._partial.stat().st_size
             os.replace(self._partial, self._name)
             self._tar = None
             self.number += 1

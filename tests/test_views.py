@@ -1,5 +1,6 @@
 """Fast views: every operation against Pillow over its range, the kernel's edges, shrunk decoding, and its building."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -144,6 +145,39 @@ def test_large_pictures_are_decoded_smaller(tmp_path):
         theirs = TwoViews(224, 0.2, plain, backend="pillow")(whole, seed=0, epoch=0, index=index)
         for a, b in zip(ours, theirs, strict=True):
             assert 0 < mean_difference(a, b) <= 3
+
+
+@given(
+    st.integers(1, 400), st.integers(1, 400), st.sampled_from(["RGB", "L", "RGBA", "LA", "P", "CMYK", "1", "I;16"]),
+    st.sampled_from(["JPEG", "PNG", "TIFF", "WEBP"]), st.sampled_from([1, 17, 32, 96]), st.integers(0, 2**40),
+)  # fmt: skip
+@settings(deadline=None, max_examples=120)
+def test_any_picture_any_view(width, height, mode, kind, size, index):
+    """Any size, kind of pixels and file: the fast views are near Pillow's of the same draws."""
+    smooth = np.add.outer(np.arange(height) % 97, 2 * (np.arange(width) % 61)).astype(np.uint8)
+    image = Image.fromarray(np.dstack([smooth, smooth[:, ::-1], 255 - smooth])).convert("RGB")
+    image = Image.fromarray(smooth.astype(np.uint16) << 8) if mode == "I;16" else image.convert(mode)
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, kind)
+    except (OSError, KeyError):  # no such mode in such a file
+        image.convert("RGB").save(buffer, kind)
+    ways = [
+        TwoViews(size, 0.08, backend=b)(buffer.getvalue(), seed=2, epoch=1, index=index) for b in ("fast", "pillow")
+    ]
+    for ours, theirs in zip(*ways, strict=True):
+        assert ours.shape == (size, size, 3)
+        assert mean_difference(ours, theirs) <= 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_24_megapixels(kind):
+    buffer = io.BytesIO()
+    Image.fromarray(np.tile(CHINA[:400, :600], (10, 10, 1))).save(
+        buffer, kind, **{"PNG": {"compress_level": 1}}.get(kind, {})
+    )
+    views = TwoViews(32, 0.08)(buffer.getvalue(), seed=0, epoch=0, index=0)
+    assert abs(np.mean(views) - CHINA[:400, :600].mean()) < 60
 
 
 def test_threads_make_the_same_views():
