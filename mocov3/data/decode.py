@@ -101,12 +101,12 @@ class Picture:
 
 
 def decode(data: bytes | np.ndarray) -> Image.Image:
-    """An RGB picture from the bytes of a file, or from uint8 pixels (H, W) or (H, W, 3), whole, by Pillow.
+    """An RGB picture from the bytes of a file, or from uint8 pixels (H, W) or (H, W, 3), whole.
 
     Raises:
         DecodeError: if the bytes are no picture, a truncated one, or one of more than ``MAX_PIXELS`` pixels.
     """
-    return Image.fromarray(_as_rgb(data) if isinstance(data, np.ndarray) else _by_pillow(data))
+    return Image.fromarray(Picture(data).pixels()[0])
 
 
 def _by_pillow(data: bytes) -> np.ndarray:

@@ -19,7 +19,7 @@ _BLOCK = 2 * _TRIES + 18  # uniform numbers a view; a fixed number keeps every c
 
 
 class Draw(NamedTuple):
-    """What happens to one view of one picture, in this order: crop, jitter, grey, blur, solarise, flip."""
+    """What happens to one view of one picture, in this order: crop, jitter, grey, blur, solarise, flips, turn."""
 
     top: int
     left: int
@@ -32,6 +32,9 @@ class Draw(NamedTuple):
     blur_sigma: float | None
     solarize: bool
     flip: bool
+    flip_vertical: bool = False
+    turns: int = 0
+    """Quarter turns, counter-clockwise."""
 
 
 PARAMETERS = 12

@@ -20,7 +20,12 @@ _FARTHEST = 40
 
 
 def apply_draw(
-    pixels: Pixels, choice: Draw, size: int, backend: str, shrink: int = 1, out: Pixels | None = None
+    pixels: Pixels | Image.Image,
+    choice: Draw,
+    size: int,
+    backend: str = "pillow",
+    shrink: int = 1,
+    out: Pixels | None = None,
 ) -> Pixels:
     """One view of a (padded) picture, as (size, size, 3), written to ``out`` if given.
 
@@ -32,6 +37,8 @@ def apply_draw(
         shrink: 1, or by how much the picture was decoded smaller.
         out: contiguous, (size, size, 3).
     """
+    if isinstance(pixels, Image.Image):
+        pixels = np.asarray(pixels)
     box: tuple[float, float, float, float] = (
         choice.top / shrink,
         choice.left / shrink,
@@ -39,7 +46,9 @@ def apply_draw(
         choice.width / shrink,
     )
     if backend in ("fast", "native") and native.available() and _kernel_takes(choice):
-        view = np.empty((size, size, 3), np.uint8) if out is None or not out.flags.c_contiguous else out
+        view = np.empty((size, size, 3), np.uint8)
+        if out is not None and out.flags.c_contiguous and not (choice.flip_vertical or choice.turns):
+            view = out
         if max(box[2], box[3]) > _FARTHEST * size:
             pixels, box = np.asarray(_resized(pixels, box, size)), (0, 0, size, size)
         native.view(
@@ -56,10 +65,18 @@ def apply_draw(
         view = _by_pillow(_resized(pixels, box, size), choice)
     else:
         view = _by_library(np.asarray(_resized(pixels, box, size)), choice)
+    view = turned(view, choice)
     if out is not None and view is not out:
         out[...] = view
         view = out
     return view
+
+
+def turned(pixels: Pixels, choice: Draw) -> Pixels:
+    """The last part of a draw, the same for every backend: upside down, then quarter turns of the square view."""
+    if choice.flip_vertical:
+        pixels = pixels[::-1]
+    return np.rot90(pixels, choice.turns) if choice.turns else pixels
 
 
 def _kernel_takes(choice: Draw) -> bool:
