@@ -128,7 +128,7 @@ def mix() -> list[bytes]:
 
 def loading(rounds: int) -> dict[str, float]:
     """What the loader adds to the views (processor time), and what a second process brings (clock)."""
-    batch, steps = 32, 12
+    batch, steps = 32, 24
     with tempfile.TemporaryDirectory() as name:
         source = open_source(str(pictures.folder(Path(name) / "pictures", batch * steps)))
         views = TwoViews(224, CROP_MIN)
@@ -154,21 +154,41 @@ def loading(rounds: int) -> dict[str, float]:
                 spent.append(time.process_time_ns() - began)
             if round:
                 cost.append(spent[1] / spent[0])
-        speeds: dict[int, list[float]] = {1: [], 2: []}
+        speeds: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
         for _ in range(max(3, rounds // 2)):
             for workers, found in speeds.items():
                 found.append(_speed(source, views, works, batch, workers))
-    return {"loader": median(cost), "workers": max(speeds[2]) / max(speeds[1])}
+    clock = {workers: max(rate for rate, _ in found) for workers, found in speeds.items()}
+    busiest = {workers: median(spent for _, spent in found) for workers, found in speeds.items()}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return {
+        "loader": median(cost),
+        "clock": clock[2] / clock[1],
+        "processor": busiest[1] / busiest[2] if busiest[2] else 0.0,
+        "load": load,
+    }
 
 
-def _speed(source: Any, views: Any, works: list[Any], batch: int, workers: int) -> float:
+def _speed(source: Any, views: Any, works: list[Any], batch: int, workers: int) -> tuple[float, float]:
+    """Pictures a second by the clock, and seconds of processor time a picture of the busiest loader process."""
     with Loader(source, views, batch_size=batch, seed=0, workers=workers) as loader:
         coming = loader.run(works)
         for _ in range(3):  # past the starting of processes and what was prepared ahead
             next(coming)
-        began = time.perf_counter()
+        pids = [process.pid for process in loader._processes]
+        before, began = [_processor_time(pid) for pid in pids], time.perf_counter()
         count = sum(len(b.work.indices) for b in coming)
-        return count / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        spent = [_processor_time(pid) - was for pid, was in zip(pids, before, strict=True)]
+        return count / seconds, max(spent) / count
+
+
+def _processor_time(pid: int) -> float:
+    file = Path(f"/proc/{pid}/stat")
+    if not file.exists():
+        return 0.0
+    fields = file.read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def shrunk_sharpness() -> float:
@@ -199,7 +219,7 @@ def table(rows: list[list[str]], found: dict[str, float], worst: float, rounds: 
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     made = "compiled kernel" if kernel.available() else "library path (no compiled kernel)"
-    loader, workers = 100 * (found["loader"] - 1), found["workers"]
+    loader = max(0.0, 100 * (found["loader"] - 1))
     system = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     lines += [
         "",
@@ -209,8 +229,10 @@ def table(rows: list[list[str]], found: dict[str, float], worst: float, rounds: 
         "scikit-image. albumentations resizes with OpenCV's area filter, which antialiases. The reference's pipeline",
         "goes on to float tensors, in the loader processes; ours stays uint8 and normalises on the device. 12 Mpx",
         f"pictures are decoded smaller where every crop allows: views differ by at most {worst:.1f}/255 in the mean.",
-        f"The loader adds {loader:.0f} % to the views' time; two loader processes bring {workers:.2f} times the",
-        f"pictures of one. {system}.",
+        f"The loader adds {loader:.0f} % to the views' time; of two loader processes the busier spends "
+        f"1/{found['processor']:.2f} of what one",
+        f"alone does, and by the clock two make {found['clock']:.2f} times as many pictures (load average "
+        f"{found['load']:.0f} here). {system}.",
     ]
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ A picture is decoded once for both views, smaller where no crop needs the whole 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -76,7 +77,7 @@ class TwoViews:
         whole = pad or self.backend == "pillow"
         pixels, shrink = picture.pixels(1 if whole else _shrink(choices, self.image_size))
         if pad:
-            pixels = np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)))
+            pixels = cv2.copyMakeBorder(pixels, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=0)
         a, b = (
             apply_draw(pixels, choice, self.image_size, self.backend, shrink, None if out is None else out[view])
             for view, choice in enumerate(choices)

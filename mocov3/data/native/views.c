@@ -424,13 +424,14 @@ INLINE uint8_t solarized(uint8_t v) { return v < 128 ? v : (uint8_t)(255 - v); }
 /* Planes to interleaved pixels; the vectors are first those of two channels, then the third put in. */
 FAST static void interleave(uint8_t *to, const uint8_t *r, const uint8_t *g, const uint8_t *b, int size, int pitch,
                             int solarize) {
+    const Bytes half = {128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128};
     for (int y = 0; y < size; y++, to += 3 * (ptrdiff_t)size, r += pitch, g += pitch, b += pitch) {
         int x = 0;
         for (; x + 16 <= size; x += 16) {
             Bytes v[3], w[3];
             memcpy(&v[0], r + x, 16), memcpy(&v[1], g + x, 16), memcpy(&v[2], b + x, 16);
             if (solarize) /* the smaller of v and 255 − v, which is its complement */
-                for (int c = 0; c < 3; c++) v[c] = (v[c] & (Bytes)(v[c] < 128)) | (~v[c] & (Bytes)(v[c] >= 128));
+                for (int c = 0; c < 3; c++) v[c] = (v[c] & (Bytes)(v[c] < half)) | (~v[c] & (Bytes)(v[c] >= half));
             w[0] = PICK(v[0], v[1], 0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5);
             w[1] = PICK(v[0], v[1], 21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26);
             w[2] = PICK(v[0], v[1], 0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0);
