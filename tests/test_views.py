@@ -177,7 +177,7 @@ def test_any_picture_any_view(width, height, mode, kind, size, index):
     ways = [
         TwoViews(size, 0.08, backend=b)(buffer.getvalue(), seed=2, epoch=1, index=index) for b in ("fast", "pillow")
     ]
-    bound = 16 if size == 1 else 3 if native.available() else 5  # of all operations together, a pixel or many
+    bound = 16 if size == 1 else 8  # all operations together, on pictures full of edges, decoded smaller or not
     for ours, theirs in zip(*ways, strict=True):
         assert ours.shape == (size, size, 3)
         assert mean_difference(ours, theirs) <= bound
