@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test soak lint types style check clean
+.PHONY: demo test soak bench-data lint types style check clean
 
 demo: $(VENV)/installed
 	$(BIN)/mocov3 demo
@@ -17,6 +17,10 @@ test: $(VENV)/installed-dev
 soak: $(VENV)/installed-dev
 	$(PIP) --editable ".[soak]"
 	$(BIN)/python benchmarks/soak.py
+
+bench-data: $(VENV)/installed-dev
+	$(PIP) --editable ".[bench]"
+	$(BIN)/python benchmarks/data.py --readme README.md
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -32,7 +36,7 @@ check: test lint style types
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/installed: pyproject.toml setup.py constraints.txt mocov3/data/native/views.c | $(VENV)/bin/python
 	$(PIP) --editable .
 	touch $@
 

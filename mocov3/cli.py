@@ -19,6 +19,7 @@ _HELP = f"""mocov3 {__version__}: self-supervised pre-training of ResNet and ViT
 usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
 
   pretrain   learn features from a folder of pictures without labels
+  pack       a folder of pictures into tar archives
   convert    a pre-training checkpoint to DeiT's format
   demo       train on 8,000 embedded pictures (8 minutes on 2 cores) and show what was learned
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pretrain": _pretrain,
         "convert": _convert,
         "demo": _demo,
+        "pack": _pack,
     }
 
     def run() -> int:
@@ -155,5 +157,11 @@ def convert_to_deit() -> int:
 
 def _demo(argv: list[str]) -> int:
     from mocov3.demo import main
+
+    return main(argv)
+
+
+def _pack(argv: list[str]) -> int:
+    from mocov3.pack import main
 
     return main(argv)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mocov3.config import PretrainConfig
-from mocov3.data import Source, open_source
+from mocov3.data import Source, native, open_source
 from mocov3.errors import UserError
+from mocov3.log import warn
 
 _DEFAULT_ADDRESS = PretrainConfig.dist_url
 
@@ -55,6 +56,9 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
     """
     config.check()
     source = open_source(config.data)
+    warn_skipped(source)
+    if config.views == "fast" and (remark := native.remark()):
+        warn(remark)
     if config.batch_size > len(source):
         raise UserError(
             f"--batch-size {config.batch_size} is larger than the {len(source)} pictures of {config.data}; "
@@ -85,6 +89,15 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
 def restarted_by_torchrun() -> bool:
     """Whether torchrun started this process again after a rank was lost: the same command line goes on then."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
+def warn_skipped(source: Source, most: int = 10) -> None:
+    """Say what archives hold that cannot be used."""
+    skipped: list[str] = getattr(source, "skipped", [])
+    for line in skipped[:most]:
+        warn(f"skipped: {line}")
+    if len(skipped) > most:
+        warn(f"skipped: {len(skipped) - most} more")
 
 
 def check_divides(batch_size: int, ranks: int) -> None:

@@ -163,7 +163,7 @@ class Run:
             self.log.say(f"nothing left to do: {position.step} steps, {position.epoch} epochs are done")
             return
         workers = min(c.workers, max(usable_cores() // world.local_size, 1))
-        views = TwoViews(c.image_size, c.crop_min, c.view_preset, c.views)
+        views = TwoViews(c.image_size, c.crop_min, c.view_preset, c.views, c.views_on == "device")
         local = c.batch_size // world.size
         self._loader = Loader(self.source, views, batch_size=local, seed=self.seed, workers=workers)
         works = plan(
@@ -182,7 +182,8 @@ class Run:
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The two views on the device, normalised."""
         mean, std = self.preset.mean, self.preset.std
-        x1, x2 = (normalise(pixels, self.world.device, mean, std) for pixels in batch.pixels)
+        left = batch.parameters if batch.parameters is not None else (None, None)
+        x1, x2 = (normalise(p, self.world.device, mean, std, rest) for p, rest in zip(batch.pixels, left, strict=True))
         return x1, x2
 
     def schedule(self, batch: Batch) -> tuple[float, float]:

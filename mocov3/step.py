@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mocov3 import augment
 from mocov3.distributed import World
 from mocov3.models import MoCo, Statistics
 from mocov3.optim import set_learning_rate
@@ -200,11 +201,18 @@ def _is_backbone_weight(name: str, p: Tensor) -> bool:
 
 
 def normalise(
-    pixels: np.ndarray, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]
+    pixels: np.ndarray,
+    device: torch.device,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    parameters: np.ndarray | None = None,
 ) -> Float[Tensor, "batch 3 height width"]:
-    """uint8 pixels (batch, height, width, 3) → normalised channels-last floats on the device, in one place."""
-    x = torch.from_numpy(pixels).to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
-    x = x.to(torch.get_default_dtype())
+    """uint8 pixels (batch, height, width, 3) → normalised channels-last floats on the device, in one place.
+
+    ``parameters`` say what is left of the views to be done on the device (``mocov3.augment``).
+    """
+    sent = torch.from_numpy(pixels).to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
+    x = sent.float() if parameters is None else augment.apply(sent, parameters)
     shape = (1, 3, 1, 1)
     offset = torch.tensor(mean, device=device).view(shape) * 255
     scale = 1 / (torch.tensor(std, device=device).view(shape) * 255)

@@ -19,6 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mocov3.data import native
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -46,6 +48,16 @@ def fill_model(model, dtype=torch.float32):
         if new is not fill.KEEP:
             value.copy_(torch.from_numpy(np.asarray(new)))
     return model.to(dtype).train()
+
+
+BACKENDS = [
+    "pillow",
+    "library",
+    pytest.param(
+        "native", marks=pytest.mark.skipif(not native.available(), reason="the kernel is not built: no compiler")
+    ),
+]
+"""Ways to make views; ``fast`` is ``native`` where the kernel was built, else ``library``."""
 
 
 def moco_images(case, step, view, batch, size):

@@ -31,7 +31,7 @@ FROZEN = """
 --output-dir --recipe --config --device --precision --image-size --patch-size --small-stem --init --view-preset --views
 --max-corrupt --checkpoint-every --checkpoint-steps --max-steps --max-hours --knn-every --nprocs-per-node --compile
 --grad-checkpoint --deterministic --keep-last --keep-every --skip-spikes --dist-timeout
---allow-config-change --allow-data-change --quiet --json
+--allow-config-change --allow-data-change --quiet --json --views-on
 """
 
 

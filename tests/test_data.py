@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import BACKENDS, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -94,7 +95,7 @@ def test_every_crop_lies_in_the_picture(width, height, crop_min, preset, seed, v
     assert 0 <= d.left <= width + pad - d.width
 
 
-@pytest.mark.parametrize("backend", ["fast", "pillow"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (640, 480)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16", "1"])
 def test_any_picture_becomes_two_views(backend, size, mode, tmp_path):
@@ -275,3 +276,13 @@ def test_a_killed_loader_process_is_named(pictures):
             time.sleep(0.1)
         else:
             pytest.fail(f"loader process {pid} lives on")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+def test_memory_stays_flat(monkeypatch):
+    """10,000 samples of every kind, some damaged; benchmarks/memory.py does 200,000."""
+    monkeypatch.syspath_prepend(ROOT)
+    soak = pytest.importorskip("benchmarks.memory")
+    held = [size for _, size in soak.measure(10_000, workers=1, size=32, folder=200)]
+    assert len(held) >= 10
+    assert held[-1] <= 1.05 * held[2]

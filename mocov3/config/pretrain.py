@@ -110,8 +110,14 @@ class PretrainConfig:
     view_preset: str = flag("photos", "strengths and probabilities of the views", choices=tuple(PRESETS), group=DATA)
     views: str = flag(
         "fast",
-        "pillow: the reference's operations; fast: the same draws by OpenCV",
+        "pillow: the reference's operations; fast: the same draws several times as fast",
         choices=("fast", "pillow"),
+        group=DATA,
+    )
+    views_on: str = flag(
+        "cpu",
+        "where colours and blur are made; with device, loading processes only decode and crop",
+        choices=("cpu", "device"),
         group=DATA,
     )
     max_corrupt: float = flag(
@@ -244,6 +250,8 @@ class PretrainConfig:
             raise UserError(
                 f"--grad-checkpoint would update the batch statistics of {self.arch} twice; it is for ViTs only"
             )
+        if self.views == "pillow" and self.views_on == "device":
+            raise UserError("--views pillow runs on the CPU only; leave out --views-on device, or --views pillow")
         if self.dist_backend not in ("nccl", "gloo"):
             raise UserError(f"--dist-backend {self.dist_backend!r} is not known; use nccl or gloo")
 

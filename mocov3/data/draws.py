@@ -5,6 +5,7 @@ apart from applying: ``mocov3.data.views`` turns a ``Draw`` into pixels.
 """
 
 import math
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +14,12 @@ from mocov3.config.presets import ViewPreset
 
 _ORDER, _VIEW, _REPLACEMENT = 0, 1, 2  # separate streams of one seed
 _TRIES = 10
+_own = threading.local()
 _BLOCK = 2 * _TRIES + 18  # uniform numbers a view; a fixed number keeps every choice at its own place
 
 
 class Draw(NamedTuple):
-    """What happens to one view of one picture, in this order: crop, jitter, grey, blur, solarise, flip."""
+    """What happens to one view of one picture, in this order: crop, jitter, grey, blur, solarise, flips, turn."""
 
     top: int
     left: int
@@ -30,6 +32,24 @@ class Draw(NamedTuple):
     blur_sigma: float | None
     solarize: bool
     flip: bool
+    flip_vertical: bool = False
+    turns: int = 0
+    """Quarter turns, counter-clockwise."""
+
+
+PARAMETERS = 12
+"""Numbers that ``colour_parameters`` gives."""
+
+
+def colour_parameters(choice: Draw) -> list[float]:
+    """All but the geometry of a draw, as numbers: jitter (0 or 1), its order, its factors, grey, sigma, solarise."""
+    order, *factors = choice.jitter or ((0, 1, 2, 3), 1.0, 1.0, 1.0, 0.0)
+    return [choice.jitter is not None, *order, *factors, choice.gray, choice.blur_sigma or 0.0, choice.solarize]
+
+
+def without_colour(choice: Draw) -> Draw:
+    """The geometry of a draw alone."""
+    return choice._replace(jitter=None, gray=False, blur_sigma=None, solarize=False)
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -61,7 +81,7 @@ def draw(
     view: int,
 ) -> Draw:
     """The draw of one view (0 or 1) of picture ``index``, whose size before padding is width × height pixels."""
-    bits = np.random.Philox(key=[seed, _VIEW + 2 * view], counter=[0, 0, index, epoch])
+    bits = _philox(seed, _VIEW + 2 * view, index, epoch)
     # 53 bits each, as numpy's own random(), written out because only raw bits are promised not to change
     u = ((bits.random_raw(_BLOCK) >> np.uint64(11)) * 2.0**-53).tolist()
     pad = 2 * pad_pixels(preset, width, height)
@@ -88,6 +108,20 @@ def draw(
         solarize=c[12] < preset.solarize_probability[view],
         flip=c[13] < preset.flip_probability,
     )
+
+
+def _philox(seed: int, stream: int, index: int, epoch: int) -> np.random.Philox:
+    # np.random.Philox(key=[seed, stream], counter=[0, 0, index, epoch]) at a fifth of its cost: one a thread, set anew
+    try:
+        bits, state = _own.philox
+    except AttributeError:
+        bits = np.random.Philox(key=[0, 0])
+        state = bits.state
+        _own.philox = bits, state
+    state["state"]["key"][:] = seed, stream
+    state["state"]["counter"][2:] = index, epoch
+    bits.state = state
+    return bits
 
 
 def _crop(u: list[float], preset: ViewPreset, crop_min: float, width: int, height: int) -> tuple[int, int, int, int]:

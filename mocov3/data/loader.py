@@ -13,13 +13,13 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from mocov3.data.decode import DecodeError
 from mocov3.data.draws import permutation, replacement
+from mocov3.data.slots import Batch, Corrupt, Layout, Slot, Work
 from mocov3.data.sources import Source
 from mocov3.errors import printable
 
@@ -40,36 +40,11 @@ class Transform(Protocol):
         """Side of the views in pixels."""
 
     def __call__(self, data: Any, /, *, seed: int, epoch: int, index: int, out: Any = None) -> Any:
-        """Make the views."""
+        """Make the views.
 
-
-@dataclass(frozen=True)
-class Work:
-    """One batch to make: pictures by index, in order, and the place in training it belongs to."""
-
-    epoch: int
-    iteration: int
-    indices: np.ndarray
-
-
-@dataclass(frozen=True)
-class Corrupt:
-    """A picture that could not be read, and the one that took its place."""
-
-    index: int
-    name: str
-    reason: str
-    replaced_by: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pixels of a batch. They lie in a shared slot and are overwritten once the next batch is asked for."""
-
-    work: Work
-    pixels: np.ndarray
-    """uint8, (views, batch, height, width, 3)."""
-    corrupt: list[Corrupt]
+        A transform with an attribute ``parameters`` above 0 is also given ``parameters``, float32 (count, that many),
+        to write beside the pixels what is left to do with them.
+        """
 
 
 class Unreadable(Exception):
@@ -112,23 +87,20 @@ class Loader:
 
     def __init__(self, source: Source, transform: Transform, *, batch_size: int, seed: int, workers: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
-        side = transform.image_size
-        shape = (transform.count, batch_size, side, side, 3)
-        size = int(np.prod(shape))
+        layout = Layout(transform.count, batch_size, transform.image_size, getattr(transform, "parameters", 0))
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
         if workers == 0:
-            self._slots = np.zeros((1, *shape), dtype=np.uint8)
+            self._slots = layout.slots(bytearray(layout.bytes))
             return
-        slots = 3 if size < _LARGE_SLOT else 2
         context = multiprocessing.get_context("spawn")
         # an unlinked memory-mapped file: falls back from /dev/shm where that is small, leaves nothing when killed
-        memory: Any = context.RawArray(ctypes.c_uint8, slots * size)
-        self._slots = np.frombuffer(memory, dtype=np.uint8).reshape(slots, *shape)
+        memory: Any = context.RawArray(ctypes.c_uint8, (3 if layout.bytes < _LARGE_SLOT else 2) * layout.bytes)
+        self._slots = layout.slots(memory)
         for _ in range(min(workers, batch_size)):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, memory, self._slots.shape, source, transform, seed), daemon=True
+                target=_serve, args=(theirs, memory, layout, source, transform, seed), daemon=True
             )
             process.start()
             theirs.close()
@@ -166,8 +138,8 @@ class Loader:
         for work in works:
             corrupt: list[Corrupt] = []
             for place, index in enumerate(work.indices.tolist()):
-                corrupt += _fill(slot[:, place], self.source, self.transform, self.seed, work.epoch, index)
-            yield Batch(work, slot[:, : len(work.indices)], corrupt)
+                corrupt += _fill(slot, place, self.source, self.transform, self.seed, work.epoch, index)
+            yield slot.batch(work, corrupt)
 
     def _run_in_processes(self, works: Iterable[Work]) -> Iterator[Batch]:
         coming = iter(works)
@@ -192,7 +164,7 @@ class Loader:
                     state[answered][1][0] -= 1
                     state[answered][2].extend(bad)
             slot = ahead.popleft()
-            yield Batch(work, self._slots[slot][:, : len(work.indices)], sorted(corrupt, key=lambda c: c.index))
+            yield self._slots[slot].batch(work, sorted(corrupt, key=lambda c: c.index))
             free.append(slot)
 
     def _send(self, slot: int, work: Work) -> int:
@@ -231,7 +203,7 @@ class Loader:
 def _serve(
     pipe: multiprocessing.connection.Connection,
     memory: Any,
-    shape: tuple[int, ...],
+    layout: Layout,
     source: Source,
     transform: Transform,
     seed: int,
@@ -243,7 +215,7 @@ def _serve(
     import cv2
 
     cv2.setNumThreads(0)  # one process a core already
-    slots = np.frombuffer(memory, dtype=np.uint8).reshape(shape)
+    slots = layout.slots(memory)
     while True:
         try:
             slot, epoch, first, indices = pipe.recv()
@@ -253,7 +225,7 @@ def _serve(
         try:
             corrupt: list[Corrupt] = []
             for place, index in enumerate(indices, first):
-                corrupt += _fill(slots[slot][:, place], source, transform, seed, epoch, index)
+                corrupt += _fill(slots[slot], place, source, transform, seed, epoch, index)
             answer = ("done", slot, corrupt)
         except Unreadable as error:
             answer = ("unreadable", slot, str(error))
@@ -265,13 +237,16 @@ def _serve(
             return
 
 
-def _fill(out: np.ndarray, source: Source, transform: Transform, seed: int, epoch: int, index: int) -> list[Corrupt]:
+def _fill(
+    slot: Slot, place: int, source: Source, transform: Transform, seed: int, epoch: int, index: int
+) -> list[Corrupt]:
     """Write one picture's views; an unreadable picture is replaced by one that (seed, epoch, index) decides."""
     corrupt: list[Corrupt] = []
     tried = index
+    left = {"parameters": slot.parameters[:, place]} if slot.parameters.size else {}
     for attempt in range(_ATTEMPTS):
         try:
-            transform(source.read(tried), seed=seed, epoch=epoch, index=tried, out=out)
+            transform(source.read(tried), seed=seed, epoch=epoch, index=tried, out=slot.pixels[:, place], **left)
             return corrupt
         except (DecodeError, OSError) as error:
             reason = printable(str(error))[:200]

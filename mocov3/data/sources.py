@@ -49,7 +49,8 @@ class Source(Protocol):
 
 
 def open_source(data: str, split: str = "train") -> Source:
-    """The pictures named by ``data``: a folder or the built-in ``fashion-mnist[:ROOT]``.
+    """The pictures named by ``data``: a folder, archives or tables (of ``mocov3.data.shards`` and ``parquet``), or the
+    built-in ``fashion-mnist[:ROOT]``.
 
     For a folder, ``train`` is DIR/train where it exists, else DIR itself; ``val`` is DIR/val.
 
@@ -59,7 +60,11 @@ def open_source(data: str, split: str = "train") -> Source:
     name, _, root = data.partition(":")
     if name == BUILT_IN and not Path(data).exists():
         return FashionMnist(split, root or None)
+    from mocov3.data.packed import open_packed
+
     folder = Path(data)
+    if packed := open_packed(data, split):
+        return packed
     if not data:
         raise UserError("no data: name a folder of pictures, or fashion-mnist")
     if not folder.exists():

@@ -1,0 +1,117 @@
+"""The compiled kernel of the views (``views.c``), where it was built; set MOCOV3_NATIVE=0 to do without.
+
+It is a plain library, not a Python module: found beside this file and called by ctypes, which lets go of the
+interpreter's lock meanwhile. Nothing outside given arrays is read or written: bounds are checked here.
+"""
+
+import ctypes
+import functools
+import os
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_LARGEST_SIDE = 1 << 15
+_MOST_BLUR = 60.0  # pixels; wider ones are left to OpenCV
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernel was built and may be used."""
+    return _wanted() and _load() is not None
+
+
+def remark() -> str:
+    """What to tell the user about a kernel that is missing, or nothing."""
+    if available() or not _wanted():
+        return ""
+    return "views are made by OpenCV, at about half the speed: the compiled kernel was not built (no C compiler?)"
+
+
+def _wanted() -> bool:
+    return os.environ.get("MOCOV3_NATIVE", "1") != "0"
+
+
+@functools.cache
+def _load(folder: str | None = None) -> Any:
+    place = Path(folder) if folder else Path(__file__).parent
+    for suffix in EXTENSION_SUFFIXES:
+        file = place / f"_views{suffix}"
+        if file.is_file():
+            try:
+                call = ctypes.CDLL(str(file)).mocov3_view
+            except (OSError, AttributeError):  # of another machine, or of another version
+                continue
+            call.restype = ctypes.c_int
+            pointer = ctypes.c_void_p
+            call.argtypes = [
+                pointer, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_int, pointer, pointer, ctypes.c_int, pointer, pointer,
+            ]  # fmt: skip
+            return call
+    return None
+
+
+_What = ctypes.c_int * 8
+_How = ctypes.c_double * 5
+_Box = ctypes.c_double * 4
+
+
+def takes(factors: tuple[float, float, float], blur: float) -> bool:
+    """Whether the kernel's arithmetic reaches these jitter factors and this blur (it does for every usual preset)."""
+    return max(factors) < 3.99 and min(factors) >= 0 and blur < _MOST_BLUR
+
+
+def view(
+    pixels: np.ndarray,
+    box: tuple[float, float, float, float],
+    out: np.ndarray,
+    *,
+    flip: bool,
+    jitter: tuple[tuple[int, int, int, int], float, float, float, float] | None,
+    gray: bool,
+    blur: float,
+    solarize: bool,
+) -> None:
+    """Write one view of ``pixels`` to ``out``.
+
+    Args:
+        pixels: uint8 (height, width, 3), whose pixels lie side by side; rows may be apart.
+        box: top, left, height, width of the crop, in pixels; fractions are allowed.
+        out: uint8 (size, size, 3), contiguous.
+        flip: mirror left and right.
+        jitter: order and factors, as in ``Draw``.
+        gray: make grey.
+        blur: standard deviation in pixels of the view; 0 for none.
+        solarize: invert values from 128 on.
+
+    Raises:
+        ValueError: if an array is not as described or the box lies outside.
+        MemoryError: if there is none.
+    """
+    size = out.shape[0]
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.strides[1:] != (3, 1):
+        raise ValueError("pixels must be uint8 (height, width, 3), side by side")
+    if out.dtype != np.uint8 or out.shape != (size, size, 3) or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError("out must be uint8 (size, size, 3), contiguous and writable")
+    top, left, height, width = box
+    first, begin = int(top), int(left)
+    last, end = -int(-(top + height) // 1), -int(-(left + width) // 1)
+    if not (0 <= first < last <= pixels.shape[0] and 0 <= begin < end <= pixels.shape[1] and 0 < size <= _LARGEST_SIDE):
+        raise ValueError(f"box {box} does not lie in {pixels.shape[1]}×{pixels.shape[0]} pixels")
+    order, *factors = jitter or ((0, 1, 2, 3), 1.0, 1.0, 1.0, 0.0)
+    stride = pixels.strides[0]
+    failed = _load()(
+        pixels.__array_interface__["data"][0] + first * stride + 3 * begin,
+        stride,
+        last - first,
+        end - begin,
+        _Box(top - first, left - begin, height, width),
+        out.__array_interface__["data"][0],
+        size,
+        _What(flip, jitter is not None, gray, solarize, *order),
+        _How(*factors, blur),
+    )
+    if failed:
+        raise MemoryError("no memory for a view")

@@ -1,0 +1,125 @@
+"""Pictures in Parquet tables, as Hugging Face keeps data sets: a column of file bytes, and maybe one of classes.
+
+Needs pyarrow (``pip install mocov3[parquet]``). A picture is reached by reading the row group it lies in, so shuffled
+training reads much more than it uses; for many epochs, ``mocov3 pack`` the tables into archives first.
+"""
+
+import hashlib
+import os
+from typing import Any
+
+import numpy as np
+
+from mocov3.errors import UserError, printable
+
+_PICTURES = ("image", "img", "jpg", "jpeg", "png", "picture", "bytes")
+_LABELS = ("label", "labels", "cls", "class", "fine_label")
+_KEPT = 4  # row groups a process holds
+
+
+def is_parquet(data: str) -> bool:
+    """Whether ``data`` names Parquet files."""
+    return data.lower().endswith(".parquet")
+
+
+class Parquet:
+    """Rows of tables.
+
+    Raises:
+        UserError: if pyarrow is missing, or a file is damaged or has no column of pictures.
+    """
+
+    def __init__(self, files: list[str]) -> None:
+        self.files = files
+        pq = _pyarrow()
+        self._groups: list[tuple[int, int]] = []
+        ends, labels, name_hash = [], [], hashlib.sha256()
+        for number, file in enumerate(files):
+            try:
+                with pq.ParquetFile(file) as table:
+                    schema = table.schema_arrow
+                    picture, label = _column(schema, file), next((n for n in _LABELS if n in schema.names), None)
+                    if number == 0:
+                        self.column, self._label = picture, label
+                    elif (picture, label) != (self.column, self._label):
+                        raise UserError(f"data {file}: has other columns than {files[0]}")
+                    for group in range(table.num_row_groups):
+                        self._groups.append((number, group))
+                        ends.append(table.metadata.row_group(group).num_rows)
+                    if label:
+                        labels.append(np.asarray(table.read([label]).column(label)))
+            except (OSError, ValueError) as error:
+                raise UserError(f"data {file}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+            name_hash.update(f"{os.path.basename(file)}:{os.path.getsize(file)}\n".encode(errors="surrogateescape"))
+        self.ends = np.cumsum(ends, dtype=np.int64)
+        if not len(self):
+            raise UserError(f"data {files[0]}: holds no row")
+        self.labels = _as_labels(np.concatenate(labels)) if labels else None
+        self.classes = [] if self.labels is None else [str(i) for i in range(int(self.labels.max()) + 1)]
+        if self.labels is not None:
+            name_hash.update(self.labels.tobytes())
+        self.digest = name_hash.hexdigest()
+        self._kept: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_kept": {}}
+
+    def read(self, index: int) -> bytes:
+        """The picture's file bytes.
+
+        Raises:
+            OSError: if the table cannot be read any more, or the row is empty.
+        """
+        group = int(np.searchsorted(self.ends, index, side="right"))
+        if group not in self._kept:
+            number, part = self._groups[group]
+            try:
+                with _pyarrow().ParquetFile(self.files[number]) as table:
+                    rows = table.read_row_group(part, [self.column]).column(self.column).combine_chunks()
+            except ValueError as error:
+                raise OSError(str(error).splitlines()[0]) from None
+            while len(self._kept) >= _KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[group] = rows
+        value = self._kept[group][index - (int(self.ends[group - 1]) if group else 0)].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not data:
+            raise OSError("the row holds no bytes")
+        return data
+
+    def name(self, index: int) -> str:
+        """The table and the row in all tables."""
+        group = int(np.searchsorted(self.ends, index, side="right"))
+        return f"{os.path.basename(self.files[self._groups[group][0]])}:{index}"
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError("Parquet files need pyarrow: pip install mocov3[parquet]") from None
+    return pq
+
+
+def _column(schema: Any, file: str) -> str:
+    import pyarrow as pa
+
+    def holds_bytes(kind: Any) -> bool:
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    for name in sorted(schema.names, key=lambda n: (n not in _PICTURES, _PICTURES.index(n) if n in _PICTURES else 0)):
+        kind = schema.field(name).type
+        if holds_bytes(kind):
+            return name
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type):
+            return name
+    names = printable(", ".join(schema.names[:10]))
+    raise UserError(f"data {file}: has no column of pictures as file bytes (its columns: {names})")
+
+
+def _as_labels(values: np.ndarray) -> np.ndarray | None:
+    usable = values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() < 2**31
+    return values.astype(np.int32) if usable else None

@@ -1,0 +1,79 @@
+"""Batches between loader processes and training: what is to be made, what was made, and the memory it lies in."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Work:
+    """One batch to make: pictures by index, in order, and the place in training it belongs to."""
+
+    epoch: int
+    iteration: int
+    indices: np.ndarray
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """A picture that could not be read, and the one that took its place."""
+
+    index: int
+    name: str
+    reason: str
+    replaced_by: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pixels of a batch. They lie in a shared slot and are overwritten once the next batch is asked for."""
+
+    work: Work
+    pixels: np.ndarray
+    """uint8, (views, batch, height, width, 3)."""
+    corrupt: list[Corrupt]
+    parameters: np.ndarray | None = None
+    """float32, (views, batch, …): what the transform left to do, where it leaves anything."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Room for one batch."""
+
+    pixels: np.ndarray
+    parameters: np.ndarray
+
+    def batch(self, work: Work, corrupt: list[Corrupt]) -> Batch:
+        """What lies here, as the batch of ``work``."""
+        n = len(work.indices)
+        return Batch(work, self.pixels[:, :n], corrupt, self.parameters[:, :n] if self.parameters.size else None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How slots lie in memory."""
+
+    count: int
+    """Views of a picture."""
+    batch_size: int
+    side: int
+    """Of the views, in pixels."""
+    parameters: int
+    """Numbers beside a view."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a slot."""
+        return -(-self.count * self.batch_size * (4 * self.parameters + 3 * self.side**2) // 64) * 64
+
+    def slots(self, memory: Any) -> list[Slot]:
+        """The slots in ``memory``."""
+        found = []
+        images = self.count * self.batch_size
+        head = 4 * images * self.parameters  # parameters first, so that they are aligned
+        for part in np.frombuffer(memory, dtype=np.uint8).reshape(-1, self.bytes):
+            parameters = part[:head].view(np.float32).reshape(self.count, self.batch_size, self.parameters)
+            pixels = part[head : head + 3 * images * self.side**2]
+            found.append(Slot(pixels.reshape(self.count, self.batch_size, self.side, self.side, 3), parameters))
+        return found

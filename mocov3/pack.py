@@ -1,0 +1,194 @@
+"""``mocov3 pack DIR --out SHARDS``: pictures into tar archives that can be read fast and moved as a few files.
+
+The archives are WebDataset's: ``folder/name.jpg`` beside ``folder/name.cls`` (number of the class, where there are
+classes). DIR/train and DIR/val become SHARDS/train and SHARDS/val. ``mocov3 pretrain SHARDS`` reads them.
+"""
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mocov3.config.fields import Parser
+from mocov3.data import Source, open_source
+from mocov3.data.decode import DecodeError, Picture
+from mocov3.data.loader import usable_cores
+from mocov3.data.shards import CLASSES_FILE
+from mocov3.data.sources import EXTENSIONS
+from mocov3.errors import UserError, printable
+from mocov3.log import warn
+
+_LISTED = 10  # unreadable pictures named one by one
+_AHEAD = 8  # pictures a thread that are prepared ahead
+
+
+def main(argv: Sequence[str]) -> int:
+    """Pack every part of DIR; returns the exit code."""
+    args = _parse(argv)
+    data, out = args.data, Path(args.out)
+    folder = Path(data)
+    parts = [p for p in ("train", "val") if (folder / p).is_dir()]
+    if parts == ["val"]:
+        parts = []
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: is there already and not empty; name a new folder")
+    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {out}: lies in {folder}; name a folder outside")
+    sources = [(open_source(data, part or "train"), out / part) for part in parts or [""]]
+    for source, place in sources:
+        _pack(source, place, args)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> Any:
+    parser = Parser(prog="mocov3 pack", description=__doc__)
+    parser.add_argument("data", metavar="DIR", help="folder of pictures, or whatever else pretrain takes")
+    parser.add_argument("--out", required=True, metavar="SHARDS", help="folder to write; new or empty")
+    parser.add_argument(
+        "--resize", type=int, default=0, metavar="PX", help="shorten the shorter side to PX where longer"
+    )
+    parser.add_argument("--quality", type=int, default=92, help="JPEG quality of resized pictures (default 92)")
+    parser.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="size of an archive (default 256)")
+    parser.add_argument("-j", "--workers", type=int, default=usable_cores(), help="threads that read and resize")
+    args = parser.parse_args(list(argv))
+    for name, low, high in (
+        ("resize", 0, 1 << 15),
+        ("quality", 1, 100),
+        ("shard_mb", 1, 1 << 20),
+        ("workers", 1, 1024),
+    ):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} must lie between {low} and {high}, not {getattr(args, name)}")
+    return args
+
+
+def _pack(source: Source, place: Path, args: Any) -> None:
+    labels, taken, bad = source.labels, set[str](), list[str]()
+    writer = _Writer(place, args.shard_mb << 20)
+    written = 0
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for index, made in _prepared(source, args):
+            if isinstance(made, Exception):
+                bad.append(f"{printable(source.name(index))}: {printable(str(made))}")
+                continue
+            ending, data = made
+            writer.add(_key(source.name(index), taken), ending, data, None if labels is None else int(labels[index]))
+            written += 1
+        writer.close()
+        if source.classes:
+            (place / CLASSES_FILE).write_text("".join(f"{printable(c)}\n" for c in source.classes), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {place}: cannot be written ({error.strerror or error})") from None
+    finally:
+        writer.abandon()
+    for line in bad[:_LISTED]:
+        warn(f"left out: {line}")
+    if len(bad) > _LISTED:
+        warn(f"left out: {len(bad) - _LISTED} more")
+    if not written:
+        raise UserError(f"data {args.data}: none of {len(source)} pictures can be read")
+    print(f"{printable(str(place))}: {written} pictures in {writer.number} archive(s), {writer.total / 1e6:.1f} MB")
+
+
+def _prepared(source: Source, args: Any) -> Iterator[tuple[int, Any]]:
+    """Every picture's (ending, bytes) or the reason against it, in order; a bounded number is ahead."""
+    ahead: list[tuple[int, Future[Any]]] = []
+    with ThreadPoolExecutor(args.workers) as pool:
+        for index in range(len(source)):
+            ahead.append((index, pool.submit(_prepare, source, index, args.resize, args.quality)))
+            if len(ahead) >= _AHEAD * args.workers:
+                first, future = ahead.pop(0)
+                yield first, future.result()
+        for first, future in ahead:
+            yield first, future.result()
+
+
+def _prepare(source: Source, index: int, side: int, quality: int) -> tuple[str, bytes] | Exception:
+    try:
+        data = source.read(index)
+        picture = Picture(data)
+        short = min(picture.width, picture.height)
+        if side and short > side:
+            shrink = next((s for s in (8, 4, 2) if short >= 2 * side * s), 1)
+            image = Image.fromarray(picture.pixels(shrink)[0])
+            size = round(side * picture.width / short), round(side * picture.height / short)
+            return ".jpg", _saved(image.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=quality)
+        if isinstance(data, np.ndarray):
+            return ".png", _saved(Image.fromarray(data), "PNG")
+        ending = os.path.splitext(source.name(index))[1].lower()
+        return ending if ending in EXTENSIONS else _ending(data), data
+    except (DecodeError, OSError) as error:
+        return error
+
+
+def _ending(data: bytes) -> str:
+    with Image.open(io.BytesIO(data)) as image:
+        return f".{(image.format or 'png').lower()}".replace("jpeg", "jpg")
+
+
+def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _key(name: str, taken: set[str]) -> str:
+    """A sample's key: the name without ending, without dots (which end a key) and without ways out; not used before."""
+    stem, ending = os.path.splitext(name.replace("\\", "/"))
+    stem = (stem if ending.lower() in EXTENSIONS else name).replace(".", "_").replace(":", "_").strip("/")
+    key, number = stem, 1
+    while key in taken:
+        number += 1
+        key = f"{stem}-{number}"
+    taken.add(key)
+    return key
+
+
+class _Writer:
+    """Archives of a size, each complete under its name or not there."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self.size = folder, size
+        self.number = self.total = 0
+        self._tar: tarfile.TarFile | None = None
+
+    def add(self, key: str, ending: str, data: bytes, label: int | None) -> None:
+        """One picture and its class, in the same archive."""
+        if self._tar is not None and self._tar.offset + len(data) > self.size:
+            self.close()
+        if self._tar is None:
+            self._name = self.folder / f"shard-{self.number:06d}.tar"
+            self._partial = self._name.with_name(f"{self._name.name}.partial")
+            self._tar = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed by close)
+        self._member(key + ending, data)
+        if label is not None:
+            self._member(f"{key}.cls", str(label).encode())
+
+    def _member(self, name: str, data: bytes) -> None:
+        assert self._tar is not None
+        info = tarfile.TarInfo(name)  # no times, no owners: the same pictures make the same bytes
+        info.size = len(data)
+        self._tar.addfile(info, io.BytesIO(data))
+
+    def close(self) -> None:
+        """Complete the archive."""
+        if self._tar is not None:
+            self._tar.close()
+            self.total += self._partial.stat().st_size
+            os.replace(self._partial, self._name)
+            self._tar = None
+            self.number += 1
+
+    def abandon(self) -> None:
+        """Leave nothing of an archive that was not completed."""
+        if self._tar is not None:
+            self._tar.close()
+            self._partial.unlink(missing_ok=True)
+            self._tar = None
