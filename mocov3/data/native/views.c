@@ -4,7 +4,8 @@
    arranged so that a compiler turns every loop into vector instructions: planes instead of interleaved pixels, 16-bit
    fixed point where Pillow keeps 8 bits between passes, no branches in loops. Integer arithmetic and float arithmetic
    without contraction give the same pixels on every machine. Loaded by ctypes (mocov3/data/native/__init__.py): needs
-   no Python header. Where it cannot be built, mocov3/data/library.py does the same by OpenCV and Pillow. */
+   no Python header. Where it cannot be built, mocov3/data/operations.py does the same by OpenCV and
+   Pillow. One file, longer than the house's others, so that the compiler makes both versions of a loop with all inlined. */
 
 #include <math.h>
 #include <stddef.h>
