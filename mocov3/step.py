@@ -212,7 +212,7 @@ def normalise(
     ``parameters`` say what is left of the views to be done on the device (``mocov3.augment``).
     """
     sent = torch.from_numpy(pixels).to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
-    x = sent.to(torch.get_default_dtype()) if parameters is None else augment.apply(sent, parameters)
+    x = (sent if parameters is None else augment.apply(sent, parameters)).to(torch.get_default_dtype())
     shape = (1, 3, 1, 1)
     offset = torch.tensor(mean, device=device).view(shape) * 255
     scale = 1 / (torch.tensor(std, device=device).view(shape) * 255)
