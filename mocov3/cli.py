@@ -21,6 +21,7 @@ usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
   pretrain   learn features from a folder of pictures without labels
   pack       a folder of pictures into tar archives
   convert    a pre-training checkpoint to DeiT's format
+  export     a backbone for timm, torchvision, transformers, ONNX …, verified
   demo       train on 8,000 embedded pictures (8 minutes on 2 cores) and show what was learned
 
 The reference's commands work too: python main_moco.py …, python convert_to_deit.py …
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "pretrain": _pretrain,
         "convert": _convert,
+        "export": _export,
         "demo": _demo,
         "pack": _pack,
     }
@@ -139,8 +141,12 @@ def _convert(argv: list[str], prog: str = "mocov3 convert") -> int:
     from mocov3 import checkpoint
     from mocov3.convert import to_deit
 
-    converted = to_deit(checkpoint.read(args.input), args.input)
     output = Path(args.output)
+    if output.exists() and output.resolve() == Path(args.input).resolve():
+        raise UserError(f"--output {output}: is the checkpoint itself; name another file")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file")
+    converted = to_deit(checkpoint.read(args.input), args.input)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write(output, converted)
@@ -153,6 +159,12 @@ def _convert(argv: list[str], prog: str = "mocov3 convert") -> int:
 def convert_to_deit() -> int:
     """``convert_to_deit.py``: the script door of the conversion."""
     return guarded(lambda: _convert(sys.argv[1:], "convert_to_deit.py"))
+
+
+def _export(argv: list[str]) -> int:
+    from mocov3.export import main
+
+    return main(argv)
 
 
 def _demo(argv: list[str]) -> int:

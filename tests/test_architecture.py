@@ -10,7 +10,10 @@ from conftest import ROOT
 
 # a module may import those after it; the order of docs/architecture.md
 ORDER = [
-    "cli", "recipes", "demo", "pack", "run", "resume", "saver", "recorder", "pretrain",
+    "cli", "recipes", "demo", "pack",
+    "exporting", "export", "model_card", "formats", "formats.hub", "formats.weights", "formats.graphs", "formats.base",
+    "foreign",
+    "run", "resume", "saver", "recorder", "pretrain",
     "assemble", "features", "step", "augment", "convert",
     "models", "models.moco", "models.backbones", "models.vit", "optim", "schedules", "losses", "neighbours",
     "stop", "writer", "checkpoint", "tensorfiles", "vetting",
@@ -22,7 +25,7 @@ ORDER = [
     "errors", "version",
 ]  # fmt: skip
 # started from above, by name: the doors call a task, a task its loop; sources by what they are named
-LAZY = {("pretrain", "run"), ("demo", "cli"), ("data.sources", "data.packed")}
+LAZY = {("pretrain", "run"), ("demo", "cli"), ("data.sources", "data.packed"), ("export", "exporting")}
 LIGHT = ["mocov3.cli", "mocov3.recipes", "mocov3.config", "mocov3.data", "mocov3.pretrain", "mocov3.log", "mocov3.stop"]
 
 
