@@ -19,6 +19,7 @@ _HELP = f"""mocov3 {__version__}: self-supervised pre-training of ResNet and ViT
 usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
 
   pretrain   learn features from a folder of pictures without labels
+  finetune   train a classifier end to end from pre-trained weights (DeiT's recipe), and transfer
   pack       a folder of pictures into tar archives
   convert    a pre-training checkpoint to DeiT's format
   export     a backbone for timm, torchvision, transformers, ONNX …, verified
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
         "pretrain": _pretrain,
+        "finetune": _finetune,
         "convert": _convert,
         "export": _export,
         "demo": _demo,
@@ -83,7 +85,7 @@ def parse_script(name: str, argv: Sequence[str]) -> Any:
     if name == "main_lincls.py":
         return parse(LinclsConfig, argv, prog=name, description=LinclsConfig.__doc__ or "")
     if name == "transfer/main.py":
-        return parse(FinetuneConfig, argv, prog=name, description=FinetuneConfig.__doc__ or "")
+        return parse_finetune(argv, prog=name)
     return parse_convert(argv, prog=name)
 
 
@@ -120,6 +122,37 @@ def main_moco() -> int:
     def run() -> int:
         config = parse_script("main_moco.py", sys.argv[1:])
         from mocov3.pretrain import main
+
+        return main(config, script_door=True)
+
+    return guarded(run)
+
+
+def parse_finetune(argv: Sequence[str], *, prog: str) -> FinetuneConfig:
+    """Command line of fine-tuning and transfer; both doors share it."""
+    return parse(
+        FinetuneConfig,
+        argv,
+        prog=prog,
+        description="Train a classifier end to end from pre-trained weights (DeiT's recipe).",
+        recipes=recipes.finetune_settings(),
+        epilog=recipes.listing(recipes.FINETUNE_RECIPES, "accuracy"),
+    )
+
+
+def _finetune(argv: list[str]) -> int:
+    config = parse_finetune(argv, prog="mocov3 finetune")
+    from mocov3.finetune import main
+
+    return main(config, script_door=False)
+
+
+def transfer_main() -> int:
+    """``transfer/main.py``: the script door of fine-tuning and transfer."""
+
+    def run() -> int:
+        config = parse_script("transfer/main.py", sys.argv[1:])
+        from mocov3.finetune import main
 
         return main(config, script_door=True)
 
