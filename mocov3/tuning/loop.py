@@ -124,7 +124,8 @@ class Tuning:
         log.say(
             f"{c.arch} on {c.data_set}: {len(self.train.source)} pictures of {self.classes} classes, "
             f"{len(self.pair.test)} to test; {self.iterations} steps of {self.total_batch} an epoch, "
-            f"{c.epochs} epochs; {world.size} process(es) on {world.device.type}, {self.parts.precision.name}; seed {c.seed}"
+            f"{c.epochs} epochs; {world.size} process(es) on {world.device.type}, {self.parts.precision.name}; "
+            f"seed {c.seed}"
         )
         if counters.resumed:
             log.say(f"resumed at epoch {p.epoch}, iteration {p.iteration}")

@@ -64,7 +64,7 @@ class TuneStep:
         before = [b.clone() for b in self._buffers]
         scaler = self.precision.scaler
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.world.device)
+        losses = []
         for i, (x, target, prepare) in enumerate(batches):
             prepare()
             last = i + 1 == self.accumulate
@@ -73,9 +73,10 @@ class TuneStep:
             with hold:
                 loss = self._loss(x, target) / self.accumulate
                 scaler.scale(loss).backward()
-            total += loss.detach()
+            losses.append(loss.detach())
         if scaler.is_enabled():
             scaler.unscale_(self.optimizer)
+        total = torch.stack(losses).sum()
         norm = nn.utils.clip_grad_norm_(self._parameters, self.clip or float("inf"))
         # ranks share gradients but not losses; they must decide alike
         bad = ~(torch.isfinite(norm) & torch.isfinite(total))
