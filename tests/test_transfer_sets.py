@@ -3,6 +3,7 @@
 import io
 import pickle
 import struct
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ class Python2(pickle._Pickler):
     def save_bytes(self, obj):
         self.save_str(obj.decode("latin1"))
 
-    dispatch = {**pickle._Pickler.dispatch, str: save_str, bytes: save_bytes}
+    dispatch: ClassVar = {**pickle._Pickler.dispatch, str: save_str, bytes: save_bytes}
 
 
 def dumped(contents):
@@ -150,7 +151,7 @@ def test_loader_processes_read_them(tmp_path):
     for workers in (0, 1):
         with Loader(source, CropFlip(32), batch_size=4, seed=1, workers=workers) as loader:
             work = Work(0, 0, np.array([3, 1, 7, 29]))
-            batches.append([batch.pixels.copy() for batch in loader.run([work])][0])
+            batches.append(next(batch.pixels.copy() for batch in loader.run([work])))
     assert np.array_equal(*batches)
 
 

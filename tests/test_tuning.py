@@ -177,7 +177,7 @@ def test_erasing_is_timms_and_belongs_to_the_picture():
     want = RandomErasing(0.5, mode="pixel", device="cpu")(x[3].clone())
     assert torch.equal(a[3], want)
     share = (a != x).any(1).float().mean((1, 2))[touched]
-    assert 0.02 * 0.7 < share.min()
+    assert share.min() > 0.02 * 0.7
     assert share.max() < 0.4
 
 
@@ -236,7 +236,7 @@ def test_transfer_crop_is_torchvisions():
     for index in range(200):
         choice = draw(_PLAIN, 0.05, 80, 60, seed=1, epoch=0, index=index, view=0)
         assert choice.jitter is None
-        assert not (choice.gray or choice.solarize or choice.blur_sigma)
+        assert [choice.gray, choice.solarize, choice.blur_sigma] == [False, False, None]
         areas.append(choice.height * choice.width / 4800)
         flips += choice.flip
         if index < 5:
@@ -348,3 +348,11 @@ def test_two_processes_are_one_that_accumulates(tmp_path):
     for k, v in one["state"].items():
         if not k.endswith("qkv.bias"):
             assert (two["state"][k] - v).norm() <= 1e-9 * v.norm().clamp_min(1e-30), k
+
+
+def test_posterize_reaches_no_bits():
+    # magnitude 10 keeps 4 − 4 bits: black, as in DeiT's runs, where today's Pillow raises
+    augment = DeitAugment(16, auto_augment="rand-m10-n20-inc1-mstd0.5")
+    image = np.full((20, 20, 3), 200, dtype=np.uint8)
+    for index in range(30):
+        augment(image, seed=0, epoch=0, index=index)

@@ -13,12 +13,14 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from mocov3.config.presets import ViewPreset
 from mocov3.data.decode import decode
 from mocov3.data.draws import draw, permutation
 from mocov3.data.sources import Source
 from mocov3.data.views import Pixels, apply_draw
+from mocov3.errors import UserError
 
 _AUGMENT = 8  # a stream of the seed; 0 to 3 are those of draws.py
 _SUBSET_SEED = 20210405
@@ -184,6 +186,19 @@ class DeitAugment:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     count: int = field(default=1, init=False)
 
+    def check(self) -> None:
+        """Refuse a policy that timm does not know.
+
+        Raises:
+            UserError: naming it.
+        """
+        try:
+            _pipeline(self, False)
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise UserError(
+                f"--aa {self.auto_augment!r}: timm has no such policy ({error}); as rand-m9-mstd0.5-inc1, or none"
+            ) from None
+
     def __call__(
         self,
         data: bytes | np.ndarray,
@@ -217,7 +232,18 @@ def _pipeline(of: DeitAugment, padded: bool) -> Any:
     )
     if padded:
         made.transforms[0] = RandomCrop(of.image_size, padding=4)
+    for step in made.transforms:
+        for operation in [*getattr(step, "ops", []), *(o for part in getattr(step, "policy", []) for o in part)]:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
     return made
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    # timm's ranges reach 0 bits, which Pillow refuses since 12; before, and in DeiT's runs, such a picture went black
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, bits) if bits < 8 else image
 
 
 def _written(pixels: Pixels, out: Sequence[Pixels] | np.ndarray | None) -> tuple[Pixels]:

@@ -85,13 +85,17 @@ def _completed(config: FinetuneConfig, contents: dict[str, Any] | None) -> Finet
     return complete
 
 
-def start_from(model: Encoder, contents: dict[str, Any], where: str, *, classes: int, keep_head: bool) -> list[str]:
+def start_from(
+    model: Encoder, contents: dict[str, Any], where: str, *, arch: str, classes: int, keep_head: bool
+) -> list[str]:
     """Load the backbone of a file; with ``keep_head`` its classifier too. Returns the keys that stayed as built.
 
     Raises:
         UserError: if it does not fit, or has no classifier of ``classes`` classes where one is to be kept.
     """
     found = convert.find_backbone(contents, where)
+    if found.arch is not None and found.arch != arch:
+        raise UserError(f"{where}: is of arch {found.arch}, not {arch}")
     left = convert.load_into(model, found, where)
     if keep_head:
         state: dict[str, Tensor] = contents.get("model", {})

@@ -179,7 +179,9 @@ class Tuning:
         if c.transfer:
             return CropFlip(c.image_size)
         policy = "" if c.aa == "none" else c.aa
-        return DeitAugment(c.image_size, policy, c.color_jitter, c.train_interpolation, self.preset.mean)
+        augment = DeitAugment(c.image_size, policy, c.color_jitter, c.train_interpolation, self.preset.mean)
+        augment.check()
+        return augment
 
     def micro(self, batch: Batch) -> Micro:
         """Pictures and targets on the device, erased and mixed, and the draws of stochastic depth."""

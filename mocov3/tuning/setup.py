@@ -54,7 +54,7 @@ def build(start: files.Start, classes: int, world: World, *, script_door: bool) 
     )
     fresh: list[str] = []
     if start.weights is not None:
-        fresh = files.start_from(model, start.weights, start.where, classes=classes, keep_head=c.eval)
+        fresh = files.start_from(model, start.weights, start.where, arch=c.arch, classes=classes, keep_head=c.eval)
     if world.size > 1:
         synchronise_batch_norm(model)
     model.to(world.device).train()
