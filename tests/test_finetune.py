@@ -1,5 +1,6 @@
 """Runs of fine-tuning: files, starting weights, ranks, kills and resumes, doors, recipes, bad input."""
 
+import dataclasses
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from test_transfer_sets import write_cifar, write_flowers, write_pets
 
 from mocov3 import checkpoint, convert, load_backbone, models
 from mocov3.cli import main, parse_finetune, parse_script
+from mocov3.config import FinetuneConfig
 from mocov3.distributed import free_loopback_address
 from mocov3.recipes import FINETUNE_RECIPES
 
@@ -317,3 +319,23 @@ def test_bad_input(flags, message, pictures, pretrained, tmp_path):
 def test_a_former_run_is_not_overwritten(whole, pictures):
     assert "--resume auto" in refused("finetune", *SMALL, "--data-path", pictures, "--output_dir", whole)
     assert "name the run" in refused("finetune", *SMALL, "--data-path", pictures, "--resume", "auto")
+
+
+DEIT_FLAGS = """
+--batch-size --epochs --model --input-size --drop-path --model-ema --model-ema-decay --clip-grad --weight-decay --lr
+--warmup-lr --min-lr --warmup-epochs --color-jitter --aa --smoothing --train-interpolation --repeated-aug --reprob
+--mixup --cutmix --mixup-prob --mixup-switch-prob --data-path --data-set --output_dir --device --seed --resume --eval
+--num_workers --pin-mem --world_size --dist_url --finetune --eval-freq
+"""
+OURS = """
+-a --arch --image-size --patch-size --small-stem --view-preset --fraction --output-dir -b --accum-iter --layer-decay
+--transfer-transform -j --workers -p --print-freq --checkpoint-steps --max-steps --max-hours --recipe --config
+--precision --nprocs-per-node --world-size --dist-url --deterministic --allow-config-change --quiet
+"""
+
+
+def test_the_flags_are_frozen():
+    names = []
+    for field in dataclasses.fields(FinetuneConfig):
+        names += field.metadata["names"] or (f"--{field.name.replace('_', '-')}",)
+    assert sorted(names) == sorted([*DEIT_FLAGS.split(), *OURS.split()])

@@ -16,9 +16,8 @@ from mocov3.checkpoint import Position
 from mocov3.config import PRESETS, write_yaml
 from mocov3.config.archs import is_resnet
 from mocov3.data import Batch, CentreView, Loader
-from mocov3.data.draws import replacement
-from mocov3.data.loader import Transform, Unreadable, usable_cores
-from mocov3.data.supervised import CropFlip, DeitAugment, Repeated, stratified
+from mocov3.data.loader import Unreadable, usable_cores
+from mocov3.data.supervised import Repeated, stratified
 from mocov3.data.transfer import open_pair
 from mocov3.distributed import World
 from mocov3.errors import UserError
@@ -31,7 +30,7 @@ from mocov3.tuning.evaluate import Accuracy, evaluate
 from mocov3.tuning.log import TuneLog
 from mocov3.tuning.mixing import erase
 from mocov3.tuning.model import set_epoch
-from mocov3.tuning.plan import iterations, plan
+from mocov3.tuning.plan import iterations, pictures_shown, plan
 from mocov3.tuning.recorder import Counters, TuneRecorder
 from mocov3.tuning.step import Micro, Outcome
 
@@ -148,7 +147,7 @@ class Tuning:
             self.recorder.log.say(f"nothing left to do: {p.step} steps, {p.epoch} epochs are done")
             return
         self._loader = Loader(
-            self.train, self._transform(), batch_size=c.batch_size, seed=c.seed, workers=self._workers()
+            self.train, setup.transform(c, self.preset), batch_size=c.batch_size, seed=c.seed, workers=self._workers()
         )
         works = plan(
             len(self.train.source),
@@ -174,36 +173,17 @@ class Tuning:
     def _workers(self) -> int:
         return min(self.config.workers, max(usable_cores() // self.world.local_size, 1))
 
-    def _transform(self) -> Transform:
-        c = self.config
-        if c.transfer:
-            return CropFlip(c.image_size)
-        policy = "" if c.aa == "none" else c.aa
-        augment = DeitAugment(c.image_size, policy, c.color_jitter, c.train_interpolation, self.preset.mean)
-        augment.check()
-        return augment
-
     def micro(self, batch: Batch) -> Micro:
         """Pictures and targets on the device, erased and mixed, and the draws of stochastic depth."""
         c, work, device = self.config, batch.work, self.world.device
-        target = torch.from_numpy(self.labels[self._shown(batch)]).to(device)
+        shown = pictures_shown(work, {bad.index for bad in batch.corrupt}, seed=c.seed, n=len(self.train))
+        target = torch.from_numpy(self.labels[shown]).to(device)
         x = normalise(batch.pixels[0], device, self.preset.mean, self.preset.std).contiguous()
         if not c.transfer:
             erase(x, work.indices, probability=c.reprob, seed=c.seed, epoch=work.epoch)
         if self.parts.mixer is not None:
             x, target = self.parts.mixer(x, target, epoch=work.epoch, index=int(work.indices[0]))
         return x, target, partial(self.parts.depth, work.indices, epoch=work.epoch, device=device)
-
-    def _shown(self, batch: Batch) -> np.ndarray:
-        """Indices of the pictures shown: another stands in for one that cannot be read, with its own class."""
-        bad = {c.index for c in batch.corrupt}
-        shown = batch.work.indices.copy()
-        for place, index in enumerate(batch.work.indices.tolist()):
-            attempt = 0
-            while int(shown[place]) in bad:
-                shown[place] = replacement(self.config.seed, batch.work.epoch, index, attempt, len(self.train))
-                attempt += 1
-        return shown
 
     def advance(self, batch: Batch, outcome: Outcome, lr: float) -> None:
         """Record the step and move the position past it."""

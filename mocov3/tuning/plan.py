@@ -11,7 +11,7 @@ import numpy as np
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from mocov3.data import Work
-from mocov3.data.draws import permutation
+from mocov3.data.draws import permutation, replacement
 
 
 def group_order(n: int, *, repeats: int, groups: int, group: int) -> np.ndarray:
@@ -62,3 +62,21 @@ def plan(
             for places in dealt:
                 mine = places[i * batch_size : (i + 1) * batch_size]
                 yield Work(e, i, order[mine // repeats] * repeats + mine % repeats)
+
+
+def pictures_shown(work: Work, bad: set[int], *, seed: int, n: int) -> np.ndarray:
+    """Indices of the pictures that a batch really shows: others stand in for unreadable ones, with their own class.
+
+    Args:
+        work: what was asked for.
+        bad: indices that could not be read.
+        seed: of the run.
+        n: pictures with repetitions.
+    """
+    shown = work.indices.copy()
+    for place, index in enumerate(work.indices.tolist()):
+        attempt = 0
+        while int(shown[place]) in bad:  # the loader's own choices
+            shown[place] = replacement(seed, work.epoch, index, attempt, n)
+            attempt += 1
+    return shown

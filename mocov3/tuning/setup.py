@@ -8,7 +8,9 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 
 from mocov3 import checkpoint
-from mocov3.config import FinetuneConfig
+from mocov3.config import FinetuneConfig, ViewPreset
+from mocov3.data.loader import Transform
+from mocov3.data.supervised import CropFlip, DeitAugment
 from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.errors import UserError
 from mocov3.models import Encoder
@@ -79,6 +81,20 @@ def build(start: files.Start, classes: int, world: World, *, script_door: bool) 
         ema=ema,
     )
     return Parts(model, optimizer, schedule, ema, depth, _mixer(c, classes), precision, step, fresh)
+
+
+def transform(c: FinetuneConfig, preset: ViewPreset) -> Transform:
+    """The training transform: the reference's for transfer, else DeiT's.
+
+    Raises:
+        UserError: if timm does not know the policy.
+    """
+    if c.transfer:
+        return CropFlip(c.image_size)
+    policy = "" if c.aa == "none" else c.aa
+    augment = DeitAugment(c.image_size, policy, c.color_jitter, c.train_interpolation, preset.mean)
+    augment.check()
+    return augment
 
 
 def total_batch(config: FinetuneConfig, world: World) -> int:
