@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 from test_cli import refused
 
-from mocov3 import checkpoint, convert, exporting, foreign, models
+from mocov3 import checkpoint, convert, exporting, foreign, load_backbone, models
 from mocov3.cli import main
 from mocov3.config.archs import BUILT_IN_ARCHS, is_resnet
 from mocov3.export import FORMATS as NAMED
@@ -250,6 +250,11 @@ def test_deit_and_safetensors(checkpoints, tmp_path, x):
     with safe_open(tmp_path / "s.safetensors", "pt") as file:
         assert sorted(file.keys()) == sorted(want)
         assert "CC-BY-NC" in file.metadata()["licence"]  # nothing is known of it, so the strictest is named
+    # and back: it says all that is needed to build it
+    with torch.no_grad():
+        assert torch.equal(load_backbone(tmp_path / "s.safetensors")(x), ours.features(x))
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "s.safetensors").read_bytes()[:9000])
+    assert "damaged" in refused("export", tmp_path / "cut.safetensors", "--to", "deit", "--output", tmp_path / "o")
 
 
 def test_the_momentum_encoder_can_be_taken(checkpoints, tmp_path):

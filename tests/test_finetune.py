@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -80,6 +81,10 @@ def test_files_of_a_run(whole, pretrained):
         {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch"}
     ] * 2
     assert deit[0]["train_loss"] == pytest.approx(sum(losses(whole)[:8]) / 8)
+    # its configuration makes the same run again
+    assert main(["finetune", "--config", str(whole / "config.yaml"), "--output_dir", str(whole / "again")]) == 0
+    assert losses(whole / "again") == losses(whole)
+    shutil.rmtree(whole / "again")
     # every other task reads it
     features = load_backbone(whole / "checkpoint.pth")(torch.randn(2, 3, 32, 32))
     assert features.shape == (2, 256)
@@ -233,8 +238,6 @@ def test_recipes_mean_the_references_commands():
 
 
 def test_an_unreadable_picture_gives_its_place_and_class_away(pictures, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(pictures, tmp_path / "data")
     for split in ("train", "val"):
         (tmp_path / "data" / split / "class1" / "zz.jpg").write_bytes(b"no picture")

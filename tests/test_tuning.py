@@ -5,9 +5,9 @@ import random
 
 import numpy as np
 import pytest
-import tuning_tasks
 import timm
 import torch
+import tuning_tasks
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -87,6 +87,14 @@ def test_the_head_and_depth():
     rates = [getattr(b.drop_path1, "drop_prob", 0.0) for b in model.blocks]
     assert rates == pytest.approx(np.linspace(0, 0.2, 12).tolist())
     assert [b.attn.num_heads for b in classifier("vit_small").blocks] == [12] * 12
+
+
+def test_networks_without_branches_are_tuned_without_depth():
+    model = classifier("timm/test_convnext2" if timm.is_model("test_convnext2") else "timm/convnext_atto", classes=3)
+    assert Depth(model, 0).layers
+    plain = classifier("timm/vgg11", classes=3)
+    assert not Depth(plain, 0).layers
+    assert plain.projector.out_features == 3
 
 
 def test_the_schedule_is_deits():

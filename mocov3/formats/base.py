@@ -41,6 +41,14 @@ class Exported:
         return {
             "arch": self.arch,
             "image_size": str(self.image_size),
+            "config": json.dumps(
+                {
+                    "image_size": self.image_size,
+                    "patch_size": self.patch_size,
+                    "small_stem": self.small_stem,
+                    "view_preset": self.recipe.get("view_preset", "photos"),
+                }
+            ),
             "mean": json.dumps(self.mean),
             "std": json.dumps(self.std),
             "source_sha256": self.sha256,

@@ -70,12 +70,10 @@ class Safetensors:
         return _ours(model, safetensors.torch.load_file(place), x)
 
     def usage(self, model: Exported, name: str) -> str:
-        """By safetensors and our own builder."""
-        small = ", small_stem=True" if model.small_stem else ""
+        """By safetensors, or by us."""
         return (
-            "from safetensors.torch import load_file\nfrom mocov3 import convert, models\n\n"
-            f'backbone = models.build_backbone("{model.arch}", image_size={model.image_size}{small})\n'
-            f'convert.load_into(backbone, convert.find_backbone(load_file("{name}"), "{name}"), "{name}")'
+            f"state = safetensors.torch.load_file(\"{name}\")  # names of keys are timm's and torchvision's\n"
+            f'backbone = mocov3.load_backbone("{name}")  # if its name ends in .safetensors'
         )
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 from mocov3 import checkpoint
 from mocov3.checkpoint import Position
 from mocov3.config import PRESETS, write_yaml
-from mocov3.config.archs import is_resnet
 from mocov3.data import Batch, CentreView, Loader
 from mocov3.data.loader import Unreadable, usable_cores
 from mocov3.data.supervised import Repeated, stratified
@@ -136,7 +135,7 @@ class Tuning:
             log.say(
                 "--reprob, --aa and --color-jitter are not applied: as in the reference, transfer crops and flips only"
             )
-        if c.drop_path and is_resnet(c.arch):
+        if c.drop_path and not self.parts.depth.layers:
             log.say(f"--drop-path is not applied: {c.arch} has no stochastic depth")
         return log
 

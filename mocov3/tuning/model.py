@@ -30,8 +30,12 @@ def build_classifier(
         nn.init.zeros_(layer.bias)
         return layer
 
+    sizes: dict[str, Any] = {"image_size": image_size, "patch_size": patch_size, "small_stem": small_stem}
     dims = {"drop_path_rate": drop_path} if not is_resnet(arch) and drop_path else {}
-    model = build_encoder(arch, head, image_size=image_size, patch_size=patch_size, small_stem=small_stem, **dims)
+    try:
+        model = build_encoder(arch, head, **sizes, **dims)
+    except TypeError:  # some networks of timm have no branches to drop
+        model = build_encoder(arch, head, **sizes)
     if is_vit(arch):
         model.pos_embed.requires_grad_(True)
     return model
