@@ -43,13 +43,15 @@ def find_backbone(contents: dict[str, Any], where: str, *, momentum: bool = Fals
     Args:
         contents: what ``checkpoint.read`` returned.
         where: the file, for messages.
-        momentum: take the momentum encoder of a pre-training checkpoint.
+        momentum: take the momentum encoder of a pre-training checkpoint, or the average of a fine-tuned one.
 
     Raises:
         UserError: if there is no backbone in it.
     """
     arch = contents.get("arch")
     state = contents.get("state_dict", contents.get("model", contents))
+    if momentum and isinstance(contents.get("model_ema"), dict) and contents["model_ema"]:
+        return find_backbone({"model": contents["model_ema"], "arch": arch}, where)
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{where}: holds no weights (entries: {', '.join(map(str, list(contents)[:6]))})")
     state = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
@@ -71,6 +73,27 @@ def find_backbone(contents: dict[str, Any], where: str, *, momentum: bool = Fals
     if not kept:
         raise UserError(f"{where}: holds no backbone, only {', '.join(list(state)[:3])} …")
     return BackboneWeights(kind, arch if isinstance(arch, str) else None, kept, dropped)
+
+
+def find_classifier(contents: dict[str, Any], encoder: Encoder, where: str, *, momentum: bool = False) -> nn.Linear:
+    """The linear classifier in the contents of a fine-tuned or linearly evaluated file.
+
+    Raises:
+        UserError: if there is none, or it does not fit ``encoder``.
+    """
+    state = contents.get("model_ema") if momentum else contents.get("model", contents.get("state_dict"))
+    name = encoder.projector_name
+    for prefix in ("", "module."):
+        weight, bias = ((state or {}).get(f"{prefix}{name}.{part}") for part in ("weight", "bias"))
+        if isinstance(weight, Tensor) and isinstance(bias, Tensor):
+            if weight.ndim != 2 or weight.shape[1] != encoder.num_features or bias.shape != weight.shape[:1]:
+                raise UserError(
+                    f"{where}: its classifier {tuple(weight.shape)} is not of {encoder.num_features} features"
+                )
+            layer = nn.Linear(weight.shape[1], weight.shape[0])
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            return layer
+    raise UserError(f"{where}: has no classifier; fine-tune it first, or export the backbone without --classifier")
 
 
 def to_deit(contents: dict[str, Any], where: str) -> dict[str, dict[str, Tensor]]:

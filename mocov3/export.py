@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         arch=args.arch or None,
         image_size=args.image_size,
         momentum=args.momentum,
+        classifier=args.classifier,
         licence=args.licence,
     )
     print(report)
@@ -62,7 +63,8 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--output", required=True, help="file, or folder for timm and transformers")
     parser.add_argument("-a", "--arch", default="", help="arch of a file that does not say it")
     parser.add_argument("--image-size", type=int, default=None, help="side of the pictures (default: of training)")
-    parser.add_argument("--momentum", action="store_true", help="take the momentum encoder")
+    parser.add_argument("--momentum", action="store_true", help="the momentum encoder, or the average of tuned weights")
+    parser.add_argument("--classifier", action="store_true", help="with the classifier of a fine-tuned file")
     parser.add_argument("--licence", default="", help="licence to state in the card (default: what the file says)")
     return parser.parse_args(list(argv))
 

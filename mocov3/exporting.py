@@ -37,7 +37,7 @@ class Report:
     def __str__(self) -> str:
         return (
             f"{printable(str(self.output))}: {self.format}, loaded back and compared on {PICTURES} pictures: largest "
-            f"difference of a feature {self.difference:.1e} (largest feature {self.largest:.3g})"
+            f"difference of an output {self.difference:.1e} (largest output {self.largest:.3g})"
         )
 
 
@@ -49,6 +49,7 @@ def export(
     arch: str | None = None,
     image_size: int | None = None,
     momentum: bool = False,
+    classifier: bool = False,
     licence: str = "",
 ) -> Report:
     """Export the backbone of a file; nothing is left at ``output`` unless the features agree.
@@ -59,14 +60,15 @@ def export(
         output: file or folder to make.
         arch: of a file that does not say it.
         image_size: side of the pictures in pixels, unless that of training.
-        momentum: take the momentum encoder.
+        momentum: take the momentum encoder, or the average of fine-tuned weights.
+        classifier: keep the linear classifier of a fine-tuned file.
         licence: to state in the card, unless what the file says.
 
     Raises:
         UserError: if the file holds no backbone, the format cannot hold it, or the output cannot be written.
         RuntimeError: if the features of what was written differ from ours; our fault.
     """
-    model = load(path, arch=arch, image_size=image_size, momentum=momentum, licence=licence)
+    model = load(path, arch=arch, image_size=image_size, momentum=momentum, classifier=classifier, licence=licence)
     writer = FORMATS[to]
     try:
         writer.fits(model)
@@ -74,7 +76,7 @@ def export(
         raise UserError(f"--to {to} cannot hold {model.arch}: {reason}") from None
     x = pictures(model)
     with torch.no_grad():
-        ours = model.encoder.features(x)
+        ours = model.encoder(x)
     with Staged(output) as place:
         writer.write(model, place)
         with torch.no_grad():
@@ -90,10 +92,10 @@ def export(
 
 def _compared(output: Path, to: str, ours: Tensor, theirs: Tensor, tolerance: float) -> Report:
     if theirs.shape != ours.shape:
-        raise RuntimeError(f"{to}: features are {tuple(theirs.shape)} where ours are {tuple(ours.shape)}")
+        raise RuntimeError(f"{to}: outputs are {tuple(theirs.shape)} where ours are {tuple(ours.shape)}")
     difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
     if not difference <= tolerance * max(largest, 1.0):  # also refuses NaN
-        raise RuntimeError(f"{to}: features differ by {difference:.1e} (largest feature {largest:.3g})")
+        raise RuntimeError(f"{to}: outputs differ by {difference:.1e} (largest output {largest:.3g})")
     return Report(output, to, difference, largest)
 
 
@@ -103,11 +105,20 @@ def load(
     arch: str | None = None,
     image_size: int | None = None,
     momentum: bool = False,
+    classifier: bool = False,
     licence: str = "",
 ) -> Exported:
     """The backbone of a file with all that a card says about it."""
     contents = checkpoint.read(path)
     encoder, settings = convert.build_from(contents, str(path), arch=arch, image_size=image_size, momentum=momentum)
+    names: tuple[str, ...] = ()
+    classes = 0
+    if classifier:
+        head = convert.find_classifier(contents, encoder, str(path), momentum=momentum)
+        setattr(encoder, encoder.projector_name, head)
+        classes = head.out_features
+        known = (contents.get("mocov3") or {}).get("classes")
+        names = tuple(map(str, known)) if isinstance(known, list) and len(known) == classes else ()
     config = convert.trained_with(contents)
     preset = PRESETS.get(str(config.get("view_preset")), ViewPreset())
     own = contents.get("mocov3") or {}
@@ -124,6 +135,8 @@ def load(
         licence=licence or str(own.get("licence", _REFERENCE)),
         origin=str(own.get("origin", _ORIGIN)),
         momentum=momentum,
+        classes=classes,
+        class_names=names,
     )
 
 

@@ -32,6 +32,7 @@ VIT_TORCHVISION: Rows = [
     (rf"blocks\.(\d+)\.mlp\.fc1\.{_P}", rf"{_LAYER}\1.mlp.0.\2"),
     (rf"blocks\.(\d+)\.mlp\.fc2\.{_P}", rf"{_LAYER}\1.mlp.3.\2"),
     (rf"norm\.{_P}", r"encoder.ln.\1"),
+    (rf"head\.{_P}", r"heads.head.\1"),
 ]
 """``torchvision.models.VisionTransformer`` (0.29), its convolutional stem included."""
 

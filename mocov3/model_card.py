@@ -16,7 +16,7 @@ tags:
 ---
 # {arch}, pre-trained by MoCo v3
 
-Written by mocov3 {version} as `{format}`. The backbone gives features; it has no classifier.
+Written by mocov3 {version} as `{format}`. {gives}
 
 | | |
 |---|---|
@@ -58,6 +58,7 @@ def card(model: Exported, to: str, name: str, difference: float, pictures: int) 
         library={"timm": "timm", "transformers": "transformers"}.get(to, "pytorch"),
         arch=model.arch,
         version=__version__,
+        gives=_gives(model),
         format=to,
         parameters=sum(p.numel() for p in model.encoder.parameters()),
         features=model.encoder.num_features,
@@ -65,17 +66,31 @@ def card(model: Exported, to: str, name: str, difference: float, pictures: int) 
         resized=round(model.image_size * model.zoom),
         mean=", ".join(map(str, model.mean)),
         std=", ".join(map(str, model.std)),
-        encoder="momentum encoder" if model.momentum else "query encoder",
+        encoder=_encoder(model),
         source=printable(model.source),
         epochs="" if model.epochs is None else f" after {model.epochs} epochs",
         sha256=model.sha256,
         origin=printable(model.origin),
         licence=printable(model.licence),
-        verified=f"features of this file, loaded as below, against the source's on {pictures} pictures: "
+        verified=f"outputs of this file, loaded as below, against the source's on {pictures} pictures: "
         f"largest difference {difference:.1e}",
         usage=FORMATS[to].usage(model, name),
         recipe=_recipe(model.recipe),
     )
+
+
+def _gives(model: Exported) -> str:
+    if not model.classes:
+        return "The backbone gives features; it has no classifier."
+    names = ", ".join(printable(name) for name in model.class_names[:1000])
+    return f"Gives scores of {model.classes} classes{': ' + names if names else ''}."
+
+
+def _encoder(model: Exported) -> str:
+    tuned = model.recipe.get("data_set")
+    if tuned:
+        return f"fine-tuned on {printable(str(tuned))}" + (", average of the weights" if model.momentum else "")
+    return "momentum encoder" if model.momentum else "query encoder"
 
 
 def _recipe(recipe: dict[str, Any]) -> str:

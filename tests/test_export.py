@@ -117,7 +117,7 @@ def test_a_table_with_a_gap_is_refused():
 def test_timm(checkpoints, tmp_path, x, capsys):
     path, ours = checkpoints("vit_small")
     folder = exported(path, "timm", tmp_path / "new" / "vit")
-    assert "largest difference of a feature" in capsys.readouterr().out
+    assert "largest difference of an output" in capsys.readouterr().out
     file = folder / "model.safetensors"
     theirs = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, img_size=32, checkpoint_path=file)
     with torch.no_grad():
@@ -229,10 +229,6 @@ def test_graphs(checkpoints, tmp_path, x):
             close(program(part), want)
     about = {p.key: p.value for p in onnx.load(file).metadata_props}
     assert (about["arch"], about["licence"]) == ("vit_tiny", "Apache-2.0")
-    path, ours = checkpoints("resnet10_w32")
-    session = onnxruntime.InferenceSession(exported(path, "onnx", tmp_path / "resnet.onnx"))
-    with torch.no_grad():
-        close(torch.from_numpy(session.run(None, {"pictures": x.numpy()})[0]), ours.features(x), 1e-5)
 
 
 def test_deit_and_safetensors(checkpoints, tmp_path, x):
@@ -281,6 +277,58 @@ def test_the_card_says_what_it_is(checkpoints, tmp_path):
     assert config["model_args"] == {"img_size": 32}
 
 
+@pytest.fixture
+def tuned(tmp_path):
+    """Fine-tuned checkpoints of three classes: arch → (file, network)."""
+
+    def make(arch):
+        torch.manual_seed(9)
+        network = models.build_encoder(arch, lambda width: torch.nn.Linear(width, 3), image_size=32).eval()
+        average = {k: v + 0.01 if v.is_floating_point() else v for k, v in network.state_dict().items()}
+        own = {"task": "finetune", "config": {"image_size": 32, "data_set": "pets"}, "classes": ["a", "b", "c\x1b[2J"]}
+        path = tmp_path / f"{arch.replace('/', '-')}-tuned.pth"
+        torch.save({"model": network.state_dict(), "model_ema": average, "arch": arch, "mocov3": own}, path)
+        return path, network
+
+    return make
+
+
+def test_a_classifier_goes_along(tuned, tmp_path, x):
+    for arch in ("vit_tiny", "resnet18", "timm/resnet10t"):
+        path, network = tuned(arch)
+        folder = exported(path, "timm", tmp_path / "timm" / arch.replace("/", "-"), "--classifier")
+        with torch.no_grad():
+            want = network(x)
+            close(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x), want)
+        assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["label_names"][:2] == ["a", "b"]
+        card = (folder / "README.md").read_text()
+        assert "scores of 3 classes: a, b, c\\x1b[2J" in card  # no name can draw on the terminal
+        assert "fine-tuned on pets" in card
+        if not arch.startswith("timm/"):
+            file = exported(path, "torchvision", tmp_path / f"{arch}.pth", "--classifier")
+            made = tv.resnet18(num_classes=3) if arch == "resnet18" else tv.VisionTransformer(
+                32, 16, 12, 3, 192, 768, num_classes=3, norm_layer=lambda d: torch.nn.LayerNorm(d, eps=1e-6)
+            )  # fmt: skip
+            made.load_state_dict(torch.load(file, weights_only=True))  # the class as it comes, strictly
+            with torch.no_grad():
+                close(made.eval()(x), want)
+    path, network = tuned("resnet10_w32")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(exported(path, "onnx", tmp_path / "c.onnx", "--classifier"))
+    with torch.no_grad():
+        close(torch.from_numpy(session.run(["scores"], {"pictures": x.numpy()})[0]), network(x))
+    average = exported(path, "safetensors", tmp_path / "a.safetensors", "--classifier", "--momentum")
+    assert torch.equal(checkpoint.read(average)["model"]["fc.bias"], network.fc.bias.detach() + 0.01)
+    out = tmp_path / "no"
+    assert "without classifier" in refused("export", path, "--to", "transformers", "--output", out, "--classifier")
+    odd = {**network.state_dict(), "fc.weight": torch.zeros(3, 5)}
+    torch.save({"model": odd, "arch": "resnet10_w32"}, tmp_path / "odd.pth")
+    assert "is not of 256 features" in refused(
+        "export", tmp_path / "odd.pth", "--to", "onnx", "--output", out, "--classifier", "--image-size", "32"
+    )
+
+
 def test_what_differs_is_not_left_behind(checkpoints, tmp_path, monkeypatch):
     path, _ = checkpoints("resnet10_w32")
     write = FORMATS["safetensors"].write
@@ -292,7 +340,7 @@ def test_what_differs_is_not_left_behind(checkpoints, tmp_path, monkeypatch):
             model.encoder.bn1.bias.sub_(0.1)
 
     monkeypatch.setattr(FORMATS["safetensors"], "write", spoilt)
-    with pytest.raises(RuntimeError, match="features differ"):
+    with pytest.raises(RuntimeError, match="outputs differ"):
         main(["export", str(path), "--to", "safetensors", "--output", str(tmp_path / "out" / "s.st")])
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -314,6 +362,7 @@ def test_bad_input(checkpoints, tmp_path):
         ([path, "--to", "timm", "--output", out], "3×3 stem"),
         ([small, "--to", "timm", "--output", out], "torchvision has"),
         ([small, "--to", "transformers", "--output", out], "cannot hold vit_conv_small"),
+        ([path, "--to", "deit", "--output", out, "--classifier"], "has no classifier"),
         ([path, "--to", "tensorflow", "--output", out], "invalid choice"),
         ([path, "--to", "timm", "--output", full], "not empty"),
         ([path, "--to", "timm", "--output", tmp_path / "file"], "needs a folder"),

@@ -13,9 +13,10 @@ from mocov3.models.backbones import Encoder
 
 @dataclass(frozen=True)
 class Exported:
-    """A backbone in evaluation mode, its head the identity, and what a card says about it."""
+    """A backbone in evaluation mode, and what a card says about it."""
 
     encoder: Encoder
+    """Its head is the identity, or the linear classifier that is exported too."""
     arch: str
     image_size: int
     patch_size: int
@@ -31,9 +32,12 @@ class Exported:
     licence: str
     origin: str
     momentum: bool
+    classes: int = 0
+    """Of the classifier; 0 without."""
+    class_names: tuple[str, ...] = ()
 
     def state(self) -> dict[str, Tensor]:
-        """The backbone's weights, contiguous."""
+        """The weights, contiguous."""
         return {k: v.detach().contiguous() for k, v in self.encoder.state_dict().items()}
 
     def about(self) -> dict[str, str]:
@@ -54,7 +58,7 @@ class Exported:
             "source_sha256": self.sha256,
             "licence": self.licence,
             "origin": self.origin,
-        }
+        } | ({"class_names": json.dumps(self.class_names)} if self.class_names else {})
 
 
 class Unfit(Exception):

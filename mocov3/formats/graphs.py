@@ -16,13 +16,17 @@ from mocov3.formats.base import Exported
 _BATCH = {"pictures": {0: torch.export.Dim("batch")}}
 
 
-class _Features(nn.Module):
+def _output(model: Exported) -> str:
+    return "scores" if model.classes else "features"
+
+
+class _Network(nn.Module):
     def __init__(self, model: Exported) -> None:
         super().__init__()
         self.encoder = model.encoder
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.encoder.features(pictures)
+        return self.encoder(pictures)
 
 
 def _example(model: Exported) -> Tensor:
@@ -43,7 +47,7 @@ def _quiet() -> Iterator[None]:
 
 
 class Onnx:
-    """One file; input ``pictures`` (batch, 3, height, width), output ``features`` (batch, features)."""
+    """One file; input ``pictures`` (batch, 3, height, width), output ``features`` or ``scores`` (batch, n)."""
 
     tolerance = 1e-4  # another runtime with sums in its own order
 
@@ -56,11 +60,11 @@ class Onnx:
 
         with _quiet():
             program = torch.onnx.export(
-                _Features(model).eval(),
+                _Network(model).eval(),
                 (_example(model),),
                 dynamo=True,
                 input_names=["pictures"],
-                output_names=["features"],
+                output_names=[_output(model)],
                 dynamic_shapes=_BATCH,
                 verbose=False,
             )
@@ -78,14 +82,14 @@ class Onnx:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(place), options, providers=["CPUExecutionProvider"])
-        parts = [session.run(["features"], {"pictures": part.numpy()})[0] for part in (x[:1], x[1:])]
+        parts = [session.run([_output(model)], {"pictures": part.numpy()})[0] for part in (x[:1], x[1:])]
         return torch.cat([torch.from_numpy(part) for part in parts])
 
     def usage(self, model: Exported, name: str) -> str:
         """By onnxruntime."""
         return (
             f'session = onnxruntime.InferenceSession("{name}")\n'
-            '(features,) = session.run(["features"], {"pictures": pictures})  # float32, (batch, 3, '
+            f'({_output(model)},) = session.run(None, {{"pictures": pictures}})  # float32, (batch, 3, '
             f"{model.image_size}, {model.image_size})"
         )
 
@@ -101,7 +105,7 @@ class TorchExport:
     def write(self, model: Exported, place: Path) -> None:
         """One ``.pt2`` file."""
         with _quiet():
-            program = torch.export.export(_Features(model).eval(), (_example(model),), dynamic_shapes=_BATCH)
+            program = torch.export.export(_Network(model).eval(), (_example(model),), dynamic_shapes=_BATCH)
             with place.open("wb") as file:
                 torch.export.save(program, file, extra_files=model.about())
 
@@ -116,5 +120,5 @@ class TorchExport:
         """By torch alone."""
         return (
             f'model = torch.export.load("{name}").module()\n'
-            f"features = model(pictures)  # float32, (batch, 3, {model.image_size}, {model.image_size})"
+            f"{_output(model)} = model(pictures)  # float32, (batch, 3, {model.image_size}, {model.image_size})"
         )

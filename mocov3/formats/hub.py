@@ -24,6 +24,8 @@ class Transformers:
 
     def fits(self, model: Exported) -> None:
         """Plain ViTs, and ResNets without groups or extra width."""
+        if model.classes:
+            raise Unfit("it is written without classifier; leave --classifier out, or take timm, torchvision or onnx")
         if model.arch not in VITS and not is_resnet(model.arch):
             raise Unfit(f"transformers has no such model; torchvision or timm may have, or {ELSEWHERE}")
         if "wide" in model.arch or "next" in model.arch:

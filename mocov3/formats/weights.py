@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vision_transformer import ConvStemConfig
 
-from mocov3 import checkpoint, convert, foreign
+from mocov3 import checkpoint, foreign
 from mocov3.config.archs import CONV_VITS, RESNETS, is_resnet
 from mocov3.formats.base import Exported, Unfit
 from mocov3.models.backbones import build_backbone
@@ -42,7 +42,7 @@ class Deit:
 
     def features(self, model: Exported, place: Path, x: Float[Tensor, "batch 3 height width"]) -> Tensor:
         """Read back as any DeiT file is, into a fresh backbone."""
-        return _ours(model, checkpoint.read(place), x)
+        return _ours(model, checkpoint.read(place)["model"], x)
 
     def usage(self, model: Exported, name: str) -> str:
         """For ``load_state_dict``."""
@@ -77,12 +77,14 @@ class Safetensors:
         )
 
 
-def _ours(model: Exported, contents: dict[str, Any], x: Tensor) -> Tensor:
+def _ours(model: Exported, state: dict[str, Any], x: Tensor) -> Tensor:
     encoder = build_backbone(
         model.arch, image_size=model.image_size, patch_size=model.patch_size, small_stem=model.small_stem
     )
-    convert.load_into(encoder, convert.find_backbone(contents, "what was written"), "what was written")
-    return encoder.eval().features(x)
+    head = nn.Linear(encoder.num_features, model.classes) if model.classes else nn.Identity()
+    setattr(encoder, encoder.projector_name, head)
+    encoder.load_state_dict(state)
+    return encoder.eval()(x)
 
 
 class Timm:
@@ -100,17 +102,19 @@ class Timm:
         """The folder."""
         place.mkdir()
         name, args = self.named(model)
-        state = {k.removeprefix("backbone."): v for k, v in model.state().items()}
-        safetensors.torch.save_file(state, place / "model.safetensors", metadata={"format": "pt", **model.about()})
         base: Any = timm.create_model(name, num_classes=0, **args).pretrained_cfg
+        head = f"{base.get('classifier')}."  # beside timm's own networks our classifier is called projector
+        state = {k.removeprefix("backbone.").replace("projector.", head): v for k, v in model.state().items()}
+        safetensors.torch.save_file(state, place / "model.safetensors", metadata={"format": "pt", **model.about()})
         config = {
             "architecture": name,
-            "num_classes": 0,
+            "num_classes": model.classes,
             "num_features": model.encoder.num_features,
             "model_args": args,
             "pretrained_cfg": {
                 "tag": "mocov3",
-                "num_classes": 0,
+                "num_classes": model.classes,
+                **({"label_names": model.class_names} if model.class_names else {}),
                 "input_size": [3, model.image_size, model.image_size],
                 "interpolation": "bilinear",
                 "crop_pct": 1 / model.zoom,
@@ -147,16 +151,19 @@ class Timm:
     def features(self, model: Exported, place: Path, x: Float[Tensor, "batch 3 height width"]) -> Tensor:
         """By ``create_model`` with the file's path, which loads strictly."""
         name, args = self.named(model)
-        made = timm.create_model(name, num_classes=0, checkpoint_path=str(place / "model.safetensors"), **args)
+        file = str(place / "model.safetensors")
+        made = timm.create_model(name, num_classes=model.classes, checkpoint_path=file, **args)
         return made.eval()(x)
 
     def usage(self, model: Exported, name: str) -> str:
         """Both of timm's ways, and intermediate features."""
         arch, args = self.named(model)
+        classes = model.classes
         extra = "".join(f", {k}={v!r}" for k, v in args.items())
         return (
             f'model = timm.create_model("local-dir:{name}", pretrained=True)\n'
-            f'model = timm.create_model("{arch}", num_classes=0{extra}, checkpoint_path="{name}/model.safetensors")\n'
+            f'model = timm.create_model("{arch}", num_classes={classes}{extra}, '
+            f'checkpoint_path="{name}/model.safetensors")\n'
             f'maps = timm.create_model("local-dir:{name}", pretrained=True, features_only=True)'
         )
 
@@ -183,7 +190,7 @@ class Torchvision:
         made: nn.Module
         if is_resnet(model.arch):
             made = getattr(tv, model.arch)() if model.arch in RESNETS else tv.ResNet(BasicBlock, [1, 1, 1, 1])
-            made.fc = nn.Identity()
+            made.fc = nn.Linear(model.encoder.num_features, model.classes) if model.classes else nn.Identity()
             return made
         width = model.encoder.num_features
         stem = [ConvStemConfig(width // part, 3, 2) for part in (8, 4, 2, 1)] if model.arch in CONV_VITS else None
@@ -197,7 +204,10 @@ class Torchvision:
             norm_layer=partial(nn.LayerNorm, eps=VIT_EPS),
             conv_stem_configs=stem,
         )
-        made.heads = nn.Identity()
+        head = nn.Sequential()
+        if model.classes:
+            head.add_module("head", nn.Linear(width, model.classes))
+        made.heads = head
         return made
 
     def features(self, model: Exported, place: Path, x: Float[Tensor, "batch 3 height width"]) -> Tensor:
@@ -222,7 +232,8 @@ class Torchvision:
                 f"torchvision.models.VisionTransformer({model.image_size}, {model.patch_size}, "
                 f"{11 if stem else 12}, {3 if model.arch == 'vit_tiny' else 12}, {width}, {4 * width}{stem})"
             )
-        return (
-            f"model = {made}\nmodel.{head} = torch.nn.Identity()\n"
-            f'model.load_state_dict(torch.load("{name}", weights_only=True))'
-        )
+        top = "torch.nn.Identity()"
+        if model.classes:
+            top = f"torch.nn.Linear({model.encoder.num_features}, {model.classes})"
+            head += ".head" if head == "heads" else ""
+        return f'model = {made}\nmodel.{head} = {top}\nmodel.load_state_dict(torch.load("{name}", weights_only=True))'

@@ -166,6 +166,7 @@ def contents(
     total_batch: int,
     digest: str,
     pictures: int,
+    classes: list[str],
 ) -> dict[str, Any]:
     """What is written: everything a resume needs, or for the ``best`` weights only what names them.
 
@@ -178,6 +179,7 @@ def contents(
         total_batch: pictures a step over all processes.
         digest: of the training pictures.
         pictures: how many.
+        classes: their names.
     """
     come_from, licence = origin(start)
     own = {
@@ -191,6 +193,7 @@ def contents(
         "total_batch": total_batch,
         "data_digest": digest,
         "pictures": pictures,
+        "classes": classes,
         "origin": come_from,
         "licence": licence,
     }

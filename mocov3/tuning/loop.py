@@ -271,6 +271,7 @@ class Tuning:
             total_batch=self.total_batch,
             digest=self.train.digest,
             pictures=len(self.train.source),
+            classes=list(self.pair.train.classes),
         )
 
     def exit_code(self) -> int:
