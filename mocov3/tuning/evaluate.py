@@ -84,7 +84,7 @@ def evaluate(
                 gone = {c.index for c in batch.corrupt}
                 read = torch.tensor([int(i) not in gone for i in batch.work.indices])
                 target = torch.from_numpy(labels[batch.work.indices].astype(np.int64))
-                counts += count(scores.double().cpu()[read], target[read], classes)
+                counts += count(scores.float().cpu().double()[read], target[read], classes)
     finally:
         model.train(training)
     # counts are whole numbers and the loss is summed in float64; sums go over the host, in float64 on every device
