@@ -1,5 +1,6 @@
 """Write, load back, compare: what ``mocov3 export`` does once its arguments are known to be sound."""
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mocov3 import checkpoint, convert
+from mocov3.config import FinetuneConfig
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.data import CentreView, FashionMnist
 from mocov3.errors import UserError, printable
@@ -137,7 +139,15 @@ def load(
         momentum=momentum,
         classes=classes,
         class_names=names,
+        bicubic=_bicubic(config),
     )
+
+
+def _bicubic(config: dict[str, Any]) -> bool:
+    if "data_set" not in config:  # not fine-tuned
+        return False
+    known = {f.name for f in dataclasses.fields(FinetuneConfig)}
+    return not FinetuneConfig(**{k: v for k, v in config.items() if k in known}).transfer
 
 
 def _recipe(config: dict[str, Any]) -> dict[str, Any]:

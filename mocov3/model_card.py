@@ -14,14 +14,14 @@ tags:
 - self-supervised
 - image-feature-extraction
 ---
-# {arch}, pre-trained by MoCo v3
+# {arch}, {trained}
 
 Written by mocov3 {version} as `{format}`. {gives}
 
 | | |
 |---|---|
 | arch | {arch} ({parameters:,} parameters, {features} features) |
-| pictures | {size} × {size} px RGB, shorter side resized to {resized}, centre cut out |
+| pictures | {size} × {size} px RGB, shorter side resized to {resized} ({how}), centre cut out |
 | mean, std | {mean}, {std} (of pixels scaled to 0–1) |
 | encoder | {encoder} |
 | source | {source}{epochs}, sha256 `{sha256}` |
@@ -59,10 +59,12 @@ def card(model: Exported, to: str, name: str, difference: float, pictures: int) 
         arch=model.arch,
         version=__version__,
         gives=_gives(model),
+        trained="fine-tuned" if "data_set" in model.recipe else "pre-trained by MoCo v3",
         format=to,
         parameters=sum(p.numel() for p in model.encoder.parameters()),
         features=model.encoder.num_features,
         size=model.image_size,
+        how="bicubic" if model.bicubic else "bilinear",
         resized=round(model.image_size * model.zoom),
         mean=", ".join(map(str, model.mean)),
         std=", ".join(map(str, model.std)),

@@ -312,6 +312,8 @@ def test_a_classifier_goes_along(tuned, tmp_path, x):
             made.load_state_dict(torch.load(file, weights_only=True))  # the class as it comes, strictly
             with torch.no_grad():
                 close(made.eval()(x), want)
+    assert "fine-tuned" in card.splitlines()[8]
+    assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["interpolation"] == "bilinear"  # pets
     path, network = tuned("resnet10_w32")
     import onnxruntime
 

@@ -35,6 +35,8 @@ class Exported:
     classes: int = 0
     """Of the classifier; 0 without."""
     class_names: tuple[str, ...] = ()
+    bicubic: bool = False
+    """Whether pictures were resized so for evaluation (DeiT's), instead of bilinearly."""
 
     def state(self) -> dict[str, Tensor]:
         """The weights, contiguous."""

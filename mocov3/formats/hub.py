@@ -14,7 +14,7 @@ from mocov3.config.archs import VITS, is_resnet
 from mocov3.formats.base import Exported, Unfit
 from mocov3.formats.weights import ELSEWHERE, VIT_EPS, check_stem
 
-_BILINEAR = 2  # Pillow's number
+_BILINEAR, _BICUBIC = 2, 3  # Pillow's numbers
 
 
 class Transformers:
@@ -45,7 +45,7 @@ class Transformers:
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"shortest_edge": round(size * model.zoom)},
-            "resample": _BILINEAR,
+            "resample": _BICUBIC if model.bicubic else _BILINEAR,
             "do_center_crop": True,
             "crop_size": {"height": size, "width": size},
             "do_rescale": True,

@@ -25,7 +25,7 @@ VIT_EPS = 1e-6
 def check_stem(model: Exported) -> None:
     """Refuse the stems for small pictures, which the libraries' ResNets do not have."""
     if model.small_stem or model.arch.startswith("resnet10_"):
-        raise Unfit(f"it has no 3×3 stem for small pictures; {ELSEWHERE}")
+        raise Unfit(f"its ResNets have no 3×3 stem for small pictures; {ELSEWHERE}")
 
 
 class Deit:
@@ -116,7 +116,7 @@ class Timm:
                 "num_classes": model.classes,
                 **({"label_names": model.class_names} if model.class_names else {}),
                 "input_size": [3, model.image_size, model.image_size],
-                "interpolation": "bilinear",
+                "interpolation": "bicubic" if model.bicubic else "bilinear",
                 "crop_pct": 1 / model.zoom,
                 "crop_mode": "center",
                 "mean": model.mean,
