@@ -28,10 +28,26 @@ ORDER = [
     "errors", "version",
 ]  # fmt: skip
 # started from above, by name: the doors call a task, a task its loop; sources by what they are named
-LAZY = {("pretrain", "run"), ("demo", "cli"), ("data.sources", "data.packed"),
-        ("export", "exporting"), ("finetune", "tuning.loop")}
-LIGHT = ["mocov3.cli", "mocov3.recipes", "mocov3.config", "mocov3.data", "mocov3.pretrain", "mocov3.log", "mocov3.stop",
-         "mocov3.finetune", "mocov3.export", "mocov3.data.supervised", "mocov3.data.transfer"]
+LAZY = {
+    ("pretrain", "run"),
+    ("demo", "cli"),
+    ("data.sources", "data.packed"),
+    ("export", "exporting"),
+    ("finetune", "tuning.loop"),
+}
+LIGHT = [
+    "mocov3.cli",
+    "mocov3.recipes",
+    "mocov3.config",
+    "mocov3.data",
+    "mocov3.pretrain",
+    "mocov3.log",
+    "mocov3.stop",
+    "mocov3.finetune",
+    "mocov3.export",
+    "mocov3.data.supervised",
+    "mocov3.data.transfer",
+]
 
 
 def modules():
