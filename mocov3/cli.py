@@ -19,8 +19,10 @@ _HELP = f"""mocov3 {__version__}: self-supervised pre-training of ResNet and ViT
 usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
 
   pretrain   learn features from a folder of pictures without labels
+  finetune   train a classifier end to end from pre-trained weights (DeiT's recipe), and transfer
   pack       a folder of pictures into tar archives
   convert    a pre-training checkpoint to DeiT's format
+  export     a backbone for timm, torchvision, transformers, ONNX …, verified
   demo       train on 8,000 embedded pictures (8 minutes on 2 cores) and show what was learned
 
 The reference's commands work too: python main_moco.py …, python convert_to_deit.py …
@@ -38,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
         "pretrain": _pretrain,
+        "finetune": _finetune,
         "convert": _convert,
+        "export": _export,
         "demo": _demo,
         "pack": _pack,
     }
@@ -81,7 +85,7 @@ def parse_script(name: str, argv: Sequence[str]) -> Any:
     if name == "main_lincls.py":
         return parse(LinclsConfig, argv, prog=name, description=LinclsConfig.__doc__ or "")
     if name == "transfer/main.py":
-        return parse(FinetuneConfig, argv, prog=name, description=FinetuneConfig.__doc__ or "")
+        return parse_finetune(argv, prog=name)
     return parse_convert(argv, prog=name)
 
 
@@ -124,6 +128,37 @@ def main_moco() -> int:
     return guarded(run)
 
 
+def parse_finetune(argv: Sequence[str], *, prog: str) -> FinetuneConfig:
+    """Command line of fine-tuning and transfer; both doors share it."""
+    return parse(
+        FinetuneConfig,
+        argv,
+        prog=prog,
+        description="Train a classifier end to end from pre-trained weights (DeiT's recipe).",
+        recipes=recipes.finetune_settings(),
+        epilog=recipes.listing(recipes.FINETUNE_RECIPES, "accuracy"),
+    )
+
+
+def _finetune(argv: list[str]) -> int:
+    config = parse_finetune(argv, prog="mocov3 finetune")
+    from mocov3.finetune import main
+
+    return main(config, script_door=False)
+
+
+def transfer_main() -> int:
+    """``transfer/main.py``: the script door of fine-tuning and transfer."""
+
+    def run() -> int:
+        config = parse_script("transfer/main.py", sys.argv[1:])
+        from mocov3.finetune import main
+
+        return main(config, script_door=True)
+
+    return guarded(run)
+
+
 def parse_convert(argv: Sequence[str], *, prog: str) -> Any:
     """Command line of the conversion."""
     parser = Parser(prog=prog, description="Convert a pre-training checkpoint to DeiT's format.")
@@ -139,8 +174,12 @@ def _convert(argv: list[str], prog: str = "mocov3 convert") -> int:
     from mocov3 import checkpoint
     from mocov3.convert import to_deit
 
-    converted = to_deit(checkpoint.read(args.input), args.input)
     output = Path(args.output)
+    if output.exists() and output.resolve() == Path(args.input).resolve():
+        raise UserError(f"--output {output}: is the checkpoint itself; name another file")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file")
+    converted = to_deit(checkpoint.read(args.input), args.input)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write(output, converted)
@@ -153,6 +192,12 @@ def _convert(argv: list[str], prog: str = "mocov3 convert") -> int:
 def convert_to_deit() -> int:
     """``convert_to_deit.py``: the script door of the conversion."""
     return guarded(lambda: _convert(sys.argv[1:], "convert_to_deit.py"))
+
+
+def _export(argv: list[str]) -> int:
+    from mocov3.export import main
+
+    return main(argv)
 
 
 def _demo(argv: list[str]) -> int:

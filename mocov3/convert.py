@@ -3,16 +3,19 @@
 Every conversion is a table of prefixes that accounts for every key, dropped ones included.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from mocov3 import checkpoint
-from mocov3.config.archs import BUILT_IN_ARCHS, is_resnet
+from mocov3.config.archs import BUILT_IN_ARCHS, is_resnet, is_vit
 from mocov3.errors import UserError
 from mocov3.models.backbones import Encoder, build_backbone
+from mocov3.models.vit import sincos_position_embedding
 
 # what a file is ← prefix of the encoder's keys in it; the first that occurs decides
 _PREFIXES = {
@@ -40,13 +43,15 @@ def find_backbone(contents: dict[str, Any], where: str, *, momentum: bool = Fals
     Args:
         contents: what ``checkpoint.read`` returned.
         where: the file, for messages.
-        momentum: take the momentum encoder of a pre-training checkpoint.
+        momentum: take the momentum encoder of a pre-training checkpoint, or the average of a fine-tuned one.
 
     Raises:
         UserError: if there is no backbone in it.
     """
     arch = contents.get("arch")
     state = contents.get("state_dict", contents.get("model", contents))
+    if momentum and isinstance(contents.get("model_ema"), dict) and contents["model_ema"]:
+        return find_backbone({"model": contents["model_ema"], "arch": arch}, where)
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{where}: holds no weights (entries: {', '.join(map(str, list(contents)[:6]))})")
     state = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
@@ -70,6 +75,27 @@ def find_backbone(contents: dict[str, Any], where: str, *, momentum: bool = Fals
     return BackboneWeights(kind, arch if isinstance(arch, str) else None, kept, dropped)
 
 
+def find_classifier(contents: dict[str, Any], encoder: Encoder, where: str, *, momentum: bool = False) -> nn.Linear:
+    """The linear classifier in the contents of a fine-tuned or linearly evaluated file.
+
+    Raises:
+        UserError: if there is none, or it does not fit ``encoder``.
+    """
+    state = contents.get("model_ema") if momentum else contents.get("model", contents.get("state_dict"))
+    name = encoder.projector_name
+    for prefix in ("", "module."):
+        weight, bias = ((state or {}).get(f"{prefix}{name}.{part}") for part in ("weight", "bias"))
+        if isinstance(weight, Tensor) and isinstance(bias, Tensor):
+            if weight.ndim != 2 or weight.shape[1] != encoder.num_features or bias.shape != weight.shape[:1]:
+                raise UserError(
+                    f"{where}: its classifier {tuple(weight.shape)} is not of {encoder.num_features} features"
+                )
+            layer = nn.Linear(weight.shape[1], weight.shape[0])
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            return layer
+    raise UserError(f"{where}: has no classifier; fine-tune it first, or export the backbone without --classifier")
+
+
 def to_deit(contents: dict[str, Any], where: str) -> dict[str, dict[str, Tensor]]:
     """``{"model": encoder without head}``, as DeiT's ``--resume`` reads it; ResNets without ``fc.*``.
 
@@ -85,7 +111,8 @@ def to_deit(contents: dict[str, Any], where: str) -> dict[str, dict[str, Tensor]
 def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[str]:
     """Load a backbone into an encoder, leaving its head alone; returns the head's keys that were not loaded.
 
-    A position table of another grid is left as built, since it is a function of the grid.
+    The fixed position table of another grid is left as built, since it is a function of the grid; one that was
+    trained (by fine-tuning) is interpolated by timm.
 
     Raises:
         UserError: naming the first key that is missing, unknown or of another shape; nothing is loaded then.
@@ -97,9 +124,7 @@ def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[st
         state = {f"backbone.{key}": value for key, value in state.items()}  # timm's own file into timm/NAME
     table = state.get("pos_embed")
     if table is not None and "pos_embed" in wanted and table.shape != wanted["pos_embed"].shape:
-        if table.shape[2:] != wanted["pos_embed"].shape[2:] or encoder.pos_embed.requires_grad:
-            raise UserError(f"{where}: its position table {tuple(table.shape)} does not fit; another arch?")
-        state["pos_embed"] = wanted["pos_embed"]
+        state["pos_embed"] = _other_grid(table, wanted["pos_embed"], where)
     for key in wanted:
         if key in head:
             continue
@@ -113,6 +138,18 @@ def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[st
         raise UserError(f"{where}: holds {unknown[0]}, which this arch does not have")
     encoder.load_state_dict({**{key: wanted[key] for key in head}, **state})
     return head
+
+
+def _other_grid(table: Tensor, wanted: Tensor, where: str) -> Tensor:
+    side, new = (math.isqrt(max(t.shape[1] - 1, 0)) if t.ndim == 3 else 0 for t in (table, wanted))
+    if table.ndim != 3 or table.shape[2] != wanted.shape[2] or side**2 + 1 != table.shape[1] or side == 0:
+        raise UserError(f"{where}: its position table {tuple(table.shape)} does not fit; another arch?")
+    if (
+        wanted.shape[2] % 4 == 0
+        and (table.float() - sincos_position_embedding(side, side, table.shape[2])).abs().max() < 1e-5
+    ):
+        return wanted
+    return resample_abs_pos_embed(table, [new, new], [side, side]).to(table.dtype)
 
 
 def load_backbone(path_or_name: str | Path, *, momentum: bool = False, image_size: int | None = None) -> Encoder:
@@ -129,20 +166,64 @@ def load_backbone(path_or_name: str | Path, *, momentum: bool = False, image_siz
     if str(path_or_name) in BUILT_IN_ARCHS or str(path_or_name).startswith("timm/"):
         encoder = build_backbone(str(path_or_name), image_size=image_size or 224)
         return _bare(encoder)
-    contents = checkpoint.read(path_or_name)
-    where = str(path_or_name)
+    return build_from(checkpoint.read(path_or_name), str(path_or_name), momentum=momentum, image_size=image_size)[0]
+
+
+def build_from(
+    contents: dict[str, Any],
+    where: str,
+    *,
+    arch: str | None = None,
+    momentum: bool = False,
+    image_size: int | None = None,
+) -> tuple[Encoder, dict[str, Any]]:
+    """The backbone of a file's contents, and the settings it was built with (those of ``build_backbone``).
+
+    Args:
+        contents: what ``checkpoint.read`` returned.
+        where: the file, for messages.
+        arch: of a file that does not say it.
+        momentum: take the momentum encoder.
+        image_size: side of the pictures in pixels; that of training (or 224) unless given.
+
+    Raises:
+        UserError: if there is no backbone, or its arch is not known or differs from ``arch``.
+    """
     weights = find_backbone(contents, where, momentum=momentum)
-    if weights.arch is None:
-        raise UserError(f"{where}: does not say which arch it is; build it by name and use convert.load_into")
-    config = (contents.get("mocov3") or {}).get("config", {})
-    encoder = build_backbone(
-        weights.arch,
-        image_size=image_size or int(config.get("image_size", 224)),
-        patch_size=int(config.get("patch_size", 16)),
-        small_stem=bool(config.get("small_stem", False)) and is_resnet(weights.arch),
+    if arch and weights.arch and arch != weights.arch:
+        raise UserError(f"{where}: is of arch {weights.arch}, not {arch}")
+    name = weights.arch or arch
+    if name is None:
+        raise UserError(f"{where}: does not say which arch it is; name it by --arch (or use convert.load_into)")
+    config = trained_with(contents)
+    size, patch = (
+        _number(config.get(entry), default, where) for entry, default in (("image_size", 224), ("patch_size", 16))
     )
+    settings: dict[str, Any] = {
+        "arch": name,
+        "image_size": image_size or size,
+        "patch_size": patch,
+        "small_stem": bool(config.get("small_stem", False)) and is_resnet(name),
+    }
+    if is_vit(name) and settings["image_size"] % patch:
+        raise UserError(f"{where}: pictures of {settings['image_size']} px do not divide into patches of {patch}")
+    encoder = build_backbone(**settings)
     load_into(encoder, weights, where)
-    return _bare(encoder)
+    return _bare(encoder), settings
+
+
+def trained_with(contents: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that a checkpoint of ours was trained with; empty for others' files."""
+    config = (contents.get("mocov3") or {}).get("config", {})
+    return config if isinstance(config, dict) else {}
+
+
+def _number(value: Any, default: int, where: str) -> int:
+    if value is None or value == 0:
+        return default
+    if not isinstance(value, int) or not 0 < value < 1 << 16:
+        raise UserError(f"{where}: its configuration is damaged ({value!r} where a size in pixels should be)")
+    return value
 
 
 def _bare(encoder: Encoder) -> Encoder:

@@ -1,10 +1,12 @@
 """Reading and writing files of tensors: written atomically, vetted and read without running code."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from mocov3.errors import UserError
@@ -67,6 +69,18 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _safetensors(path: Path) -> dict[str, Any]:
+    # names and bytes of tensors alone; what an export of ours says beside them is text
+    with safetensors.safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+        contents: dict[str, Any] = {"model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
+    if "arch" in about:
+        contents["arch"] = about["arch"]
+        own = {name: about[name] for name in ("origin", "licence") if name in about}
+        contents["mocov3"] = {"config": json.loads(about.get("config", "{}")), **own}
+    return contents
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """The contents of a file of tensors, on the CPU.
 
@@ -77,6 +91,8 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     try:
+        if path.suffix == ".safetensors":
+            return _safetensors(path)
         vet(path)
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:

@@ -10,20 +10,44 @@ from conftest import ROOT
 
 # a module may import those after it; the order of docs/architecture.md
 ORDER = [
-    "cli", "recipes", "demo", "pack", "run", "resume", "saver", "recorder", "pretrain",
+    "cli", "recipes", "demo", "pack",
+    "exporting", "export", "model_card", "formats", "formats.hub", "formats.weights", "formats.graphs", "formats.base",
+    "foreign",
+    "tuning.loop", "tuning.setup", "tuning.files", "tuning.recorder", "tuning.log", "tuning.evaluate", "tuning.step",
+    "tuning.mixing", "tuning.model", "tuning.plan", "finetune", "tuning",
+    "run", "resume", "saver", "recorder", "pretrain",
     "assemble", "features", "step", "augment", "convert",
     "models", "models.moco", "models.backbones", "models.vit", "optim", "schedules", "losses", "neighbours",
     "stop", "writer", "checkpoint", "tensorfiles", "vetting",
     "distributed", "distributed.launch", "distributed.batch_norm", "distributed.world", "distributed.heartbeat",
     "log", "metrics",
-    "data", "data.loader", "data.slots", "data.views", "data.operations", "data.native", "data.draws", "data.decode",
+    "data", "data.transfer", "data.supervised",
+    "data.loader", "data.slots", "data.views", "data.operations", "data.native", "data.draws", "data.decode",
     "data.packed", "data.shards", "data.parquet", "data.sources",
     "config", "config.pretrain", "config.lincls", "config.finetune", "config.presets", "config.fields", "config.archs",
     "errors", "version",
 ]  # fmt: skip
 # started from above, by name: the doors call a task, a task its loop; sources by what they are named
-LAZY = {("pretrain", "run"), ("demo", "cli"), ("data.sources", "data.packed")}
-LIGHT = ["mocov3.cli", "mocov3.recipes", "mocov3.config", "mocov3.data", "mocov3.pretrain", "mocov3.log", "mocov3.stop"]
+LAZY = {
+    ("pretrain", "run"),
+    ("demo", "cli"),
+    ("data.sources", "data.packed"),
+    ("export", "exporting"),
+    ("finetune", "tuning.loop"),
+}
+LIGHT = [
+    "mocov3.cli",
+    "mocov3.recipes",
+    "mocov3.config",
+    "mocov3.data",
+    "mocov3.pretrain",
+    "mocov3.log",
+    "mocov3.stop",
+    "mocov3.finetune",
+    "mocov3.export",
+    "mocov3.data.supervised",
+    "mocov3.data.transfer",
+]
 
 
 def modules():

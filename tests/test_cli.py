@@ -74,11 +74,13 @@ def test_every_command_of_the_reference_parses():
 
 @pytest.mark.parametrize("document", ["README.md", "CONFIG.md"])
 def test_every_command_of_our_documents_parses(document):
-    found = [(s, a) for s, a in commands((ROOT / document).read_text()) if not s.startswith("mocov3 demo")]
+    found = [(s, a) for s, a in commands((ROOT / document).read_text()) if s not in ("mocov3 demo", "mocov3 export")]
     assert len(found) >= 4
     for script, argv in found:
         if script.startswith("mocov3"):
-            script = {"pretrain": "main_moco.py", "convert": "convert_to_deit.py"}[script.split()[1]]
+            script = {
+                "pretrain": "main_moco.py", "convert": "convert_to_deit.py", "finetune": "transfer/main.py",
+            }[script.split()[1]]  # fmt: skip
         config = parse_script(script, argv)
         if isinstance(config, PretrainConfig):
             dataclasses.replace(config).check()
@@ -132,6 +134,8 @@ def test_help_and_refusals_come_without_torch(tmp_path):
     )
     for argv, code_wanted in (
         (["--help"], 0), (["pretrain", "--help"], 0), (["convert", "--help"], 0), (["demo", "--help"], 0),
+        (["finetune", "--help"], 0), (["export", "--help"], 0), (["finetune", "--data-path", str(tmp_path)], 2),
+        (["export", "none.pth", "--to", "deit", "--output", "o"], 2),
         (["--version"], 0), (["pretrain", str(tmp_path / "none")], 2), (["nothing"], 2),
         (["pretrain", "fashion-mnist", "--lr", "-1"], 2),
     ):  # fmt: skip

@@ -1,30 +1,241 @@
-"""Configuration of fine-tuning and transfer: DeiT's flag names, as the reference's transfer commands use them.
+"""Configuration of fine-tuning and transfer: DeiT's flags with its defaults (facebookresearch/deit), and ours.
 
-Only what those commands name is here yet; the task itself is not part of this version.
+Both doors, ``mocov3 finetune`` and ``transfer/main.py``, parse it.
 """
 
 from dataclasses import dataclass
 
+from mocov3.config.archs import check_arch, is_resnet, is_vit
 from mocov3.config.fields import flag
+from mocov3.errors import UserError
+
+RUN = "run and files"
+METHOD = "method"
+MODEL = "model"
+DATA = "data and augmentation"
+RANKS = "ranks and devices"
+
+DATA_SETS = ("IMNET", "folder", "cifar10", "cifar100", "flowers", "pets", "fashion-mnist")
+TRANSFER_SETS = ("cifar10", "cifar100", "flowers", "pets")
+"""Data sets of the reference's transfer runs: random resized crop and flip in place of DeiT's augmentation."""
+_DEIT_NAMES = {f"deit_{size}_patch16_224": f"vit_{size}" for size in ("tiny", "small", "base")}
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """End-to-end fine-tuning (DeiT, Touvron et al. 2021); ``batch_size`` is per process, as there."""
 
-    data_set: str = flag("IMNET", "data set", "--data-set")
-    data_path: str = flag("", "its folder", "--data-path", result=False)
-    output_dir: str = flag("", "folder of checkpoints", "--output_dir", "--output-dir", result=False)
-    batch_size: int = flag(64, "pictures a step and process", "--batch-size", kind=int)
-    epochs: int = flag(300, "epochs", kind=int)
-    lr: float = flag(5e-4, "learning rate for 512 pictures", "--lr", kind=float)
-    weight_decay: float = flag(0.05, "weight decay", "--weight-decay", kind=float)
-    warmup_epochs: int = flag(5, "epochs of warm-up", "--warmup-epochs", kind=int)
-    pin_mem: bool = flag(True, "page-locked memory for the transfer", "--pin-mem", kind=bool, result=False)
-    repeated_aug: bool = flag(True, "repeated augmentation", "--repeated-aug", kind=bool)
-    reprob: float = flag(0.25, "probability of random erasing", "--reprob", kind=float)
-    drop_path: float = flag(0.1, "stochastic depth", "--drop-path", kind=float)
-    mixup: float = flag(0.8, "mixup α", "--mixup", kind=float)
-    cutmix: float = flag(1.0, "cutmix α", "--cutmix", kind=float)
-    resume: str = flag("", "checkpoint to go on from; a file with `model` only means start from it", result=False)
-    finetune: str = flag("", "weights to start from", result=False)
+    data_set: str = flag(
+        "IMNET",
+        "data set; IMNET and folder: PATH/train/CLASS, PATH/val/CLASS",
+        "--data-set",
+        choices=DATA_SETS,
+        group=DATA,
+    )
+    data_path: str = flag("", "its folder", "--data-path", result=False, group=DATA, metavar="PATH")
+    fraction: float = flag(1.0, "share of the training pictures of every class, a fixed choice", kind=float, group=DATA)
+    output_dir: str = flag(
+        "",
+        "folder of checkpoints and logs (default runs/TIME-finetune)",
+        "--output_dir",
+        "--output-dir",
+        result=False,
+        group=RUN,
+    )
+    arch: str = flag(
+        "",
+        "backbone, timm/NAME, or DeiT's name (default: of the weights, else vit_base)",
+        "--model",
+        "-a",
+        "--arch",
+        group=MODEL,
+    )
+    image_size: int = flag(
+        0,
+        "side of the pictures in pixels (default: of the weights, else 224)",
+        "--input-size",
+        "--image-size",
+        kind=int,
+        group=MODEL,
+    )
+    patch_size: int = flag(
+        0, "side of a ViT's patches in pixels (default: of the weights, else 16)", kind=int, group=MODEL
+    )
+    small_stem: bool | None = flag(
+        None, "3×3 stride-1 stem without pooling, for ResNets (default: as the weights)", kind=bool, group=MODEL
+    )
+    view_preset: str = flag(
+        "", "normalise as this preset of pre-training (default: of the weights, else photos)", group=DATA
+    )
+    finetune: str = flag(
+        "", "weights to start from (ours, the reference's, DeiT's)", result=False, group=RUN, metavar="FILE"
+    )
+    resume: str = flag(
+        "",
+        "checkpoint to go on from, or 'auto' for the output folder's; a file without optimizer: start from its weights",
+        result=False,
+        group=RUN,
+    )
+    eval: bool = flag(False, "only evaluate the weights of --resume", "--eval", kind=bool, result=False, group=RUN)
+    eval_freq: int = flag(1, "epochs between evaluations", "--eval-freq", kind=int, result=False, group=RUN)
+    # --- optimisation ------------------------------------------------------------------------------------
+    batch_size: int = flag(64, "pictures a step and process", "-b", "--batch-size", kind=int, group=METHOD)
+    accum_iter: int = flag(
+        1, "batches a process adds up before a step, as if so many more processes ran", "--accum-iter", kind=int,
+        result=False, group=METHOD,
+    )  # fmt: skip
+    epochs: int = flag(300, "epochs", kind=int, group=METHOD)
+    lr: float = flag(5e-4, "learning rate for 512 pictures", "--lr", kind=float, group=METHOD)
+    warmup_lr: float = flag(
+        1e-6, "learning rate at the beginning of warm-up, not scaled", "--warmup-lr", kind=float, group=METHOD
+    )
+    min_lr: float = flag(1e-5, "learning rate at the end, not scaled", "--min-lr", kind=float, group=METHOD)
+    warmup_epochs: int = flag(5, "epochs of warm-up", "--warmup-epochs", kind=int, group=METHOD)
+    weight_decay: float = flag(
+        0.05,
+        "weight decay, of weights only (not biases, norms, cls token, position table)",
+        "--weight-decay",
+        kind=float,
+        group=METHOD,
+    )
+    layer_decay: float = flag(
+        1.0, "factor of the learning rate from one layer to the one below", "--layer-decay", kind=float, group=METHOD
+    )
+    clip_grad: float = flag(0.0, "largest gradient norm (0: not clipped)", "--clip-grad", kind=float, group=METHOD)
+    model_ema: bool = flag(True, "keep an average of the weights beside", "--model-ema", kind=bool, group=METHOD)
+    model_ema_decay: float = flag(0.99996, "its decay", "--model-ema-decay", kind=float, group=METHOD)
+    drop_path: float = flag(
+        0.1, "stochastic depth of the last block (ViTs and timm's)", "--drop-path", kind=float, group=METHOD
+    )
+    smoothing: float = flag(0.1, "label smoothing", "--smoothing", kind=float, group=METHOD)
+    # --- augmentation ------------------------------------------------------------------------------------
+    aa: str = flag("rand-m9-mstd0.5-inc1", "timm's name of the auto augmentation, or none", "--aa", group=DATA)
+    color_jitter: float = flag(
+        0.4, "colour jitter, where there is no auto augmentation", "--color-jitter", kind=float, group=DATA
+    )
+    train_interpolation: str = flag(
+        "bicubic", "interpolation", "--train-interpolation", choices=("bicubic", "bilinear", "random"), group=DATA
+    )
+    reprob: float = flag(0.25, "probability of random erasing", "--reprob", kind=float, group=DATA)
+    repeated_aug: bool = flag(
+        True, "every picture thrice an epoch, a third of the pictures", "--repeated-aug", kind=bool, group=DATA
+    )
+    mixup: float = flag(0.8, "mixup α (0: none)", "--mixup", kind=float, group=DATA)
+    cutmix: float = flag(1.0, "cutmix α (0: none)", "--cutmix", kind=float, group=DATA)
+    mixup_prob: float = flag(1.0, "share of batches that are mixed", "--mixup-prob", kind=float, group=DATA)
+    mixup_switch_prob: float = flag(
+        0.5, "share of cutmix where both are on", "--mixup-switch-prob", kind=float, group=DATA
+    )
+    transfer_transform: bool | None = flag(
+        None,
+        "random resized crop (.05–1) and flip alone, as the reference's transfer (default: for its four data sets)",
+        kind=bool,
+        group=DATA,
+    )
+    # --- running -----------------------------------------------------------------------------------------
+    seed: int = flag(0, "seed of head, order and draws", kind=int, group=METHOD)
+    workers: int = flag(
+        10, "data loading processes of a rank; at most the usable cores", "--num_workers", "-j", "--workers", kind=int,
+        result=False, group=DATA,
+    )  # fmt: skip
+    pin_mem: bool = flag(
+        True, "accepted; batches lie in shared memory", "--pin-mem", kind=bool, result=False, group=DATA
+    )
+    print_freq: int = flag(10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN)
+    checkpoint_steps: int = flag(
+        0, "steps between checkpoints within an epoch (0: none)", kind=int, result=False, group=RUN
+    )
+    max_steps: int = flag(
+        0, "stop after this many steps in all, with a checkpoint (0: never)", kind=int, result=False, group=RUN
+    )
+    max_hours: float = flag(
+        0.0, "stop after this time, with a checkpoint (0: never)", kind=float, result=False, group=RUN
+    )
+    recipe: str = flag("", "named set of flags (below); any flag still overrides", result=False, group=RUN)
+    config: str = flag("", "YAML file of fields, as a run's config.yaml", result=False, group=RUN)
+    device: str = flag("auto", "device", choices=("auto", "cpu", "cuda", "mps"), result=False, group=RANKS)
+    precision: str = flag("auto", "arithmetic of the network", choices=("auto", "fp32", "fp16", "bf16"), group=METHOD)
+    nprocs_per_node: int = flag(
+        0, "processes to start here (default: torchrun's, else 1)", kind=int, result=False, group=RANKS
+    )
+    world_size: int = flag(
+        1, "accepted; torchrun says it", "--world_size", "--world-size", kind=int, result=False, group=RANKS
+    )
+    dist_url: str = flag("env://", "accepted; torchrun says it", "--dist_url", "--dist-url", result=False, group=RANKS)
+    deterministic: bool = flag(False, "only deterministic operations", kind=bool, result=False, group=RANKS)
+    allow_config_change: bool = flag(
+        False, "resume although result-changing fields differ", kind=bool, result=False, group=RUN
+    )
+    quiet: bool = flag(False, "print warnings only", kind=bool, result=False, group=RUN)
+
+    @property
+    def transfer(self) -> bool:
+        """Whether the reference's transfer transform takes the place of DeiT's augmentation."""
+        return self.data_set in TRANSFER_SETS if self.transfer_transform is None else self.transfer_transform
+
+    @property
+    def repeats(self) -> int:
+        """How often a picture of an epoch is drawn (Hoffer et al. 2020; 3 in DeiT)."""
+        return 3 if self.repeated_aug else 1
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def check(self) -> None:
+        """Refuse values that cannot train.
+
+        Raises:
+            UserError: naming the first bad field, its value and what is allowed.
+        """
+        if self.arch:
+            check_arch(known_arch(self.arch))
+        for name in ("epochs", "batch_size", "accum_iter", "eval_freq", "print_freq"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
+        for name in ("image_size", "patch_size", "workers", "warmup_epochs", "checkpoint_steps", "max_steps",
+                     "nprocs_per_node", "lr", "warmup_lr", "min_lr", "weight_decay", "clip_grad", "mixup", "cutmix",
+                     "color_jitter", "max_hours", "seed"):  # fmt: skip
+            value = getattr(self, name)
+            if not 0 <= value < (2**63 if name == "seed" else float("inf")):  # also refuses NaN
+                raise UserError(f"{_flag(name)} must be 0 or more and finite, not {value}")
+        for name in ("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{_flag(name)} must lie between 0 and 1, not {getattr(self, name)}")
+        for name in ("fraction", "layer_decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"{_flag(name)} must be above 0 and at most 1, not {getattr(self, name)}")
+        if self.drop_path == 1 or self.smoothing == 1:
+            raise UserError("--drop-path and --smoothing must be below 1")
+        if self.warmup_epochs > self.epochs:
+            raise UserError(
+                f"--warmup-epochs {self.warmup_epochs} is longer than --epochs {self.epochs}; lower the first"
+            )
+        if self.mixes and self.batch_size % 2:
+            raise UserError(
+                f"--batch-size {self.batch_size} is odd: mixing pairs pictures; make it even, or --mixup 0 --cutmix 0"
+            )
+        if self.eval and not self.resume:
+            raise UserError("--eval: name the weights by --resume")
+        self.check_model()
+
+    def check_model(self) -> None:
+        """Refuse a model that cannot be built; again once what was left open is known from the weights."""
+        arch, size, patch = known_arch(self.arch or "vit_base"), self.image_size or 224, self.patch_size or 16
+        if is_vit(arch) and size % patch and (self.image_size or self.arch):
+            raise UserError(
+                f"--input-size {size} does not divide into patches of {patch} px; change it or --patch-size"
+            )
+        if self.small_stem and self.arch and not is_resnet(arch):
+            raise UserError(f"--small-stem is for ResNets; {arch} has no such stem")
+
+
+def known_arch(name: str) -> str:
+    """Our name of a backbone that DeiT's users call ``deit_…_patch16_224``."""
+    return _DEIT_NAMES.get(name, name)
+
+
+def _flag(name: str) -> str:
+    named = {"workers": "--num_workers", "image_size": "--input-size"}
+    return named.get(name, "--" + name.replace("_", "-"))

@@ -99,6 +99,7 @@ class CentreView:
 
     image_size: int = 224
     zoom: float = 256 / 224
+    resample: Image.Resampling = Image.Resampling.BILINEAR
     count: int = field(default=1, init=False)
 
     def __call__(
@@ -118,7 +119,7 @@ class CentreView:
         if short != side:
             image = image.resize(
                 (max(side * width // short, side), max(side * height // short, side)),
-                Image.Resampling.BILINEAR,
+                self.resample,
             )
         width, height = image.size
         left, top = round((width - self.image_size) / 2), round((height - self.image_size) / 2)

@@ -1,0 +1,131 @@
+"""Take a backbone elsewhere: ``mocov3 export CKPT --to FORMAT --output PATH``.
+
+Reads a checkpoint (ours, the reference's, a fine-tuned one), writes the backbone in a format of ``mocov3.formats``
+with a model card, loads it back by the target's own library, and compares features on 8 pictures before it says done.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mocov3.config.fields import Parser
+from mocov3.errors import UserError, printable
+
+FORMATS = {
+    "deit": "a file {'model': …} as DeiT's --resume reads",
+    "timm": "a folder for timm.create_model",
+    "torchvision": "a file of a state dict for torchvision's ResNet or VisionTransformer",
+    "transformers": "a folder for ViTModel or ResNetModel .from_pretrained",
+    "onnx": "a file with a dynamic batch",
+    "safetensors": "a file with our names of keys",
+    "torch-export": "a program of torch.export with a dynamic batch (.pt2)",
+}
+"""Format → what is written."""
+FOLDERS = ("timm", "transformers")
+_NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "transformers": ("transformers",)}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Export; returns 0 only after the features agreed."""
+    args = _parse(argv)
+    _check(args)
+    from mocov3.exporting import export
+
+    report = export(
+        Path(args.checkpoint),
+        args.to,
+        Path(args.output),
+        arch=args.arch or None,
+        image_size=args.image_size,
+        momentum=args.momentum,
+        classifier=args.classifier,
+        licence=args.licence,
+    )
+    print(report)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> Any:
+    listing = "\n".join(f"  {name:<14}{text}" for name, text in FORMATS.items())
+    import argparse
+
+    parser = Parser(
+        prog="mocov3 export",
+        description="Write the backbone of a checkpoint for another library, verified.",
+        epilog=f"formats:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="ours, the reference's, DeiT's or a fine-tuned one", metavar="CKPT")
+    parser.add_argument("--to", required=True, choices=tuple(FORMATS), help="format", metavar="FORMAT")
+    parser.add_argument("--output", required=True, help="file, or folder for timm and transformers")
+    parser.add_argument("-a", "--arch", default="", help="arch of a file that does not say it")
+    parser.add_argument("--image-size", type=int, default=None, help="side of the pictures (default: of training)")
+    parser.add_argument("--momentum", action="store_true", help="the momentum encoder, or the average of tuned weights")
+    parser.add_argument("--classifier", action="store_true", help="with the classifier of a fine-tuned file")
+    parser.add_argument("--licence", default="", help="licence to state in the card (default: what the file says)")
+    return parser.parse_args(list(argv))
+
+
+def _check(args: Any) -> None:
+    """Refuse what cannot work, before torch is imported."""
+    if not Path(args.checkpoint).is_file():
+        raise UserError(f"{args.checkpoint}: there is no such file")
+    if args.arch:
+        from mocov3.config.archs import check_arch
+
+        check_arch(args.arch)
+    if args.image_size is not None and args.image_size < 1:
+        raise UserError(f"--image-size must be at least 1, not {args.image_size}")
+    missing = [name for name in _NEEDS.get(args.to, ()) if find_spec(name) is None]
+    if missing:
+        raise UserError(f"--to {args.to} needs {', '.join(missing)}: pip install 'mocov3[{args.to}]'")
+    output = Path(args.output)
+    if output.exists() and output.resolve() == Path(args.checkpoint).resolve():
+        raise UserError(f"--output {output}: is the checkpoint itself; name another file")
+    if args.to in FOLDERS:
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output {output}: is a file; {args.to} needs a folder")
+        if output.is_dir() and any(output.iterdir()):
+            raise UserError(f"--output {output}: is not empty; name a new folder")
+    elif output.is_dir():
+        raise UserError(f"--output {output}: is a folder; {args.to} needs the name of a file")
+
+
+class Staged:
+    """A place beside ``output`` that becomes ``output`` once everything in it is right, and else disappears."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        # onnx and torch.export look at the suffix, so it stays
+        self.place = output.with_name(f".{os.getpid()}.partial-{output.name}")
+
+    def __enter__(self) -> Path:
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self._clear()
+            probe = self.place.with_name(self.place.name + ".probe")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--output {self.output}: cannot be written ({error.strerror or error})") from None
+        return self.place
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if kind is not None:
+            self._clear()
+            if isinstance(error, OSError):
+                reason = printable(error.strerror or str(error))
+                raise UserError(f"--output {self.output}: cannot be written ({reason})") from None
+            return
+        if self.output.is_dir():
+            self.output.rmdir()  # empty: checked
+        os.replace(self.place, self.output)
+
+    def _clear(self) -> None:
+        if self.place.is_dir():
+            shutil.rmtree(self.place)
+        else:
+            self.place.unlink(missing_ok=True)

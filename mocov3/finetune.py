@@ -1,0 +1,75 @@
+"""End-to-end fine-tuning by DeiT's recipe (Touvron et al. 2021): ``mocov3 finetune …`` or ``transfer/main.py …``.
+
+Everything that can be checked without torch is checked here; then the ranks are started, and ``mocov3.tuning`` trains.
+"""
+
+import dataclasses
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mocov3.config import FinetuneConfig
+from mocov3.data.transfer import open_pair
+from mocov3.errors import UserError
+
+LAST = "checkpoint.pth"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank is given: the configuration, and which door it came through."""
+
+    config: FinetuneConfig
+    script_door: bool
+
+
+def main(config: FinetuneConfig, *, script_door: bool) -> int:
+    """Check, start the ranks, train; returns the exit code (0, or 128 + the signal that stopped the run).
+
+    Raises:
+        UserError: for anything the user can mend, before training starts where it can be known.
+    """
+    config = check(config, script_door=script_door)
+    from mocov3.distributed import launch
+    from mocov3.tuning.loop import tune
+
+    return launch(
+        tune,
+        Job(config, script_door),
+        device=config.device,
+        processes=config.nprocs_per_node,
+    )
+
+
+def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:
+    """Refuse what cannot work, before torch is imported; the configuration with its output folder named.
+
+    Raises:
+        UserError: naming what, where and how to mend it.
+    """
+    config.check()
+    if not config.output_dir and not config.eval:
+        if config.resume == "auto":
+            raise UserError("--resume auto: name the run to go on with by --output_dir")
+        config = dataclasses.replace(config, output_dir=f"runs/{time.strftime('%Y%m%d-%H%M%S')}-finetune")
+    for name in ("resume", "finetune"):
+        file = getattr(config, name)
+        if file and not (name == "resume" and file == "auto") and not Path(file).is_file():
+            raise UserError(f"--{name} {file}: there is no such file")
+    open_pair(config.data_set, config.data_path)
+    if config.eval:
+        return config
+    if os.environ.get("RANK", "0") != "0":
+        return config  # the main rank checks the folder for all
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".mocov3-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    if not script_door and not config.resume and (folder / LAST).exists():
+        raise UserError(f"--output_dir {folder}: holds a former run; go on with --resume auto, or name another")
+    return config

@@ -1,0 +1,18 @@
+"""The formats a backbone is exported to. Each writes, says how its own library loads it, and loads it so."""
+
+from mocov3.formats.base import Exported, Format, Unfit
+from mocov3.formats.graphs import Onnx, TorchExport
+from mocov3.formats.hub import Transformers
+from mocov3.formats.weights import Deit, Safetensors, Timm, Torchvision
+
+FORMATS: dict[str, Format] = {
+    "deit": Deit(),
+    "timm": Timm(),
+    "torchvision": Torchvision(),
+    "transformers": Transformers(),
+    "onnx": Onnx(),
+    "safetensors": Safetensors(),
+    "torch-export": TorchExport(),
+}
+
+__all__ = ["FORMATS", "Exported", "Format", "Unfit"]

@@ -1,0 +1,86 @@
+"""What is exported, and what a format must be able to do."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mocov3.models.backbones import Encoder
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A backbone in evaluation mode, and what a card says about it."""
+
+    encoder: Encoder
+    """Its head is the identity, or the linear classifier that is exported too."""
+    arch: str
+    image_size: int
+    patch_size: int
+    small_stem: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    zoom: float
+    """The shorter side is resized to ``round(image_size · zoom)`` for evaluation."""
+    source: str
+    sha256: str
+    recipe: dict[str, Any]
+    epochs: int | None
+    licence: str
+    origin: str
+    momentum: bool
+    classes: int = 0
+    """Of the classifier; 0 without."""
+    class_names: tuple[str, ...] = ()
+    bicubic: bool = False
+    """Whether pictures were resized so for evaluation (DeiT's), instead of bilinearly."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights, contiguous."""
+        return {k: v.detach().contiguous() for k, v in self.encoder.state_dict().items()}
+
+    def about(self) -> dict[str, str]:
+        """What formats with room for strings carry along."""
+        return {
+            "arch": self.arch,
+            "image_size": str(self.image_size),
+            "config": json.dumps(
+                {
+                    "image_size": self.image_size,
+                    "patch_size": self.patch_size,
+                    "small_stem": self.small_stem,
+                    "view_preset": self.recipe.get("view_preset", "photos"),
+                }
+            ),
+            "mean": json.dumps(self.mean),
+            "std": json.dumps(self.std),
+            "source_sha256": self.sha256,
+            "licence": self.licence,
+            "origin": self.origin,
+        } | ({"class_names": json.dumps(self.class_names)} if self.class_names else {})
+
+
+class Unfit(Exception):
+    """The format has no place for this arch; the message is the reason and what to take instead."""
+
+
+class Format(Protocol):
+    """A way to take a backbone elsewhere."""
+
+    tolerance: float
+    """Largest difference of a feature allowed, as a share of the largest feature (at least 1)."""
+
+    def fits(self, model: Exported) -> None:
+        """Raise ``Unfit`` for what this format cannot hold."""
+
+    def write(self, model: Exported, place: Path) -> None:
+        """Write the file or folder."""
+
+    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch 3 height width"]) -> Tensor:
+        """Features by the target's own classes, loaded strictly from what was written: (batch, features)."""
+
+    def usage(self, model: Exported, name: str) -> str:
+        """Python that loads it, for the card."""

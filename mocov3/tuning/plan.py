@@ -1,0 +1,82 @@
+"""Which pictures a step sees. The order is a function of (seed, epoch) and does not depend on the number of ranks.
+
+DeiT deals the (repeated) pictures out to its processes like cards. Here that is done for ``groups`` of ``batch_size``
+pictures, whose number is ranks × accumulated batches: group g of a step goes to rank g mod ranks. So eight processes
+and one that adds up eight batches train on the same groups.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from timm.data.distributed_sampler import RepeatAugSampler
+
+from mocov3.data import Work
+from mocov3.data.draws import permutation, replacement
+
+
+def group_order(n: int, *, repeats: int, groups: int, group: int) -> np.ndarray:
+    """Places in the epoch's order, with their repetitions, that are dealt to one group: ``place · repeats + r``.
+
+    timm's sampler of repeated augmentation decides how many (a multiple of 256 pictures an epoch where there are so
+    many); without repetitions it is ``torch.utils.data.DistributedSampler``'s padded dealing.
+    """
+    sampler = RepeatAugSampler(
+        range(n),
+        num_replicas=groups,
+        rank=group,
+        shuffle=False,
+        num_repeats=repeats,
+        selected_round=256 if repeats > 1 else 0,
+    )
+    places = np.fromiter(iter(sampler), dtype=np.int64)
+    # the sampler says which picture; its repetition follows from the place in the sequence it deals out
+    sequence = (group + groups * np.arange(len(places))) % (n * repeats)
+    return places * repeats + sequence % repeats
+
+
+def iterations(n: int, *, repeats: int, groups: int, batch_size: int) -> int:
+    """Steps of an epoch; the last part batch is left out."""
+    return len(group_order(n, repeats=repeats, groups=groups, group=0)) // batch_size
+
+
+def plan(
+    n: int,
+    *,
+    seed: int,
+    repeats: int,
+    batch_size: int,
+    accumulate: int,
+    rank: int,
+    ranks: int,
+    start: tuple[int, int],
+    epochs: int,
+) -> Iterator[Work]:
+    """Batches of this rank from ``start`` (epoch, iteration) on, ``accumulate`` a step, indices as ``Repeated``'s."""
+    groups = ranks * accumulate
+    dealt = [group_order(n, repeats=repeats, groups=groups, group=rank + ranks * a) for a in range(accumulate)]
+    steps = min(len(d) for d in dealt) // batch_size
+    epoch, iteration = start
+    for e in range(epoch, epochs):
+        order = permutation(seed, e, n)
+        for i in range(iteration if e == epoch else 0, steps):
+            for places in dealt:
+                mine = places[i * batch_size : (i + 1) * batch_size]
+                yield Work(e, i, order[mine // repeats] * repeats + mine % repeats)
+
+
+def pictures_shown(work: Work, bad: set[int], *, seed: int, n: int) -> np.ndarray:
+    """Indices of the pictures that a batch really shows: others stand in for unreadable ones, with their own class.
+
+    Args:
+        work: what was asked for.
+        bad: indices that could not be read.
+        seed: of the run.
+        n: pictures with repetitions.
+    """
+    shown = work.indices.copy()
+    for place, index in enumerate(work.indices.tolist()):
+        attempt = 0
+        while int(shown[place]) in bad:  # the loader's own choices
+            shown[place] = replacement(seed, work.epoch, index, attempt, n)
+            attempt += 1
+    return shown

@@ -1,0 +1,220 @@
+"""Data sets in their true formats on disk: CIFAR's pickles, Flowers' .mat, Pets' lists, class folders; and damage."""
+
+import io
+import pickle
+import struct
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+from scipy.io import savemat
+from test_cli import refused
+
+from mocov3.data import Loader, Work
+from mocov3.data.decode import decode
+from mocov3.data.supervised import CropFlip
+from mocov3.data.transfer import Cifar, open_pair
+from mocov3.errors import UserError
+
+
+class Python2(pickle._Pickler):
+    """Writes strings and bytes as Python 2 did, with which CIFAR's files were made."""
+
+    def save_str(self, obj):
+        data = obj.encode("latin1")
+        self.write(b"T" + struct.pack("<i", len(data)) + data)  # BINSTRING
+
+    def save_bytes(self, obj):
+        self.save_str(obj.decode("latin1"))
+
+    dispatch: ClassVar = {**pickle._Pickler.dispatch, str: save_str, bytes: save_bytes}
+
+
+def dumped(contents):
+    file = io.BytesIO()
+    Python2(file, protocol=2).dump(contents)
+    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+def write_cifar(root, data_set, n=6):
+    """CIFAR's Python version, as on its homepage: Python 2's pickles of dicts, rows of 3,072 planar bytes."""
+    rng = np.random.default_rng(3)
+    folder = root / ("cifar-10-batches-py" if data_set == "cifar10" else "cifar-100-python")
+    folder.mkdir(parents=True)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"] if data_set == "cifar10" else ["train", "test"]
+    classes = 10 if data_set == "cifar10" else 100
+    pixels = {}
+    for name in names:
+        data = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+        labels = rng.integers(0, classes, n).tolist()
+        contents = {"data": data, "filenames": ["x.png"] * n}
+        contents |= {"labels": labels} if classes == 10 else {"fine_labels": labels, "coarse_labels": [0] * n}
+        (folder / name).write_bytes(dumped(contents))
+        pixels[name] = data, labels
+    return folder, pixels
+
+
+def write_flowers(root, counts=(3, 2, 4)):
+    """Oxford Flowers-102: ``jpg/image_%05d.jpg``, ``imagelabels.mat`` (1 × N), ``setid.mat`` (1-based numbers)."""
+    (root / "jpg").mkdir(parents=True)
+    n = sum(counts)
+    labels = np.arange(1, n + 1)[::-1] * 11 % 102 + 1
+    for i in range(1, n + 1):
+        Image.new("RGB", (40, 30), (i * 20 % 256, 0, 0)).save(root / "jpg" / f"image_{i:05d}.jpg")
+    ids = np.random.default_rng(0).permutation(n) + 1
+    a, b = counts[0], counts[0] + counts[1]
+    savemat(root / "imagelabels.mat", {"labels": labels[None].astype(np.uint8)})
+    savemat(root / "setid.mat", {"trnid": ids[None, :a], "valid": ids[None, a:b], "tstid": ids[None, b:]})
+    return labels, ids, a, b
+
+
+def write_pets(root):
+    """Oxford-IIIT Pets: ``images/Breed_N.jpg``, ``annotations/{trainval,test}.txt`` of NAME CLASS SPECIES BREED."""
+    (root / "images").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    for split, numbers in (("trainval", (1, 2)), ("test", (3,))):
+        lines = []
+        for label, breed in ((1, "Abyssinian"), (2, "american_bulldog"), (37, "yorkshire_terrier")):
+            for number in numbers:
+                lines.append(f"{breed}_{number} {label} 1 1")
+                Image.new("RGB", (30, 40), (label, number, 0)).save(root / "images" / f"{breed}_{number}.jpg")
+        (root / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("data_set", ["cifar10", "cifar100"])
+def test_cifar(data_set, tmp_path, monkeypatch):
+    folder, pixels = write_cifar(tmp_path, data_set)
+    train, test, per_class = open_pair(data_set, str(tmp_path))
+    assert not per_class
+    assert len(train.classes) == (10 if data_set == "cifar10" else 100)
+    kind = torchvision.datasets.CIFAR10 if data_set == "cifar10" else torchvision.datasets.CIFAR100
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)  # our pictures have other check sums
+    if data_set == "cifar10":  # its meta file only names classes
+        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": []}))
+    else:
+        (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": []}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a: True)
+    for ours, theirs in ((train, kind(tmp_path, train=True)), (test, kind(tmp_path, train=False))):
+        assert len(ours) == len(theirs) > 0
+        assert ours.labels.tolist() == theirs.targets
+        assert np.array_equal(ours.images, theirs.data)
+    assert len(open_pair(data_set, str(folder))[0]) == len(train)  # the inner folder may be named
+    again = pickle.loads(pickle.dumps(train))
+    assert again.digest == train.digest
+    assert len(pickle.dumps(train)) < 500  # loader processes read it from disk
+    assert pixels
+
+
+def test_flowers(tmp_path):
+    labels, ids, _, b = write_flowers(tmp_path / "flowers")
+    for place in (tmp_path, tmp_path / "flowers"):
+        train, test, per_class = open_pair("flowers", str(place))
+        assert per_class
+        assert (len(train), len(test), len(train.classes)) == (5, 4, 102)  # training and validation parts together
+        assert train.labels.tolist() == (labels[ids[:b] - 1] - 1).tolist()
+        assert test.labels.tolist() == (labels[ids[b:] - 1] - 1).tolist()
+        for i, number in enumerate(ids[:b]):
+            assert train.name(i) == f"image_{number:05d}.jpg"
+            red = np.asarray(decode(train.read(i)))[0, 0, 0]
+            assert abs(int(red) - number * 20 % 256) < 8
+    # torchvision's layout is the same below another name
+    (tmp_path / "flowers").rename(tmp_path / "flowers-102")
+    assert len(open_pair("flowers", str(tmp_path))[0]) == 5
+
+
+def test_pets(tmp_path):
+    write_pets(tmp_path / "pets")
+    train, test, per_class = open_pair("pets", str(tmp_path))
+    assert per_class
+    assert (len(train), len(test), len(train.classes)) == (6, 3, 37)
+    assert train.labels.tolist() == [0, 0, 1, 1, 36, 36]
+    assert test.labels.tolist() == [0, 1, 36]
+    assert (train.classes[1], train.classes[36]) == ("american_bulldog", "yorkshire_terrier")
+    assert test.name(2) == "yorkshire_terrier_3.jpg"
+    (tmp_path / "pets").rename(tmp_path / "oxford-iiit-pet")
+    theirs = torchvision.datasets.OxfordIIITPet(tmp_path, split="trainval")
+    ours = open_pair("pets", str(tmp_path))[0]
+    assert [label for _, label in theirs] == ours.labels.tolist()[: len(theirs)]
+
+
+def test_folders(pictures):
+    train, test, _ = open_pair("folder", str(pictures))
+    assert (len(train), len(test), train.classes) == (64, 16, [f"class{i}" for i in range(4)])
+
+
+def test_loader_processes_read_them(tmp_path):
+    write_cifar(tmp_path, "cifar10")
+    source = Cifar("cifar10", str(tmp_path), "train")
+    batches = []
+    for workers in (0, 1):
+        with Loader(source, CropFlip(32), batch_size=4, seed=1, workers=workers) as loader:
+            work = Work(0, 0, np.array([3, 1, 7, 29]))
+            batches.append(next(batch.pixels.copy() for batch in loader.run([work])))
+    assert np.array_equal(*batches)
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("true",)
+
+
+def test_damage_is_named(tmp_path, pictures):
+    def fails(data_set, root, *words):
+        with pytest.raises(UserError) as error:
+            open_pair(data_set, str(root))
+        assert all(word in str(error.value) for word in words), str(error.value)
+
+    fails("cifar10", tmp_path / "none", "there is no such folder")
+    fails("cifar10", "", "name the folder")
+    fails("cifar10", tmp_path, "data_batch_1 is missing", "torchvision.datasets.CIFAR10")
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")
+    fails("cifar10", tmp_path, "unpack cifar-10-python.tar.gz")
+    folder, _ = write_cifar(tmp_path, "cifar10")
+    whole = (folder / "data_batch_2").read_bytes()
+    (folder / "data_batch_2").write_bytes(whole[:9000])
+    fails("cifar10", tmp_path, "data_batch_2", "damaged")
+    (folder / "data_batch_2").write_bytes(pickle.dumps({"data": Evil(), "labels": []}))
+    fails("cifar10", tmp_path, "data_batch_2", "which no file of CIFAR does")
+    (folder / "data_batch_2").write_bytes(pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]}, 2))
+    fails("cifar10", tmp_path, "data_batch_2", "beyond its 10 classes")
+    (folder / "test_batch").unlink()
+    (folder / "data_batch_2").write_bytes(whole)
+    fails("cifar10", tmp_path, "test_batch is missing")
+
+    write_flowers(tmp_path / "f")
+    (tmp_path / "f" / "setid.mat").rename(tmp_path / "setid.mat")
+    fails("flowers", tmp_path / "f", "setid.mat is missing", "jpg, setid.mat, imagelabels.mat")
+    (tmp_path / "f" / "setid.mat").write_bytes((tmp_path / "setid.mat").read_bytes()[:200])
+    fails("flowers", tmp_path / "f", "setid.mat is damaged")
+    savemat(tmp_path / "f" / "setid.mat", {"trnid": [1]})
+    fails("flowers", tmp_path / "f", "no entry 'valid'")
+    savemat(tmp_path / "f" / "setid.mat", {"trnid": [1], "valid": [2], "tstid": [99]})
+    fails("flowers", tmp_path / "f", "from 1 to 9, not 99 to 99")
+    (tmp_path / "setid.mat").rename(tmp_path / "f" / "setid.mat")
+    (tmp_path / "f" / "jpg" / "image_00004.jpg").unlink()
+    fails("flowers", tmp_path / "f", "1 listed pictures are missing", "image_00004.jpg")
+
+    write_pets(tmp_path / "p")
+    (tmp_path / "p" / "annotations" / "test.txt").rename(tmp_path / "test.txt")
+    fails("pets", tmp_path / "p", "test.txt is missing")
+    (tmp_path / "p" / "annotations" / "test.txt").write_text("Abyssinian_3\n")
+    fails("pets", tmp_path / "p", "test.txt is not a list")
+    (tmp_path / "p" / "annotations" / "test.txt").write_text("Abyssinian_3 38 1 1\n")
+    fails("pets", tmp_path / "p", "from 1 to 37")
+    fails("pets", tmp_path / "f", "images is missing")
+
+    fails("folder", pictures / "train", "misses the folder train")
+    (tmp_path / "d" / "train" / "a").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "d" / "train" / "a" / "1.png")
+    fails("folder", tmp_path / "d", "misses the folder val or test")
+    (tmp_path / "d" / "val" / "b").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "d" / "val" / "b" / "1.png")
+    fails("folder", tmp_path / "d", "holds 1 class")
+    (tmp_path / "d" / "train" / "b").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "d" / "train" / "b" / "1.png")
+    fails("folder", tmp_path / "d", "train has 2 classes and val 1", "first that differs: a")
+    assert "misses the folder" in refused("finetune", "--data-path", tmp_path, "--output_dir", tmp_path / "out")
