@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mocov3 import recipes
-from mocov3.config import FinetuneConfig, LinclsConfig, PretrainConfig, parse
+from mocov3.config import EmbedConfig, FinetuneConfig, KnnConfig, LinclsConfig, PretrainConfig, parse
 from mocov3.config.fields import Parser
 from mocov3.errors import RankLost, UserError, nearest, printable
 from mocov3.version import __version__
@@ -21,11 +21,15 @@ usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
   pretrain   learn features from a folder of pictures without labels
   finetune   train a classifier end to end from pre-trained weights (DeiT's recipe), and transfer
   pack       a folder of pictures into tar archives
+  lincls     linear evaluation of frozen features, many learning rates in one pass
+  knn        k-NN accuracy and retrieval of frozen features
+  embed      features of every picture of a folder, as .parquet or .npy
+  verify     the accuracy of a published linear file beside the published figure
   convert    a pre-training checkpoint to DeiT's format
   export     a backbone for timm, torchvision, transformers, ONNX …, verified
   demo       train on 8,000 embedded pictures (8 minutes on 2 cores) and show what was learned
 
-The reference's commands work too: python main_moco.py …, python convert_to_deit.py …
+The reference's commands work too: python main_moco.py …, python main_lincls.py …, python convert_to_deit.py …
 """
 
 
@@ -41,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "pretrain": _pretrain,
         "finetune": _finetune,
+        "lincls": _lincls,
+        "knn": _knn,
+        "embed": _embed,
+        "verify": _verify,
         "convert": _convert,
         "export": _export,
         "demo": _demo,
@@ -83,7 +91,7 @@ def parse_script(name: str, argv: Sequence[str]) -> Any:
     if name == "main_moco.py":
         return parse_pretrain(argv, prog=name)
     if name == "main_lincls.py":
-        return parse(LinclsConfig, argv, prog=name, description=LinclsConfig.__doc__ or "")
+        return parse_lincls(argv, prog=name)
     if name == "transfer/main.py":
         return parse_finetune(argv, prog=name)
     return parse_convert(argv, prog=name)
@@ -157,6 +165,80 @@ def transfer_main() -> int:
         return main(config, script_door=True)
 
     return guarded(run)
+
+
+def parse_lincls(argv: Sequence[str], *, prog: str, defaults: dict[str, Any] | None = None) -> LinclsConfig:
+    """Command line of linear evaluation; both doors share it, only defaults differ."""
+    return parse(
+        LinclsConfig,
+        argv,
+        prog=prog,
+        description=LinclsConfig.__doc__ or "",
+        defaults=defaults,
+        recipes=recipes.settings(recipes.LINCLS_RECIPES),
+        epilog=recipes.listing(recipes.LINCLS_RECIPES),
+    )
+
+
+def _lincls(argv: list[str]) -> int:
+    from mocov3.lincls import SWEEP, main
+
+    config = parse_lincls(argv, prog="mocov3 lincls", defaults={"arch": "", "lr": SWEEP, "output_dir": ""})
+    if not config.output_dir:
+        if config.resume == "auto":
+            raise UserError("--resume auto: name the run to go on with by --output-dir")
+        import dataclasses
+
+        folder = "." if config.evaluate else f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
+        config = dataclasses.replace(config, output_dir=folder)
+    return main(config, script_door=False)
+
+
+def main_lincls() -> int:
+    """``main_lincls.py``: the script door of linear evaluation."""
+
+    def run() -> int:
+        config = parse_script("main_lincls.py", sys.argv[1:])
+        from mocov3.lincls import main
+
+        return main(config, script_door=True)
+
+    return guarded(run)
+
+
+def parse_knn(argv: Sequence[str], *, prog: str) -> KnnConfig:
+    """Command line of the k-NN evaluation."""
+    return parse(KnnConfig, argv, prog=prog, description=KnnConfig.__doc__ or "")
+
+
+def _knn(argv: list[str]) -> int:
+    from mocov3.knn import main
+
+    return main(parse_knn(argv, prog="mocov3 knn"))
+
+
+def parse_embed(argv: Sequence[str], *, prog: str) -> EmbedConfig:
+    """Command line of embedding."""
+    return parse(EmbedConfig, argv, prog=prog, description=EmbedConfig.__doc__ or "")
+
+
+def _embed(argv: list[str]) -> int:
+    from mocov3.embed import main
+
+    return main(parse_embed(argv, prog="mocov3 embed"))
+
+
+def _verify(argv: list[str]) -> int:
+    parser = Parser(prog="mocov3 verify", description="The accuracy of a published linear file of the reference on "
+                    "ImageNet's validation set, beside the published figure.")  # fmt: skip
+    parser.add_argument("file", help="linear file, for example linear-vit-s-300ep.pth.tar")
+    parser.add_argument("folder", help="validation folder with 1,000 class folders, or the folder that holds it as val")
+    parser.add_argument("-j", "--workers", type=int, default=32, help="data loading processes (default 32)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device")
+    args = parser.parse_args(argv)
+    from mocov3.lincls import verify
+
+    return verify(args.file, args.folder, workers=args.workers, device=args.device)
 
 
 def parse_convert(argv: Sequence[str], *, prog: str) -> Any:

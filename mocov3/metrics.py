@@ -1,8 +1,11 @@
 """Numbers of a run: meters of the log line, the schema of ``metrics.jsonl``, effective statistics of features."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from jaxtyping import Float, Int
 
 SCHEMA_VERSION = 1
 
@@ -34,15 +37,16 @@ class Meter:
 
 @dataclass
 class Progress:
-    """The reference's log line: ``Epoch: [0][ 10/312]``, then the meters, tab-separated."""
+    """The reference's log line: ``Epoch: [0][ 10/312]`` or ``Test: [ 10/49]``, then the meters, tab-separated."""
 
     iterations: int
     meters: list[Meter] = field(default_factory=list)
 
-    def line(self, epoch: int, iteration: int) -> str:
-        """The line of one iteration."""
+    def line(self, epoch: int | None, iteration: int) -> str:
+        """The line of one iteration; of a test where there is no epoch."""
         digits = len(str(self.iterations))
-        head = f"Epoch: [{epoch}][{iteration:{digits}d}/{self.iterations}]"
+        head = "Test: " if epoch is None else f"Epoch: [{epoch}]"
+        head += f"[{iteration:{digits}d}/{self.iterations}]"
         return "\t".join([head, *map(str, self.meters)])
 
 
@@ -85,3 +89,16 @@ class MetricsLine:
         """Name → value, for JSON: ``None`` also for numbers that are not finite, which JSON does not have."""
         values = asdict(self)
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def correct_at(scores: Float[Any, "batch classes"], target: Int[Any, "batch"], ks: Sequence[int]) -> Int[Any, "ks"]:
+    """How many rows have their target among the k highest scores, for every k: counts, to be summed over ranks.
+
+    Exact where scores are equal: the class with the lower number comes first. A row whose target's score is NaN is
+    never correct. ``scores`` and ``target`` are torch tensors.
+    """
+    own = scores.gather(1, target[:, None].long())
+    number = scores.new_ones(scores.shape[1]).cumsum(0) - 1
+    before = (scores > own) | ((scores == own) & (number < target[:, None]))
+    rank = before.sum(1) + (own != own).squeeze(1) * scores.shape[1]
+    return (rank[:, None] < target.new_tensor(list(ks))).sum(0)

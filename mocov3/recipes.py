@@ -147,9 +147,19 @@ def finetune_settings() -> dict[str, dict[str, Any]]:
     return {name: recipe.settings for name, recipe in FINETUNE_RECIPES.items()}
 
 
-def settings() -> dict[str, dict[str, Any]]:
+LINCLS_RECIPES: dict[str, Recipe] = {
+    "lincls_resnet50": Recipe({"arch": "resnet50", "lr": 0.1}, "90 epochs, batch 1024", "68.9 / 72.8 / 74.6"),
+    "lincls_vit": Recipe({"lr": 3.0}, "90 epochs, batch 1024; give -a", "73.2 (ViT-S), 76.7 (ViT-B)"),
+    "lincls_sweep": Recipe(
+        {"lr": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), "head": "linear,bn-linear"},
+        "ours: 14 heads in one pass, when the learning rate is not known",
+    ),
+}
+
+
+def settings(known: dict[str, Recipe] = RECIPES) -> dict[str, dict[str, Any]]:
     """Recipe name → the fields it sets."""
-    return {name: recipe.settings for name, recipe in RECIPES.items()}
+    return {name: recipe.settings for name, recipe in known.items()}
 
 
 def listing(recipes: dict[str, Recipe] = RECIPES, data: str = "ImageNet-1k top-1") -> str:

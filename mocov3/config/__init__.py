@@ -4,6 +4,7 @@ Nothing in this package imports torch, so that help and refusals come at once.
 """
 
 from mocov3.config.archs import BUILT_IN_ARCHS
+from mocov3.config.evaluation import EmbedConfig, KnnConfig
 from mocov3.config.fields import changed_fields, parse, read_yaml, write_yaml
 from mocov3.config.finetune import FinetuneConfig
 from mocov3.config.lincls import LinclsConfig
@@ -13,7 +14,9 @@ from mocov3.config.pretrain import PretrainConfig
 __all__ = [
     "BUILT_IN_ARCHS",
     "PRESETS",
+    "EmbedConfig",
     "FinetuneConfig",
+    "KnnConfig",
     "LinclsConfig",
     "PretrainConfig",
     "ViewPreset",

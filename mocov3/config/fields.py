@@ -5,7 +5,7 @@ The parser, the help text, ``config.yaml`` and the check of a resumed run are al
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,7 +19,7 @@ def flag(
     default: Any,
     help: str,
     *names: str,
-    kind: type = str,
+    kind: Callable[[Any], Any] = str,
     choices: Sequence[str] | None = None,
     result: bool = True,
     group: str = "options",
@@ -160,6 +160,11 @@ def _typed(value: Any, field: "dataclasses.Field[Any]", where: str) -> Any:
         raise UserError(f"{where}: field {field.name!r} must be {kind.__name__}, not a {type(value).__name__}")
     if value is None and field.default is None:
         return None
+    if not isinstance(kind, type):  # a parser of its own, for example of comma lists
+        try:
+            return kind(value)
+        except (ValueError, TypeError):
+            raise UserError(f"{where}: field {field.name!r} must be a {kind.__name__}, not {value!r}") from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is float and isinstance(value, str):  # YAML reads 1e-6 as a string

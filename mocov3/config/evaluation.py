@@ -1,0 +1,157 @@
+"""Configuration of k-NN evaluation and of embedding, and what the evaluation tasks share."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mocov3.config.archs import BUILT_IN_ARCHS, check_arch
+from mocov3.config.fields import flag
+from mocov3.config.presets import PRESETS
+from mocov3.errors import UserError, nearest
+
+MODEL, OUTPUT, PICTURES, RUNNING = "model", "result", "pictures", "running"
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+LAYERS = ("", "cls", "mean", "patches", "projector")
+KS, TEMPERATURES, RECALLS = (1, 10, 20, 100, 200), (0.07,), (1, 5, 10)
+
+
+def integers(given: Any) -> tuple[int, ...]:
+    """``1,10,20`` → several integers; raises ValueError for anything else."""
+    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else [given]
+    return tuple(int(part) for part in parts)
+
+
+def several(given: Any) -> tuple[float, ...]:
+    """``0.07,0.1`` → several numbers; raises ValueError for anything else."""
+    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else [given]
+    return tuple(float(part) for part in parts)
+
+
+integers.__name__, several.__name__ = "comma list of integers", "comma list of numbers"
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """Which features of which pictures: shared by k-NN evaluation and embedding."""
+
+    data: str = flag("", "folder of pictures, or the built-in fashion-mnist[:ROOT]", positional=True, metavar="DIR")
+    model: str = flag("", "a weights file (ours, the reference's, DeiT's, timm's), the name of an arch (untrained), "
+                      "timm/NAME (timm's published weights), or pixels", "--model", "--pretrained",
+                      group=MODEL)  # fmt: skip
+    arch: str = flag("", "backbone of a file that does not name it", "-a", "--arch", group=MODEL)
+    encoder: str = flag("base", "which encoder of a pre-training checkpoint", choices=("base", "momentum"),
+                        group=MODEL)  # fmt: skip
+    layer: str = flag("", "cls (token of a ViT), mean (of the patch tokens), patches (all of them), projector (its "
+                      "output); unless given the features that linear evaluation uses", choices=LAYERS,
+                      group=MODEL)  # fmt: skip
+    untrained: bool = flag(False, "timm/NAME without its published weights", kind=bool, group=MODEL)
+    image_size: int = flag(0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int,
+                           group=PICTURES)  # fmt: skip
+    view_preset: str = flag("", "normalisation and centre crop; unless given that of pre-training, else photos",
+                            choices=("", *PRESETS), group=PICTURES)  # fmt: skip
+    batch_size: int = flag(256, "pictures a pass", "-b", "--batch-size", kind=int, group=RUNNING)
+    workers: int = flag(32, "data loading processes of a rank; at most the usable cores", "-j", "--workers", kind=int,
+                        result=False, group=RUNNING)  # fmt: skip
+    device: str = flag("auto", "device", choices=DEVICES, result=False, group=RUNNING)
+    precision: str = flag("fp32", "arithmetic of the backbone", choices=PRECISIONS, group=RUNNING)
+    nprocs_per_node: int = flag(0, "start so many processes here (torchrun needs no flag)", kind=int, result=False,
+                                group=RUNNING)  # fmt: skip
+    seed: int = flag(0, "seed of an untrained network", kind=int, group=MODEL)
+
+    def check(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            UserError: naming the first bad field, its value and what is allowed.
+        """
+        if not self.model:
+            raise UserError("no model: give --model FILE, an arch, timm/NAME or pixels")
+        names = ["pixels", *BUILT_IN_ARCHS]
+        if not Path(self.model).is_file() and not self.model.startswith("timm/") and self.model not in names:
+            if "/" in self.model or "." in self.model:
+                raise UserError(f"--model {self.model}: there is no such file")
+            raise UserError(f"--model {self.model!r}: is neither a file nor an arch; {nearest(self.model, names)}")
+        if self.arch:
+            check_arch(self.arch)
+        at_least(self, 1, ("batch_size",))
+        at_least(self, 0, ("workers", "nprocs_per_node", "image_size", "seed"))
+        check_model_flags(self)
+
+
+@dataclass(frozen=True)
+class KnnConfig(FeatureConfig):
+    """Weighted k-NN on frozen features (Wu et al. 2018; Caron et al. 2021), and retrieval recall@k."""
+
+    k: tuple[int, ...] = flag(KS, "neighbours, a comma list", "-k", "--k", kind=integers, group=OUTPUT,
+                              metavar="K[,K…]")  # fmt: skip
+    temperature: tuple[float, ...] = flag(TEMPERATURES, "temperatures of the vote, a comma list", "-t",
+                                          "--temperature", kind=several, group=OUTPUT, metavar="T[,T…]")  # fmt: skip
+    recall: tuple[int, ...] = flag(RECALLS, "recall@k of these", kind=integers, group=OUTPUT, metavar="K[,K…]")
+    json: bool = flag(False, "print the result as JSON", kind=bool, result=False, group=OUTPUT)
+
+    def check(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            UserError: naming the first bad field, its value and what is allowed.
+        """
+        super().check()
+        if self.layer == "patches":
+            raise UserError("--layer patches gives many features a picture; k-NN needs one: use mean or cls")
+        for name, ks in (("--k", self.k), ("--recall", self.recall)):
+            if not ks or min(ks) < 1:
+                raise UserError(f"{name} must be 1 or more, not {','.join(map(str, ks))}")
+        for value in self.temperature:
+            if not (value > 0 and math.isfinite(value)):
+                raise UserError(f"--temperature must be above 0 and finite, not {value}")
+
+
+@dataclass(frozen=True)
+class EmbedConfig(FeatureConfig):
+    """Features of every picture of a folder as a table."""
+
+    output: str = flag("", "file to write: NAME.parquet, or NAME.npy beside NAME.jsonl with the paths", "-o",
+                       "--output", group=OUTPUT)  # fmt: skip
+    duplicates: float = flag(0.0, "also list groups of pictures whose features agree to at least this cosine, for "
+                             "example 0.98, in NAME.duplicates.jsonl", kind=float, result=False, group=OUTPUT,
+                             metavar="COSINE")  # fmt: skip
+    overwrite: bool = flag(False, "replace the output if it exists", kind=bool, result=False, group=OUTPUT)
+
+    def check(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            UserError: naming the first bad field, its value and what is allowed.
+        """
+        super().check()
+        if Path(self.output).suffix not in (".parquet", ".npy"):
+            raise UserError(f"--output {self.output!r}: name a file that ends in .parquet or .npy")
+        if not 0 <= self.duplicates <= 1:
+            raise UserError(f"--duplicates is a cosine between 0 and 1, not {self.duplicates}")
+        if self.duplicates and self.layer == "patches":
+            raise UserError("--duplicates needs one feature a picture; --layer patches gives many")
+
+
+def at_least(config: Any, low: int, names: tuple[str, ...]) -> None:
+    """Refuse numbers below ``low``, NaN and infinities, naming the flag."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (value >= low and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} must be {low} or more, not {value}")
+    seed = getattr(config, "seed", None)
+    if seed is not None and seed >= 2**63:
+        raise UserError(f"--seed must be below 2**63, not {seed}")
+
+
+def check_model_flags(config: Any) -> None:
+    """Refuse a weights file that is not there, and backends that are not known."""
+    pretrained = getattr(config, "pretrained", "")
+    if pretrained and not Path(pretrained).is_file():
+        raise UserError(f"--pretrained {pretrained}: there is no such file")
+    resume = getattr(config, "resume", "")
+    if resume not in ("", "auto") and not Path(resume).is_file():
+        raise UserError(f"--resume {resume}: there is no such file")
+    if getattr(config, "dist_backend", "gloo") not in ("nccl", "gloo"):
+        raise UserError(f"--dist-backend {config.dist_backend!r} is not known; use nccl or gloo")

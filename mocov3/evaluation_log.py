@@ -1,0 +1,192 @@
+"""Output of linear evaluation: the reference's lines, ``lincls.jsonl``, the sorted table of heads."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from mocov3.log import Stopwatch, warn
+from mocov3.metrics import Meter, Progress
+
+LINES, RESULT = "lincls.jsonl", "lincls.json"
+
+
+@dataclass
+class HeadResult:
+    """A head and how it does on the validation set, in %."""
+
+    head: str
+    lr: float
+    weight_decay: float
+    acc1: float = 0.0
+    acc5: float = 0.0
+    loss: float = 0.0
+    """Mean cross-entropy on the validation set."""
+    best_acc1: float = 0.0
+    best_epoch: int = -1
+
+    def update(self, loss: float, acc1: float, acc5: float, epoch: int) -> None:
+        """Take over an evaluation after ``epoch``."""
+        self.loss, self.acc1, self.acc5 = loss, acc1, acc5
+        if self.best_epoch < 0 or acc1 > self.best_acc1:
+            self.best_acc1, self.best_epoch = acc1, epoch
+
+    @property
+    def name(self) -> str:
+        """Kind, learning rate, weight decay."""
+        return f"{self.head} lr {self.lr:g} wd {self.weight_decay:g}"
+
+
+def best_of(results: Sequence[HeadResult]) -> int:
+    """Number of the head of the highest best accuracy; the first of equals."""
+    return max(range(len(results)), key=lambda i: (results[i].best_acc1, -i))
+
+
+def table(results: Sequence[HeadResult]) -> str:
+    """Heads from best to worst by their best epoch, the best marked."""
+    order = sorted(range(len(results)), key=lambda i: (-results[i].best_acc1, i))
+    lines = [f"  {'head':<10} {'lr':>8} {'wd':>8} {'Acc@1':>8} {'epoch':>6}   {'last Acc@1':>10} {'Acc@5':>8}"]
+    for place, i in enumerate(order):
+        r = results[i]
+        lines.append(f"{'*' if place == 0 else ' '} {r.head:<10} {r.lr:>8g} {r.weight_decay:>8g} {r.best_acc1:>8.3f} "
+                     f"{r.best_epoch:>6}   {r.acc1:>10.3f} {r.acc5:>8.3f}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def edges(results: Sequence[HeadResult]) -> list[str]:
+    """Warnings where the best head has the smallest or largest learning rate or weight decay that was tried."""
+    best = results[best_of(results)]
+    said = []
+    for field, flag in (("lr", "--lr"), ("weight_decay", "--wd")):
+        tried = sorted({getattr(r, field) for r in results})
+        value = getattr(best, field)
+        if len(tried) > 1 and value in (tried[0], tried[-1]) and not (field == "weight_decay" and value == 0):
+            side, more = ("smallest", "smaller") if value == tried[0] else ("largest", "larger")
+            said.append(f"the best head has the {side} {flag} tried ({value:g}); try {more} ones")
+    return said
+
+
+class EvaluationLog:
+    """Output of a run of linear evaluation. On ranks that do not write, every call does nothing.
+
+    Args:
+        folder: of the files.
+        active: whether this rank writes.
+        style: ``lines`` (the reference's), ``epochs`` (one line an epoch), ``json``, ``quiet``.
+        iterations: of an epoch.
+        first_epoch: lines of it and later ones, of a former run, are cut off.
+        write: whether there is a file at all.
+    """
+
+    def __init__(
+        self, folder: Path, *, active: bool, style: str, iterations: int, first_epoch: int, write: bool = True
+    ) -> None:
+        self.folder, self.active, self.style = folder, active, style
+        self._meters = [Meter("Time", "6.3f"), Meter("Data", "6.3f"), Meter("Loss", ".4e"),
+                        Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")]  # fmt: skip
+        self._progress = Progress(iterations, self._meters)
+        self._clock, self._epoch = Stopwatch(), -1
+        self._waited = 0.0
+        self._file: TextIO | None = _reopened(folder / LINES, first_epoch) if active and write else None
+
+    def say(self, text: str) -> None:
+        """A line of explanation."""
+        if self.active and self.style != "quiet":
+            print(text, file=sys.stderr if self.style == "json" else sys.stdout, flush=True)
+
+    def waited(self) -> None:
+        """A batch has arrived."""
+        self._waited = self._clock.lap()
+
+    def stepped(self, epoch: int) -> None:
+        """A step has ended."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            for meter in self._meters:
+                meter.total, meter.count = 0.0, 0
+        self._meters[1].update(self._waited)
+        self._meters[0].update(self._waited + self._clock.lap())
+
+    def restart(self) -> None:
+        """Time from here."""
+        self._clock.lap()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of this epoch's steps so far."""
+        return self._meters[0].total
+
+    def line(self, epoch: int, iteration: int, now: Sequence[float], mean: Sequence[float]) -> None:
+        """The reference's line of a training step: loss, Acc@1, Acc@5 of this step and on average so far."""
+        if self.active and self.style == "lines":
+            for meter, value, average in zip(self._meters[2:], now, mean, strict=True):
+                meter.value, meter.total, meter.count = value, average, 1
+            print(self._progress.line(epoch, iteration), flush=True)
+
+    def test(self, iteration: int, iterations: int, seconds: float, values: Sequence[float]) -> None:
+        """The reference's line of an evaluation: loss, Acc@1, Acc@5 on average so far."""
+        if self.active and self.style == "lines":
+            meters = [Meter("Time", "6.3f", seconds, seconds, 1)]
+            for (name, form), value in zip((("Loss", ".4e"), ("Acc@1", "6.2f"), ("Acc@5", "6.2f")), values,
+                                           strict=True):  # fmt: skip
+                meters.append(Meter(name, form, value, value, 1))
+            print(Progress(iterations, meters).line(None, iteration), flush=True)
+
+    def evaluated(self, best: HeadResult, epoch: int, epochs: int, many: bool) -> None:
+        """The reference's `` * Acc@1 … Acc@5 …`` of the best head."""
+        name = f"  ({best.name})" if many else ""
+        if self.active and self.style == "lines":
+            print(f" * Acc@1 {best.acc1:.3f} Acc@5 {best.acc5:.3f}{name}", flush=True)
+        elif self.active and self.style == "epochs":
+            print(f"epoch {epoch + 1}/{epochs}: Acc@1 {best.acc1:.2f} Acc@5 {best.acc5:.2f}{name}", flush=True)
+
+    def write(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Lines of ``lincls.jsonl``."""
+        if self._file is None:
+            return
+        for line in lines:
+            self._file.write(json.dumps(line) + "\n")
+            if self.style == "json":
+                print(json.dumps(line), flush=True)
+        self._file.flush()
+
+    def result(self, results: Sequence[HeadResult], about: dict[str, Any]) -> None:
+        """The table of heads, its warnings, and ``lincls.json``."""
+        if not self.active:
+            return
+        best = results[best_of(results)]
+        content = {**about, "best": asdict(best), "heads": [asdict(r) for r in results]}
+        partial = self.folder / f".{RESULT}.{os.getpid()}.partial"
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.folder / RESULT)
+        out = sys.stderr if self.style == "json" else sys.stdout
+        if len(results) > 1:
+            print(table(results), file=out)
+        print(f"{about['protocol']}: best Acc@1 {best.best_acc1:.3f} ({best.name}, after epoch {best.best_epoch})",
+              file=out, flush=True)  # fmt: skip
+        for text in edges(results):
+            warn(text)
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _reopened(path: Path, first_epoch: int) -> TextIO:
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _epoch(line) < first_epoch]
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+    return path.open("a", encoding="utf-8")
+
+
+def _epoch(line: str) -> float:
+    try:
+        return float(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
+        return float("inf")

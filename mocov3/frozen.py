@@ -1,0 +1,251 @@
+"""A frozen backbone for evaluation: from a weights file, a name, or none (pixels); which feature of it is taken."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mocov3 import checkpoint, models
+from mocov3.config.archs import BUILT_IN_ARCHS, RESNETS
+from mocov3.config.presets import PRESETS, ViewPreset
+from mocov3.convert import find_backbone, load_into
+from mocov3.data import CentreView
+from mocov3.errors import UserError
+from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
+
+PIXELS = "pixels"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A backbone in evaluation mode without gradients, and how pictures are prepared for it."""
+
+    network: nn.Module
+    features: Callable[[Tensor], Tensor]
+    arch: str
+    image_size: int
+    preset: ViewPreset
+    settings: dict[str, Any]
+    """Of ``build_backbone``."""
+    about: str
+    """What it is, for people."""
+
+    @property
+    def view(self) -> CentreView:
+        """The evaluation view."""
+        return CentreView(self.image_size, self.preset.evaluation_zoom)
+
+    def to(self, device: torch.device) -> "Frozen":
+        """The same on a device, in the layout that convolutions are fastest in."""
+        self.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
+
+    def digest(self) -> str:
+        """sha256 over names and values of all parameters and buffers."""
+        return digest(self.network)
+
+
+class Pixels(nn.Module):
+    """No network: the pixels themselves, averaged down to at most 32×32. The baseline of small pictures."""
+
+    projector_name = "head"
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.side = min(image_size, 32)
+        self.num_features = 3 * self.side**2
+        self.head: nn.Module = nn.Identity()
+
+    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Pixels as one row a picture."""
+        return nn.functional.adaptive_avg_pool2d(x, self.side).flatten(1)
+
+
+def open_frozen(
+    model: str,
+    *,
+    flag: str,
+    arch: str = "",
+    encoder: str = "base",
+    image_size: int = 0,
+    view_preset: str = "",
+    layer: str = "",
+    untrained: bool = False,
+    seed: int = 0,
+) -> Frozen:
+    """The backbone that ``model`` names.
+
+    Args:
+        model: a weights file; the name of an arch (freshly initialised by ``seed``); ``timm/NAME`` (timm's published
+            weights unless ``untrained``); ``pixels``.
+        flag: the flag that gave it, for messages.
+        arch: of a file that does not say; of one that does, it must agree.
+        encoder: ``base`` or ``momentum``.
+        image_size: side of the views in pixels; 0: as in pre-training, else 224.
+        view_preset: its mean, standard deviation and centre crop; empty: as in pre-training, else ``photos``.
+        layer: which feature, see ``FeatureConfig``.
+        untrained: do not take timm's published weights.
+        seed: of a fresh initialisation.
+
+    Raises:
+        UserError: if the file holds no backbone, or not of this arch (naming those that fit).
+    """
+    if Path(model).is_file():
+        return _from_file(model, f"{flag} {model}", arch, encoder, image_size, view_preset, layer)
+    if encoder == "momentum" or layer == "projector":
+        what = "momentum encoder" if encoder == "momentum" else "projector"
+        raise UserError(f"{flag} {model}: has no {what}; a pre-training checkpoint has")
+    torch.manual_seed(seed)
+    preset = PRESETS[view_preset or "photos"]
+    if model == PIXELS:
+        network: Any = Pixels(image_size or 224)
+        return _frozen(network, PIXELS, image_size or 224, preset, {}, "pixels, no network", layer)
+    if model.startswith("timm/") and not untrained:
+        return _published(model, image_size, view_preset, layer)
+    size = image_size or 224
+    return _frozen(build_backbone(model, image_size=size), model, size, preset, {"image_size": size},
+                   f"{model}, untrained (seed {seed})", layer)  # fmt: skip
+
+
+def _from_file(
+    path: str, where: str, arch: str, encoder: str, image_size: int, view_preset: str, layer: str
+) -> Frozen:
+    contents = checkpoint.read(path)
+    weights = find_backbone(contents, where, momentum=encoder == "momentum")
+    if arch and weights.arch and weights.arch != arch:
+        raise UserError(f"{where}: is of arch {weights.arch}, not {arch}; give -a {weights.arch}")
+    name = arch or weights.arch
+    if not name:
+        raise UserError(f"{where}: does not say which arch it is; {_fits(weights.state)}")
+    own = contents.get("mocov3")
+    config = own.get("config", {}) if isinstance(own, dict) else {}
+    size = image_size or int(config.get("image_size") or 224)
+    preset = PRESETS[view_preset] if view_preset else _saved_preset(own, config)
+    settings = {"image_size": size, **settings_of(weights.state, name)}
+    try:
+        network = _with_projector(contents, name, encoder, settings, where) if layer == "projector" else (
+            build_backbone(name, **settings))  # fmt: skip
+        load_into(network, weights, where)
+    except UserError as error:
+        raise UserError(f"{error} ({_fits(weights.state)})") from None
+    which = f", {encoder} encoder" if weights.kind.startswith("pre-training") else ""
+    about = f"{name} of {path} ({weights.kind}{which})"
+    return _frozen(network, name, size, preset, settings, about, layer)
+
+
+def _saved_preset(own: Any, config: dict[str, Any]) -> ViewPreset:
+    """Normalisation and centre crop as a file of ours says them, else those of ``photos``."""
+    preset = PRESETS.get(str(config.get("view_preset")), PRESETS["photos"])
+    view = own.get("view") if isinstance(own, dict) else None
+    if not isinstance(view, dict):
+        return preset
+    return dataclasses.replace(
+        preset, mean=tuple(view["mean"]), std=tuple(view["std"]), evaluation_zoom=float(view["zoom"])
+    )
+
+
+def settings_of(state: dict[str, Tensor], arch: str) -> dict[str, Any]:
+    """The settings of ``build_backbone`` that the shapes of a backbone's weights tell: patch size, small stem."""
+    settings: dict[str, Any] = {}
+    if (patches := state.get("patch_embed.proj.weight")) is not None and patches.ndim == 4 and patches.shape[1] == 3:
+        settings["patch_size"] = int(patches.shape[-1])
+    if (stem := state.get("conv1.weight")) is not None and arch in [*RESNETS, "resnet10"] and stem.shape[-1] == 3:
+        settings["small_stem"] = True
+    return settings
+
+
+def _with_projector(contents: dict[str, Any], arch: str, encoder: str, settings: dict[str, Any], where: str) -> Encoder:
+    part = f"{encoder}_encoder."
+    state = {k.removeprefix("module."): v for k, v in contents.get("state_dict", {}).items() if isinstance(v, Tensor)}
+    found = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
+    for name in ("fc.", "head.", "projector."):
+        own = {k.removeprefix(name): v for k, v in found.items() if k.startswith(name)}
+        matrices = [v for v in own.values() if v.ndim == 2]
+        if matrices:
+            model = models.build(arch, dim=len(matrices[-1]), mlp_dim=len(matrices[0]), **settings).base_encoder
+            projector = getattr(model, model.projector_name)
+            checkpoint.check_state(projector, own, where)
+            projector.load_state_dict(own)
+            return model
+    raise UserError(f"{where}: holds no projector; a pre-training checkpoint does")
+
+
+def _published(model: str, image_size: int, view_preset: str, layer: str) -> Frozen:
+    import timm
+
+    name = model.removeprefix("timm/")
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
+    size = image_size or (cfg.input_size[-1] if cfg else 224)
+    try:
+        network = TimmEncoder(name, size, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the hub's client raises without a network
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"--model {model}: its published weights cannot be had ({reason}); give a weights file "
+                        f"with -a {model}, or --untrained") from None  # fmt: skip
+    found = timm.data.resolve_model_data_config(network.backbone)
+    preset = PRESETS[view_preset] if view_preset else dataclasses.replace(
+        PRESETS["photos"], mean=tuple(found["mean"]), std=tuple(found["std"]), evaluation_zoom=1 / found["crop_pct"]
+    )  # fmt: skip
+    about = f"{model}, timm's published weights"
+    return _frozen(network, model, size, preset, {"image_size": size}, about, layer)
+
+
+def _frozen(network: Any, arch: str, size: int, preset: ViewPreset, settings: dict[str, Any], about: str,
+            layer: str) -> Frozen:  # fmt: skip
+    network.eval().requires_grad_(False)
+    if layer:
+        about += f", layer {layer}"
+    return Frozen(network, _layer(network, arch, layer), arch, size, preset, settings, about)
+
+
+def _layer(network: Any, arch: str, layer: str) -> Callable[[Tensor], Tensor]:
+    if layer in ("", "projector"):
+        return network.features if not layer else network
+    if isinstance(network, Pixels):
+        raise UserError(f"--layer {layer}: pixels have no layers")
+    body = network.backbone if isinstance(network, TimmEncoder) else network
+    prefix = int(getattr(body, "num_prefix_tokens", 0))
+    if layer == "cls":
+        if not prefix:
+            raise UserError(f"--layer cls: {arch} has no cls token; use mean")
+        return lambda x: body.forward_features(x)[:, 0]
+
+    def patches(x: Tensor) -> Tensor:
+        found = body.feature_map(x) if isinstance(body, ResNet) else body.forward_features(x)
+        if found.ndim == 4:  # a map, channels first unless said otherwise
+            last = str(getattr(body, "output_fmt", "NCHW")).upper().endswith("NHWC")
+            return found.flatten(1, 2) if last else found.flatten(2).transpose(1, 2)
+        return found[:, prefix:]
+
+    return patches if layer == "patches" else lambda x: patches(x).mean(1)
+
+
+def _fits(state: dict[str, Tensor]) -> str:
+    """Which built-in archs have a backbone of exactly these keys and shapes, as a hint."""
+    found = []
+    for arch in BUILT_IN_ARCHS:
+        with torch.device("meta"):
+            wanted = build_backbone(arch, **settings_of(state, arch)).state_dict()
+        bare = {k: v for k, v in wanted.items() if not k.startswith(("fc.", "head."))}
+        if set(bare) == set(state) and all(v.shape == state[k].shape for k, v in bare.items() if k != "pos_embed"):
+            found.append(arch)
+    return f"-a {' or '.join(found)} fits it" if found else "no built-in arch fits it; is it timm/NAME?"
+
+
+def digest(network: nn.Module) -> str:
+    """sha256 over names and values of all parameters and buffers."""
+    total = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        total.update(name.encode())
+        total.update(value.detach().cpu().numpy().tobytes())  # in C order, whatever the memory layout
+    return total.hexdigest()
+
+

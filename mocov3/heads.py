@@ -1,0 +1,212 @@
+"""Many linear classifiers on the same frozen features, trained side by side by SGD.
+
+Every head has its own weights, learning rate and weight decay and sees the same batches, so one pass of the backbone
+serves all (DINOv2 evaluates so; the author of MoCo v3 calls the learning rate "quite sensitive"). Each head's
+arithmetic is that of its own separate run, matrix product by matrix product: on the CPU to the last bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mocov3.distributed import World
+from mocov3.metrics import correct_at
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What makes a head: its kind (``linear`` or ``bn-linear``), learning rate for 256 pictures, weight decay."""
+
+    kind: str
+    lr: float
+    weight_decay: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}, lr {self.lr:g}, wd {self.weight_decay:g}"
+
+
+class FeatureNorm:
+    """Batch norm without parameters over the features of all ranks, as MAE's linear evaluation has it (eps 1e-6).
+
+    Features are frozen, so there is no gradient; sums are taken in float64, so that neither the number of ranks nor
+    the order of the batch shows.
+    """
+
+    eps, rate = 1e-6, 0.1
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        wide = torch.float64 if device.type != "mps" else torch.float32
+        self.mean = torch.zeros(width, dtype=wide, device=device)
+        self.variance = torch.ones(width, dtype=wide, device=device)
+
+    def train(self, x: Float[Tensor, "batch width"], world: World) -> Float[Tensor, "batch width"]:
+        """Normalise by the statistics of the batch over all ranks, and move the running ones."""
+        wide = x.to(self.mean.dtype)
+        mean, variance, n = self._statistics(wide, world)
+        if n < 2:  # one picture has no variance
+            return self(x)
+        self.mean.mul_(1 - self.rate).add_(mean, alpha=self.rate)
+        self.variance.mul_(1 - self.rate).add_(variance, alpha=self.rate * n / (n - 1))
+        return ((wide - mean) * torch.rsqrt(variance + self.eps)).to(x.dtype)
+
+    def measure(self, x: Float[Tensor, "batch width"], world: World) -> None:
+        """Take the statistics of ``x`` over all ranks as the running ones."""
+        mean, variance, _ = self._statistics(x.to(self.mean.dtype), world)
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+
+    def _statistics(self, wide: Tensor, world: World) -> tuple[Tensor, Tensor, float]:
+        count = torch.full((1,), len(wide), dtype=wide.dtype, device=wide.device)
+        sums = world.sum(torch.cat([wide.sum(0), wide.square().sum(0), count]))
+        width, n = len(self.mean), float(sums[-1])
+        mean = sums[:width] / max(n, 1.0)
+        return mean, (sums[width:-1] / max(n, 1.0) - mean.square()).clamp_min(0), n
+
+    def __call__(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
+        """Normalise by the running statistics."""
+        scale = torch.rsqrt(self.variance + self.eps)
+        return ((x.to(self.mean.dtype) - self.mean) * scale).to(x.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one linear layer that does what this norm and the given layer do."""
+        scaled = weight.to(self.mean.dtype) * torch.rsqrt(self.variance + self.eps)
+        return scaled.to(weight.dtype), (bias.to(self.mean.dtype) - scaled @ self.mean).to(bias.dtype)
+
+
+class Heads:
+    """Linear heads and their optimizer on this rank.
+
+    Args:
+        specs: one a head.
+        width: of the features.
+        classes: how many.
+        seed: all heads start from the same draw N(0, 0.01) of it, bias 0.
+        momentum: of SGD.
+        world: this rank; gradients are of the whole batch over all ranks.
+        dtype: of weights and arithmetic.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[HeadSpec],
+        *,
+        width: int,
+        classes: int,
+        seed: int,
+        momentum: float,
+        world: World,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.specs, self.world, self.classes = list(specs), world, classes
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.empty(classes, width).normal_(0.0, 0.01, generator=generator)
+        self.weights = [first.to(world.device, dtype, copy=True).requires_grad_() for _ in specs]
+        self.biases = [torch.zeros(classes, device=world.device, dtype=dtype).requires_grad_() for _ in specs]
+        groups = [
+            {"params": [w, b], "lr": 0.0, "weight_decay": s.weight_decay}
+            for w, b, s in zip(self.weights, self.biases, specs, strict=True)
+        ]
+        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum)
+        self.norm = FeatureNorm(width, world.device)
+        self._normed = any(s.kind == "bn-linear" for s in specs)
+
+    def scores(self, x: Float[Tensor, "batch width"]) -> list[Float[Tensor, "batch classes"]]:
+        """Scores of every head, in evaluation."""
+        return self._apply(x, self.norm(x) if self._normed else x)
+
+    def _apply(self, x: Tensor, normed: Tensor) -> list[Tensor]:
+        parts = zip(self.specs, self.weights, self.biases, strict=True)
+        # a product a head: one large product could round otherwise than the head's own run
+        return [F.linear(normed if s.kind == "bn-linear" else x, w, b) for s, w, b in parts]
+
+    def step(
+        self, x: Float[Tensor, "batch width"], target: Int[Tensor, "batch"], *, lr_factor: float
+    ) -> Float[Tensor, "heads 3"]:
+        """Train every head on this rank's part of a batch by its mean cross-entropy over all ranks.
+
+        Args:
+            x: features, finite.
+            target: classes.
+            lr_factor: every head's learning rate is its own ``lr`` times this.
+
+        Returns:
+            For every head the sum of losses, and how many are right among the first 1 and 5, on this rank.
+        """
+        x = x.to(self.weights[0].dtype)
+        normed = self.norm.train(x, self.world) if self._normed else x
+        scores = self._apply(x, normed)
+        losses = [F.cross_entropy(s, target, reduction="sum") for s in scores]
+        parameters = [*self.weights, *self.biases]
+        grads = torch.autograd.grad(losses, parameters, grad_outputs=[torch.ones_like(loss) for loss in losses])
+        self._set_grads(parameters, list(grads), len(x))
+        for group, spec in zip(self.optimizer.param_groups, self.specs, strict=True):
+            group["lr"] = spec.lr * lr_factor
+        self.optimizer.step()
+        return counted([s.detach() for s in scores], torch.stack(losses).detach(), target)
+
+    def _set_grads(self, parameters: list[Tensor], grads: list[Tensor], count: int) -> None:
+        if self.world.size > 1:
+            n = torch.tensor([float(count)], dtype=grads[0].dtype, device=grads[0].device)
+            flat = self.world.sum(torch.cat([*(g.flatten() for g in grads), n]))
+            parts = flat[:-1].split([g.numel() for g in grads])
+            grads, count = [p.view_as(g) for p, g in zip(parts, grads, strict=True)], int(flat[-1])
+        torch._foreach_div_(grads, float(max(count, 1)))
+        for p, g in zip(parameters, grads, strict=True):
+            p.grad = g
+
+    def evaluate(self, x: Float[Tensor, "batch width"], target: Int[Tensor, "batch"]) -> Float[Tensor, "heads 3"]:
+        """Sum of losses and counts of right ones among the first 1 and 5, for every head, on this rank."""
+        with torch.no_grad():
+            scores = self.scores(x.to(self.weights[0].dtype))
+            losses = torch.stack([F.cross_entropy(s, target, reduction="sum") for s in scores])
+            return counted(scores, losses, target)
+
+    def folded(self, head: int) -> tuple[Float[Tensor, "classes width"], Float[Tensor, "classes"]]:
+        """Weight and bias of a head as one linear layer on the features, on the CPU."""
+        weight, bias = self.weights[head].detach(), self.biases[head].detach()
+        if self.specs[head].kind == "bn-linear":
+            weight, bias = self.norm.fold(weight, bias)
+        return weight.cpu().clone(), bias.cpu().clone()
+
+    @torch.no_grad()
+    def set(self, head: int, weight: Tensor, bias: Tensor) -> None:
+        """Give a head its weight and bias."""
+        self.weights[head].copy_(weight)
+        self.biases[head].copy_(bias)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training changes, as tensors on the CPU."""
+        momenta = [self.optimizer.state[p].get("momentum_buffer") for w in zip(self.weights, self.biases, strict=True)
+                   for p in w]  # fmt: skip
+        return {
+            "weights": [w.detach().cpu().clone() for w in self.weights],
+            "biases": [b.detach().cpu().clone() for b in self.biases],
+            "momenta": [torch.empty(0) if m is None else m.cpu().clone() for m in momenta],
+            "norm": [self.norm.mean.cpu().clone(), self.norm.variance.cpu().clone()],
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a ``state`` of the same heads."""
+        for ours, saved in ((self.weights, state["weights"]), (self.biases, state["biases"])):
+            for p, value in zip(ours, saved, strict=True):
+                p.copy_(value)
+        parameters = [p for pair in zip(self.weights, self.biases, strict=True) for p in pair]
+        for p, momentum in zip(parameters, state["momenta"], strict=True):
+            if momentum.numel():
+                self.optimizer.state[p]["momentum_buffer"] = momentum.to(p.device, p.dtype, copy=True)
+        self.norm.mean.copy_(state["norm"][0])
+        self.norm.variance.copy_(state["norm"][1])
+
+
+def counted(
+    scores: Sequence[Float[Tensor, "batch classes"]], losses: Float[Tensor, "heads"], target: Int[Tensor, "batch"]
+) -> Float[Tensor, "heads 3"]:
+    """Sum of losses, right among the first 1, among the first 5, a row a head."""
+    hits = torch.stack([correct_at(s, target, (1, 5)) for s in scores])
+    return torch.cat([losses.double()[:, None] if losses.device.type != "mps" else losses[:, None], hits], dim=1)

@@ -1,0 +1,111 @@
+"""Linear evaluation (arXiv 2104.02057, §4): ``mocov3 lincls --pretrained FILE DIR`` or ``python main_lincls.py …``.
+
+Everything that can be checked without torch is checked here; then the ranks are started, and ``mocov3.linear`` trains.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mocov3.config import LinclsConfig
+from mocov3.data import open_source
+from mocov3.data.labelled import open_labelled
+from mocov3.errors import UserError
+
+_DEFAULT_ADDRESS = LinclsConfig.dist_url
+SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Learning rates that ``mocov3 lincls`` trains side by side unless told otherwise."""
+
+PUBLISHED = {
+    "resnet50": {100: 68.9, 300: 72.8, 1000: 74.6},
+    "vit_small": {300: 73.2},
+    "vit_base": {300: 76.7},
+}
+"""The reference's figures (its README): arch → epochs of pre-training → top-1 in % on ImageNet-1k. Not ours."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank is given: the configuration, which door it came through, the pictures of a mere evaluation."""
+
+    config: LinclsConfig
+    script_door: bool
+    val_folder: str = ""
+
+
+def main(config: LinclsConfig, *, script_door: bool) -> int:
+    """Check, start the ranks, train or evaluate; returns the exit code (0, or 128 + the signal that stopped it).
+
+    Raises:
+        UserError: for anything the user can mend, before training starts where it can be known.
+    """
+    check(config, script_door=script_door)
+    from mocov3.linear import train
+    from mocov3.linear_scores import evaluate_file
+
+    return start(evaluate_file if config.evaluate else train, Job(config, script_door))
+
+
+def start(task: Any, job: Job) -> int:
+    """Run ``task`` on every rank that the configuration asks for."""
+    from mocov3.distributed import launch
+
+    config = job.config
+    return launch(
+        task,
+        job,
+        device=config.device,
+        gpu=config.gpu,
+        spawn=config.multiprocessing_distributed,
+        processes=config.nprocs_per_node,
+        nodes=config.world_size,
+        node_rank=config.rank,
+        address="" if config.dist_url == _DEFAULT_ADDRESS else config.dist_url,
+        backend=config.dist_backend,
+    )
+
+
+def check(config: LinclsConfig, *, script_door: bool) -> None:
+    """Refuse what cannot work, before torch is imported.
+
+    Raises:
+        UserError: naming what, where and how to mend it.
+    """
+    config.check()
+    folder = Path(config.output_dir)
+    if config.evaluate:
+        if config.resume == "auto" and not (folder / "checkpoint.pth.tar").is_file():
+            raise UserError(f"--resume auto: there is no checkpoint.pth.tar in {folder}; name the file")
+        open_source(config.data, "val")
+        return
+    open_labelled(config.data)
+    if not (config.arch or config.pretrained or config.resume):
+        raise UserError("no backbone: give --pretrained FILE, or -a ARCH for an untrained one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".mocov3-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+    if not script_door and not config.resume and (folder / "checkpoint.pth.tar").exists():
+        raise UserError(
+            f"--output-dir {folder}: holds a former linear evaluation; go on with --resume auto, or name another"
+        )
+
+
+def verify(file: str, folder: str, **settings: Any) -> int:
+    """The accuracy of a published linear file on ImageNet's validation set, beside the published figure.
+
+    Returns:
+        0 if it agrees within 0.15 points (or there is no published figure), else 1.
+    """
+    path = Path(folder)
+    where = str(path / "val") if (path / "val").is_dir() else folder
+    config = LinclsConfig(data=where, resume=file, evaluate=True, arch="", **settings)
+    config.check()
+    open_source(where, "train")
+    from mocov3.linear_scores import verify_file
+
+    return start(verify_file, Job(config, True, where))

@@ -1,0 +1,96 @@
+"""Where linear evaluation starts or goes on: its file, its backbone, its resolved configuration."""
+
+import dataclasses
+import secrets
+from pathlib import Path
+from typing import Any
+
+from mocov3 import linear_files
+from mocov3.config import PRESETS, LinclsConfig, changed_fields
+from mocov3.config.lincls import numbers
+from mocov3.data import Source
+from mocov3.distributed import World
+from mocov3.errors import UserError
+from mocov3.frozen import Frozen, open_frozen
+
+Contents = dict[str, Any]
+
+
+def find(config: LinclsConfig) -> tuple[str, Contents | None]:
+    """The linear file of ``--resume`` (what to call it, its contents), or ``None``; ``auto`` may find nothing.
+
+    Raises:
+        UserError: if it cannot be read or is not a linear file.
+    """
+    if not config.resume:
+        return "", None
+    path = Path(config.output_dir) / linear_files.CHECKPOINT if config.resume == "auto" else Path(config.resume)
+    if config.resume == "auto" and not path.exists():
+        return "", None
+    return str(path), linear_files.read(path, f"--resume {path}")
+
+
+def open_backbone(
+    config: LinclsConfig, world: World, path: str, found: Contents | None
+) -> tuple[Frozen, LinclsConfig]:
+    """The frozen backbone, and the configuration with arch, seed, image size and preset as they are used.
+
+    A linear file holds its backbone; where ``--pretrained`` is given too, the two must agree.
+
+    Raises:
+        UserError: if there is no backbone, or not of this arch.
+    """
+    c = config
+    saved = (found or {}).get("mocov3") or {}
+    drawn = secrets.randbelow(2**31) if c.seed is None else c.seed
+    seed = saved["seed"] if c.seed is None and isinstance(saved.get("seed"), int) else world.share(drawn)
+    common: dict[str, Any] = {"image_size": c.image_size, "view_preset": c.view_preset, "seed": seed}
+    pretrained = None
+    if c.pretrained:
+        pretrained = open_frozen(c.pretrained, flag="--pretrained", arch=c.arch, encoder=c.encoder, **common)
+    if found is not None and c.arch != "pixels":
+        frozen = open_frozen(path, flag="--resume", arch=c.arch, **common)
+        if pretrained is not None and pretrained.digest() != frozen.digest() and not _same_body(pretrained, frozen):
+            raise UserError(f"--resume {path}: was trained on another backbone than --pretrained {c.pretrained}")
+    elif pretrained is not None:
+        frozen = pretrained
+    else:
+        frozen = open_frozen(c.arch, flag="--arch", **common)
+    preset = next((name for name, p in PRESETS.items() if p == frozen.preset), c.view_preset)
+    return frozen, dataclasses.replace(
+        c, arch=frozen.arch, seed=seed, image_size=frozen.image_size, view_preset=preset
+    )
+
+
+def _same_body(a: Frozen, b: Frozen) -> bool:
+    """Whether two backbones have equal weights, whatever stands in place of their heads."""
+    name = a.network.projector_name + "."
+    first, second = (
+        {k: v for k, v in f.network.state_dict().items() if not k.startswith(name)} for f in (a, b)
+    )
+    return list(first) == list(second) and all(v.equal(second[k]) for k, v in first.items())
+
+
+def check_same_run(path: str, found: Contents | None, config: LinclsConfig, source: Source) -> None:
+    """Refuse to go on with a file of other result-changing flags, other classes or other pictures.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if found is None:
+        return
+    own = found.get("mocov3") or {}
+    saved = dict(own.get("config", {}))
+    for name in ("lr", "weight_decay"):
+        if name in saved:
+            saved[name] = numbers(saved[name])
+    if (changed := changed_fields(config, saved)) and not config.allow_config_change:
+        raise UserError(f"--resume {path}: these fields differ from the checkpoint's: {', '.join(changed)}; "
+                        "give them as they were, or --allow-config-change")  # fmt: skip
+    classes = own.get("classes")
+    if isinstance(classes, list) and classes != list(source.classes):
+        raise UserError(f"--resume {path}: was trained on {len(classes)} classes, first {classes[0]!r}; "
+                        f"{config.data} has {len(source.classes)}, first {source.classes[0]!r}")  # fmt: skip
+    if own.get("data_digest", source.digest) != source.digest and not config.allow_config_change:
+        raise UserError(f"--resume {path}: was trained on other pictures than those of {config.data}; give the same, "
+                        "or --allow-config-change")  # fmt: skip
