@@ -1,6 +1,7 @@
 """Output of linear evaluation: the reference's lines, ``lincls.jsonl``, the sorted table of heads."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -63,7 +64,9 @@ def edges(results: Sequence[HeadResult]) -> list[str]:
     for field, flag in (("lr", "--lr"), ("weight_decay", "--wd")):
         tried = sorted({getattr(r, field) for r in results})
         value = getattr(best, field)
-        if len(tried) > 1 and value in (tried[0], tried[-1]) and not (field == "weight_decay" and value == 0):
+        if len(tried) < 2 or value not in (tried[0], tried[-1]) or (field == "weight_decay" and value == 0):
+            continue
+        if not any(getattr(r, field) in tried[1:-1] and r.best_acc1 >= best.best_acc1 for r in results):
             side, more = ("smallest", "smaller") if value == tried[0] else ("largest", "larger")
             said.append(f"the best head has the {side} {flag} tried ({value:g}); try {more} ones")
     return said
@@ -147,7 +150,7 @@ class EvaluationLog:
         """Lines of ``lincls.jsonl``."""
         if self._file is None:
             return
-        for line in lines:
+        for line in map(_plain, lines):
             self._file.write(json.dumps(line) + "\n")
             if self.style == "json":
                 print(json.dumps(line), flush=True)
@@ -158,7 +161,7 @@ class EvaluationLog:
         if not self.active:
             return
         best = results[best_of(results)]
-        content = {**about, "best": asdict(best), "heads": [asdict(r) for r in results]}
+        content = {**about, "best": _plain(asdict(best)), "heads": [_plain(asdict(r)) for r in results]}
         partial = self.folder / f".{RESULT}.{os.getpid()}.partial"
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.folder / RESULT)
@@ -174,6 +177,11 @@ class EvaluationLog:
         """Finish the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _plain(line: dict[str, Any]) -> dict[str, Any]:
+    """The line without NaN and infinities, which JSON does not know: losses of heads that diverged are null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
 
 
 def _reopened(path: Path, first_epoch: int) -> TextIO:

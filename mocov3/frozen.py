@@ -37,6 +37,16 @@ class Frozen:
     """What it is, for people."""
 
     @property
+    def width(self) -> int:
+        """Numbers of a picture's feature that linear evaluation uses."""
+        return int(self.network.num_features)  # type: ignore[arg-type]
+
+    @property
+    def head(self) -> str:
+        """Name of what stands in place of the classifier."""
+        return str(self.network.projector_name)
+
+    @property
     def view(self) -> CentreView:
         """The evaluation view."""
         return CentreView(self.image_size, self.preset.evaluation_zoom)
@@ -47,8 +57,14 @@ class Frozen:
         return self
 
     def digest(self) -> str:
-        """sha256 over names and values of all parameters and buffers."""
-        return digest(self.network)
+        """sha256 over names and values of all parameters and buffers but those of the head."""
+        head = f"{self.head}."
+        total = hashlib.sha256()
+        for name, value in self.network.state_dict().items():
+            if not name.startswith(head):
+                total.update(name.encode())
+                total.update(value.detach().cpu().numpy().tobytes())  # in C order, whatever the memory layout
+        return total.hexdigest()
 
 
 class Pixels(nn.Module):
@@ -113,9 +129,7 @@ def open_frozen(
                    f"{model}, untrained (seed {seed})", layer)  # fmt: skip
 
 
-def _from_file(
-    path: str, where: str, arch: str, encoder: str, image_size: int, view_preset: str, layer: str
-) -> Frozen:
+def _from_file(path: str, where: str, arch: str, encoder: str, image_size: int, view_preset: str, layer: str) -> Frozen:
     contents = checkpoint.read(path)
     weights = find_backbone(contents, where, momentum=encoder == "momentum")
     if arch and weights.arch and weights.arch != arch:
@@ -124,9 +138,12 @@ def _from_file(
     if not name:
         raise UserError(f"{where}: does not say which arch it is; {_fits(weights.state)}")
     own = contents.get("mocov3")
-    config = own.get("config", {}) if isinstance(own, dict) else {}
-    size = image_size or int(config.get("image_size") or 224)
-    preset = PRESETS[view_preset] if view_preset else _saved_preset(own, config)
+    try:
+        config = dict(own["config"]) if isinstance(own, dict) else {}
+        size = image_size or int(config.get("image_size") or 224)
+        preset = PRESETS[view_preset] if view_preset else _saved_preset(own, config)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{where}: its entry 'mocov3' is damaged; give a whole file") from None
     settings = {"image_size": size, **settings_of(weights.state, name)}
     try:
         network = _with_projector(contents, name, encoder, settings, where) if layer == "projector" else (
@@ -238,14 +255,3 @@ def _fits(state: dict[str, Tensor]) -> str:
         if set(bare) == set(state) and all(v.shape == state[k].shape for k, v in bare.items() if k != "pos_embed"):
             found.append(arch)
     return f"-a {' or '.join(found)} fits it" if found else "no built-in arch fits it; is it timm/NAME?"
-
-
-def digest(network: nn.Module) -> str:
-    """sha256 over names and values of all parameters and buffers."""
-    total = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        total.update(name.encode())
-        total.update(value.detach().cpu().numpy().tobytes())  # in C order, whatever the memory layout
-    return total.hexdigest()
-
-

@@ -16,25 +16,21 @@ from torch import Tensor
 
 from mocov3 import checkpoint, linear_files, schedules
 from mocov3.checkpoint import Position
-from mocov3.config import write_yaml
 from mocov3.data import Batch, Loader
 from mocov3.data.labelled import CropView, open_labelled, plan_all
 from mocov3.data.loader import Unreadable, Work, usable_cores
 from mocov3.distributed import World
 from mocov3.errors import UserError
-from mocov3.evaluation_log import EvaluationLog, HeadResult, best_of
+from mocov3.evaluation_log import HeadResult, best_of
 from mocov3.features import Collected, collect, refuse_not_finite
 from mocov3.heads import Heads, HeadSpec
 from mocov3.lincls import Job
 from mocov3.linear_scores import evaluated, rates, validation_features
-from mocov3.linear_setup import check_same_run, find, open_backbone
+from mocov3.linear_setup import check_same_run, find, open_backbone, open_log, protocol
 from mocov3.log import warn
 from mocov3.logistic import solve
 from mocov3.step import Precision, normalise, resolve_precision
 from mocov3.stop import Stop
-
-PROTOCOL = "linear evaluation"
-CACHED = "linear evaluation on cached features, without augmentation (not the published protocol)"
 
 
 def train(world: World, job: Job) -> int:
@@ -67,8 +63,9 @@ class Evaluation:
         c = self.config
         self.digest = self.frozen.digest()
         check_same_run(where, found, c, self.source)
-        specs = [HeadSpec(kind, lr, wd) for kind in c.heads for wd in c.weight_decays for lr in c.lrs]
-        self.heads = Heads(specs, width=self.frozen.network.num_features, classes=len(self.source.classes),
+        lrs = c.lrs if c.solver == "sgd" else (0.0,)  # L-BFGS has none
+        specs = [HeadSpec(kind, lr, wd) for kind in c.heads for wd in c.weight_decays for lr in lrs]
+        self.heads = Heads(specs, width=self.frozen.width, classes=len(self.source.classes),
                            seed=c.seed or 0, momentum=c.momentum, world=world)  # fmt: skip
         self.results = [HeadResult(s.kind, s.lr, s.weight_decay) for s in specs]
         self.position = Position(c.start_epoch, 0, c.start_epoch * self.iterations)
@@ -84,7 +81,9 @@ class Evaluation:
         self._train: Collected | None = None
         self._loader: Loader | None = None
         self._saved_at = -1
-        self.log = self._open_log(job.script_door, found is not None)
+        self.log = open_log(c, world, self.frozen, (len(self.source), len(self.val_source)), self.heads,
+                            self.iterations, self.position, resumed=found is not None,
+                            script_door=job.script_door)  # fmt: skip
         self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
 
     def _restore(self, where: str, found: dict[str, Any]) -> None:
@@ -100,27 +99,6 @@ class Evaluation:
             self.results[0].best_epoch = self.position.epoch - 1
         if isinstance(own.get("counts"), Tensor) and self.position.iteration and self.world.main:
             self.counts += own["counts"].to(self.counts)
-
-    def _open_log(self, script_door: bool, resumed: bool) -> EvaluationLog:
-        c, world = self.config, self.world
-        style = "quiet" if c.quiet else "json" if c.json else "lines" if script_door else "epochs"
-        log = EvaluationLog(self.folder, active=world.main, style=style, iterations=self.iterations,
-                            first_epoch=self.position.epoch)  # fmt: skip
-        if world.main:
-            complete = dataclasses.replace(c, resume="", config="")
-            write_yaml(complete, self.folder / "lincls.yaml", "re-run by: mocov3 lincls --config FILE")
-            if not (c.pretrained or c.resume or c.arch == "pixels"):
-                warn("no --pretrained: the backbone is untrained")
-        if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
-            log.say("no CUDA here: ranks talk over gloo instead of nccl")
-        what = CACHED if c.cache_features else PROTOCOL
-        log.say(f"{what} of {self.frozen.about}: {len(self.source)} training and {len(self.val_source)} validation "
-                f"pictures, {len(self.source.classes)} classes, {len(self.results)} heads, {self.iterations} steps of "
-                f"{c.batch_size} an epoch, {c.epochs} epochs; {world.size} process(es) on {world.device.type}; "
-                f"seed {c.seed}")  # fmt: skip
-        if resumed:
-            log.say(f"resumed at epoch {self.position.epoch}, iteration {self.position.iteration}")
-        return log
 
     def _workers(self) -> int:
         return min(self.config.workers, max(usable_cores() // self.world.local_size, 1))
@@ -172,7 +150,7 @@ class Evaluation:
             met = set(indices.tolist())
             self._note_unreadable("train", {c.index: c.reason for c in batch.corrupt if c.index in met})
             if not len(indices):
-                return torch.empty(0, self.frozen.network.num_features, device=self.world.device), self.labels[:0]
+                return torch.empty(0, self.frozen.width, device=self.world.device), self.labels[:0]
             pixels = normalise(batch.pixels[0], self.world.device, self.frozen.preset.mean, self.frozen.preset.std)
             with self.precision.autocast():
                 x = self.frozen.features(pixels).float()
@@ -213,7 +191,7 @@ class Evaluation:
         self.log.write([
             {"epoch": done - 1, "head": r.head, "lr": r.lr, "weight_decay": r.weight_decay, "train_loss": t[0],
              "train_acc1": t[1], "train_acc5": t[2], "val_loss": r.loss, "acc1": r.acc1, "acc5": r.acc5,
-             "best_acc1": r.best_acc1, "images_per_second": rate, "protocol": self.protocol}
+             "best_acc1": r.best_acc1, "images_per_second": rate, "protocol": protocol(c)}
             for r, t in zip(self.results, trained, strict=True)
         ])  # fmt: skip
         self._zero_counts()
@@ -222,15 +200,12 @@ class Evaluation:
         self.save(best=lead.best_acc1 > best_before)
         self.log.restart()
 
-    @property
-    def protocol(self) -> str:
-        """What was done, as it is written beside every number."""
-        return CACHED if self.config.cache_features else PROTOCOL
-
     def evaluate(self) -> list[tuple[float, float, float]]:
         """Loss, top-1 and top-5 in % of every head on the whole validation set, exact over ranks."""
         if self._val is None:  # the backbone does not change, so one pass does for all epochs
-            self._val, bad = validation_features(self.frozen, self.val_source, self.val_labels, self.world, self._settings())
+            self._val, bad = validation_features(
+                self.frozen, self.val_source, self.val_labels, self.world, self._settings()
+            )
             self._note_unreadable("val", bad)
         return evaluated(self.heads, self._val, self.world, self.log, self.config.print_freq)
 
@@ -284,12 +259,13 @@ class Evaluation:
                     "config": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(c).items()},
                     "seed": c.seed, "classes": list(self.source.classes), "data_digest": self.source.digest,
                     "heads": [dataclasses.asdict(r) for r in self.results], "counts": counts,
-                    "protocol": self.protocol, "backbone": self.digest,
+                    "protocol": protocol(c), "backbone": self.digest,
                     "view": {"mean": list(view.mean), "std": list(view.std), "zoom": view.evaluation_zoom},
                     "origin": self.frozen.about, "licence": "that of the backbone's weights",
                 },
             )  # fmt: skip
-            for name in (linear_files.CHECKPOINT, *([linear_files.BEST] if best else [])):
+            # the best first: killed between the two, a resume makes it again
+            for name in (*([linear_files.BEST] if best else []), linear_files.CHECKPOINT):
                 try:
                     checkpoint.write(self.folder / name, contents)
                 except OSError as error:
@@ -305,7 +281,7 @@ class Evaluation:
             c = self.config
             bad = {part: len(set().union(*self.world.gather(set(met)))) for part, met in self.unreadable.items()}
             self.log.result(self.results, {
-                "protocol": self.protocol, "backbone": self.frozen.about, "data": c.data,
+                "protocol": protocol(c), "backbone": self.frozen.about, "data": c.data,
                 "epochs": self.position.epoch, "batch_size": c.batch_size, "solver": c.solver, "seed": c.seed,
                 "unreadable": bad,
             })  # fmt: skip

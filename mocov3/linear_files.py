@@ -32,7 +32,7 @@ def pack(
     frozen: Frozen, heads: Heads, best: int, *, position: Position, best_acc1: float, extra: dict[str, Any]
 ) -> dict[str, Any]:
     """Contents of a file whose classifier is head number ``best``; ``extra`` joins the ``mocov3`` entry."""
-    name = frozen.network.projector_name + "."
+    name = f"{frozen.head}."
     state = {k: v for k, v in frozen.network.state_dict().items() if not k.startswith(name)}
     weight, bias = heads.folded(best)
     whole = {**state, f"{name}weight": weight, f"{name}bias": bias}
@@ -141,7 +141,7 @@ def _momenta(optimizer: Any, found: Classifier, where: str) -> list[Tensor]:
         raise UserError(f"{where}: misses the entry 'optimizer' that a resume needs")
     if not optimizer["state"]:
         return [torch.empty(0), torch.empty(0)]
-    momenta = [(optimizer["state"].get(i) or {}).get("momentum_buffer") for i in range(2)]
+    momenta: list[Any] = [(optimizer["state"].get(i) or {}).get("momentum_buffer") for i in range(2)]
     for m, value in zip(momenta, found, strict=True):
         if not isinstance(m, Tensor) or m.shape != value.shape:
             raise UserError(f"{where}: its optimizer entry does not fit its classifier; use another checkpoint")

@@ -6,14 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from mocov3 import linear_files
-from mocov3.config import PRESETS, LinclsConfig, changed_fields
+from mocov3.checkpoint import Position
+from mocov3.config import PRESETS, LinclsConfig, changed_fields, write_yaml
 from mocov3.config.lincls import numbers
 from mocov3.data import Source
 from mocov3.distributed import World
 from mocov3.errors import UserError
+from mocov3.evaluation_log import EvaluationLog
 from mocov3.frozen import Frozen, open_frozen
+from mocov3.heads import Heads
+from mocov3.log import warn
 
 Contents = dict[str, Any]
+PROTOCOL = "linear evaluation"
+CACHED = "linear evaluation on cached features, without augmentation (not the published protocol)"
+
+
+def protocol(config: LinclsConfig) -> str:
+    """What is done, as it is written beside every number."""
+    return CACHED if config.cache_features else PROTOCOL
 
 
 def find(config: LinclsConfig) -> tuple[str, Contents | None]:
@@ -30,9 +41,7 @@ def find(config: LinclsConfig) -> tuple[str, Contents | None]:
     return str(path), linear_files.read(path, f"--resume {path}")
 
 
-def open_backbone(
-    config: LinclsConfig, world: World, path: str, found: Contents | None
-) -> tuple[Frozen, LinclsConfig]:
+def open_backbone(config: LinclsConfig, world: World, path: str, found: Contents | None) -> tuple[Frozen, LinclsConfig]:
     """The frozen backbone, and the configuration with arch, seed, image size and preset as they are used.
 
     A linear file holds its backbone; where ``--pretrained`` is given too, the two must agree.
@@ -50,25 +59,16 @@ def open_backbone(
         pretrained = open_frozen(c.pretrained, flag="--pretrained", arch=c.arch, encoder=c.encoder, **common)
     if found is not None and c.arch != "pixels":
         frozen = open_frozen(path, flag="--resume", arch=c.arch, **common)
-        if pretrained is not None and pretrained.digest() != frozen.digest() and not _same_body(pretrained, frozen):
+        if isinstance(saved.get("origin"), str):  # what it was before it was frozen into this file
+            frozen = dataclasses.replace(frozen, about=saved["origin"])
+        if pretrained is not None and pretrained.digest() != frozen.digest():
             raise UserError(f"--resume {path}: was trained on another backbone than --pretrained {c.pretrained}")
     elif pretrained is not None:
         frozen = pretrained
     else:
         frozen = open_frozen(c.arch, flag="--arch", **common)
     preset = next((name for name, p in PRESETS.items() if p == frozen.preset), c.view_preset)
-    return frozen, dataclasses.replace(
-        c, arch=frozen.arch, seed=seed, image_size=frozen.image_size, view_preset=preset
-    )
-
-
-def _same_body(a: Frozen, b: Frozen) -> bool:
-    """Whether two backbones have equal weights, whatever stands in place of their heads."""
-    name = a.network.projector_name + "."
-    first, second = (
-        {k: v for k, v in f.network.state_dict().items() if not k.startswith(name)} for f in (a, b)
-    )
-    return list(first) == list(second) and all(v.equal(second[k]) for k, v in first.items())
+    return frozen, dataclasses.replace(c, arch=frozen.arch, seed=seed, image_size=frozen.image_size, view_preset=preset)
 
 
 def check_same_run(path: str, found: Contents | None, config: LinclsConfig, source: Source) -> None:
@@ -94,3 +94,27 @@ def check_same_run(path: str, found: Contents | None, config: LinclsConfig, sour
     if own.get("data_digest", source.digest) != source.digest and not config.allow_config_change:
         raise UserError(f"--resume {path}: was trained on other pictures than those of {config.data}; give the same, "
                         "or --allow-config-change")  # fmt: skip
+
+
+def open_log(
+    config: LinclsConfig, world: World, frozen: Frozen, pictures: tuple[int, int], heads: Heads, iterations: int,
+    position: Position, *, resumed: bool, script_door: bool,
+) -> EvaluationLog:  # fmt: skip
+    """The log of a run, ``lincls.yaml``, and what is said at the beginning."""
+    c = config
+    style = "quiet" if c.quiet else "json" if c.json else "lines" if script_door else "epochs"
+    folder = Path(c.output_dir)
+    log = EvaluationLog(folder, active=world.main, style=style, iterations=iterations, first_epoch=position.epoch)
+    if world.main:
+        complete = dataclasses.replace(c, resume="", config="")
+        write_yaml(complete, folder / "lincls.yaml", "re-run by: mocov3 lincls --config FILE")
+        if not (c.pretrained or c.resume or c.arch == "pixels"):
+            warn("no --pretrained: the backbone is untrained")
+    if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
+        log.say("no CUDA here: ranks talk over gloo instead of nccl")
+    log.say(f"{protocol(c)} of {frozen.about}: {pictures[0]} training and {pictures[1]} validation pictures, "
+            f"{heads.classes} classes, {len(heads.specs)} heads, {iterations} steps of {c.batch_size} an epoch, "
+            f"{c.epochs} epochs; {world.size} process(es) on {world.device.type}; seed {c.seed}")  # fmt: skip
+    if resumed:
+        log.say(f"resumed at epoch {position.epoch}, iteration {position.iteration}")
+    return log

@@ -44,7 +44,7 @@ def fit(
         both.grad[:, :-1] += weight_decay * weight
         return summed[0] + 0.5 * weight_decay * weight.square().sum()
 
-    optimizer.step(closure)  # type: ignore[arg-type]  # the gradient is set by hand, in chunks
+    optimizer.step(closure)  # the gradient is set by hand, in chunks
     solved = both.detach()
     return solved[:, :-1].contiguous(), solved[:, -1].contiguous()
 

@@ -97,4 +97,21 @@ def bad_on_one_rank(world, _):
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == bad
         assert all(torch.isfinite(p).all() for p in model.parameters())
     assert step.skipped == 2
+
+
+def heads(world, path):
+    """Ten steps of heads in float64 on this rank's uneven parts, one batch smaller than the ranks; rank 0 saves."""
+    from mocov3.heads import Heads, HeadSpec
+
+    specs = [HeadSpec(kind, lr, 1e-3) for kind in ("linear", "bn-linear") for lr in (0.1, 1.0)]
+    made = Heads(specs, width=6, classes=3, seed=1, momentum=0.9, world=world, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for n in (7, 8, 1, 5, 7, 7, 7, 3, 7, 7):
+        x = torch.randn(n, 6, generator=generator, dtype=torch.float64) + 1
+        y = torch.randint(3, (n,), generator=generator)
+        part = slice(world.rank * n // world.size, (world.rank + 1) * n // world.size)
+        made.step(x[part], y[part], lr_factor=1.0)
+    if world.main:
+        torch.save(made.state(), path)
+    world.barrier()
     return 0

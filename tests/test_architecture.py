@@ -15,39 +15,30 @@ ORDER = [
     "foreign",
     "tuning.loop", "tuning.setup", "tuning.files", "tuning.recorder", "tuning.log", "tuning.evaluate", "tuning.step",
     "tuning.mixing", "tuning.model", "tuning.plan", "finetune", "tuning",
-    "run", "resume", "saver", "recorder", "pretrain",
-    "assemble", "features", "step", "augment", "convert",
+    "linear", "linear_scores", "linear_setup", "linear_files", "lincls", "knn", "embed", "embeddings",
+    "logistic", "heads", "evaluation_log",
+    "run", "resume", "saver", "recorder", "pretrain", "assemble", "frozen", "features", "step", "augment", "convert",
     "models", "models.moco", "models.backbones", "models.vit", "optim", "schedules", "losses", "neighbours",
     "stop", "writer", "checkpoint", "tensorfiles", "vetting",
     "distributed", "distributed.launch", "distributed.batch_norm", "distributed.world", "distributed.heartbeat",
     "log", "metrics",
     "data", "data.transfer", "data.supervised",
-    "data.loader", "data.slots", "data.views", "data.operations", "data.native", "data.draws", "data.decode",
-    "data.packed", "data.shards", "data.parquet", "data.sources",
-    "config", "config.pretrain", "config.lincls", "config.finetune", "config.presets", "config.fields", "config.archs",
+    "data.labelled", "data.loader", "data.slots", "data.views", "data.operations", "data.native", "data.draws",
+    "data.decode", "data.packed", "data.shards", "data.parquet", "data.sources",
+    "config", "config.pretrain", "config.lincls", "config.evaluation", "config.finetune", "config.presets",
+    "config.fields", "config.archs",
     "errors", "version",
 ]  # fmt: skip
 # started from above, by name: the doors call a task, a task its loop; sources by what they are named
 LAZY = {
-    ("pretrain", "run"),
-    ("demo", "cli"),
-    ("data.sources", "data.packed"),
-    ("export", "exporting"),
-    ("finetune", "tuning.loop"),
-}
+    ("pretrain", "run"), ("demo", "cli"), ("data.sources", "data.packed"), ("export", "exporting"),
+    ("finetune", "tuning.loop"), ("lincls", "linear"), ("lincls", "linear_scores"),
+}  # fmt: skip
 LIGHT = [
-    "mocov3.cli",
-    "mocov3.recipes",
-    "mocov3.config",
-    "mocov3.data",
-    "mocov3.pretrain",
-    "mocov3.log",
-    "mocov3.stop",
-    "mocov3.finetune",
-    "mocov3.export",
-    "mocov3.data.supervised",
-    "mocov3.data.transfer",
-]
+    "mocov3.cli", "mocov3.recipes", "mocov3.config", "mocov3.data", "mocov3.pretrain", "mocov3.log", "mocov3.stop",
+    "mocov3.finetune", "mocov3.export", "mocov3.data.supervised", "mocov3.data.transfer",
+    "mocov3.lincls", "mocov3.knn", "mocov3.embed",
+]  # fmt: skip
 
 
 def modules():
