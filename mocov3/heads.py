@@ -142,7 +142,8 @@ class Heads:
         scores = self._apply(x, normed)
         losses = [F.cross_entropy(s, target, reduction="sum") for s in scores]
         parameters = [*self.weights, *self.biases]
-        grads = torch.autograd.grad(losses, parameters, grad_outputs=[torch.ones_like(loss) for loss in losses])
+        share = 1.0 if self.world.size > 1 else 1.0 / max(len(x), 1)  # of several ranks the sum is divided instead
+        grads = torch.autograd.grad(losses, parameters, grad_outputs=[torch.full_like(one, share) for one in losses])
         self._set_grads(parameters, list(grads), len(x))
         for group, spec in zip(self.optimizer.param_groups, self.specs, strict=True):
             group["lr"] = spec.lr * lr_factor
@@ -154,8 +155,8 @@ class Heads:
             n = torch.tensor([float(count)], dtype=grads[0].dtype, device=grads[0].device)
             flat = self.world.sum(torch.cat([*(g.flatten() for g in grads), n]))
             parts = flat[:-1].split([g.numel() for g in grads])
-            grads, count = [p.view_as(g) for p, g in zip(parts, grads, strict=True)], int(flat[-1])
-        torch._foreach_div_(grads, float(max(count, 1)))
+            grads = [p.view_as(g) for p, g in zip(parts, grads, strict=True)]
+            torch._foreach_div_(grads, max(float(flat[-1]), 1.0))
         for p, g in zip(parameters, grads, strict=True):
             p.grad = g
 

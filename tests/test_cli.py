@@ -17,7 +17,7 @@ from conftest import ROOT, TINY
 from PIL import Image
 
 from mocov3 import checkpoint, models
-from mocov3.cli import main, parse_script
+from mocov3.cli import main, parse_embed, parse_knn, parse_script
 from mocov3.config import BUILT_IN_ARCHS, FinetuneConfig, LinclsConfig, PretrainConfig, read_yaml, write_yaml
 from mocov3.errors import UserError, printable
 from mocov3.recipes import RECIPES
@@ -32,6 +32,14 @@ FROZEN = """
 --max-corrupt --checkpoint-every --checkpoint-steps --max-steps --max-hours --knn-every --nprocs-per-node --compile
 --grad-checkpoint --deterministic --keep-last --keep-every --skip-spikes --dist-timeout
 --allow-config-change --allow-data-change --quiet --json --views-on
+"""
+
+FROZEN_LINCLS = """
+-a --arch -j --workers --epochs --start-epoch -b --batch-size --lr --learning-rate --momentum --wd --weight-decay
+-p --print-freq --resume -e --evaluate --world-size --rank --dist-url --dist-backend --seed --gpu
+--multiprocessing-distributed --pretrained
+--head --cache-features --solver --encoder --image-size --view-preset --crop-min --output-dir --recipe --config
+--checkpoint-steps --max-steps --max-hours --device --precision --nprocs-per-node --allow-config-change --quiet --json
 """
 
 
@@ -72,15 +80,20 @@ def test_every_command_of_the_reference_parses():
     assert (pets.drop_path, pets.data_set) == (0, "pets")
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONFIG.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONFIG.md", "docs/evaluation.md"])
 def test_every_command_of_our_documents_parses(document):
     found = [(s, a) for s, a in commands((ROOT / document).read_text()) if s not in ("mocov3 demo", "mocov3 export")]
-    assert len(found) >= 4
+    assert len(found) >= 3
     for script, argv in found:
         if script.startswith("mocov3"):
-            script = {
-                "pretrain": "main_moco.py", "convert": "convert_to_deit.py", "finetune": "transfer/main.py",
-            }[script.split()[1]]  # fmt: skip
+            scripts = {"pretrain": "main_moco.py", "convert": "convert_to_deit.py", "lincls": "main_lincls.py",
+                       "finetune": "transfer/main.py"}  # fmt: skip
+            more = {"knn": parse_knn, "embed": parse_embed}
+            command = script.split()[1]
+            if command in more:
+                more[command](argv, prog=command)
+                continue
+            script = scripts[command]
         config = parse_script(script, argv)
         if isinstance(config, PretrainConfig):
             dataclasses.replace(config).check()
@@ -105,6 +118,14 @@ def test_the_flags_are_frozen():
         if not field.metadata["positional"]:
             names += field.metadata["names"] or (f"--{field.name.replace('_', '-')}",)
     assert sorted(names) == sorted(FROZEN.split())
+
+
+def test_the_flags_of_linear_evaluation_are_frozen():
+    names = []
+    for field in dataclasses.fields(LinclsConfig):
+        if not field.metadata["positional"]:
+            names += field.metadata["names"] or (f"--{field.name.replace('_', '-')}",)
+    assert sorted(names) == sorted(FROZEN_LINCLS.split())
 
 
 def test_flags_recipe_file_and_door_in_this_order(tmp_path):
@@ -136,6 +157,8 @@ def test_help_and_refusals_come_without_torch(tmp_path):
         (["--help"], 0), (["pretrain", "--help"], 0), (["convert", "--help"], 0), (["demo", "--help"], 0),
         (["finetune", "--help"], 0), (["export", "--help"], 0), (["finetune", "--data-path", str(tmp_path)], 2),
         (["export", "none.pth", "--to", "deit", "--output", "o"], 2),
+        (["lincls", "--help"], 0), (["knn", "--help"], 0), (["embed", "--help"], 0), (["verify", "--help"], 0),
+        (["lincls", str(tmp_path / "none")], 2), (["knn", "fashion-mnist"], 2), (["embed", "x"], 2),
         (["--version"], 0), (["pretrain", str(tmp_path / "none")], 2), (["nothing"], 2),
         (["pretrain", "fashion-mnist", "--lr", "-1"], 2),
     ):  # fmt: skip

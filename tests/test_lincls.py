@@ -322,9 +322,10 @@ def test_training_view_and_epochs(pictures):
     whole = np.asarray(decode(data).resize((24, 24), Image.Resampling.BILINEAR))
     square = Image.fromarray(whole)
     made = [CropView(24, crop_min=1.0)(np.asarray(square), seed=0, epoch=0, index=i)[0] for i in range(20)]
-    turned = [np.array_equal(m, whole[:, ::-1]) for m in made]
+    near = lambda a, b: np.abs(a.astype(int) - b).max() <= 1
+    turned = [near(m, whole[:, ::-1]) for m in made]
     assert 3 <= sum(turned) <= 17
-    assert all(t or np.array_equal(m, whole) for t, m in zip(turned, made, strict=True))
+    assert all(t or near(m, whole) for t, m in zip(turned, made, strict=True))
     # every picture once an epoch, whatever the ranks; the global batches are the same
     plans = {n: [list(plan_all(10, seed=4, batch_size=4, rank=r, ranks=n, epochs=2)) for r in range(n)]
              for n in (1, 3)}  # fmt: skip
