@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mocov3 import checkpoint, models
-from mocov3.config.archs import BUILT_IN_ARCHS, RESNETS
+from mocov3.config.archs import BUILT_IN_ARCHS, RESNETS, is_vit
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.convert import find_backbone, load_into
 from mocov3.data import CentreView
@@ -217,6 +217,10 @@ def _published(model: str, image_size: int, view_preset: str, layer: str) -> Fro
 
 def _frozen(network: Any, arch: str, size: int, preset: ViewPreset, settings: dict[str, Any], about: str,
             layer: str) -> Frozen:  # fmt: skip
+    if is_vit(arch) and size % int(settings.get("patch_size", 16)):
+        patch = int(settings.get("patch_size", 16))
+        raise UserError(f"--image-size {size} does not divide into patches of {patch} px; "
+                        f"nearest: {max(size // patch, 1) * patch} or {(size // patch + 1) * patch}")  # fmt: skip
     network.eval().requires_grad_(False)
     if layer:
         about += f", layer {layer}"

@@ -231,6 +231,7 @@ def test_bad_input(pictures, pretrained, tmp_path):
     assert "has no cls token" in refused(*go, pretrained, "--layer", "cls")
     assert "has no momentum encoder" in refused(*go, "resnet18", "--encoder", "momentum")
     assert f"give -a {ARCH}" in refused(*go, pretrained, "-a", "resnet18")
+    assert "32 or 48" in refused(*go, "vit_small", "--image-size", "40")
     assert "class folders" in refused("knn", pictures / "train" / "class0", "--model", pretrained)
     assert "timm has no such model" in refused(*go, "timm/resnet10x").replace(__import__("timm").__version__ + " ", "")
     torch.save({"model": {}}, tmp_path / "none.pth")
