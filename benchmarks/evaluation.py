@@ -43,7 +43,7 @@ def best(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float
 
 def heads(rounds: int) -> None:
     """Twenty heads against one."""
-    frozen, classes, batch = open_frozen("resnet50", flag="").to(HERE.device), 1000, 128
+    frozen, classes, batch = open_frozen("resnet50", flag="").to(HERE.device), 1000, 64
     x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     y = torch.randint(classes, (batch,))
     with torch.no_grad():

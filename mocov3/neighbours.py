@@ -37,7 +37,7 @@ def nearest(
 ) -> Neighbours:
     """The ``k`` nearest bank rows of every query by cosine, exactly.
 
-    Beside its arguments it takes about 1 GB at most, whatever the size of the bank.
+    Beside its arguments it takes about 2.5 GB at most, whatever the size of the bank (``benchmarks/evaluation.py``).
 
     Args:
         bank: features, finite.
