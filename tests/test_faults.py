@@ -1,5 +1,6 @@
 """What goes wrong in days of training: full disks, lost ranks, bad numbers, slow leaks (docs/reliability.md)."""
 
+import contextlib
 import json
 import os
 import resource
@@ -268,24 +269,25 @@ def memory(pid):
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def newest_step(folder):
+    """Step of the last line of metrics, without reading the others."""
+    with (folder / "metrics.jsonl").open("rb") as file:
+        file.seek(-min(2000, (folder / "metrics.jsonl").stat().st_size), os.SEEK_END)
+        return json.loads(file.read().splitlines()[-1])["step"]
+
+
 @linux
 def test_memory_and_files_stay(pictures, tmp_path):
     steps = trials(2000, 20000)
-    flags = ["--image-size", 8, "-b", 8, "--epochs", steps, "--max-steps", steps, "-p", 20, "--checkpoint-every", 9**9,
+    flags = ["--image-size", 8, "-b", 4, "--epochs", steps, "--max-steps", steps, "-p", 20, "--checkpoint-every", 9**9,
              "--checkpoint-steps", steps // 20]  # fmt: skip
     process = Process(pretrain(pictures, tmp_path, *flags))
     seen = []
-    try:
-        process.wait_until(lambda: bool(lines(tmp_path)))
-        while process.popen.poll() is None:
-            written = lines(tmp_path)
-            at = json.loads(written[-1])["step"] if written and written[-1].endswith("}") else 0
-            with_pid = (at, *memory(process.popen.pid)) if process.popen.poll() is None else None
-            if with_pid:
-                seen.append(with_pid)
-            time.sleep(0.05)
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        pass  # it ended while being looked at
+    process.wait_until(lambda: bool(lines(tmp_path)))
+    while process.popen.poll() is None:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # it ended, or writes, while being looked at
+            seen.append((newest_step(tmp_path), *memory(process.popen.pid)))
+        time.sleep(0.25)
     process.finish()
 
     def middle(first, last, column):

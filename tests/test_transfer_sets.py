@@ -14,7 +14,7 @@ from test_cli import refused
 
 from mocov3.data import Loader, Work
 from mocov3.data.decode import decode
-from mocov3.data.supervised import CropFlip
+from mocov3.data.labelled import CropView
 from mocov3.data.transfer import Cifar, open_pair
 from mocov3.errors import UserError
 
@@ -149,7 +149,7 @@ def test_loader_processes_read_them(tmp_path):
     source = Cifar("cifar10", str(tmp_path), "train")
     batches = []
     for workers in (0, 1):
-        with Loader(source, CropFlip(32), batch_size=4, seed=1, workers=workers) as loader:
+        with Loader(source, CropView(32, 0.05), batch_size=4, seed=1, workers=workers) as loader:
             work = Work(0, 0, np.array([3, 1, 7, 29]))
             batches.append(next(batch.pixels.copy() for batch in loader.run([work])))
     assert np.array_equal(*batches)

@@ -20,7 +20,8 @@ from torchvision.transforms.functional import InterpolationMode, resized_crop
 
 from mocov3.data import FashionMnist
 from mocov3.data.draws import draw, permutation
-from mocov3.data.supervised import _PLAIN, CropFlip, DeitAugment, Repeated, key, seeded, stratified
+from mocov3.data.labelled import _PLAIN, CropView
+from mocov3.data.supervised import TRANSFER_CROP, DeitAugment, Repeated, key, seeded, stratified
 from mocov3.distributed import World, launch
 from mocov3.step import Precision
 from mocov3.tuning.evaluate import Accuracy, count
@@ -241,19 +242,19 @@ def test_transfer_crop_is_torchvisions():
     image = np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     areas, flips = [], 0
     for index in range(200):
-        choice = draw(_PLAIN, 0.05, 80, 60, seed=1, epoch=0, index=index, view=0)
+        choice = draw(_PLAIN, TRANSFER_CROP, 80, 60, seed=1, epoch=0, index=index, view=0)
         assert choice.jitter is None
         assert [choice.gray, choice.solarize, choice.blur_sigma] == [False, False, None]
         areas.append(choice.height * choice.width / 4800)
         flips += choice.flip
         if index < 5:
-            (got,) = CropFlip(32)(image, seed=1, epoch=0, index=index)
+            (got,) = CropView(32, TRANSFER_CROP)(image, seed=1, epoch=0, index=index)
             want = resized_crop(
                 Image.fromarray(image), choice.top, choice.left, choice.height, choice.width, [32, 32],
                 InterpolationMode.BILINEAR,
             )  # fmt: skip
             want = np.asarray(want)[:, ::-1] if choice.flip else np.asarray(want)
-            assert np.array_equal(got, want)
+            assert np.abs(got.astype(int) - want).max() <= 1  # the compiled resize rounds its own way
     assert min(areas) < 0.1
     assert 70 < flips < 130
 

@@ -1,8 +1,8 @@
-"""Labelled pictures for fine-tuning: subsets, repeated pictures, and the training transforms of DeiT and of transfer.
+"""Labelled pictures for fine-tuning: subsets, repeated pictures, and DeiT's training transform.
 
-``CropFlip`` imports no torch. ``DeitAugment`` does, in the loader processes too: RandAugment and its ranges are
-timm's, and timm needs torch (about 3 s at the start of each process). What is drawn is a function of (seed, epoch,
-picture, repetition) all the same: the global generators that timm draws from are seeded for every picture.
+``DeitAugment`` imports torch, in the loader processes too (the others do not): RandAugment and its ranges are timm's,
+and timm needs torch (about 3 s at the start of each process). What is drawn is a function of (seed, epoch, picture,
+repetition) all the same: the global generators that timm draws from are seeded for every picture.
 """
 
 import contextlib
@@ -15,18 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from mocov3.config.presets import ViewPreset
 from mocov3.data.decode import decode
-from mocov3.data.draws import draw, permutation
+from mocov3.data.draws import permutation
 from mocov3.data.sources import Source
-from mocov3.data.views import Pixels, apply_draw
+from mocov3.data.views import Pixels
 from mocov3.errors import UserError
 
 _AUGMENT = 8  # a stream of the seed; 0 to 3 are those of draws.py
 _SUBSET_SEED = 20210405
-_PLAIN = ViewPreset(
-    jitter_probability=0.0, gray_probability=0.0, blur_probability=(0.0, 0.0), solarize_probability=(0.0, 0.0)
-)
 TRANSFER_CROP = 0.05
 """Smallest crop of the reference's transfer runs, as a share of the picture."""
 _PADDED_UP_TO = 32  # DeiT crops pictures of at most this side out of a border of 4 instead of resizing them
@@ -141,29 +137,6 @@ def seeded(value: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-@dataclass(frozen=True)
-class CropFlip:
-    """Random resized crop (bilinear) and flip, the training transform of the reference's transfer runs."""
-
-    image_size: int = 224
-    crop_min: float = TRANSFER_CROP
-    count: int = field(default=1, init=False)
-
-    def __call__(
-        self,
-        data: bytes | np.ndarray,
-        *,
-        seed: int,
-        epoch: int,
-        index: int,
-        out: Sequence[Pixels] | np.ndarray | None = None,
-    ) -> tuple[Pixels]:
-        """The view of the picture in ``data``, written to ``out`` if given; as ``TwoViews``."""
-        image = decode(data)
-        choice = draw(_PLAIN, self.crop_min, *image.size, seed=seed, epoch=epoch, index=index, view=0)
-        return _written(apply_draw(image, choice, self.image_size), out)
 
 
 @dataclass(frozen=True)

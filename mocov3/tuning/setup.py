@@ -9,8 +9,9 @@ from timm.utils import ModelEmaV3
 
 from mocov3 import checkpoint
 from mocov3.config import FinetuneConfig, ViewPreset
+from mocov3.data.labelled import CropView
 from mocov3.data.loader import Transform
-from mocov3.data.supervised import CropFlip, DeitAugment
+from mocov3.data.supervised import TRANSFER_CROP, DeitAugment
 from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.errors import UserError
 from mocov3.models import Encoder
@@ -90,7 +91,7 @@ def transform(c: FinetuneConfig, preset: ViewPreset) -> Transform:
         UserError: if timm does not know the policy.
     """
     if c.transfer:
-        return CropFlip(c.image_size)
+        return CropView(c.image_size, TRANSFER_CROP)
     policy = "" if c.aa == "none" else c.aa
     augment = DeitAugment(c.image_size, policy, c.color_jitter, c.train_interpolation, preset.mean)
     augment.check()
