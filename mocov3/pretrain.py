@@ -56,6 +56,7 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
     """
     config.check()
     source = open_source(config.data)
+    warn_skipped(source)
     if config.batch_size > len(source):
         raise UserError(
             f"--batch-size {config.batch_size} is larger than the {len(source)} pictures of {config.data}; "
@@ -82,7 +83,6 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
             f"--output-dir {folder}: holds checkpoints of a former run; go on with --resume auto, or name another"
         )
     # remarks come last: a refusal is one line
-    warn_skipped(source)
     if config.views == "fast" and (remark := native.remark()):
         warn(remark)
 
