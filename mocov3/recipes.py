@@ -86,7 +86,7 @@ RECIPES: dict[str, Recipe] = {
             "arch": "resnet10_w32",
             "image_size": 28,
             "view_preset": "gray",
-            "crop_min": 0.5,
+            "crop_min": 0.3,
             "optimizer": "adamw",
             "batch_size": 128,
             "lr": 8e-3,
