@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 
-from mocov3 import checkpoint, models
+from mocov3 import models
 from mocov3.config import PretrainConfig
-from mocov3.convert import find_backbone, load_into
 from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.errors import UserError
+from mocov3.groups import freeze_until
 from mocov3.models import MoCo
+from mocov3.start import load_start
 
 
 def build_model(config: PretrainConfig, world: World) -> MoCo:
@@ -26,10 +27,9 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
         small_stem=c.small_stem,
     )
     if c.init:
-        where = f"--init {c.init}"
-        weights = find_backbone(checkpoint.read(c.init), where)
-        for encoder in (model.base_encoder, model.momentum_encoder):
-            load_into(encoder, weights, where)
+        load_start(c.init, [model.base_encoder, model.momentum_encoder], c.arch)
+    if c.freeze_until:
+        freeze_until(model.base_encoder, c.freeze_until)
     if c.grad_checkpoint:
         backbone: Any = getattr(model.base_encoder, "backbone", model.base_encoder)
         if not hasattr(backbone, "set_grad_checkpointing"):

@@ -4,21 +4,48 @@ Nothing here imports torch before a task starts, so help and refusals come at on
 """
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mocov3 import recipes
-from mocov3.config import EmbedConfig, FinetuneConfig, KnnConfig, LinclsConfig, PretrainConfig, parse
-from mocov3.config.fields import Parser
-from mocov3.errors import RankLost, UserError, nearest, printable
+from mocov3.commands import (
+    COMMANDS,
+    chosen,
+    convert,
+    parse_convert,
+    parse_embed,
+    parse_finetune,
+    parse_knn,
+    parse_lincls,
+    parse_pretrain,
+    read_pretrain,
+)
+from mocov3.errors import RankLost, UserError, nearest
 from mocov3.version import __version__
+
+__all__ = [
+    "convert_to_deit",
+    "guarded",
+    "main",
+    "main_lincls",
+    "main_moco",
+    "parse_convert",
+    "parse_embed",
+    "parse_finetune",
+    "parse_knn",
+    "parse_lincls",
+    "parse_pretrain",
+    "parse_script",
+    "transfer_main",
+]
 
 _HELP = f"""mocov3 {__version__}: self-supervised pre-training of ResNet and ViT (MoCo v3, arXiv 2104.02057)
 
 usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
 
   pretrain   learn features from a folder of pictures without labels
+  check      look at pictures and machine before training: facts, faults, speed, a sheet of views
+  inspect    what a weights file is, what it is good for, its origin and licence
+  compare    networks side by side, judged without labels or with few
   finetune   train a classifier end to end from pre-trained weights (DeiT's recipe), and transfer
   pack       a folder of pictures into tar archives
   lincls     linear evaluation of frozen features, many learning rates in one pass
@@ -42,23 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"mocov3 {__version__}")
         return 0
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "pretrain": _pretrain,
-        "finetune": _finetune,
-        "lincls": _lincls,
-        "knn": _knn,
-        "embed": _embed,
-        "verify": _verify,
-        "convert": _convert,
-        "export": _export,
-        "demo": _demo,
-        "pack": _pack,
-    }
 
     def run() -> int:
-        if argv[0] not in commands:
-            raise UserError(f"command {argv[0]!r} is not known; {nearest(argv[0], list(commands))}")
-        return commands[argv[0]](argv[1:])
+        if argv[0] not in COMMANDS:
+            raise UserError(f"command {argv[0]!r} is not known; {nearest(argv[0], list(COMMANDS))}")
+        return COMMANDS[argv[0]](argv[1:])
 
     return guarded(run)
 
@@ -97,101 +112,16 @@ def parse_script(name: str, argv: Sequence[str]) -> Any:
     return parse_convert(argv, prog=name)
 
 
-def parse_pretrain(argv: Sequence[str], *, prog: str, defaults: dict[str, Any] | None = None) -> PretrainConfig:
-    """Command line of pre-training; both doors share it, only defaults differ."""
-    return parse(
-        PretrainConfig,
-        argv,
-        prog=prog,
-        description="Self-supervised pre-training by MoCo v3.",
-        defaults=defaults,
-        recipes=recipes.settings(),
-        epilog=recipes.listing(),
-    )
-
-
-def _pretrain(argv: list[str]) -> int:
-    config = parse_pretrain(argv, prog="mocov3 pretrain", defaults={"output_dir": ""})
-    if not config.output_dir:
-        import dataclasses
-
-        if config.resume == "auto":
-            raise UserError("--resume auto: name the run to go on with by --output-dir")
-        folder = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.arch.replace('/', '-')}"
-        config = dataclasses.replace(config, output_dir=folder)
-    from mocov3.pretrain import main
-
-    return main(config, script_door=False)
-
-
 def main_moco() -> int:
     """``main_moco.py``: the script door of pre-training."""
 
     def run() -> int:
-        config = parse_script("main_moco.py", sys.argv[1:])
+        config = chosen(read_pretrain(sys.argv[1:], "main_moco.py", None))
         from mocov3.pretrain import main
 
         return main(config, script_door=True)
 
     return guarded(run)
-
-
-def parse_finetune(argv: Sequence[str], *, prog: str) -> FinetuneConfig:
-    """Command line of fine-tuning and transfer; both doors share it."""
-    return parse(
-        FinetuneConfig,
-        argv,
-        prog=prog,
-        description="Train a classifier end to end from pre-trained weights (DeiT's recipe).",
-        recipes=recipes.finetune_settings(),
-        epilog=recipes.listing(recipes.FINETUNE_RECIPES, "accuracy"),
-    )
-
-
-def _finetune(argv: list[str]) -> int:
-    config = parse_finetune(argv, prog="mocov3 finetune")
-    from mocov3.finetune import main
-
-    return main(config, script_door=False)
-
-
-def transfer_main() -> int:
-    """``transfer/main.py``: the script door of fine-tuning and transfer."""
-
-    def run() -> int:
-        config = parse_script("transfer/main.py", sys.argv[1:])
-        from mocov3.finetune import main
-
-        return main(config, script_door=True)
-
-    return guarded(run)
-
-
-def parse_lincls(argv: Sequence[str], *, prog: str, defaults: dict[str, Any] | None = None) -> LinclsConfig:
-    """Command line of linear evaluation; both doors share it, only defaults differ."""
-    return parse(
-        LinclsConfig,
-        argv,
-        prog=prog,
-        description=LinclsConfig.__doc__ or "",
-        defaults=defaults,
-        recipes=recipes.settings(recipes.LINCLS_RECIPES),
-        epilog=recipes.listing(recipes.LINCLS_RECIPES),
-    )
-
-
-def _lincls(argv: list[str]) -> int:
-    from mocov3.lincls import SWEEP, main
-
-    config = parse_lincls(argv, prog="mocov3 lincls", defaults={"arch": "", "lr": SWEEP, "output_dir": ""})
-    if not config.output_dir:
-        if config.resume == "auto":
-            raise UserError("--resume auto: name the run to go on with by --output-dir")
-        import dataclasses
-
-        folder = "." if config.evaluate else f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
-        config = dataclasses.replace(config, output_dir=folder)
-    return main(config, script_door=False)
 
 
 def main_lincls() -> int:
@@ -206,89 +136,18 @@ def main_lincls() -> int:
     return guarded(run)
 
 
-def parse_knn(argv: Sequence[str], *, prog: str) -> KnnConfig:
-    """Command line of the k-NN evaluation."""
-    return parse(KnnConfig, argv, prog=prog, description=KnnConfig.__doc__ or "")
+def transfer_main() -> int:
+    """``transfer/main.py``: the script door of fine-tuning and transfer."""
 
+    def run() -> int:
+        config = parse_script("transfer/main.py", sys.argv[1:])
+        from mocov3.finetune import main
 
-def _knn(argv: list[str]) -> int:
-    from mocov3.knn import main
+        return main(config, script_door=True)
 
-    return main(parse_knn(argv, prog="mocov3 knn"))
-
-
-def parse_embed(argv: Sequence[str], *, prog: str) -> EmbedConfig:
-    """Command line of embedding."""
-    return parse(EmbedConfig, argv, prog=prog, description=EmbedConfig.__doc__ or "")
-
-
-def _embed(argv: list[str]) -> int:
-    from mocov3.embed import main
-
-    return main(parse_embed(argv, prog="mocov3 embed"))
-
-
-def _verify(argv: list[str]) -> int:
-    parser = Parser(prog="mocov3 verify", description="The accuracy of a published linear file of the reference on "
-                    "ImageNet's validation set, beside the published figure.")  # fmt: skip
-    parser.add_argument("file", help="linear file, for example linear-vit-s-300ep.pth.tar")
-    parser.add_argument("folder", help="validation folder with 1,000 class folders, or the folder that holds it as val")
-    parser.add_argument("-j", "--workers", type=int, default=32, help="data loading processes (default 32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device")
-    args = parser.parse_args(argv)
-    from mocov3.lincls import verify
-
-    return verify(args.file, args.folder, workers=args.workers, device=args.device)
-
-
-def parse_convert(argv: Sequence[str], *, prog: str) -> Any:
-    """Command line of the conversion."""
-    parser = Parser(prog=prog, description="Convert a pre-training checkpoint to DeiT's format.")
-    parser.add_argument("--input", required=True, help="pre-training checkpoint, ours or the reference's")
-    parser.add_argument("--output", required=True, help="file to write; its folder is made if missing")
-    return parser.parse_args(list(argv))
-
-
-def _convert(argv: list[str], prog: str = "mocov3 convert") -> int:
-    args = parse_convert(argv, prog=prog)
-    from pathlib import Path
-
-    from mocov3 import checkpoint
-    from mocov3.convert import to_deit
-
-    output = Path(args.output)
-    if output.exists() and output.resolve() == Path(args.input).resolve():
-        raise UserError(f"--output {output}: is the checkpoint itself; name another file")
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a folder; name a file")
-    converted = to_deit(checkpoint.read(args.input), args.input)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write(output, converted)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
-    print(f"{printable(str(output))}: {len(converted['model'])} keys of the encoder, without its head")
-    return 0
+    return guarded(run)
 
 
 def convert_to_deit() -> int:
     """``convert_to_deit.py``: the script door of the conversion."""
-    return guarded(lambda: _convert(sys.argv[1:], "convert_to_deit.py"))
-
-
-def _export(argv: list[str]) -> int:
-    from mocov3.export import main
-
-    return main(argv)
-
-
-def _demo(argv: list[str]) -> int:
-    from mocov3.demo import main
-
-    return main(argv)
-
-
-def _pack(argv: list[str]) -> int:
-    from mocov3.pack import main
-
-    return main(argv)
+    return guarded(lambda: convert(sys.argv[1:], "convert_to_deit.py"))

@@ -12,8 +12,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from mocov3 import checkpoint
+from mocov3.config import ViewPreset, preset_of
 from mocov3.config.archs import BUILT_IN_ARCHS, is_resnet, is_vit
-from mocov3.errors import UserError
+from mocov3.errors import UserError, printable
 from mocov3.models.backbones import Encoder, build_backbone
 from mocov3.models.vit import sincos_position_embedding
 
@@ -111,8 +112,8 @@ def to_deit(contents: dict[str, Any], where: str) -> dict[str, dict[str, Tensor]
 def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[str]:
     """Load a backbone into an encoder, leaving its head alone; returns the head's keys that were not loaded.
 
-    The fixed position table of another grid is left as built, since it is a function of the grid; one that was
-    trained (by fine-tuning) is interpolated by timm.
+    A position table of another grid is built anew if it is the fixed sine-cosine one, since that is a function of the
+    grid; one that was trained (learned, or by fine-tuning) is interpolated by timm.
 
     Raises:
         UserError: naming the first key that is missing, unknown or of another shape; nothing is loaded then.
@@ -122,9 +123,10 @@ def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[st
     state = dict(weights.state)
     if not any(key in wanted for key in state) and any(f"backbone.{key}" in wanted for key in state):
         state = {f"backbone.{key}": value for key, value in state.items()}  # timm's own file into timm/NAME
-    table = state.get("pos_embed")
-    if table is not None and "pos_embed" in wanted and table.shape != wanted["pos_embed"].shape:
-        state["pos_embed"] = _other_grid(table, wanted["pos_embed"], where)
+    for key in ("pos_embed", "backbone.pos_embed"):
+        table = state.get(key)
+        if table is not None and key in wanted and table.shape != wanted[key].shape:
+            state[key] = _position_table(table, wanted[key], where)
     for key in wanted:
         if key in head:
             continue
@@ -140,16 +142,26 @@ def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[st
     return head
 
 
-def _other_grid(table: Tensor, wanted: Tensor, where: str) -> Tensor:
-    side, new = (math.isqrt(max(t.shape[1] - 1, 0)) if t.ndim == 3 else 0 for t in (table, wanted))
-    if table.ndim != 3 or table.shape[2] != wanted.shape[2] or side**2 + 1 != table.shape[1] or side == 0:
+def _position_table(table: Tensor, wanted: Tensor, where: str) -> Tensor:
+    """``table`` (1, tokens, dim) for another square grid of patches; tokens before the patches are kept."""
+    prefix, old, new = (_grids(table.shape[1], wanted.shape[1]) if table.ndim == 3 else None) or (0, 0, 0)
+    if not old or table.shape[2] != wanted.shape[2]:
         raise UserError(f"{where}: its position table {tuple(table.shape)} does not fit; another arch?")
-    if (
-        wanted.shape[2] % 4 == 0
-        and (table.float() - sincos_position_embedding(side, side, table.shape[2])).abs().max() < 1e-5
-    ):
-        return wanted
-    return resample_abs_pos_embed(table, [new, new], [side, side]).to(table.dtype)
+    if prefix == 1 and table.shape[2] % 4 == 0:
+        fixed, built = (sincos_position_embedding(side, side, table.shape[2]) for side in (old, new))
+        if (table.float() - fixed).abs().max() < 1e-5:
+            return built.to(table.dtype)
+    resampled = resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=prefix)
+    return resampled.to(table.dtype)
+
+
+def _grids(old: int, new: int) -> tuple[int, int, int] | None:
+    """Tokens before the patches, and the sides of the two square grids of patches."""
+    for prefix in (1, 0, 2):
+        sides = [math.isqrt(max(n - prefix, 0)) for n in (old, new)]
+        if all(side > 0 and side**2 + prefix == n for side, n in zip(sides, (old, new), strict=True)):
+            return prefix, sides[0], sides[1]
+    return None
 
 
 def load_backbone(path_or_name: str | Path, *, momentum: bool = False, image_size: int | None = None) -> Encoder:
@@ -216,6 +228,18 @@ def trained_with(contents: dict[str, Any]) -> dict[str, Any]:
     """The configuration that a checkpoint of ours was trained with; empty for others' files."""
     config = (contents.get("mocov3") or {}).get("config", {})
     return config if isinstance(config, dict) else {}
+
+
+def views_of(config: dict[str, Any], where: str) -> ViewPreset:
+    """The views that a checkpoint's configuration describes, its own normalisation included; ``photos`` without one.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return preset_of(config)
+    except (UserError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: its configuration is damaged ({printable(str(error))})") from None
 
 
 def _number(value: Any, default: int, where: str) -> int:

@@ -103,10 +103,9 @@ def compare(bank: Any, test: Any, folder: Path, config: Any) -> tuple[Rows, dict
     trained = convert.load_backbone(newest[0])
 
     def network(encoder: Any, source: Any) -> Any:
-        from mocov3.config import PRESETS
         from mocov3.data import CentreView
 
-        preset = PRESETS[config.view_preset]
+        preset = config.preset
         view = CentreView(config.image_size, preset.evaluation_zoom)
         return extract(encoder, encoder.features, source, view, world=world, mean=preset.mean, std=preset.std)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from mocov3.config import EmbedConfig
 from mocov3.data import Source, open_source
-from mocov3.data.sources import BUILT_IN, scan
+from mocov3.data.embedded import BUILT_IN
+from mocov3.data.sources import scan
 from mocov3.errors import UserError, printable
 
 

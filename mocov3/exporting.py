@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mocov3 import checkpoint, convert
 from mocov3.config import FinetuneConfig
-from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.data import CentreView, FashionMnist
 from mocov3.errors import UserError, printable
 from mocov3.export import FOLDERS, Staged
@@ -122,7 +121,7 @@ def load(
         known = (contents.get("mocov3") or {}).get("classes")
         names = tuple(map(str, known)) if isinstance(known, list) and len(known) == classes else ()
     config = convert.trained_with(contents)
-    preset = PRESETS.get(str(config.get("view_preset")), ViewPreset())
+    preset = convert.views_of(config, str(path))
     own = contents.get("mocov3") or {}
     return Exported(
         encoder=encoder,

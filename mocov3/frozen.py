@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mocov3 import checkpoint, models
 from mocov3.config.archs import BUILT_IN_ARCHS, RESNETS, is_vit
 from mocov3.config.presets import PRESETS, ViewPreset
-from mocov3.convert import find_backbone, load_into
+from mocov3.convert import find_backbone, load_into, views_of
 from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
@@ -141,7 +141,7 @@ def _from_file(path: str, where: str, arch: str, encoder: str, image_size: int, 
     try:
         config = dict(own["config"]) if isinstance(own, dict) else {}
         size = image_size or int(config.get("image_size") or 224)
-        preset = PRESETS[view_preset] if view_preset else _saved_preset(own, config)
+        preset = PRESETS[view_preset] if view_preset else _saved_preset(own, config, where)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{where}: its entry 'mocov3' is damaged; give a whole file") from None
     settings = {"image_size": size, **settings_of(weights.state, name)}
@@ -156,9 +156,9 @@ def _from_file(path: str, where: str, arch: str, encoder: str, image_size: int, 
     return _frozen(network, name, size, preset, settings, about, layer)
 
 
-def _saved_preset(own: Any, config: dict[str, Any]) -> ViewPreset:
+def _saved_preset(own: Any, config: dict[str, Any], where: str) -> ViewPreset:
     """Normalisation and centre crop as a file of ours says them, else those of ``photos``."""
-    preset = PRESETS.get(str(config.get("view_preset")), PRESETS["photos"])
+    preset = views_of(config, where)
     view = own.get("view") if isinstance(own, dict) else None
     if not isinstance(view, dict):
         return preset

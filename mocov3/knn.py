@@ -11,8 +11,8 @@ from typing import Any
 from mocov3.config import KnnConfig
 from mocov3.config.evaluation import KS, RECALLS
 from mocov3.data import Source, open_source
+from mocov3.data.embedded import BUILT_IN
 from mocov3.data.labelled import check_same_classes
-from mocov3.data.sources import BUILT_IN
 from mocov3.errors import UserError
 
 

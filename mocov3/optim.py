@@ -87,7 +87,7 @@ def _trusted(p: Tensor, update: Tensor, coefficient: float) -> Tensor:
 
 
 def build_optimizer(
-    params: Iterable[Tensor],
+    params: Iterable[Any],
     name: str,
     *,
     weight_decay: float,

@@ -19,8 +19,8 @@ from mocov3.config.fields import Parser
 from mocov3.data import Source, open_source
 from mocov3.data.decode import DecodeError, Picture
 from mocov3.data.loader import usable_cores
+from mocov3.data.scan import EXTENSIONS
 from mocov3.data.shards import CLASSES_FILE
-from mocov3.data.sources import EXTENSIONS
 from mocov3.errors import UserError, printable
 from mocov3.log import warn
 

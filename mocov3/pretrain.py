@@ -9,6 +9,8 @@ from pathlib import Path
 
 from mocov3.config import PretrainConfig
 from mocov3.data import Source, native, open_source
+from mocov3.data.order import Order, hold_out
+from mocov3.data.sources import group_numbers, shares
 from mocov3.errors import UserError
 from mocov3.log import warn
 
@@ -55,21 +57,19 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
         UserError: naming what, where and how to mend it.
     """
     config.check()
-    source = open_source(config.data)
+    source, _, order = open_pictures(config)
     warn_skipped(source)
-    if config.batch_size > len(source):
-        raise UserError(
-            f"--batch-size {config.batch_size} is larger than the {len(source)} pictures of {config.data}; "
-            f"give --batch-size {len(source)} or less"
-        )
+    order.check()
     if config.nprocs_per_node > 1:
         check_divides(config.batch_size, config.nprocs_per_node * max(config.world_size, 1))
     if config.knn_every:
         open_validation(config, source)
+    if config.quality_every:
+        unseen_pictures(config)
     if config.resume not in ("", "auto") and not Path(config.resume).is_file():
         raise UserError(f"--resume {config.resume}: there is no such file")
-    if config.init and not Path(config.init).is_file():
-        raise UserError(f"--init {config.init}: there is no such file")
+    if config.init and not config.init.startswith("timm/") and not Path(config.init).is_file():
+        raise UserError(f"--init {config.init}: there is no such file; give a weights file, or timm/NAME")
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,6 +101,38 @@ def warn_skipped(source: Source, most: int = 10) -> None:
         warn(f"skipped: {len(skipped) - most} more")
 
 
+def open_pictures(config: PretrainConfig) -> tuple[Source, Source | None, Order]:
+    """Pictures to train on, pictures kept from training (``--hold-out``), and the order of the first.
+
+    Raises:
+        UserError: if there are none, or too few.
+    """
+    whole = open_source(config.data)
+    if not config.hold_out:
+        source, held_out = whole, None
+    else:
+        source, held_out = hold_out(whole, config.hold_out, config.group_by)
+    groups = group_numbers(source, config.group_by) if config.group_by else None
+    return source, held_out, Order(len(source), config.batch_size, shares(source), groups)
+
+
+def unseen_pictures(config: PretrainConfig) -> Source:
+    """Pictures for the quality without labels: those held out, else DIR/val.
+
+    Raises:
+        UserError: if there are none.
+    """
+    _, held_out, _ = open_pictures(config)
+    if held_out is not None:
+        return held_out
+    try:
+        return open_source(config.data, "val")
+    except UserError:
+        raise UserError(
+            f"--quality-every needs pictures that are not trained on: give --hold-out N, or {config.data_title}/val"
+        ) from None
+
+
 def check_divides(batch_size: int, ranks: int) -> None:
     """Refuse a batch that is not the same on every rank, naming the nearest that are."""
     if batch_size % ranks:
@@ -118,10 +150,10 @@ def open_validation(config: PretrainConfig, source: Source) -> Source:
     try:
         validation = open_source(config.data, "val")
     except UserError as error:
-        raise UserError(f"--knn-every needs labelled pictures in {config.data}/val: {error}") from None
+        raise UserError(f"--knn-every needs labelled pictures in {config.data_title}/val: {error}") from None
     for part, pictures in (("train", source), ("val", validation)):
         if pictures.labels is None or len(set(pictures.labels.tolist())) < 2:
-            raise UserError(f"--knn-every: {config.data} ({part}) does not hold two or more class folders")
+            raise UserError(f"--knn-every: {config.data_title} ({part}) does not hold two or more class folders")
     if validation.classes != source.classes:
         differing = sorted(set(validation.classes) ^ set(source.classes))
         raise UserError(f"--knn-every: train and val have different classes, first: {differing[0]}")

@@ -28,6 +28,25 @@ _VIT: dict[str, Any] = {
 }
 
 RECIPES: dict[str, Recipe] = {
+    "auto": Recipe({}, "chosen for the pictures and the machine; what mocov3 pretrain does unless told otherwise"),
+    "adapt": Recipe(
+        {
+            "optimizer": "adamw",
+            "lr": 2e-3,
+            "weight_decay": 0.05,
+            "epochs": 20,
+            "warmup_epochs": 1,
+            "freeze_epochs": 2,
+            "layer_decay": 0.75,
+            "moco_m": 0.996,
+            "moco_m_cos": True,
+            "moco_t": 0.2,
+            "quality_every": 1,
+            "patience": 4,
+        },
+        "ours: goes on from --init on other pictures; the rest as in auto",
+    ),
+    "defaults": Recipe({}, "the reference's defaults; what main_moco.py does unless told otherwise"),
     "resnet50_100ep": Recipe(
         {"arch": "resnet50", "moco_m_cos": True, "crop_min": 0.2}, "batch 4096, 16 GPUs", "68.9 linear"
     ),

@@ -86,7 +86,7 @@ def check_same_run(found: Found, config: PretrainConfig, source: Source) -> None
     if own.get("data_digest", source.digest) != source.digest and not config.allow_data_change:
         change = picture_changes(source, path.parent)
         raise UserError(
-            f"--resume {path}: was trained on {own.get('pictures')} pictures; {config.data} holds {len(source)}"
+            f"--resume {path}: was trained on {own.get('pictures')} pictures; {config.data_title} holds {len(source)}"
             f"{f' ({change})' if change else ', or others by name'}; give the same, or --allow-data-change"
         )
 

@@ -16,21 +16,22 @@ from torch import Tensor
 from mocov3 import checkpoint, losses, resume, schedules
 from mocov3.assemble import build_model
 from mocov3.checkpoint import Position
-from mocov3.config import PRESETS, PretrainConfig, write_yaml
-from mocov3.data import Batch, CentreView, Loader, TwoViews, open_source
-from mocov3.data.draws import permutation
+from mocov3.config import PretrainConfig, write_yaml
+from mocov3.data import Batch, CentreView, Loader, TwoViews
 from mocov3.data.loader import Unreadable, plan, usable_cores
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.features import extract
+from mocov3.groups import hold_backbone, parameter_groups
 from mocov3.log import RunLog, warn
 from mocov3.neighbours import knn_accuracy
 from mocov3.optim import build_optimizer
-from mocov3.pretrain import Job, check_divides, open_validation
+from mocov3.pretrain import Job, check_divides, open_pictures, open_validation
 from mocov3.recorder import Recorder
 from mocov3.saver import PICTURES, Saver, new_run_name, write_pictures
 from mocov3.step import Outcome, Precision, Step, normalise, resolve_precision
 from mocov3.stop import Stop
+from mocov3.watch import Watch
 
 
 def train(world: World, job: Job) -> int:
@@ -56,9 +57,9 @@ class Run:
         c = self.config
         check_divides(c.batch_size, world.size)
         self.folder = Path(c.output_dir)
-        self.source = open_source(c.data)
-        self.preset = PRESETS[c.view_preset]
-        self.iterations = len(self.source) // c.batch_size
+        self.source, self.held_out, self.order = open_pictures(c)
+        self.preset = c.preset
+        self.iterations = self.order.iterations
         _set_determinism(c)
         found = resume.find(c, world)
         seed = resume.saved_seed(found)
@@ -67,18 +68,13 @@ class Run:
         self.model = build_model(c, world)
         # fused optimizers can be told on the device to skip a step
         fused = world.device.type != "cpu"
+        params = parameter_groups(self.model, c.layer_decay, staged=c.freeze_epochs > 0)
         self.optimizer = build_optimizer(
-            self.model.parameters(), c.optimizer, weight_decay=c.weight_decay, momentum=c.momentum, fused=fused
+            params, c.optimizer, weight_decay=c.weight_decay, momentum=c.momentum, fused=fused
         )
         precision = Precision(resolve_precision(c.precision, world.device, script_door=job.script_door), world.device)
-        self.step = Step(
-            self.model,
-            self.optimizer,
-            world=world,
-            precision=precision,
-            compile=c.compile,
-            spike_factor=c.skip_spikes,
-        )
+        self.step = Step(self.model, self.optimizer, world=world, precision=precision, compile=c.compile,
+                         spike_factor=c.skip_spikes)  # fmt: skip
         self.position = self._start(found)
         self.counters = resume.counters(found, self.source)
         self.log = self._open_log(job.script_door)
@@ -93,6 +89,7 @@ class Run:
             pictures=self._pictures,
         )
         self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
+        self.watch = Watch(complete, world, self.model, self.log, start=self.position)
         self._loader: Loader | None = None
 
     def _name_run(self, found: resume.Found | None) -> str:
@@ -163,7 +160,7 @@ class Run:
             self.log.say(f"nothing left to do: {position.step} steps, {position.epoch} epochs are done")
             return
         workers = min(c.workers, max(usable_cores() // world.local_size, 1))
-        views = TwoViews(c.image_size, c.crop_min, c.view_preset, c.views, c.views_on == "device")
+        views = TwoViews(c.image_size, c.crop_min, self.preset, c.views, c.views_on == "device")
         local = c.batch_size // world.size
         self._loader = Loader(self.source, views, batch_size=local, seed=self.seed, workers=workers)
         works = plan(
@@ -174,6 +171,7 @@ class Run:
             ranks=world.size,
             start=(position.epoch, position.iteration),
             epochs=c.epochs,
+            order=self.order,
         )
         for batch in self._loader.run(works):
             self.recorder.batch_came()
@@ -191,6 +189,7 @@ class Run:
         c = self.config
         # stochastic depth and dropout draw from here, so that they too are a function of (seed, step, rank)
         torch.manual_seed((self.seed * 1_000_003 + self.position.step * 4099 + self.world.rank) % 2**63)
+        hold_backbone(self.optimizer, batch.work.epoch < c.freeze_epochs)
         epoch = batch.work.epoch + batch.work.iteration / self.iterations
         lr = schedules.learning_rate(epoch, peak=c.peak_lr, warmup_epochs=c.warmup_epochs, epochs=c.epochs)
         return lr, schedules.momentum(epoch, start=c.moco_m, epochs=c.epochs, cosine=c.moco_m_cos)
@@ -207,6 +206,8 @@ class Run:
         c, done = self.config, self.position.epoch
         if c.knn_every and (done % c.knn_every == 0 or done == c.epochs):
             self.recorder.knn(self._knn(), epoch=done - 1, step=self.position.step - 1)
+        if self.watch.epoch_ended(self.position):
+            self._stop.finish()
         if done % c.checkpoint_every == 0 or done == c.epochs:
             self.save()
         self.recorder.restart_clock()
@@ -253,7 +254,7 @@ class Run:
 
     def _pictures(self, epoch: int, iteration: int) -> list[int]:
         size = self.config.batch_size
-        return permutation(self.seed, epoch, len(self.source))[iteration * size : (iteration + 1) * size].tolist()
+        return self.order.epoch(self.seed, epoch)[iteration * size : (iteration + 1) * size].tolist()
 
     def exit_code(self) -> int:
         """0 when done, 128 + its number when stopped by a signal.
@@ -282,7 +283,7 @@ class Run:
         self.saver.close()
         self.log.close()
         if isinstance(error, Unreadable):
-            raise UserError(f"data {self.config.data}: {error}") from None
+            raise UserError(f"data {self.config.data_title}: {error}") from None
 
 
 def _draw_seed() -> int:

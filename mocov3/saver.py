@@ -18,6 +18,7 @@ from mocov3.distributed import World
 from mocov3.errors import printable
 from mocov3.log import RunLog, warn
 from mocov3.models import MoCo
+from mocov3.origin import origin_of_run
 from mocov3.recorder import Counters, Recorded
 from mocov3.step import Step
 from mocov3.writer import Writer
@@ -60,8 +61,7 @@ class Saver:
             "skipped": counters.skipped + int(step.skipped),
             "resumed": counters.resumed,
             "corrupt": sorted(counters.corrupt),
-            "origin": f"initialised from {c.init}" if c.init else "trained from scratch by mocov3",
-            "licence": "that of the starting weights" if c.init else "the trainer's to choose",
+            **origin_of_run(c.init),
         }
         if step.spikes is not None:
             extra["spikes"] = step.spikes.state()
@@ -98,7 +98,7 @@ class Saver:
         name = f"bad_batch_step{last.step:09d}.npz"
         if self.world.main:
             own = pictures(last.epoch, last.iteration)[: c.batch_size // self.world.size]
-            views = TwoViews(c.image_size, c.crop_min, c.view_preset, c.views)
+            views = TwoViews(c.image_size, c.crop_min, c.preset, c.views)
             self._save_batch(name, last.epoch, own, views)
         return (
             f"{len(row)} steps in a row, from step {first.step}, had a loss or gradients that were not finite, or a "

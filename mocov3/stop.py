@@ -43,6 +43,10 @@ class Stop:
         """Ask to stop because the input is not fit."""
         self._reason, self.refusal = self._reason or _REFUSED, text
 
+    def finish(self) -> None:
+        """Ask to stop because nothing more is to be gained."""
+        self._reason = self._reason or _LIMIT
+
     def steps_done(self, step: int) -> bool:
         """Whether the limit of steps is reached."""
         return bool(self._steps) and step >= self._steps

@@ -107,6 +107,7 @@ def run_program():
 
 
 TINY = [
+    "--recipe", "defaults",
     "-a", "resnet10_w32", "--image-size", "32", "-b", "16", "--epochs", "2", "--warmup-epochs", "1",
     "--moco-mlp-dim", "32", "--moco-dim", "16", "-j", "0", "-p", "1", "--seed", "3", "--device", "cpu",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY
 from PIL import Image
 
 from mocov3 import checkpoint, models
-from mocov3.cli import main, parse_embed, parse_knn, parse_script
+from mocov3.cli import main, parse_embed, parse_knn, parse_pretrain, parse_script
 from mocov3.config import BUILT_IN_ARCHS, FinetuneConfig, LinclsConfig, PretrainConfig, read_yaml, write_yaml
 from mocov3.errors import UserError, printable
 from mocov3.recipes import RECIPES
@@ -25,12 +25,15 @@ from mocov3.recipes import RECIPES
 COMMANDS = Path(__file__).parent / "data" / "commands.txt"
 
 FROZEN = """
--a --arch -j --workers --epochs --start-epoch -b --batch-size --lr --learning-rate --momentum --wd --weight-decay
--p --print-freq --resume --world-size --rank --dist-url --dist-backend --seed --gpu --multiprocessing-distributed
+-a --arch -j --workers --epochs --start-epoch -b --batch-size --lr --learning-rate --momentum --wd --weight-decay -p
+--print-freq --resume --world-size --rank --dist-url --dist-backend --seed --gpu --multiprocessing-distributed
 --moco-dim --moco-mlp-dim --moco-m --moco-m-cos --moco-t --stop-grad-conv1 --optimizer --warmup-epochs --crop-min
---output-dir --recipe --config --device --precision --image-size --patch-size --small-stem --init --view-preset --views
---max-corrupt --checkpoint-every --checkpoint-steps --max-steps --max-hours --knn-every --nprocs-per-node --compile
---grad-checkpoint --deterministic --keep-last --keep-every --skip-spikes --dist-timeout
+--output-dir --recipe --config --device --precision --image-size --patch-size --small-stem --init --view-preset
+--views --max-corrupt --checkpoint-every --checkpoint-steps --max-steps --max-hours --knn-every --nprocs-per-node
+--compile --dist-timeout --keep-last --keep-every --skip-spikes --group-by --hold-out --freeze-epochs --freeze-until
+--layer-decay --budget --quality-every --patience --brightness --contrast --saturation --hue --jitter-probability
+--gray-probability --blur-probability --blur-sigma --solarize-probability --flip-probability
+--vertical-flip-probability --turn-probability --crop-ratio --crop-pad --mean-std --grad-checkpoint --deterministic
 --allow-config-change --allow-data-change --quiet --json --views-on
 """
 
@@ -82,14 +85,21 @@ def test_every_command_of_the_reference_parses():
 
 @pytest.mark.parametrize("document", ["README.md", "CONFIG.md", "docs/evaluation.md"])
 def test_every_command_of_our_documents_parses(document):
-    found = [(s, a) for s, a in commands((ROOT / document).read_text()) if s not in ("mocov3 demo", "mocov3 export")]
+    found = [
+        (s, a)
+        for s, a in commands((ROOT / document).read_text())
+        if not re.match("mocov3 (demo|export|check|compare|inspect)", s)
+    ]
     assert len(found) >= 3
     for script, argv in found:
         if script.startswith("mocov3"):
-            scripts = {"pretrain": "main_moco.py", "convert": "convert_to_deit.py", "lincls": "main_lincls.py",
+            scripts = {"convert": "convert_to_deit.py", "lincls": "main_lincls.py",
                        "finetune": "transfer/main.py"}  # fmt: skip
             more = {"knn": parse_knn, "embed": parse_embed}
             command = script.split()[1]
+            if command == "pretrain":
+                parse_pretrain(argv, prog=script, defaults={"recipe": "auto"}).check()
+                continue
             if command in more:
                 more[command](argv, prog=command)
                 continue

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mocov3.config import PRESETS, ViewPreset
-from mocov3.data import CentreView, FashionMnist, Loader, TwoViews, Work, open_source
-from mocov3.data import sources as sources_module
+from mocov3.data import CentreView, FashionMnist, Loader, TwoViews, Work, embedded, open_source
+from mocov3.data import index as index_module
 from mocov3.data.decode import DecodeError, decode
 from mocov3.data.draws import draw, permutation, replacement
+from mocov3.data.index import Index
 from mocov3.data.loader import Unreadable, plan
-from mocov3.data.sources import Index, scan
+from mocov3.data.sources import scan
 from mocov3.errors import UserError
 
 
@@ -161,7 +162,7 @@ def test_index_of_odd_names(tmp_path):
 
 def test_large_index_is_shared(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sources_module, "_SHARE_FROM", 100)
+    monkeypatch.setattr(index_module, "_SHARE_FROM", 100)
     paths = [f"{i:06d}.jpg".encode() for i in range(1000)]
     index = Index.build(paths, None)
     assert index.file
@@ -182,7 +183,7 @@ def test_fashion_mnist(tmp_path):
 
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    packaged = sources_module._EMBEDDED
+    packaged = embedded._EMBEDDED
     for kind in ("images-idx3", "labels-idx1"):
         data = gzip.decompress((packaged / f"t10k-{kind}-ubyte.gz").read_bytes())
         (raw / f"t10k-{kind}-ubyte").write_bytes(data)

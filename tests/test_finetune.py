@@ -17,11 +17,14 @@ from killing import Process, assert_same_run, kill_until_done
 from test_cli import COMMANDS, commands, refused
 from test_transfer_sets import write_cifar, write_flowers, write_pets
 
-from mocov3 import checkpoint, convert, load_backbone, models
+from mocov3 import checkpoint, convert, exporting, load_backbone, models
 from mocov3.cli import main, parse_finetune, parse_script
 from mocov3.config import FinetuneConfig
-from mocov3.distributed import free_loopback_address
+from mocov3.distributed import World, free_loopback_address
+from mocov3.errors import UserError
+from mocov3.frozen import open_frozen
 from mocov3.recipes import FINETUNE_RECIPES
+from mocov3.tuning.files import find_start
 
 SMALL = ["-a", "resnet10_w32", "--image-size", "32", "-b", "8", "--epochs", "2", "--warmup-epochs", "1", "-j", "0",
          "-p", "1", "--device", "cpu", "--seed", "3"]  # fmt: skip
@@ -324,6 +327,27 @@ def test_a_former_run_is_not_overwritten(whole, pictures):
     assert "name the run" in refused("finetune", *SMALL, "--data-path", pictures, "--resume", "auto")
 
 
+def test_normalisation_is_that_of_the_weights(tmp_path, pretrained):
+    contents = torch.load(pretrained["resnet10_w32"], weights_only=True)
+    contents["mocov3"]["config"]["mean_std"] = "0.3,0.4"
+    file = tmp_path / "checkpoint_0001.pth.tar"
+    torch.save(contents, file)
+    world = World(0, 1, torch.device("cpu"))
+    for flags, expected in (([], "0.3,0.4"), (["--view-preset", "photos"], ""), (["--mean-std", "0.5,0.2"], "0.5,0.2")):
+        config = parse_finetune(["--finetune", str(file), *flags], prog="mocov3 finetune")
+        assert find_start(config, world).config.mean_std == expected
+    for preset in (open_frozen(str(file), flag="--model").preset, exporting.load(file)):
+        assert (preset.mean, preset.std) == ((0.3,) * 3, (0.4,) * 3)
+    config = parse_finetune(["--finetune", str(file), "--mean-std", "auto"], prog="mocov3 finetune")
+    with pytest.raises(UserError, match="measured in pre-training"):
+        config.check()
+    contents["mocov3"]["config"]["mean_std"] = "much"
+    torch.save(contents, file)
+    for load in (exporting.load, lambda f: open_frozen(str(f), flag="--model")):
+        with pytest.raises(UserError, match="damaged"):
+            load(file)
+
+
 DEIT_FLAGS = """
 --batch-size --epochs --model --input-size --drop-path --model-ema --model-ema-decay --clip-grad --weight-decay --lr
 --warmup-lr --min-lr --warmup-epochs --color-jitter --aa --smoothing --train-interpolation --repeated-aug --reprob
@@ -331,9 +355,9 @@ DEIT_FLAGS = """
 --num_workers --pin-mem --world_size --dist_url --finetune --eval-freq
 """
 OURS = """
--a --arch --image-size --patch-size --small-stem --view-preset --fraction --output-dir -b --accum-iter --layer-decay
---transfer-transform -j --workers -p --print-freq --checkpoint-steps --max-steps --max-hours --recipe --config
---precision --nprocs-per-node --world-size --dist-url --deterministic --allow-config-change --quiet
+-a --arch --image-size --patch-size --small-stem --view-preset --mean-std --fraction --output-dir -b --accum-iter
+--layer-decay --transfer-transform -j --workers -p --print-freq --checkpoint-steps --max-steps --max-hours --recipe
+--config --precision --nprocs-per-node --world-size --dist-url --deterministic --allow-config-change --quiet
 """
 
 

@@ -235,7 +235,8 @@ def test_compressed_archives_are_refused(tmp_path):
 def test_the_program_lists_what_it_skips(pictures, tmp_path, capsys):
     good = (pictures / "train" / "class0" / "00.jpg").read_bytes()
     archive(tmp_path / "x.tar", [(f"{i}.jpg", good) for i in range(3)] + [(f"../{i}.jpg", good) for i in range(15)])
-    assert cli.main(["pretrain", str(tmp_path / "x.tar"), "-b", "4096", "--output-dir", str(tmp_path / "o")]) == 2
+    flags = ["--recipe", "defaults", "-b", "4096", "--output-dir", str(tmp_path / "o")]
+    assert cli.main(["pretrain", str(tmp_path / "x.tar"), *flags]) == 2
     said = capsys.readouterr().err
     assert "../0.jpg" in said
     assert "5 more" in said

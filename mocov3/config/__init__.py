@@ -10,6 +10,7 @@ from mocov3.config.finetune import FinetuneConfig
 from mocov3.config.lincls import LinclsConfig
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.config.pretrain import PretrainConfig
+from mocov3.config.views import preset_of
 
 __all__ = [
     "BUILT_IN_ARCHS",
@@ -22,6 +23,7 @@ __all__ = [
     "ViewPreset",
     "changed_fields",
     "parse",
+    "preset_of",
     "read_yaml",
     "write_yaml",
 ]

@@ -25,10 +25,12 @@ def flag(
     group: str = "options",
     positional: bool = False,
     metavar: str | None = None,
+    many: bool = False,
 ) -> Any:
     """A dataclass field that is a command-line flag.
 
-    ``result`` says whether another value makes another trained model; such fields must not change at a resume.
+    ``result`` says whether another value makes another trained model; such fields must not change at a resume. A
+    positional of ``many`` takes several words, kept as lines of one text.
     """
     return dataclasses.field(
         default=default,
@@ -41,6 +43,7 @@ def flag(
             "group": group,
             "positional": positional,
             "metavar": metavar,
+            "many": many,
         },
     )
 
@@ -63,7 +66,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type, defaults: dict[str,
         if default not in (None, "", False) and not meta["positional"]:
             text += f" (default {str(default).replace('%', '%%')})"
         if meta["positional"]:
-            parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, help=text, metavar=meta["metavar"])
+            nargs = "*" if meta["many"] else "?"
+            parser.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, help=text, metavar=meta["metavar"])
             continue
         title = meta["group"]
         if title not in groups:
@@ -76,6 +80,53 @@ def add_flags(parser: argparse.ArgumentParser, config: type, defaults: dict[str,
             groups[title].add_argument(
                 *names, type=meta["kind"], choices=meta["choices"], metavar=meta["metavar"], **common
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Where values come from, strongest first: flags and ``--config``, the recipe, the door's defaults."""
+
+    given: dict[str, Any]
+    recipe: dict[str, Any]
+    defaults: dict[str, Any]
+
+    def merged(self, between: dict[str, Any] | None = None) -> dict[str, Any]:
+        """All values; ``between`` lies over the defaults and under the recipe."""
+        return {**self.defaults, **(between or {}), **self.recipe, **self.given}
+
+
+def read_layers(
+    config: type,
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    defaults: dict[str, Any] | None = None,
+    recipes: dict[str, dict[str, Any]] | None = None,
+    epilog: str = "",
+) -> Layers:
+    """Command line → where each value comes from; the arguments and errors are those of ``parse``."""
+    defaults = dict(defaults or {})
+    parser = Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_flags(parser, config, defaults)
+    given = vars(parser.parse_intermixed_args(list(argv)))
+    for field in dataclasses.fields(config):
+        if field.metadata["many"] and isinstance(given.get(field.name), list):
+            if any("\n" in word for word in given[field.name]):
+                raise UserError(f"{field.name}: a name with a line break is not supported; rename it")
+            given[field.name] = "\n".join(given[field.name])
+    from_file = read_yaml(Path(given["config"]), config) if given.get("config") else {}
+    layers = {**from_file, **given}
+    recipe = layers.get("recipe", defaults.get("recipe")) or ""
+    known = recipes or {}
+    if recipe and recipe not in known:
+        raise UserError(f"--recipe {recipe!r} is not known; {nearest(recipe, list(known))}")
+    return Layers(layers, known.get(recipe, {}), defaults)
 
 
 def parse(
@@ -97,30 +148,21 @@ def parse(
         UserError: for an unknown recipe or a configuration file that cannot be read.
         SystemExit: with code 2 for a malformed command line, 0 after ``--help``.
     """
-    defaults = dict(defaults or {})
-    parser = Parser(
-        prog=prog,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    layers = read_layers(
+        config, argv, prog=prog, description=description, defaults=defaults, recipes=recipes, epilog=epilog
     )
-    add_flags(parser, config, defaults)
-    given = vars(parser.parse_args(list(argv)))
-    from_file = read_yaml(Path(given["config"]), config) if given.get("config") else {}
-    layers = {**from_file, **given}
-    recipe = layers.get("recipe") or ""
-    known = recipes or {}
-    if recipe and recipe not in known:
-        raise UserError(f"--recipe {recipe!r} is not known; {nearest(recipe, list(known))}")
-    values = {**defaults, **known.get(recipe, {}), **layers}
-    return config(**values)
+    return config(**layers.merged())
 
 
 def write_yaml(config: Any, path: Path, header: str) -> None:
     """Write every field of ``config`` to ``path``: complete, re-runnable by ``--config``."""
     import yaml
 
-    body = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    values = dataclasses.asdict(config)
+    for field in dataclasses.fields(config):
+        if field.metadata["many"] and "\n" in values[field.name]:
+            values[field.name] = values[field.name].split("\n")
+    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     path.write_text(f"# {header}\n{body}", encoding="utf-8")
 
 
@@ -155,6 +197,8 @@ def read_yaml(path: Path, config: type) -> dict[str, Any]:
 
 def _typed(value: Any, field: "dataclasses.Field[Any]", where: str) -> Any:
     kind = field.metadata["kind"]
+    if field.metadata["many"] and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return "\n".join(value)
     if not (value is None or isinstance(value, str | int | float)):
         # never shown: a few lines of YAML can stand for a text that fills the memory
         raise UserError(f"{where}: field {field.name!r} must be {kind.__name__}, not a {type(value).__name__}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, is_resnet, is_vit
 from mocov3.config.fields import flag
+from mocov3.config.views import preset_of
 from mocov3.errors import UserError
 
 RUN = "run and files"
@@ -66,6 +67,11 @@ class FinetuneConfig:
     )
     view_preset: str = flag(
         "", "normalise as this preset of pre-training (default: of the weights, else photos)", group=DATA
+    )
+    mean_std: str = flag(
+        "",
+        "normalise by mean,std or six numbers (default: of the weights, unless a preset is given)",
+        group=DATA,
     )
     finetune: str = flag(
         "", "weights to start from (ours, the reference's, DeiT's)", result=False, group=RUN, metavar="FILE"
@@ -218,6 +224,9 @@ class FinetuneConfig:
             )
         if self.eval and not self.resume:
             raise UserError("--eval: name the weights by --resume")
+        if self.mean_std == "auto":
+            raise UserError("--mean-std auto is measured in pre-training; give numbers, or the weights that hold them")
+        preset_of({"mean_std": self.mean_std})
         self.check_model()
 
     def check_model(self) -> None:

@@ -28,10 +28,15 @@ class ViewPreset:
     """Standard deviation of the blur in pixels of the view, drawn uniformly."""
     solarize_probability: tuple[float, float] = (0.0, 0.2)
     flip_probability: float = 0.5
+    vertical_flip_probability: float = 0.0
+    turn_probability: float = 0.0
+    """Chance that a view is turned by 90, 180 or 270 degrees (each as likely); .75 makes all four ways up alike."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     evaluation_zoom: float = 256 / 224
     """For evaluation the shorter side is resized to ``round(size * zoom)`` and the centre is cut out."""
+    crop_min: float = 0.08
+    """Smallest crop as a share of the picture, where ``--crop-min`` is not given."""
 
 
 PRESETS: dict[str, ViewPreset] = {
@@ -48,5 +53,29 @@ PRESETS: dict[str, ViewPreset] = {
         mean=(0.286, 0.286, 0.286),
         std=(0.353, 0.353, 0.353),
         evaluation_zoom=1.0,
+    ),
+    # Ours, not from a paper. What tells parts apart is often small and its colour counts: whole views, colours kept.
+    "inspection": ViewPreset(
+        brightness=0.2,
+        contrast=0.2,
+        saturation=0.1,
+        hue=0.02,
+        jitter_probability=0.5,
+        gray_probability=0.0,
+        blur_probability=(0.3, 0.1),
+        blur_sigma=(0.1, 1.0),
+        solarize_probability=(0.0, 0.0),
+        vertical_flip_probability=0.5,
+        crop_min=0.4,
+    ),
+    # Ours. Seen from above nothing is up: all eight turns and reflections are as likely.
+    "aerial": ViewPreset(
+        gray_probability=0.1,
+        hue=0.05,
+        blur_probability=(0.5, 0.1),
+        solarize_probability=(0.0, 0.1),
+        vertical_flip_probability=0.5,
+        turn_probability=0.75,
+        crop_min=0.2,
     ),
 }

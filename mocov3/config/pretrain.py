@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, is_resnet, is_vit
 from mocov3.config.fields import flag
-from mocov3.config.presets import PRESETS
+from mocov3.config.own import OwnFlags
+from mocov3.config.presets import PRESETS, ViewPreset
+from mocov3.config.views import preset_of
 from mocov3.errors import UserError
 
 RUN = "run and files"
@@ -18,15 +20,17 @@ RANKS = "ranks and devices"
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(OwnFlags):
     """Everything a pre-training run is made from. ``result`` fields may not change at a resume."""
 
     data: str = flag(
         "",
-        "folder of pictures (DIR/train is used where it exists), or the built-in fashion-mnist[:ROOT]",
+        "folder of pictures (DIR/train is used where it exists), list of them (.txt, .csv), several of these "
+        "(DIR2:0.3 uses 30 % of DIR2 in each epoch), or the built-in fashion-mnist[:ROOT]",
         positional=True,
         result=False,
         metavar="DIR",
+        many=True,
     )
     # --- the reference's flags -------------------------------------------------------------------------
     arch: str = flag("resnet50", "backbone, or timm/NAME", "-a", "--arch", group=MODEL)
@@ -104,7 +108,7 @@ class PretrainConfig:
     )
     init: str = flag(
         "",
-        "weights file (ours, the reference's, timm's, torchvision's) both backbones start from",
+        "weights both backbones start from: a file (ours, the reference's, timm's, torchvision's) or timm/NAME",
         group=MODEL,
     )
     view_preset: str = flag("photos", "strengths and probabilities of the views", choices=tuple(PRESETS), group=DATA)
@@ -196,6 +200,16 @@ class PretrainConfig:
         """Learning rate after warm-up: linear scaling with the batch (Goyal et al. 2017)."""
         return self.lr * self.batch_size / 256
 
+    @property
+    def preset(self) -> ViewPreset:
+        """The view preset with the strengths that flags replace."""
+        return preset_of(vars(self))
+
+    @property
+    def data_title(self) -> str:
+        """The pictures, for messages."""
+        return self.data.replace("\n", " ")
+
     def check(self) -> None:
         """Refuse values that cannot train.
 
@@ -203,6 +217,8 @@ class PretrainConfig:
             UserError: naming the first bad field, its value and what is allowed.
         """
         check_arch(self.arch)
+        self.check_views()
+        self.check_own()
         positive = ("epochs", "batch_size", "moco_dim", "moco_mlp_dim", "image_size", "patch_size", "print_freq",
                     "checkpoint_every")  # fmt: skip
         for name in positive:

@@ -107,6 +107,8 @@ def draw(
         blur_sigma=_uniform(c[11], *preset.blur_sigma) if c[10] < preset.blur_probability[view] else None,
         solarize=c[12] < preset.solarize_probability[view],
         flip=c[13] < preset.flip_probability,
+        flip_vertical=c[14] < preset.vertical_flip_probability,
+        turns=1 + int(3 * c[15] / preset.turn_probability) if c[15] < preset.turn_probability else 0,
     )
 
 

@@ -18,7 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from mocov3.data.decode import DecodeError
-from mocov3.data.draws import permutation, replacement
+from mocov3.data.draws import replacement
+from mocov3.data.order import Order
 from mocov3.data.slots import Batch, Corrupt, Layout, Slot, Work
 from mocov3.data.sources import Source
 from mocov3.errors import printable
@@ -60,18 +61,21 @@ def plan(
     ranks: int,
     start: tuple[int, int],
     epochs: int,
+    order: Order | None = None,
 ) -> Iterator[Work]:
     """The batches of this rank from ``start`` (epoch, iteration) on: its part of every global batch.
 
-    The global batch of a step does not depend on the number of ranks. The last part batch is dropped.
+    The global batch of a step does not depend on the number of ranks. The last part batch is dropped. ``order``
+    says which pictures an epoch holds; all ``n`` unless given.
     """
     local = batch_size // ranks
     epoch, iteration = start
+    order = order or Order(n, batch_size)
     for e in range(epoch, epochs):
-        order = permutation(seed, e, n)
-        for i in range(iteration if e == epoch else 0, n // batch_size):
+        indices = order.epoch(seed, e)
+        for i in range(iteration if e == epoch else 0, order.iterations):
             first = i * batch_size + rank * local
-            yield Work(e, i, order[first : first + local])
+            yield Work(e, i, indices[first : first + local])
 
 
 class Loader:

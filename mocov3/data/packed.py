@@ -1,5 +1,6 @@
 """Which data are archives or tables: named by a pattern, or all in a folder."""
 
+import os
 from pathlib import Path
 
 from mocov3.data import parquet, shards
@@ -17,13 +18,13 @@ def open_packed(data: str, split: str) -> Source | None:
         (shards.is_shards, shards.open_shards, ".tar"),
         (parquet.is_parquet, parquet.Parquet, ".parquet"),
     ):
-        if is_kind(data) and not Path(data).is_dir():
+        if is_kind(data) and not os.path.isdir(data):
             if split == "val":
                 raise UserError(f"data {data}: has no val part; name a folder that holds train/ and val/")
             return open_kind(shards.expand(data))
-        folder = Path(data) / split if (Path(data) / split).is_dir() else Path(data)
+        folder = Path(data) / split if os.path.isdir(Path(data) / split) else Path(data)
         if split == "val" and folder == Path(data):
             continue
-        if data and folder.is_dir() and (files := sorted(map(str, folder.glob(f"*{ending}")))):
+        if os.path.isdir(folder) and (files := sorted(map(str, folder.glob(f"*{ending}")))):
             return open_kind(files)
     return None

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from mocov3.data.sources import EXTENSIONS, cache_folder
+from mocov3.data.index import cache_folder
+from mocov3.data.scan import EXTENSIONS
 from mocov3.errors import UserError, printable
 
 CLASSES_FILE = "classes.txt"

@@ -1,25 +1,28 @@
-"""Where pictures come from: folders on disk, or the embedded Fashion-MNIST. Reading is by index.
+"""Where pictures come from: folders, lists, several of them with shares, or the embedded Fashion-MNIST.
 
-A folder's index (relative paths and labels) is one array; large ones are written to the cache folder and memory-
-mapped, so that loader processes share them.
+Reading is by index. What is found on disk is one array (``mocov3.data.index``), shared by all processes.
 """
 
-import gzip
 import hashlib
 import os
+import re
+import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from mocov3.data.embedded import BUILT_IN, FashionMnist
+from mocov3.data.index import Index
+from mocov3.data.lists import ENDINGS, read_list
+from mocov3.data.scan import EXTENSIONS, scan_tree
 from mocov3.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-BUILT_IN = "fashion-mnist"
-_SHARE_FROM = 8 << 20  # bytes of index from which processes share one memory-mapped file
-_EMBEDDED = Path(__file__).parent / "fashion_mnist"
-_PRETRAINING = 8000  # pictures 0–7,999 are for training, the rest is the test split
+SEPARATOR = "\n"
+"""Between several sources in one text."""
 
 
 @runtime_checkable
@@ -49,126 +52,73 @@ class Source(Protocol):
 
 
 def open_source(data: str, split: str = "train") -> Source:
-    """The pictures named by ``data``: a folder, archives or tables (of ``mocov3.data.shards`` and ``parquet``), or the
-    built-in ``fashion-mnist[:ROOT]``.
+    """The pictures named by ``data``: a folder, a list, archives or tables (of ``mocov3.data.shards`` and ``parquet``),
+    or the built-in ``fashion-mnist[:ROOT]``; or several, a line each, with the share of their pictures that an epoch
+    uses: ``DIR1``, ``DIR2:0.3``.
 
     For a folder, ``train`` is DIR/train where it exists, else DIR itself; ``val`` is DIR/val.
 
     Raises:
-        UserError: if there is no such folder or no picture in it.
+        UserError: if one is missing, unreadable, or holds no picture.
     """
+    names = [name for name in data.split(SEPARATOR) if name]
+    if not names:
+        raise UserError("no data: name a folder of pictures, or fashion-mnist")
+    parts = [_share(name) for name in names]
+    sources = [_open_one(name, split) for name, _ in parts]
+    if len(parts) == 1 and parts[0][1] == 1:
+        return sources[0]
+    return Roots(sources, [share for _, share in parts])
+
+
+def _share(name: str) -> tuple[str, float]:
+    """``DIR:0.3`` → (DIR, 0.3); a name that exists as it stands has share 1."""
+    head, _, tail = name.rpartition(":")
+    if not head or os.path.exists(name) or not re.fullmatch(r"[-+.\d][-+.\deE]*", tail):
+        return name, 1.0
+    try:
+        share = float(tail)
+    except ValueError:
+        return name, 1.0
+    if not 0 < share <= 1:
+        raise UserError(f"data {name}: the share of a folder's pictures in an epoch is above 0 and at most 1, "
+                        f"not {tail}; to raise one folder, lower the others")  # fmt: skip
+    return head, share
+
+
+def _open_one(data: str, split: str) -> Source:
     name, _, root = data.partition(":")
-    if name == BUILT_IN and not Path(data).exists():
+    if name == BUILT_IN and not os.path.exists(data):
         return FashionMnist(split, root or None)
+    place = Path(data)
+    # os.path answers no for a name that is too long or holds a zero byte, where Path raises
+    is_folder, is_file = os.path.isdir(data), os.path.isfile(data)
+    if is_file and place.suffix.lower() in ENDINGS:
+        if split == "val":
+            raise UserError(f"data {data}: is a list and has no val part; name a folder that holds train and val")
+        return Folder(*read_list(place))
     from mocov3.data.packed import open_packed
 
-    folder = Path(data)
     if packed := open_packed(data, split):
         return packed
-    if not data:
-        raise UserError("no data: name a folder of pictures, or fashion-mnist")
-    if not folder.exists():
+    if not is_folder:
+        if os.path.exists(data):
+            picture = place.suffix.lower() in EXTENSIONS
+            hint = "name the folder that holds the pictures" if picture else f"a list ends in {', '.join(ENDINGS)}"
+            raise UserError(f"data {data}: is not a folder; {hint}")
         raise UserError(f"data {data}: there is no such folder; name a folder of pictures, or fashion-mnist")
-    if not folder.is_dir():
-        raise UserError(f"data {data}: is not a folder; name the folder that holds the pictures")
-    if split == "val" or (folder / split).is_dir():
-        folder = folder / split
-    return scan(folder)
+    if split == "val" or (place / split).is_dir():
+        place = place / split
+    return scan(place)
 
 
 def scan(folder: Path) -> "Folder":
-    """Index of every picture below ``folder``, sorted by path; its subfolders are the classes.
+    """Every picture below ``folder``, sorted by path; its subfolders are the classes.
 
     Raises:
         UserError: if the folder is missing, unreadable, or holds no picture.
     """
-    if not folder.is_dir():
-        raise UserError(f"data {folder}: there is no such folder")
-    failures: list[OSError] = []
-    paths: list[bytes] = []
-    root = os.fsencode(folder)
-    extensions = tuple(e.encode() for e in EXTENSIONS)
-    for place, folders, files in os.walk(root, followlinks=True, onerror=failures.append):
-        folders.sort()
-        relative = os.path.relpath(place, root)
-        prefix = b"" if relative == b"." else relative + b"/"
-        paths += [prefix + f for f in files if f.lower().endswith(extensions)]
-    if failures and not paths:
-        raise UserError(f"data {folder}: cannot be read ({failures[0].strerror})")
-    if not paths:
-        raise UserError(f"data {folder}: holds no picture ({', '.join(EXTENSIONS)})")
-    paths.sort()
-    heads = [p.split(b"/", 1)[0] if b"/" in p else b"" for p in paths]
-    classes = sorted(set(heads))
-    labels = None
-    if b"" not in classes:
-        number = {c: i for i, c in enumerate(classes)}
-        labels = np.array([number[h] for h in heads], dtype=np.int32)
-    names = [os.fsdecode(c) for c in classes] if labels is not None else []
-    return Folder(os.fsdecode(root), Index.build(paths, labels), names)
-
-
-@dataclass
-class Index:
-    """Paths and labels in one uint8 array: count, offsets (int64), labels (int32, −1 for none), path bytes."""
-
-    array: np.ndarray
-    file: str | None = None
-
-    @classmethod
-    def build(cls, paths: list[bytes], labels: np.ndarray | None) -> "Index":
-        """Pack ``paths``; above a size the array is a memory-mapped file of the cache folder."""
-        offsets = np.zeros(len(paths) + 1, dtype=np.int64)
-        np.cumsum([len(p) for p in paths], out=offsets[1:])
-        numbers = np.full(len(paths), -1, dtype=np.int32) if labels is None else labels
-        parts = [
-            np.array([len(paths)], dtype=np.int64),
-            offsets,
-            numbers,
-            np.frombuffer(b"".join(paths), np.uint8),
-        ]
-        array = np.concatenate([p.view(np.uint8) for p in parts])
-        index = cls(array)
-        return index.shared() if array.nbytes >= _SHARE_FROM else index
-
-    def shared(self) -> "Index":
-        """The same index as a memory-mapped file, which pickles to its name."""
-        file = cache_folder() / f"index-{self.digest[:32]}.npy"
-        if not file.exists():
-            partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-            with partial.open("wb") as f:
-                np.save(f, self.array)
-            os.replace(partial, file)
-        return Index(np.load(file, mmap_mode="r"), str(file))
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"array": None if self.file else self.array, "file": self.file}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.file = state["file"]  # type: ignore[assignment]
-        self.array = np.load(self.file, mmap_mode="r") if self.file else state["array"]  # type: ignore[assignment]
-
-    def __len__(self) -> int:
-        return int(self.array[:8].view(np.int64)[0])
-
-    def path(self, index: int) -> bytes:
-        """Relative path of a picture."""
-        n = len(self)
-        start, end = self.array[8 : 16 + 8 * n].view(np.int64)[index : index + 2].tolist()
-        base = 16 + 12 * n
-        return self.array[base + start : base + end].tobytes()
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        """int32 classes, or ``None`` where there are none."""
-        n = len(self)
-        labels = self.array[16 + 8 * n : 16 + 12 * n].view(np.int32)
-        return None if n and labels[0] < 0 else labels
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the whole index."""
-        return hashlib.sha256(np.ascontiguousarray(self.array).data).hexdigest()
+    return Folder(*scan_tree(folder))
 
 
 @dataclass
@@ -192,9 +142,16 @@ class Folder:
         """sha256 over names and labels."""
         return self.index.digest
 
+    def path(self, index: int) -> bytes:
+        """The file, as the system names it."""
+        return os.path.join(os.fsencode(self.root), self.index.path(index))
+
     def read(self, index: int) -> bytes:
         """The file's bytes."""
-        with open(os.path.join(os.fsencode(self.root), self.index.path(index)), "rb") as file:
+        path = self.path(index)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever, a device never end
+            raise OSError("is not a regular file")
+        with open(path, "rb") as file:
             return file.read()
 
     def name(self, index: int) -> str:
@@ -202,85 +159,123 @@ class Folder:
         return os.fsdecode(self.index.path(index))
 
 
-class FashionMnist:
-    """The embedded 10,000 test pictures of Fashion-MNIST (Zalando SE, MIT): 28×28 grey, 10 classes.
+class Roots:
+    """Several sources after each other; an epoch uses a share of each one's pictures, drawn anew each time.
 
-    ``train`` holds pictures 0–7,999, ``val`` 8,000–9,999. With ``root``, a folder in torchvision's layout, the
-    60,000 training pictures come first in ``train``.
+    Labels are kept where every part has the same classes.
     """
 
-    classes: list[str] = [  # noqa: RUF012 (never changed)
-        "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-    ]  # fmt: skip
-
-    def __init__(self, split: str = "train", root: str | None = None) -> None:
-        self.split, self.root = split, root
-        images = _idx(_EMBEDDED / "t10k-images-idx3-ubyte.gz")
-        labels = _idx(_EMBEDDED / "t10k-labels-idx1-ubyte.gz")
-        part = slice(0, _PRETRAINING) if split == "train" else slice(_PRETRAINING, None)
-        images, labels = images[part], labels[part]
-        if root is not None and split == "train":
-            raw = Path(root) / "FashionMNIST" / "raw"
-            more = (
-                _idx(_either(raw / "train-images-idx3-ubyte")),
-                _idx(_either(raw / "train-labels-idx1-ubyte")),
-            )
-            if more[0].shape[1:] != images.shape[1:] or len(more[0]) != len(more[1]):
-                raise UserError(f"data {raw}: the files do not hold 28×28 pictures with as many labels")
-            images, labels = np.concatenate([more[0], images]), np.concatenate([more[1], labels])
-        self.images = images
-        self.labels: np.ndarray | None = labels.astype(np.int32)
-
-    def __reduce__(self) -> tuple[type, tuple[str, str | None]]:
-        return FashionMnist, (self.split, self.root)
+    def __init__(self, parts: Sequence[Source], shares: Sequence[float]) -> None:
+        self.parts, self.shares = list(parts), list(shares)
+        self._ends = np.cumsum([len(p) for p in self.parts])
 
     def __len__(self) -> int:
-        return len(self.images)
+        return int(self._ends[-1])
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, if all parts have the same."""
+        first = self.parts[0].classes
+        return list(first) if all(p.classes == first for p in self.parts) else []
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """Class of every picture, or ``None``."""
+        labels = [p.labels for p in self.parts]
+        return np.concatenate(labels) if self.classes else None  # type: ignore[arg-type]
 
     @property
     def digest(self) -> str:
-        """sha256 of the pixels."""
-        return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()
+        """sha256 over the parts and their shares."""
+        text = "\n".join(f"{p.digest} {share}" for p, share in zip(self.parts, self.shares, strict=True))
+        return hashlib.sha256(text.encode()).hexdigest()
 
-    def read(self, index: int) -> np.ndarray:
-        """uint8 pixels, (28, 28)."""
-        return self.images[index]
+    @property
+    def skipped(self) -> list[str]:
+        """What archives among the parts hold that cannot be used."""
+        return [line for part in self.parts for line in getattr(part, "skipped", [])]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return part, index - (int(self._ends[part - 1]) if part else 0)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """Bytes or pixels of a picture."""
+        part, place = self._place(index)
+        return self.parts[part].read(place)
 
     def name(self, index: int) -> str:
-        """The picture's number in its split."""
-        return f"fashion-mnist/{self.split}/{index}"
+        """The part's number and the picture's name in it."""
+        part, place = self._place(index)
+        return f"{part + 1}:{self.parts[part].name(place)}"
 
 
-def _either(path: Path) -> Path:
-    for candidate in (path, path.with_name(path.name + ".gz")):
-        if candidate.exists():
-            return candidate
-    raise UserError(f"data {path}: is missing (nor is it there as .gz); torchvision's FashionMNIST writes it")
+class Subset:
+    """Some pictures of a source, by increasing index."""
+
+    def __init__(self, whole: Source, indices: np.ndarray) -> None:
+        self.whole, self.indices = whole, np.asarray(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return self.whole.classes
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class of every picture, or ``None``."""
+        return None if self.whole.labels is None else self.whole.labels[self.indices]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the whole and which of it."""
+        chosen = np.ascontiguousarray(self.indices.astype(np.int64))
+        return hashlib.sha256(self.whole.digest.encode() + chosen.tobytes()).hexdigest()
+
+    @property
+    def skipped(self) -> list[str]:
+        """What archives of the whole hold that cannot be used."""
+        return list(getattr(self.whole, "skipped", []))
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """Bytes or pixels of a picture."""
+        return self.whole.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        """The picture's name in the whole."""
+        return self.whole.name(int(self.indices[index]))
 
 
-def _idx(path: Path) -> np.ndarray:
-    """An array of LeCun's IDX format, gzipped or not: 0 0 type dims, big-endian sizes, bytes."""
+def shares(source: Source) -> list[tuple[int, float]]:
+    """(pictures, share an epoch uses) of each part of a source, in order."""
+    if isinstance(source, Roots):
+        return [(len(p), share) for p, share in zip(source.parts, source.shares, strict=True)]
+    if isinstance(source, Subset) and isinstance(source.whole, Roots):
+        counts = np.diff(np.searchsorted(source.indices, source.whole._ends, side="left"), prepend=0)
+        return list(zip(counts.tolist(), source.whole.shares, strict=True))
+    return [(len(source), 1.0)]
+
+
+def group_numbers(source: Source, pattern: str) -> np.ndarray:
+    """int32 group of every picture by its name: those with the same match of ``pattern`` (its first bracket, where it
+    has one) belong together; a picture without a match is a group of its own.
+
+    Raises:
+        UserError: if the pattern is no regular expression, or puts all pictures into one group.
+    """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if data[:3] != b"\0\0\x08":
-            raise ValueError
-        shape = np.frombuffer(data, ">i4", data[3], 4)
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError):
-        raise UserError(f"data {path}: is not an IDX file of bytes (damaged or truncated); fetch it again") from None
-
-
-def cache_folder() -> Path:
-    """The user's cache folder of this program, made if missing; a temporary one where that cannot be written."""
-    import tempfile
-
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    for place in (Path(base), Path(tempfile.gettempdir())):
-        folder = place / "mocov3"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return folder
-    raise UserError(f"neither {base} nor {tempfile.gettempdir()} can be written; set XDG_CACHE_HOME")
+        expression = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"--group-by {pattern!r}: is not a regular expression ({error})") from None
+    seen: dict[str, int] = {}
+    numbers = np.empty(len(source), np.int32)
+    for i in range(len(source)):
+        match = expression.search(source.name(i).replace(os.sep, "/"))
+        key = f"={i}" if match is None else "~" + (match[1] or "" if expression.groups else match[0])
+        numbers[i] = seen.setdefault(key, len(seen))
+    if len(seen) < 2:
+        raise UserError(f"--group-by {pattern!r}: puts all pictures into one group; a batch holds one picture of each")
+    return numbers

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mocov3.data.sources import FashionMnist, Folder, Index, Source, scan
+from mocov3.data.embedded import FashionMnist
+from mocov3.data.index import Index
+from mocov3.data.sources import Folder, Source, scan
 from mocov3.errors import UserError, printable
 
 

@@ -53,6 +53,7 @@ class Exported:
                     "patch_size": self.patch_size,
                     "small_stem": self.small_stem,
                     "view_preset": self.recipe.get("view_preset", "photos"),
+                    "mean_std": self.recipe.get("mean_std", ""),
                 }
             ),
             "mean": json.dumps(self.mean),

@@ -75,6 +75,8 @@ def _completed(config: FinetuneConfig, contents: dict[str, Any] | None) -> Finet
         if value == not_given:
             value = saved.get(name) if isinstance(saved.get(name), type(default)) else default
         values[name] = value
+    if not config.mean_std and not config.view_preset and isinstance(saved.get("mean_std"), str):
+        values["mean_std"] = saved["mean_std"]  # belongs to the weights' preset
     values["arch"] = known_arch(values["arch"])
     complete = dataclasses.replace(config, **values)
     complete.check()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mocov3 import checkpoint
 from mocov3.checkpoint import Position
-from mocov3.config import PRESETS, write_yaml
+from mocov3.config import preset_of, write_yaml
 from mocov3.data import Batch, CentreView, Loader
 from mocov3.data.loader import Unreadable, usable_cores
 from mocov3.data.supervised import Repeated, stratified
@@ -70,7 +70,7 @@ class Tuning:
         self.classes = len(self.pair.train.classes)
         self.train = Repeated(stratified(self.pair.train, c.fraction), c.repeats)
         self.labels = np.asarray(self.train.labels, dtype=np.int64)
-        self.preset = PRESETS[c.view_preset]
+        self.preset = preset_of({"view_preset": c.view_preset, "mean_std": c.mean_std})
         self.total_batch = setup.total_batch(c, world)
         self.iterations = self._iterations()
         self.parts = setup.build(self.start, self.classes, world, script_door=job.script_door)

@@ -1,0 +1,39 @@
+"""What ``--recipe auto`` would choose for sizes of sets and machines that are not at hand, as a Markdown table.
+
+    python benchmarks/plans.py
+
+Photographs of 500×375 px, no limit of time (epochs are then cut to the time that steps are measured to take).
+"""
+
+from typing import Any
+
+from mocov3.auto import GIB, Machine, Pictures, memory_of, plan
+
+_COUNTS = {"50": 50, "500": 500, "5 k": 5_000, "50 k": 50_000, "1.3 M": 1_281_167}
+_MACHINES = {
+    "CPU, 8 cores": Machine("cpu", 8 * GIB, 8),
+    "8 GB": Machine("cuda", 8 * GIB, 8),
+    "12 GB": Machine("cuda", 12 * GIB, 8),
+    "80 GB": Machine("cuda", 80 * GIB, 16),
+}
+
+
+def main() -> None:
+    """Print the table."""
+    print("| pictures | machine | arch, px | batch | optimizer, lr | epochs (steps) | held out | memory, estimated |")
+    print("|---|---|---|---|---|---|---|---|")
+    for title, count in _COUNTS.items():
+        for name, machine in _MACHINES.items():
+            pictures = Pictures(count, 375, "photos", "", "", gray=False)
+            made: dict[str, Any] = {c.name: c.value for c in plan(pictures, machine, None, {}, lambda _: (0.0, {}))}
+            held = made.get("hold_out", 0)
+            steps = (count - held) // made["batch_size"] * made["epochs"]
+            each, fixed = memory_of(made["arch"], made["image_size"], bool(made.get("small_stem")),
+                                    half=machine.device == "cuda")  # fmt: skip
+            print(f"| {title} | {name} | {made['arch']}, {made['image_size']} | {made['batch_size']} | "
+                  f"{made['optimizer']}, {made['lr']:g} | {made['epochs']} ({steps:,}) | {held} | "
+                  f"{(each * made['batch_size'] + fixed) / GIB:.1f} GB |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

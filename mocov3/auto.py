@@ -1,0 +1,297 @@
+"""``--recipe auto``: settings from the pictures, the machine and a budget of time, each with its reason.
+
+Pure: what is measured (pictures, memory, speed) comes in as values, so that every plan can be shown and tested for
+machines that are not at hand. Where a rule rests on something measured or published, the reason says so; the others
+are our judgement.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mocov3.config.archs import is_resnet, is_vit
+from mocov3.config.presets import PRESETS
+
+GIB = 1 << 30
+_SMALL_SIDE = 96
+"""Shorter side in pixels up to which pictures are used at their own size, by networks with a stem for it."""
+# activations of training on two views of one 224 px picture at 16 bits, in MB. ResNet-50 and ViT-S: from the batches
+# that the reference fits into 32 GB (256 and 128 a GPU); the others scaled by their share of the computation's output
+_ACTIVATION_MB = {"resnet10_w32": 14.0, "resnet10_w48": 21.0, "resnet18": 40.0, "resnet50": 118.0, "vit_small": 220.0}
+_FIXED_GB = {"resnet10_w32": 0.1, "resnet10_w48": 0.2, "resnet18": 1.3, "resnet50": 2.2, "vit_small": 2.6}
+"""Weights, gradients, optimizer, momentum encoder, and the device's own memory."""
+_CPU_SIDES = (64, 32)
+_CPU_REASONS = {64: "on a CPU 224 px would take twelve times as long",
+                32: "at 64 px the time allows fewer than 40 epochs on this CPU"}  # fmt: skip
+_FEW_EPOCHS = 40
+_PLANNED, _LATEST = 0.85, 1.2
+"""Shares of the budget: what steps are planned to take (judging and writing take some too), and where a run is cut."""
+_LEAST_BATCH = 64
+"""A contrastive step with fewer others to tell a picture from teaches little."""
+_PASSES = 100 * 1.28e6**0.3
+_NO_SETTINGS = ("data", "recipe", "output_dir", "config", "resume", "quiet", "json")
+DEFAULT_HOURS = {"cpu": 1.0, "mps": 4.0, "cuda": 12.0}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where training runs."""
+
+    device: str
+    """cpu, cuda or mps."""
+    memory: int
+    """Bytes that training may use."""
+    cores: int
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a look at some of the pictures showed."""
+
+    count: int
+    short_side: int
+    preset: str
+    reason: str
+    mean_std: str
+    gray: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting and why."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+Speed = Callable[[dict[str, Any]], tuple[float, dict[str, Any]]]
+"""Settings so far → seconds an epoch, and settings that had to change to fit the memory."""
+
+
+def plan(
+    pictures: Pictures, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed
+) -> list[Choice]:
+    """Every setting that ``given`` leaves open, in the order they depend on each other.
+
+    Args:
+        pictures: what was seen of them.
+        machine: where training runs.
+        hours: budget of time; ``None``: that of the device by ``DEFAULT_HOURS``.
+        given: fields the user set.
+        speed: measures, or supposes, the time of an epoch.
+    """
+    made = _made(pictures, machine, hours, given, speed, _CPU_SIDES[0])
+    if machine.device == "cpu" and made["image_size"] > _CPU_SIDES[1] and made["epochs"] < _FEW_EPOCHS:
+        made = _made(pictures, machine, hours, given, speed, _CPU_SIDES[1])
+    return made.choices
+
+
+def _made(
+    pictures: Pictures, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed, cpu_side: int
+) -> "_Plan":
+    made = _Plan(given)
+    _views(made, pictures, machine, cpu_side)
+    _network(made, pictures, machine)
+    _batch(made, pictures, machine)
+    _optimisation(made)
+    _length(made, pictures, machine, hours, speed)
+    _watching(made, pictures)
+    return made
+
+
+class _Plan:
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.given, self.values = given, dict(given)
+        self.choices: list[Choice] = []
+
+    def choose(self, name: str, value: Any, reason: str) -> Any:
+        """The user's value, else ``value``, noted with its reason."""
+        if name not in self.given:
+            self.values[name] = value
+            self.choices.append(Choice(name, value, reason))
+        return self.values[name]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+
+def _views(made: _Plan, pictures: Pictures, machine: Machine, cpu_side: int) -> None:
+    preset = made.choose("view_preset", pictures.preset, pictures.reason)
+    short = pictures.short_side
+    if short <= _SMALL_SIDE:
+        side = max(short // 4 * 4, 16)
+        reason = f"half of the pictures are {short} px or less at their shorter side"
+        if machine.device == "cpu" and side > cpu_side:
+            side, reason = cpu_side, _CPU_REASONS[cpu_side]
+    elif machine.device == "cpu":
+        side, reason = cpu_side, _CPU_REASONS[cpu_side]
+    elif short < 160:
+        side, reason = 128, f"pictures of about {short} px"
+    else:
+        side, reason = 224, "the size of the paper"
+    made.choose("image_size", side, reason)
+    if preset == "gray":
+        made.choose("crop_min", 0.3, "did better than 0.2 and 0.5 in the demo")
+    elif preset == "photos":
+        made.choose("crop_min", 0.2, "the reference's in every recipe")
+    else:
+        made.choose("crop_min", PRESETS[preset].crop_min, f"of the preset {preset}")
+    if preset != "photos" or pictures.gray:
+        made.choose("mean_std", pictures.mean_std, "measured on these pictures")
+
+
+def _network(made: _Plan, pictures: Pictures, machine: Machine) -> None:
+    n, small, gb = pictures.count, made["image_size"] <= _SMALL_SIDE, machine.memory / GIB
+    if machine.device == "cpu":
+        arch, reason = ("resnet10_w32", "trains in minutes on a CPU (the demo's network)")
+        if made["image_size"] > 40:
+            arch, reason = "resnet10_w48", "a CPU trains it in an hour"
+    elif n < 5_000 or small:
+        arch, reason = "resnet18", "few or small pictures do not fill a larger network"
+    elif n >= 100_000 and gb >= 20:
+        arch, reason = "vit_small", "enough pictures and memory for the paper's ViT-S"
+    elif _fitting("resnet50", made["image_size"], machine) < _LEAST_BATCH:
+        arch, reason = "resnet18", f"ResNet-50 would leave memory for fewer than {_LEAST_BATCH} pictures a step"
+    else:
+        arch, reason = "resnet50", "the reference's; ViTs need more pictures or memory"
+    arch = made.choose("arch", arch, reason)
+    tiny = arch.startswith("resnet10")
+    if is_resnet(arch) and "_w" not in arch:
+        made.choose("small_stem", small, f"views of {made['image_size']} px" + (" would shrink to nothing" * small))
+    if tiny:
+        made.choose("moco_dim", 128, "the demo's head for this width")
+        made.choose("moco_mlp_dim", 512, "the demo's head for this width")
+    if is_vit(arch):
+        made.choose("stop_grad_conv1", True, "keeps ViTs stable (paper, §4.2)")
+        if made["image_size"] <= _SMALL_SIDE:
+            made.choose("patch_size", 4, f"views of {made['image_size']} px")
+
+
+def _fitting(arch: str, image_size: int, machine: Machine, small_stem: bool = False) -> float:
+    """Pictures a step that fit the memory, with a seventh kept free."""
+    each, fixed = memory_of(arch, image_size, small_stem, half=machine.device == "cuda")
+    return max((0.85 * machine.memory - fixed) / each, 2)
+
+
+def memory_of(arch: str, image_size: int, small_stem: bool, *, half: bool) -> tuple[float, float]:
+    """(bytes a picture, bytes besides) of training, estimated."""
+    key = arch if arch in _ACTIVATION_MB else "vit_small" if is_vit(arch) else "resnet50"
+    each = _ACTIVATION_MB[key] * 1e6 * (image_size / 224) ** 2 * (1 if half else 2)
+    if small_stem:
+        each *= 16  # the usual stem halves the sides twice
+    return each, _FIXED_GB[key] * 1e9
+
+
+def _batch(made: _Plan, pictures: Pictures, machine: Machine) -> None:
+    small_stem = bool(made.values.get("small_stem"))
+    each, _ = memory_of(made["arch"], made["image_size"], small_stem, half=machine.device == "cuda")
+    fits = _fitting(made["arch"], made["image_size"], machine, small_stem)
+    cap = 128 if machine.device == "cpu" else 1024 if is_vit(made["arch"]) else 512
+    useful = max(pictures.count // 8, 16)
+    size = min(2 ** int(math.log2(min(fits, cap, useful))), max(pictures.count, 1))
+    limit = {
+        fits: f"fits {machine.memory / GIB:.0f} GB (estimated {each / 1e6:.0f} MB a picture)",
+        cap: "128 did better than 256 in the demo" if cap == 128 else "larger ones need other learning rates",
+        useful: f"{pictures.count} pictures give too few steps with more",
+    }[min(fits, cap, useful)]
+    made.choose("batch_size", max(size, 2), limit)
+    made.choose(
+        "precision", "auto", "16 bits where the device has them" if machine.device == "cuda" else "32 bits here"
+    )
+    made.choose("workers", max(min(machine.cores - (machine.device == "cpu"), 16), 1),
+                f"{machine.cores} cores" + (", one of them trains" if machine.device == "cpu" else ""))  # fmt: skip
+
+
+def _optimisation(made: _Plan) -> None:
+    arch = made["arch"]
+    if is_vit(arch) or arch.startswith("timm/"):
+        made.choose("optimizer", "adamw", "the paper's for ViTs")
+        made.choose("lr", 1.5e-4, "the paper's for ViTs")
+        made.choose("weight_decay", 0.1, "the paper's for ViTs")
+    elif arch.startswith("resnet10"):
+        made.choose("optimizer", "adamw", "steadier than LARS at small batches (docs/demo.md)")
+        made.choose("lr", 8e-3, "measured on the demo's pictures")
+        made.choose("weight_decay", 0.05, "measured on the demo's pictures")
+    else:
+        made.choose("optimizer", "lars", "the reference's for ResNets")
+        made.choose("lr", 0.3, "the reference's for long training")
+        made.choose("weight_decay", 1e-6, "the reference's")
+    made.choose("moco_t", 0.2, "τ 1 is for batches of thousands; 0.2 is the paper's for ViTs")
+    made.choose("moco_m_cos", True, "the reference's in every recipe")
+
+
+def _length(made: _Plan, pictures: Pictures, machine: Machine, hours: float | None, speed: Speed) -> None:
+    budget = 3600 * (hours if hours is not None else DEFAULT_HOURS[machine.device])
+    wanted = min(max(round(_PASSES / max(pictures.count, 1) ** 0.3), 100), 800)
+    seconds, changed = speed(made.values)
+    for name, value in changed.items():
+        made.values[name] = value
+        made.choices = [c for c in made.choices if c.name != name]
+        made.choices.append(Choice(name, value, "what fitted the memory when tried"))
+    possible = int(_PLANNED * budget / max(seconds, 1e-9))
+    if possible < 1:
+        epochs, reason = (
+            1,
+            f"one pass takes {_duration(seconds)}: take fewer pictures (DIR:0.1), a GPU or a longer --budget",
+        )
+    elif possible < wanted:
+        epochs, reason = possible, f"what {_duration(budget)} allow (without a limit: {wanted})"
+    else:
+        epochs, reason = wanted, "more passes over fewer pictures, 100 for ImageNet's 1.28 million"
+    epochs = made.choose("epochs", epochs, reason)
+    warmup = min(40 if is_vit(made["arch"]) else 10, round(epochs / 10))
+    made.choose("warmup_epochs", warmup, "a tenth, at most the paper's")
+    if hours is not None:
+        made.choose("max_hours", round(_LATEST * hours, 4), "the budget and a fifth, should the machine slow down")
+    how = f"{_duration(seconds)} an epoch, by the steps just measured" if seconds > 0 else "not measured"
+    made.choices.append(Choice("(predicted time)", _duration(seconds * epochs), how))
+
+
+def _watching(made: _Plan, pictures: Pictures) -> None:
+    epochs = made["epochs"]
+    held = min(2000, pictures.count // 10) if pictures.count >= 200 else 0
+    held = min(held, pictures.count - made["batch_size"])
+    if held >= 20:
+        held = made.choose("hold_out", held, "kept from training, to judge without labels")
+        if held:
+            made.choose("quality_every", max(epochs // 20, 1), "about twenty judgements; keeps the best network")
+    made.choose("checkpoint_every", max(epochs // 10, 1), "about ten files")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
+
+
+def parse_budget(text: str) -> float:
+    """``90s``, ``30m``, ``2h``, ``1.5d`` (or a bare number of hours) → hours.
+
+    Raises:
+        ValueError: if it is none of these, or not above 0.
+    """
+    units = {"s": 1 / 3600, "m": 1 / 60, "h": 1.0, "d": 24.0}
+    unit = units.get(text[-1:].lower())
+    hours = float(text[:-1]) * unit if unit else float(text)
+    if not 0 < hours < math.inf:
+        raise ValueError(text)
+    return hours
+
+
+def block(choices: list[Choice], recipe: dict[str, Any], given: dict[str, Any]) -> str:
+    """The plan as text: a setting a line, with its value and reason."""
+    rows = [(c.name.replace("_", "-"), _shown(c.value), c.reason) for c in choices]
+    rest = [(name, value, "of the recipe") for name, value in recipe.items() if name not in given]
+    rest += [(name, value, "given by you") for name, value in given.items() if name not in _NO_SETTINGS]
+    rows += [(name.replace("_", "-"), _shown(value), reason) for name, value, reason in rest]
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return "\n".join(f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {reason}" for name, value, reason in rows)
+
+
+def _shown(value: Any) -> str:
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,234 @@
+"""The commands: what each one's command line means, and the task that it starts.
+
+Nothing here imports torch before a task starts, so help and refusals come at once.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mocov3 import recipes
+from mocov3.config import PRESETS, EmbedConfig, FinetuneConfig, KnnConfig, LinclsConfig, PretrainConfig, parse
+from mocov3.config.fields import Layers, Parser, read_layers
+from mocov3.errors import UserError, printable
+
+
+def parse_pretrain(argv: Sequence[str], *, prog: str, defaults: dict[str, Any] | None = None) -> PretrainConfig:
+    """Command line of pre-training; both doors share it, only defaults differ. Nothing is measured."""
+    return _configured(read_pretrain(argv, prog, defaults))
+
+
+def read_pretrain(argv: Sequence[str], prog: str, defaults: dict[str, Any] | None) -> Layers:
+    """Command line of pre-training, as layers that are not merged yet."""
+    return read_layers(
+        PretrainConfig,
+        argv,
+        prog=prog,
+        description="Self-supervised pre-training by MoCo v3.",
+        defaults=defaults,
+        recipes=recipes.settings(),
+        epilog=recipes.listing(),
+    )
+
+
+def _configured(layers: Layers) -> PretrainConfig:
+    preset = PRESETS[layers.merged().get("view_preset", PretrainConfig.view_preset)]
+    return PretrainConfig(**layers.merged({"crop_min": preset.crop_min}))
+
+
+def chosen(layers: Layers) -> PretrainConfig:
+    """The configuration of pre-training, with what is left to be chosen or measured on pictures and machine."""
+    config = _by_recipe(layers)
+    if config.mean_std == "auto":
+        from mocov3.choose import measured_normalisation
+
+        return measured_normalisation(config)
+    return config
+
+
+def _by_recipe(layers: Layers) -> PretrainConfig:
+    if layers.merged().get("recipe") in ("auto", "adapt"):
+        from mocov3.choose import choose
+
+        return choose(layers)
+    return _configured(layers)
+
+
+def _pretrain(argv: list[str]) -> int:
+    layers = read_pretrain(argv, "mocov3 pretrain", {"output_dir": "", "recipe": "auto"})
+    values = layers.merged()
+    if values.get("resume") == "auto" and not values["output_dir"]:
+        raise UserError("--resume auto: name the run to go on with by --output-dir")
+    config = chosen(layers)
+    if not config.output_dir:
+        folder = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.arch.replace('/', '-')}"
+        config = dataclasses.replace(config, output_dir=folder)
+    from mocov3.pretrain import main
+
+    return main(config, script_door=False)
+
+
+def _check(argv: list[str]) -> int:
+    from mocov3.check import main, parse
+
+    args, rest = parse(argv)
+    return main(args, read_pretrain(rest, "mocov3 check", {"recipe": "auto"}))
+
+
+def _inspect(argv: list[str]) -> int:
+    from mocov3.inspect import main
+
+    return main(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from mocov3.compare import main
+
+    return main(argv)
+
+
+def parse_finetune(argv: Sequence[str], *, prog: str) -> FinetuneConfig:
+    """Command line of fine-tuning and transfer; both doors share it."""
+    return parse(
+        FinetuneConfig,
+        argv,
+        prog=prog,
+        description="Train a classifier end to end from pre-trained weights (DeiT's recipe).",
+        recipes=recipes.finetune_settings(),
+        epilog=recipes.listing(recipes.FINETUNE_RECIPES, "accuracy"),
+    )
+
+
+def _finetune(argv: list[str]) -> int:
+    config = parse_finetune(argv, prog="mocov3 finetune")
+    from mocov3.finetune import main
+
+    return main(config, script_door=False)
+
+
+def parse_lincls(argv: Sequence[str], *, prog: str, defaults: dict[str, Any] | None = None) -> LinclsConfig:
+    """Command line of linear evaluation; both doors share it, only defaults differ."""
+    return parse(
+        LinclsConfig,
+        argv,
+        prog=prog,
+        description=LinclsConfig.__doc__ or "",
+        defaults=defaults,
+        recipes=recipes.settings(recipes.LINCLS_RECIPES),
+        epilog=recipes.listing(recipes.LINCLS_RECIPES),
+    )
+
+
+def _lincls(argv: list[str]) -> int:
+    from mocov3.lincls import SWEEP, main
+
+    config = parse_lincls(argv, prog="mocov3 lincls", defaults={"arch": "", "lr": SWEEP, "output_dir": ""})
+    if not config.output_dir:
+        if config.resume == "auto":
+            raise UserError("--resume auto: name the run to go on with by --output-dir")
+        folder = "." if config.evaluate else f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
+        config = dataclasses.replace(config, output_dir=folder)
+    return main(config, script_door=False)
+
+
+def parse_knn(argv: Sequence[str], *, prog: str) -> KnnConfig:
+    """Command line of the k-NN evaluation."""
+    return parse(KnnConfig, argv, prog=prog, description=KnnConfig.__doc__ or "")
+
+
+def _knn(argv: list[str]) -> int:
+    from mocov3.knn import main
+
+    return main(parse_knn(argv, prog="mocov3 knn"))
+
+
+def parse_embed(argv: Sequence[str], *, prog: str) -> EmbedConfig:
+    """Command line of embedding."""
+    return parse(EmbedConfig, argv, prog=prog, description=EmbedConfig.__doc__ or "")
+
+
+def _embed(argv: list[str]) -> int:
+    from mocov3.embed import main
+
+    return main(parse_embed(argv, prog="mocov3 embed"))
+
+
+def _verify(argv: list[str]) -> int:
+    parser = Parser(prog="mocov3 verify", description="The accuracy of a published linear file of the reference on "
+                    "ImageNet's validation set, beside the published figure.")  # fmt: skip
+    parser.add_argument("file", help="linear file, for example linear-vit-s-300ep.pth.tar")
+    parser.add_argument("folder", help="validation folder with 1,000 class folders, or the folder that holds it as val")
+    parser.add_argument("-j", "--workers", type=int, default=32, help="data loading processes (default 32)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device")
+    args = parser.parse_args(argv)
+    from mocov3.lincls import verify
+
+    return verify(args.file, args.folder, workers=args.workers, device=args.device)
+
+
+def parse_convert(argv: Sequence[str], *, prog: str) -> Any:
+    """Command line of the conversion."""
+    parser = Parser(prog=prog, description="Convert a pre-training checkpoint to DeiT's format.")
+    parser.add_argument("--input", required=True, help="pre-training checkpoint, ours or the reference's")
+    parser.add_argument("--output", required=True, help="file to write; its folder is made if missing")
+    return parser.parse_args(list(argv))
+
+
+def convert(argv: list[str], prog: str = "mocov3 convert") -> int:
+    """Convert a checkpoint to DeiT's format."""
+    args = parse_convert(argv, prog=prog)
+    from pathlib import Path
+
+    from mocov3 import checkpoint
+    from mocov3.convert import to_deit
+
+    output = Path(args.output)
+    if output.exists() and output.resolve() == Path(args.input).resolve():
+        raise UserError(f"--output {output}: is the checkpoint itself; name another file")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file")
+    converted = to_deit(checkpoint.read(args.input), args.input)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write(output, converted)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
+    print(f"{printable(str(output))}: {len(converted['model'])} keys of the encoder, without its head")
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    from mocov3.export import main
+
+    return main(argv)
+
+
+def _demo(argv: list[str]) -> int:
+    from mocov3.demo import main
+
+    return main(argv)
+
+
+def _pack(argv: list[str]) -> int:
+    from mocov3.pack import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "pretrain": _pretrain,
+    "check": _check,
+    "inspect": _inspect,
+    "compare": _compare,
+    "finetune": _finetune,
+    "lincls": _lincls,
+    "knn": _knn,
+    "embed": _embed,
+    "verify": _verify,
+    "convert": convert,
+    "export": _export,
+    "demo": _demo,
+    "pack": _pack,
+}
+"""Name of a command → what runs it; returns the exit code."""

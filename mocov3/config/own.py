@@ -1,0 +1,76 @@
+"""Flags for own pictures: a budget of time, judging without labels, groups, and going on from existing weights."""
+
+from dataclasses import dataclass
+
+from mocov3.config.fields import flag
+from mocov3.config.views import ViewFlags
+from mocov3.errors import UserError
+
+OWN = "own pictures"
+
+
+@dataclass(frozen=True)
+class OwnFlags(ViewFlags):
+    """What pre-training on own pictures adds; the defaults change nothing."""
+
+    budget: str = flag(
+        "",
+        "time that --recipe auto plans for, as 30m, 2h or 1d (default: 1 h on a CPU, 12 h on a GPU, or less if it "
+        "needs less)",
+        result=False,
+        group=OWN,
+        metavar="TIME",
+    )
+    hold_out: int = flag(
+        0,
+        "pictures kept from training, for the quality without labels",
+        kind=int,
+        group=OWN,
+        metavar="N",
+    )
+    quality_every: int = flag(
+        0,
+        "epochs between judgements without labels, on pictures of --hold-out or DIR/val (0: none); keeps the best "
+        "network as best_unlabelled.pth.tar",
+        kind=int,
+        result=False,
+        group=OWN,
+        metavar="EPOCHS",
+    )
+    patience: int = flag(
+        0,
+        "stop after so many judgements in a row that were not the best (0: never)",
+        kind=int,
+        result=False,
+        group=OWN,
+        metavar="N",
+    )
+    group_by: str = flag(
+        "",
+        "regular expression; pictures whose names match it alike (its first bracket) are never in one batch",
+        group=OWN,
+        metavar="REGEX",
+    )
+    freeze_epochs: int = flag(0, "epochs at the start in which only the heads are trained", kind=int, group=OWN)
+    freeze_until: str = flag(
+        "", "block up to which the backbone stays as it starts (layer2, blocks.5)", group=OWN, metavar="BLOCK"
+    )
+    layer_decay: float = flag(
+        1.0, "factor of the learning rate from each block of the backbone to the one below", kind=float, group=OWN
+    )
+
+    def check_own(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises:
+            UserError: naming the first.
+        """
+        for name in ("hold_out", "quality_every", "patience", "freeze_epochs"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"--layer-decay must be above 0 and at most 1, not {self.layer_decay}")
+        if self.patience and not self.quality_every:
+            raise UserError("--patience counts judgements of --quality-every; give both")
+        if self.budget and getattr(self, "recipe", "") not in ("auto", "adapt"):
+            raise UserError("--budget is what --recipe auto plans for; else give --epochs, or --max-hours as a limit")

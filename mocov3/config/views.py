@@ -1,0 +1,129 @@
+"""Flags of the views: every strength and probability of a preset, one by one."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mocov3.config.fields import flag
+from mocov3.config.presets import PRESETS, ViewPreset
+from mocov3.errors import UserError
+
+VIEWS = "strengths of the views (default: the preset's)"
+
+_SHARES = ("jitter_probability", "gray_probability", "flip_probability", "vertical_flip_probability",
+           "turn_probability")  # fmt: skip
+_STRENGTHS = {"brightness": 10.0, "contrast": 10.0, "saturation": 10.0, "hue": 0.5, "pad": 2.0}
+_PAIRS = {"blur_probability": (0.0, 1.0), "solarize_probability": (0.0, 1.0), "blur_sigma": (1e-3, 50.0),
+          "ratio": (0.05, 20.0)}  # fmt: skip
+_ORDERED = ("blur_sigma", "ratio")
+_FLAGS = {"ratio": "crop_ratio", "pad": "crop_pad"}
+"""Fields of a preset whose flag is called otherwise."""
+
+
+@dataclass(frozen=True)
+class ViewFlags:
+    """What of a preset is replaced; ``None`` or empty keeps the preset's."""
+
+    brightness: float | None = flag(None, "factors of brightness are drawn from 1 ± this", kind=float, group=VIEWS)
+    contrast: float | None = flag(None, "factors of contrast are drawn from 1 ± this", kind=float, group=VIEWS)
+    saturation: float | None = flag(None, "factors of saturation are drawn from 1 ± this", kind=float, group=VIEWS)
+    hue: float | None = flag(None, "hue is turned by up to this part of the circle (at most 0.5)", kind=float,
+                             group=VIEWS)  # fmt: skip
+    jitter_probability: float | None = flag(None, "how often colours are changed", kind=float, group=VIEWS)
+    gray_probability: float | None = flag(None, "how often a view is grey", kind=float, group=VIEWS)
+    blur_probability: str = flag("", "how often views are blurred, one number or one a view (1.0,0.1)", group=VIEWS)
+    blur_sigma: str = flag("", "smallest,largest standard deviation of the blur in pixels", group=VIEWS)
+    solarize_probability: str = flag("", "how often views are solarised, one number or one a view", group=VIEWS)
+    flip_probability: float | None = flag(None, "how often left and right change sides", kind=float, group=VIEWS)
+    vertical_flip_probability: float | None = flag(
+        None, "how often top and bottom change sides", kind=float, group=VIEWS
+    )
+    turn_probability: float | None = flag(
+        None, "how often a view is turned by 90, 180 or 270 degrees (0.75: all four ways up alike)", kind=float,
+        group=VIEWS,
+    )  # fmt: skip
+    crop_ratio: str = flag("", "smallest,largest width over height of the crop", group=VIEWS)
+    crop_pad: float | None = flag(
+        None, "black border added on each side before the crop, as a share of the picture's side", kind=float,
+        group=VIEWS,
+    )  # fmt: skip
+    mean_std: str = flag(
+        "", "normalisation: 'auto' measures it on the pictures; or mean,std or six numbers in 0–1", group=VIEWS
+    )
+
+    def check_views(self) -> None:
+        """Refuse strengths that mean nothing.
+
+        Raises:
+            UserError: naming the first.
+        """
+        for name in _SHARES:
+            _within(name, getattr(self, name), 0.0, 1.0)
+        for name, high in _STRENGTHS.items():
+            _within(name, getattr(self, _FLAGS.get(name, name)), 0.0, high)
+        preset_of(dataclasses.asdict(self))
+
+
+def preset_of(values: Mapping[str, Any]) -> ViewPreset:
+    """The views of a configuration, given as its fields by name (as a checkpoint stores them).
+
+    Raises:
+        UserError: for a preset or a pair of numbers that cannot be read.
+    """
+    preset = PRESETS.get(str(values.get("view_preset") or "photos"))
+    if preset is None:
+        raise UserError(f"view preset {values.get('view_preset')!r} is not known; known: {', '.join(PRESETS)}")
+    changed: dict[str, Any] = {}
+    for name in (*_SHARES, *_STRENGTHS):
+        if (value := values.get(_FLAGS.get(name, name))) is not None:
+            changed[name] = value
+    for name, (low, high) in _PAIRS.items():
+        if text := values.get(_FLAGS.get(name, name)):
+            changed[name] = _pair(name, str(text), low, high)
+    mean_std = str(values.get("mean_std") or "")
+    if mean_std and mean_std != "auto":
+        changed["mean"], changed["std"] = _mean_std(mean_std)
+    return dataclasses.replace(preset, **changed)
+
+
+def _option(name: str) -> str:
+    return "--" + _FLAGS.get(name, name).replace("_", "-")
+
+
+def _within(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise UserError(f"{_option(name)} must lie between {low:g} and {high:g}, not {value}")
+
+
+def _numbers(text: str, where: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"{where} {text!r}: is not numbers with commas between them")
+    return numbers
+
+
+def _pair(name: str, text: str, low: float, high: float) -> tuple[float, float]:
+    numbers = _numbers(text, _option(name))
+    if len(numbers) == 1 and name not in _ORDERED:
+        numbers *= 2
+    if len(numbers) != 2:
+        raise UserError(f"{_option(name)} {text!r}: takes two numbers, as in 1.0,0.1")
+    for number in numbers:
+        _within(name, number, low, high)
+    if name in _ORDERED and numbers[0] > numbers[1]:
+        raise UserError(f"{_option(name)} {text!r}: the smaller number comes first")
+    return numbers[0], numbers[1]
+
+
+def _mean_std(text: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    n = _numbers(text, "--mean-std")
+    if len(n) == 2:
+        n = [n[0]] * 3 + [n[1]] * 3
+    if len(n) != 6 or not all(0 <= v <= 1 for v in n) or not all(v > 1e-4 for v in n[3:]):
+        raise UserError(f"--mean-std {text!r}: takes 'auto', mean,std or three means and three deviations, within 0–1")
+    return (n[0], n[1], n[2]), (n[3], n[4], n[5])

@@ -1,0 +1,98 @@
+"""How good features are, judged without labels: measures from the literature, as functions of features alone.
+
+Features are rows of float tensors; everything is computed in float64 on the CPU.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+_EPSILON = 1e-7
+_FIRST_RANK, _LAST_RANK = 3, 100
+"""Eigenvalues that α-ReQ fits: the first ones follow no power law, the last ones are noise."""
+
+
+def rankme(features: Float[Tensor, "pictures dim"]) -> float:
+    """Effective rank: exp of the entropy of the normalised singular values (Garrido et al. 2023, eq. 3).
+
+    From 1 (all features on a line) to min(pictures, dim).
+    """
+    return _effective_rank(torch.linalg.svdvals(_double(features)))
+
+
+def alpha_req(features: Float[Tensor, "pictures dim"]) -> float:
+    """Exponent α of the decay λ_j ∝ j^−α of the covariance's eigenvalues (Agrawal et al. 2022).
+
+    By least squares over ranks 3–100 in double logarithms, weights 1/j, so that every octave counts alike. About 1 is
+    what the authors found best; larger means few directions carry everything. NaN where there are too few directions.
+    """
+    centred = _double(features) - _double(features).mean(0)
+    values = torch.linalg.svdvals(centred) ** 2
+    values = values[values > 1e-12 * values[:1].clamp(min=1e-300)][_FIRST_RANK - 1 : _LAST_RANK]
+    if len(values) < 3:
+        return float("nan")
+    rank = torch.arange(_FIRST_RANK, _FIRST_RANK + len(values), dtype=torch.float64)
+    x, y, w = rank.log(), values.log(), 1 / rank
+    x, y = x - (w * x).sum() / w.sum(), y - (w * y).sum() / w.sum()
+    return float(-(w * x * y).sum() / (w * x * x).sum())
+
+
+def lidar(views: Float[Tensor, "pictures views dim"], delta: float = 1e-4) -> float:
+    """Effective rank of linear discriminant analysis with every picture as a class of its views (Thilak et al. 2023).
+
+    Σ_b between pictures, Σ_w within plus δ·I; the entropy is of the eigenvalues of Σ_w^−½ Σ_b Σ_w^−½. From 1 to
+    min(pictures − 1, dim).
+    """
+    x = _double(views)
+    means = x.mean(1)
+    between = means - means.mean(0)
+    within = (x - means[:, None]).flatten(0, 1)
+    covariance = within.T @ within / len(within) + delta * torch.eye(x.shape[2], dtype=torch.float64)
+    # whitening by the Cholesky factor: the eigenvalues are those of the symmetric form
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), between.T, upper=False)
+    return _effective_rank(torch.linalg.svdvals(whitened) ** 2)
+
+
+def alignment(first: Float[Tensor, "pictures dim"], second: Float[Tensor, "pictures dim"]) -> float:
+    """Mean squared distance of the normalised features of two views of a picture (Wang & Isola 2020); 0 best, ≤ 4."""
+    return float((_unit(first) - _unit(second)).square().sum(1).mean())
+
+
+def uniformity(features: Float[Tensor, "pictures dim"]) -> float:
+    """log of the mean of exp(−2·squared distance) over pairs of normalised features (Wang & Isola 2020).
+
+    0 when all are the same, towards −4 when spread over the sphere.
+    """
+    x = _unit(features)
+    n = len(x)
+    total = torch.zeros((), dtype=torch.float64)
+    for part in x.split(1024):
+        total += (2 - 2 * part @ x.T).clamp(min=0).mul(-2).exp().sum()
+    return float(((total - n) / max(n * (n - 1), 1)).log())
+
+
+def retrieval(queries: Float[Tensor, "pictures dim"], keys: Float[Tensor, "pictures dim"]) -> float:
+    """Share in % of pictures whose other view is the nearest of all keys by cosine; ties count as missed."""
+    q, k = _unit(queries), _unit(keys)
+    found = 0
+    for start in range(0, len(q), 1024):
+        scores = q[start : start + 1024] @ k.T
+        rows = torch.arange(len(scores))
+        own = scores[rows, start + rows].clone()
+        scores[rows, start + rows] = -torch.inf
+        found += int((own > scores.max(1).values).sum())
+    return 100 * found / len(q)
+
+
+def _effective_rank(values: Tensor) -> float:
+    p = values / values.sum().clamp(min=1e-300) + _EPSILON
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.detach().cpu().double()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(_double(x), dim=1)

@@ -1,0 +1,144 @@
+"""What this machine can do: its memory, and the time of a training step and of loading, measured on a few of each."""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mocov3 import models
+from mocov3.auto import Machine
+from mocov3.config import PretrainConfig
+from mocov3.data import Source, TwoViews
+from mocov3.data.decode import DecodeError
+from mocov3.data.loader import usable_cores
+from mocov3.data.survey import scattered
+from mocov3.distributed import World
+from mocov3.distributed.launch import pick_device
+from mocov3.errors import UserError
+from mocov3.optim import build_optimizer
+from mocov3.step import Precision, Step, resolve_precision
+
+_STEPS = 3
+_LOADED = 32
+_HALF = 0.5
+
+
+def machine(device: str, gpu: int | None) -> Machine:
+    """The device that training would take, and what it has.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    found = pick_device(device, gpu)
+    if found.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(found)
+        return Machine("cuda", int(free), usable_cores(), torch.cuda.get_device_name(found))
+    return Machine(found.type, int(_HALF * _free_memory()), usable_cores(), found.type)
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that are free, or a cautious guess."""
+    free = 8 << 30
+    with suppress(OSError, ValueError, AttributeError):  # not Linux, or no such figure
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = 1024 * int(line.split()[1])
+    with suppress(OSError, ValueError):
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container's limit
+    return free
+
+
+def epoch_seconds(config: PretrainConfig, source: Source, pictures: int) -> tuple[float, float, int]:
+    """(seconds an epoch of training, seconds of loading, batch size that fits), by a few steps of each.
+
+    A batch that does not fit the device's memory is halved until it does.
+
+    Raises:
+        UserError: if not even two pictures fit.
+    """
+    device = pick_device(config.device, config.gpu)
+    batch = config.batch_size
+    while True:
+        try:
+            step = _step_seconds(config, device, batch)
+            break
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            if batch < 4:
+                raise UserError(f"--arch {config.arch} at --image-size {config.image_size}: does not fit the memory of "
+                                f"{device}; take a smaller one") from None  # fmt: skip
+            batch //= 2
+    workers = max(min(config.workers, usable_cores()), 1)
+    loading = picture_seconds(config, source) * pictures / workers
+    return step * max(pictures // batch, 1), loading, batch
+
+
+def total_seconds(training: float, loading: float, device: str) -> float:
+    """Time of an epoch: on a CPU both share the cores, elsewhere the slower one decides."""
+    return training + loading / 2 if device == "cpu" else max(training, loading)
+
+
+def _step_seconds(config: PretrainConfig, device: torch.device, batch: int) -> float:
+    # another generator's draws: measuring must not change the run
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        model = models.build(
+            config.arch,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            dim=config.moco_dim,
+            mlp_dim=config.moco_mlp_dim,
+            temperature=config.moco_t,
+            stop_grad_conv1=config.stop_grad_conv1,
+            small_stem=config.small_stem,
+        )
+        model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        optimizer = build_optimizer(model.parameters(), config.optimizer, weight_decay=0.0, momentum=0.9,
+                                    fused=device.type == "cuda")  # fmt: skip
+        precision = Precision(resolve_precision(config.precision, device, script_door=False), device)
+        step = Step(model, optimizer, world=World(0, 1, device), precision=precision)
+        x1, x2 = (torch.randn(batch, 3, config.image_size, config.image_size, device=device) for _ in range(2))
+
+        def run() -> None:
+            step(x1, x2, lr=0.0, m=1.0)
+
+        return _median_seconds(run, device)
+
+
+def _median_seconds(run: Callable[[], None], device: torch.device) -> float:
+    run()
+    times = []
+    for _ in range(_STEPS):
+        _wait(device)
+        began = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def picture_seconds(config: PretrainConfig, source: Source) -> float:
+    """Seconds that one process takes to read a picture and make its two views."""
+    views: Any = TwoViews(config.image_size, config.crop_min, config.preset, config.views)
+    times = []
+    for index in scattered(len(source), _LOADED).tolist():
+        began = time.perf_counter()
+        try:
+            views(source.read(index), seed=0, epoch=0, index=index)
+        except (DecodeError, OSError):
+            continue
+        times.append(time.perf_counter() - began)
+    return float(np.mean(times)) if times else 0.0

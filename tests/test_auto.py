@@ -1,0 +1,291 @@
+"""Recipes auto and adapt: plans for machines not at hand, plans that run, starting weights, groups, freezing."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import TINY
+from PIL import Image
+from test_cli import refused
+
+from mocov3 import checkpoint, load_backbone, models
+from mocov3.auto import GIB, Machine, Pictures, memory_of, parse_budget, plan
+from mocov3.cli import main
+from mocov3.config import PretrainConfig, read_yaml
+from mocov3.convert import BackboneWeights, load_into
+from mocov3.data.order import Order
+from mocov3.data.survey import Survey, alikeness, near_pairs, propose, uprightness
+from mocov3.errors import UserError
+from mocov3.groups import block_numbers, freeze_until, hold_backbone, parameter_groups
+from mocov3.models import build_backbone, sincos_position_embedding
+from mocov3.optim import build_optimizer, set_learning_rate
+from mocov3.origin import origin_of
+from mocov3.start import arch_of, guess_arch, load_start
+
+MACHINES = {
+    "cpu": Machine("cpu", 8 * GIB, 8),
+    "8 GB": Machine("cuda", 8 * GIB, 8),
+    "12 GB": Machine("cuda", 12 * GIB, 8),
+    "80 GB": Machine("cuda", 80 * GIB, 16),
+}
+
+
+def planned(count, machine, *, side=375, hours=None, given=None, seconds=0.0):
+    pictures = Pictures(count, side, "photos", "because", "0.5,0.25", gray=False)
+    given = given or {}
+    choices = plan(pictures, machine, hours, given, lambda values: (seconds, {}))
+    fields = {f.name for f in dataclasses.fields(PretrainConfig)}
+    return PretrainConfig(data="x", recipe="auto", **given, **{c.name: c.value for c in choices if c.name in fields}), {
+        c.name: c for c in choices
+    }
+
+
+@pytest.mark.parametrize("count", [50, 500, 5_000, 50_000, 1_281_167])
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("side", [28, 64, 375, 3000])
+def test_plans_are_runnable(count, machine, side):
+    config, choices = planned(count, MACHINES[machine], side=side)
+    config.check()
+    assert Order(count - config.hold_out, config.batch_size).iterations >= 2
+    assert config.image_size <= max(side, 32)
+    each, fixed = memory_of(config.arch, config.image_size, config.small_stem, half=machine != "cpu")
+    assert config.batch_size * each + fixed <= MACHINES[machine].memory
+    assert 100 <= config.epochs <= 800
+    assert all(choice.reason for choice in choices.values())
+    assert config.workers <= MACHINES[machine].cores
+    if count >= 500:
+        assert config.hold_out >= 20
+        assert config.quality_every
+
+
+def test_a_budget_sets_epochs():
+    cpu = MACHINES["cpu"]
+    assert planned(5_000, cpu, hours=1, seconds=60)[0].epochs == math.floor(0.85 * 60)
+    assert planned(5_000, cpu, seconds=60)[0].epochs == math.floor(0.85 * 60)  # an hour on a CPU unless told
+    assert planned(5_000, MACHINES["8 GB"], seconds=60)[0].epochs > 400
+    config, choices = planned(1_281_167, cpu, hours=2, seconds=90_000)
+    assert (config.epochs, config.max_hours) == (1, 2.4)
+    assert "fewer pictures" in choices["epochs"].reason
+    assert [parse_budget(t) for t in ("90s", "30m", "2h", "1.5d", "3")] == [0.025, 0.5, 2, 36, 3]
+    for text in ("", "h", "-1h", "0", "inf", "nan", "soon"):
+        with pytest.raises(ValueError, match=r"|soon"):
+            parse_budget(text)
+
+
+def test_what_is_given_stays_and_decides_the_rest():
+    config, choices = planned(5_000, MACHINES["12 GB"], given={"arch": "vit_small", "batch_size": 48, "hold_out": 0})
+    assert (config.arch, config.batch_size, config.optimizer, config.quality_every) == ("vit_small", 48, "adamw", 0)
+    assert config.stop_grad_conv1
+    assert "arch" not in choices
+    fitted = plan(Pictures(9000, 375, "photos", "x", "0.5,0.2", False), MACHINES["8 GB"], None, {},
+                  lambda values: (1.0, {"batch_size": 8}))  # fmt: skip
+    assert [c.value for c in fitted if c.name == "batch_size"] == [8]
+
+
+def test_auto_runs_saves_and_goes_on(tmp_path, capsys):
+    rng = np.random.Generator(np.random.PCG64(0))
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(240):
+        Image.fromarray(rng.integers(0, 256, (30, 36, 3), dtype=np.uint8)).save(data / f"{i}.png")
+    run = tmp_path / "run"
+    flags = ["--output-dir", str(run), "-j", "0", "--device", "cpu", "--seed", "3", "--moco-mlp-dim", "16"]
+    assert main(["pretrain", str(data), *flags, "--budget", "1h", "--max-steps", "9"]) == 0
+    out = capsys.readouterr().out
+    for line in ("image-size", "28", "predicted time", "given by you", "Fewer than"):
+        assert line in out
+    config = PretrainConfig(**read_yaml(run / "config.yaml", PretrainConfig))
+    assert (config.recipe, config.arch, config.image_size, config.hold_out) == ("auto", "resnet10_w32", 28, 24)
+    # a resume chooses nothing anew, whatever the machine does now
+    assert main(["pretrain", str(data), *flags, "--resume", "auto", "--max-steps", "20"]) == 0
+    out = capsys.readouterr().out
+    assert "resumed at" in out
+    assert "predicted" not in out
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["resumed"] == 1
+    again = tmp_path / "again"
+    assert main(["pretrain", "--config", str(run / "config.yaml"), "--output-dir", str(again), "--max-steps", "2"]) == 0
+    assert PretrainConfig(**read_yaml(again / "config.yaml", PretrainConfig)).epochs == config.epochs
+
+
+def test_auto_refuses(tmp_path, pictures):
+    out = ["--output-dir", tmp_path / "out"]
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no")
+    assert "none of 3 pictures" in refused("pretrain", tmp_path, *out)
+    assert "--budget" in refused("pretrain", pictures, *out, "--budget", "soon")
+    assert "--recipe auto plans" in refused("pretrain", pictures, *out, "--budget", "1h", "--recipe", "defaults")
+    assert "give --init" in refused("pretrain", pictures, *out, "--recipe", "adapt")
+    assert "no such file" in refused("pretrain", pictures, *out, "--recipe", "adapt", "--init", tmp_path / "none")
+    one = tmp_path / "one"
+    one.mkdir()
+    Image.new("RGB", (8, 8)).save(one / "1.png")
+    assert "two or more" in refused("pretrain", one, *out)
+    assert "--layer-decay" in refused("pretrain", pictures, *TINY, *out, "--layer-decay", "0")
+    assert "layer4.0" in refused("pretrain", pictures, *TINY, *out, "--freeze-until", "layer9")
+    assert "left to train" in refused("pretrain", pictures, *TINY, *out, "--freeze-until", "layer4")
+
+
+# --- facts that plans rest on ------------------------------------------------------------------------------
+
+
+def scenes(n, seed=0):
+    rng = np.random.Generator(np.random.PCG64(seed))
+    small = rng.normal(size=(n, 4, 4))
+    return 128 + 40 * np.kron(small, np.ones((4, 4)))
+
+
+def test_survey_tells_up_alike_and_near():
+    flat = scenes(300)
+    assert uprightness(flat) < 2  # nothing is up in noise
+    sky = flat + 40 * np.linspace(1, -1, 16)[None, :, None]
+    assert uprightness(sky) > 20
+    assert abs(alikeness(flat)) < 0.05
+    assert alikeness(flat[:1] + 0.2 * (flat - 128)) > 0.7
+    pairs = near_pairs(np.concatenate([flat[:50], flat[7:9] + 1, 0 * flat[:2] + 100]))
+    assert pairs == [(7, 50), (8, 51)]  # flat pictures have nothing to compare
+    base = Survey(300, 300, alike=0.1, upright=30.0)
+    assert propose(base)[0] == "photos"
+    assert propose(dataclasses.replace(base, gray_share=1.0))[0] == "gray"
+    assert propose(dataclasses.replace(base, upright=1.2))[0] == "aerial"
+    assert propose(dataclasses.replace(base, alike=0.8))[0] == "inspection"
+
+
+# --- starting weights --------------------------------------------------------------------------------------
+
+
+def test_starting_weights_of_others(tmp_path, pictures):
+    torch.manual_seed(1)
+    theirs = torchvision.models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "tv.pth")
+    import safetensors.torch
+
+    safetensors.torch.save_file(timm.create_model("resnet18").state_dict(), tmp_path / "timm.safetensors")
+    assert arch_of(str(tmp_path / "tv.pth")) == arch_of(str(tmp_path / "timm.safetensors")) == "resnet18"
+    model = models.build("resnet18", dim=16, mlp_dim=16)
+    before = model.base_encoder.fc[0].weight.clone()
+    load_start(str(tmp_path / "tv.pth"), [model.base_encoder, model.momentum_encoder], "resnet18")
+    x = torch.randn(2, 3, 64, 64)
+    theirs.fc = torch.nn.Identity()
+    for encoder in (model.base_encoder, model.momentum_encoder):
+        assert torch.equal(encoder.eval().features(x), theirs.eval()(x))
+    assert torch.equal(model.base_encoder.fc[0].weight, before)  # heads stay fresh
+    out = ["--output-dir", tmp_path / "out"]
+    assert "give --arch resnet18" in refused("pretrain", pictures, *TINY, *out, "--init", tmp_path / "tv.pth")
+    assert "no such model" in refused("pretrain", pictures, *TINY, *out, "--init", "timm/resnet18x")
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 100)
+    assert "safetensors" in refused("pretrain", pictures, *TINY, *out, "--init", tmp_path / "bad.safetensors")
+
+
+def test_timm_weights_that_cannot_be_fetched(monkeypatch, pictures, tmp_path):
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    line = refused("pretrain", pictures, *TINY, "--output-dir", tmp_path, "--init", "timm/resnet18")
+    assert "could not be fetched" in line
+    assert arch_of("timm/resnet50.a1_in1k") == "resnet50"
+    assert arch_of("timm/vit_tiny_patch16_224") == "timm/vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize("arch", ["resnet10_w48", "resnet34", "vit_tiny", "vit_conv_small", "wide_resnet50_2"])
+def test_archs_are_recognised(arch):
+    encoder = build_backbone(arch, image_size=32)
+    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("fc.", "head."))}
+    assert guess_arch(state) == arch
+    assert guess_arch({**state, "more": torch.ones(1)}) is None
+
+
+def test_position_tables_of_another_grid():
+    def table_after(table):
+        encoder = build_backbone("vit_tiny", image_size=64)
+        state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("head.")}
+        load_into(encoder, BackboneWeights("backbone", None, {**state, "pos_embed": table}), "x")
+        return encoder.pos_embed
+
+    assert torch.equal(table_after(sincos_position_embedding(14, 14, 192)), sincos_position_embedding(4, 4, 192))
+    learned = torch.randn(1, 1 + 14 * 14, 192)
+    wanted = timm.layers.resample_abs_pos_embed(learned, [4, 4], [14, 14], num_prefix_tokens=1)
+    assert torch.allclose(table_after(learned), wanted)
+    with pytest.raises(UserError, match="does not fit"):
+        table_after(torch.randn(1, 197, 96))
+
+
+def test_six_heads_are_not_twelve():
+    model = models.build("vit_small", image_size=32, dim=8, mlp_dim=8)
+    weights = BackboneWeights("timm model", "timm/vit_small_patch16_224", {})
+    from mocov3.start import _check_heads
+
+    with pytest.raises(UserError, match="6 attention heads"):
+        _check_heads(weights, "vit_small", "x")
+    assert model.base_encoder.blocks[0].attn.num_heads == 12
+
+
+# --- groups, freezing, adapt -------------------------------------------------------------------------------
+
+
+def test_groups_number_parameters_as_without():
+    for arch in ("resnet18", "vit_tiny", "timm/convnext_atto"):
+        model = models.build(arch, image_size=32, dim=8, mlp_dim=8)
+        groups = parameter_groups(model, 0.5, staged=True)
+        assert [id(p) for g in groups for p in g["params"]] == [id(p) for p in model.parameters()]
+        assert parameter_groups(model, 1.0, staged=False) == list(model.parameters())
+        scales = [g["full_scale"] for g in groups if g["part"] == "backbone"]
+        assert scales == sorted(scales)
+        assert scales[-1] == 0.5
+        numbers = block_numbers(model.base_encoder)
+        assert max(numbers.values()) == {"resnet18": 8, "vit_tiny": 13}.get(arch, max(numbers.values()))
+    assert len(set(numbers.values())) > 8
+
+
+def test_held_backbones_and_frozen_blocks_stay():
+    model = models.build("resnet10_w32", image_size=16, dim=8, mlp_dim=8).train()
+    freeze_until(model.base_encoder, "layer2")
+    optimizer = build_optimizer(parameter_groups(model, 0.5, staged=True), "adamw", weight_decay=0.1, momentum=0.9)
+
+    def trained(held):
+        before = {k: v.clone() for k, v in model.base_encoder.named_parameters()}
+        hold_backbone(optimizer, held)
+        set_learning_rate(optimizer, 0.1)
+        optimizer.zero_grad()
+        model(*torch.randn(2, 8, 3, 16, 16), 0.9).backward()
+        optimizer.step()
+        return {k.split(".")[0] for k, v in model.base_encoder.named_parameters() if not torch.equal(v, before[k])}
+
+    assert trained(held=True) == {"fc"}
+    assert trained(held=False) == {"layer3", "layer4", "fc"}
+    vit = build_backbone("vit_tiny", image_size=32)
+    freeze_until(vit, "blocks.3")
+    assert not vit.blocks[3].mlp.fc1.weight.requires_grad
+    assert vit.blocks[4].mlp.fc1.weight.requires_grad
+
+
+def test_adapt_holds_then_trains_and_resumes(pictures, tmp_path):
+    start = tmp_path / "start.pth.tar"
+    torch.manual_seed(2)
+    model = models.build("resnet10_w32", dim=16, mlp_dim=32)
+    checkpoint.write(start, {"arch": "resnet10_w32", "epoch": 1,
+                             "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
+                             "mocov3": {"origin": "made by hand", "licence": "CC-BY-NC 4.0"}})  # fmt: skip
+    flags = ["--recipe", "adapt", "--init", str(start), "-j", "0", "--device", "cpu", "--seed", "1", "-b", "16",
+             "--epochs", "3", "--freeze-epochs", "1", "--quality-every", "2", "--image-size", "32"]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["pretrain", str(pictures), *flags, "--output-dir", str(whole), "--hold-out", "0"]) == 0
+    saved = [torch.load(whole / f"checkpoint_000{e}.pth.tar", weights_only=True) for e in range(3)]
+    key = "module.base_encoder.layer1.0.conv1.weight"
+    assert torch.equal(saved[0]["state_dict"][key], model.state_dict()[key.removeprefix("module.")])
+    assert not torch.equal(saved[1]["state_dict"][key], saved[0]["state_dict"][key])
+    assert saved[0]["mocov3"]["licence"] == "CC-BY-NC 4.0"
+    assert "made by hand" in origin_of(saved[0])["origin"]
+    for steps in ("5", "12"):
+        more = ["--resume", "auto"] if steps == "12" else []
+        assert main(["pretrain", str(pictures), *flags, "--output-dir", str(parts), "--hold-out", "0",
+                     "--max-steps", steps, *more]) == 0  # fmt: skip
+    ended = torch.load(parts / "checkpoint_0002.pth.tar", weights_only=True)["state_dict"]
+    assert all(torch.equal(v, ended[k]) for k, v in saved[2]["state_dict"].items())
+    assert load_backbone(parts / "best_unlabelled.pth.tar")

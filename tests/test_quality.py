@@ -1,0 +1,231 @@
+"""Judging without labels: measures against closed forms and numpy, during training, and side by side."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from test_cli import refused
+
+from mocov3 import load_backbone, quality
+from mocov3.cli import main
+from mocov3.data import CentreView, open_source
+from mocov3.data.probes import ProbeViews
+from mocov3.intervals import interval, rank_correlation
+from mocov3.judge import leave_one_out
+from mocov3.verdict import judge
+
+
+def gaussian(*shape, seed=0):
+    return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).normal(size=shape))
+
+
+def orthogonal(n, d):
+    return torch.linalg.qr(gaussian(n, d))[0]
+
+
+def test_rankme_of_known_spectra():
+    # k orthogonal directions of one size: rank k; geometric sizes: exp of their entropy
+    for k in (1, 5, 20):
+        assert quality.rankme(orthogonal(50, k)) == pytest.approx(k, rel=1e-4)
+    sizes = 0.5 ** torch.arange(20, dtype=torch.float64)
+    p = (sizes / sizes.sum()).numpy()
+    assert quality.rankme(orthogonal(50, 20) * sizes) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
+
+
+def test_alpha_of_power_laws():
+    for alpha in (0.5, 1.0, 2.3):
+        u = orthogonal(400, 120)
+        u = torch.linalg.qr(u - u.mean(0))[0]  # centred, so that the covariance has this very spectrum
+        rank = torch.arange(1, 121, dtype=torch.float64)
+        assert quality.alpha_req(u * rank ** (-alpha / 2)) == pytest.approx(alpha, abs=0.02)
+    assert math.isnan(quality.alpha_req(torch.ones(10, 5)))
+
+
+def test_lidar_is_the_discriminant_of_numpy():
+    x = gaussian(40, 6, 8) * 0.3 + gaussian(40, 1, 8, seed=1) * torch.linspace(0.2, 2, 8, dtype=torch.float64)
+    views = x.numpy()
+    means = views.mean(1)
+    b = np.einsum("ni,nj->ij", means - means.mean(0), means - means.mean(0)) / len(means)
+    w = views - means[:, None]
+    w = np.einsum("nvi,nvj->ij", w, w) / (40 * 6) + 1e-4 * np.eye(8)
+    values, vectors = np.linalg.eigh(w)
+    root = vectors @ np.diag(values**-0.5) @ vectors.T
+    p = np.linalg.eigvalsh(root @ b @ root)
+    p = p / p.sum() + 1e-7
+    assert quality.lidar(x) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-9)
+
+
+def test_alignment_and_uniformity_of_known_points():
+    x = torch.eye(4, dtype=torch.float64)
+    assert quality.alignment(x, 3 * x) == pytest.approx(0)
+    assert quality.alignment(x, -x) == pytest.approx(4)
+    assert quality.alignment(x, x.roll(1, 0)) == pytest.approx(2)
+    assert quality.uniformity(x) == pytest.approx(-4)  # every squared distance is 2
+    assert quality.uniformity(torch.ones(5, 3)) == pytest.approx(0)
+    many = gaussian(1500, 6)
+    unit = (many / many.norm(dim=1, keepdim=True)).numpy()
+    d = ((unit[:, None] - unit[None]) ** 2).sum(2)[np.triu_indices(1500, 1)]
+    assert quality.uniformity(many) == pytest.approx(np.log(np.exp(-2 * d).mean()), rel=1e-9)
+
+
+def test_retrieval_counts_the_nearest_and_no_ties():
+    x = gaussian(1300, 16)
+    assert quality.retrieval(x, 2 * x) == 100
+    assert quality.retrieval(x, x.roll(1, 0)) == 0
+    assert quality.retrieval(torch.ones(10, 4), torch.ones(10, 4)) == 0  # a collapsed network finds nothing
+    noisy = x + 1.5 * gaussian(1300, 16, seed=1)
+    cosine = np.corrcoef(np.r_[x.numpy(), noisy.numpy()])  # of centred rows, so compare by the plain form
+    a, b = (v.numpy() / np.linalg.norm(v.numpy(), axis=1, keepdims=True) for v in (x, noisy))
+    assert quality.retrieval(x, noisy) == pytest.approx(100 * ((a @ b.T).argmax(1) == np.arange(1300)).mean())
+    assert cosine.shape == (2600, 2600)
+
+
+def test_judge_puts_each_measure_in_its_place():
+    views = gaussian(30, 4, 12).float()
+    verdict = judge(views)
+    assert verdict.pictures == 30
+    assert verdict.rankme == quality.rankme(views[:, 0])
+    assert verdict.lidar == quality.lidar(views[:, 1:])
+    assert verdict.alignment == quality.alignment(views[:, 1], views[:, 2])
+
+
+def test_probes_are_fixed_and_of_their_own_kind():
+    pixels = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    probes = ProbeViews(32, 1.0)
+    first, again = (probes(pixels, seed=0, index=3) for _ in range(2))
+    assert len(first) == probes.count == 5
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert np.array_equal(first[0], CentreView(32, 1.0)(pixels)[0])
+    assert len({v.tobytes() for v in first}) == 5
+    assert not np.array_equal(probes(pixels, seed=0, index=4)[1], first[1])
+
+
+def test_leave_one_out_and_intervals():
+    from sklearn.neighbors import KNeighborsClassifier
+
+    x = gaussian(60, 5)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
+    unit = (x / x.norm(dim=1, keepdim=True)).numpy()
+    hits = 0
+    for i in range(60):
+        rest = np.arange(60) != i
+        weigh = lambda d: np.exp((1 - d) / 0.07)
+        votes = KNeighborsClassifier(20, metric="cosine", weights=weigh, algorithm="brute")
+        hits += int(votes.fit(unit[rest], y.numpy()[rest]).predict(unit[i : i + 1])[0] == y[i])
+    assert leave_one_out(x, y) == (hits, 60)
+    low, high = interval(8, 10)  # Wilson's interval as tables give it
+    assert (low, high) == (pytest.approx(49.0, abs=0.1), pytest.approx(94.3, abs=0.1))
+    from scipy.stats import spearmanr
+
+    a, b = [1, 2, 2, 5, 3], [9, 1, 4, 4, 4]
+    assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+
+
+@pytest.fixture(scope="module")
+def watched(pictures, tmp_path_factory):
+    """A run of 2 epochs with judgements each epoch, on DIR/val."""
+    folder = tmp_path_factory.mktemp("watched")
+    assert main(["pretrain", str(pictures), *TINY, "--output-dir", str(folder), "--quality-every", "1"]) == 0
+    return folder
+
+
+def test_judgements_of_a_run(watched, pictures):
+    lines = [json.loads(line) for line in (watched / "quality.jsonl").read_text().splitlines()]
+    assert [(line["name"], line["step"]) for line in lines] == [("start", 0), ("pixels", 0), ("epoch", 4), ("epoch", 8)]
+    best = torch.load(watched / "best_unlabelled.pth.tar", weights_only=True)
+    chosen = max(lines[2:], key=lambda line: line["retrieval"])
+    assert best["mocov3"]["step"] == chosen["step"]
+    assert best["mocov3"]["quality"]["retrieval"] == chosen["retrieval"]
+    assert best["mocov3"]["origin"] == "trained from scratch by mocov3"
+    backbone = load_backbone(watched / "best_unlabelled.pth.tar")
+    whole = load_backbone(watched / f"checkpoint_{best['epoch'] - 1:04d}.pth.tar")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(backbone(x), whole(x))
+    # judging changes nothing: weights and statistics are those of a run without
+    assert all(torch.isfinite(torch.tensor(line["rankme"])) for line in lines)
+
+
+def test_judging_does_not_change_training(watched, pictures, tmp_path):
+    assert main(["pretrain", str(pictures), *TINY, "--output-dir", str(tmp_path)]) == 0
+    a, b = (torch.load(f / "checkpoint_0001.pth.tar", weights_only=True)["state_dict"] for f in (watched, tmp_path))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_a_resumed_run_judges_on(watched, pictures, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*TINY, "--output-dir", str(folder), "--quality-every", "1"]
+    assert main(["pretrain", str(pictures), *flags, "--max-steps", "6"]) == 0
+    with (folder / "quality.jsonl").open("a") as file:
+        file.write('{"name": "epoch", "step": 7, "retr')  # cut short by a kill
+    assert main(["pretrain", str(pictures), *flags, "--resume", "auto"]) == 0
+    assert (folder / "quality.jsonl").read_text() == (watched / "quality.jsonl").read_text()
+
+
+def test_patience_stops_the_run(pictures, tmp_path, capsys):
+    flags = [*TINY, "--epochs", "9", "--lr", "0", "--output-dir", str(tmp_path), "--quality-every", "1"]
+    assert main(["pretrain", str(pictures), *flags, "--patience", "2", "--hold-out", "12", "-b", "8"]) == 0
+    assert "no better for 2 judgements" in capsys.readouterr().out
+    assert not (tmp_path / "checkpoint_0008.pth.tar").exists()
+    assert (tmp_path / "best_unlabelled.pth.tar").exists()
+
+
+def test_judging_needs_unseen_pictures(pictures, tmp_path):
+    flat = pictures / "train" / "class0"
+    out = ["--output-dir", tmp_path / "out", "-b", "4"]
+    assert "--hold-out" in refused("pretrain", flat, *TINY, *out, "--quality-every", "1")
+    assert "give both" in refused("pretrain", flat, *TINY, *out, "--patience", "1")
+
+
+def test_compare(watched, pictures, tmp_path, capsys):
+    files = [str(watched / f"checkpoint_000{i}.pth.tar") for i in (0, 1)]
+    assert main(["compare", *files, str(pictures), "--json", "-j", "0"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["kind"] for row in rows] == ["pixels", "untrained", "checkpoint", "checkpoint"]
+    lines = [json.loads(line) for line in (watched / "quality.jsonl").read_text().splitlines()]
+    for name in ("retrieval", "rankme", "alignment"):  # the numbers of the run itself, on the same pictures
+        assert rows[3][name] == pytest.approx(lines[3][name], rel=1e-4)
+    assert all(row["knn_low"] <= row["knn"] <= row["knn_high"] for row in rows)
+    # a few labels, by names below the folder or ends of paths
+    source = open_source(str(pictures), "val")
+    table = tmp_path / "some.csv"
+    table.write_text("path,label\n" + "".join(f"x/val/{source.name(i)},{source.name(i)[:6]}\n" for i in range(16)))
+    assert main(["compare", *files, str(pictures), "--labels", str(table), "-j", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "16 labelled pictures of 4 classes" in out
+    assert "untrained" in out
+
+
+def test_compare_refuses(watched, pictures, tmp_path):
+    ckpt = watched / "checkpoint_0001.pth.tar"
+    assert "CKPT" in refused("compare", ckpt)
+    assert "no such checkpoint" in refused("compare", tmp_path / "none", pictures)
+    assert "no such folder" in refused("compare", ckpt, tmp_path / "none")
+    few = tmp_path / "few"
+    few.mkdir()
+    shutil.copy(pictures / "val" / "class0" / "00.jpg", few)
+    assert "too few" in refused("compare", ckpt, few)
+    table = tmp_path / "l.csv"
+    for text, message in (
+        ("class0/none.jpg,a\n", "none of the pictures"), ("class0/00.jpg,a\nclass0/00.jpg,b\n", "two labels"),
+        ("class0/00.jpg,a\n", "too few"), ("class0/00.jpg\n", "no label"), ("00.jpg,a\n", "several"),
+    ):  # fmt: skip
+        table.write_text(text)
+        assert message in refused("compare", ckpt, pictures, "--labels", table), text
+    assert "no such file" in refused("compare", ckpt, pictures, "--labels", tmp_path / "none.csv")
+
+
+def test_compare_takes_the_pictures_kept_back(pictures, tmp_path, capsys):
+    run, many = tmp_path / "run", tmp_path / "many"
+    shutil.copytree(pictures / "train", many)
+    flags = [*TINY, "--output-dir", str(run), "--hold-out", "20", "-b", "4", "--max-steps", "4"]
+    assert main(["pretrain", str(many), *flags]) == 0
+    file = next(run.glob("checkpoint_*"))
+    capsys.readouterr()
+    assert main(["compare", str(file), str(many), "-j", "0"]) == 0
+    assert "20 pictures that these runs kept back" in capsys.readouterr().out
+    assert main(["compare", str(file), str(many / "class1"), "-j", "0"]) == 0
+    assert "16 pictures, by views" in capsys.readouterr().out
