@@ -81,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(run: Callable[[], int]) -> int:
     """Run a task; bad input becomes one line on standard error and exit code 2."""
-    # before torch is loaded: its threads would spin while they wait for each other, and starve the loader processes and
-    # each other wherever the cores are shared (measured: 3 to 9 times slower beside one busy process)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # before torch is loaded: its threads (GNU OpenMP) spin for milliseconds while they wait for each other, and starve
+    # loader processes, and each other, wherever cores are shared. A short spin costs nothing on a quiet machine
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         return run()
     except UserError as error:
