@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mocov3.config import FinetuneConfig
+from mocov3.config.fields import check_writable
 from mocov3.data.transfer import open_pair
 from mocov3.errors import UserError
 
@@ -63,13 +64,7 @@ def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:
     if os.environ.get("RANK", "0") != "0":
         return config  # the main rank checks the folder for all
     folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".mocov3-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    check_writable(folder, "--output_dir")
     if not script_door and not config.resume and (folder / LAST).exists():
         raise UserError(f"--output_dir {folder}: holds a former run; go on with --resume auto, or name another")
     return config

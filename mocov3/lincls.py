@@ -3,12 +3,12 @@
 Everything that can be checked without torch is checked here; then the ranks are started, and ``mocov3.linear`` trains.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mocov3.config import LinclsConfig
+from mocov3.config.fields import check_writable
 from mocov3.data import open_source
 from mocov3.data.labelled import open_labelled
 from mocov3.errors import UserError
@@ -82,13 +82,7 @@ def check(config: LinclsConfig, *, script_door: bool) -> None:
     open_labelled(config.data)
     if not (config.arch or config.pretrained or config.resume):
         raise UserError("no backbone: give --pretrained FILE, or -a ARCH for an untrained one")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".mocov3-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+    check_writable(folder, "--output-dir")
     if not script_door and not config.resume and (folder / "checkpoint.pth.tar").exists():
         raise UserError(
             f"--output-dir {folder}: holds a former linear evaluation; go on with --resume auto, or name another"

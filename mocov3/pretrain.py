@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mocov3.config import PretrainConfig
+from mocov3.config.fields import check_writable
 from mocov3.data import Source, native, open_source
 from mocov3.data.order import Order, hold_out
 from mocov3.data.sources import group_numbers, shares
@@ -71,13 +72,7 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
     if config.init and not config.init.startswith("timm/") and not Path(config.init).is_file():
         raise UserError(f"--init {config.init}: there is no such file; give a weights file, or timm/NAME")
     folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".mocov3-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+    check_writable(folder, "--output-dir")
     if not (script_door or config.resume or restarted_by_torchrun()) and any(folder.glob("checkpoint_*")):
         raise UserError(
             f"--output-dir {folder}: holds checkpoints of a former run; go on with --resume auto, or name another"

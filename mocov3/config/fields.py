@@ -5,6 +5,7 @@ The parser, the help text, ``config.yaml`` and the check of a resumed run are al
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -231,3 +232,18 @@ def changed_fields(config: Any, saved: dict[str, Any]) -> list[str]:
         for f in dataclasses.fields(config)
         if f.metadata["result"] and f.name in saved and saved[f.name] != getattr(config, f.name)
     ]
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Make the folder that ``flag`` names where it is missing, and refuse one that cannot be written.
+
+    Raises:
+        UserError: naming flag, folder and reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".mocov3-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
