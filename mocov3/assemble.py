@@ -20,6 +20,7 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
         c.arch,
         image_size=c.image_size,
         patch_size=c.patch_size,
+        in_chans=c.channels,
         dim=c.moco_dim,
         mlp_dim=c.moco_mlp_dim,
         temperature=c.moco_t,

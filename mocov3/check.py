@@ -16,6 +16,7 @@ import numpy as np
 from mocov3.auto import GIB, block, memory_of
 from mocov3.choose import Proposal, propose_settings
 from mocov3.config.fields import Layers, Parser
+from mocov3.config.views import preset_of
 from mocov3.data import Source, open_source
 from mocov3.data.loader import usable_cores
 from mocov3.data.scan import unreadable_folders
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
     source = open_source(values.get("data") or "")
     n = len(source)
     indices = np.arange(n) if args.all else sample(n, args.sample)
-    found = survey(source, indices, workers=max(usable_cores(), 1))
+    found = survey(source, indices, workers=max(usable_cores(), 1), reading=preset_of(values).reading)
     as_json = bool(values.get("json"))
     if not as_json:
         print("\n".join(_facts(source, found, values)), flush=True)
@@ -82,6 +83,7 @@ def _facts(source: Source, found: Survey, values: dict[str, Any]) -> list[str]:
             f"  formats          {formats}",
             f"  shorter side     {middle} px (5 % up to {low}, 5 % above {high}); longer {found.long_side[1]} px",
             f"  grey             {100 * found.gray_share:.0f} %",
+            *_deep(found, values),
             f"  turned by EXIF   {100 * found.turned_share:.0f} %",
             f"  mean, std        {found.mean_std}",
             f"  copies           {found.copies} equal to an earlier one, {found.near_copies} nearly"
@@ -97,6 +99,18 @@ def _facts(source: Source, found: Survey, values: dict[str, Any]) -> list[str]:
             index = next(i for i, r in found.unreadable if r == reason)
             lines.append(f"    {count} × {reason}, as {printable(source.name(index))}")
     return lines
+
+
+def _deep(found: Survey, values: dict[str, Any]) -> list[str]:
+    count, low, high = found.deep
+    if not count:
+        return []
+    line = f"  over 8 bits      {count} pictures, values {low:g} to {high:g}"
+    if values.get("bit_window"):
+        return [f"{line}; --bit-window {values['bit_window']}"]
+    bits = next((b for b in (10, 12, 14) if high < 2**b), 16)
+    hint = f"; their upper 8 bits are used: give --bit-window 0,{2**bits - 1}" if 1 < high < 2**14 else ""
+    return [line + hint]
 
 
 def _examples(source: Source, found: Survey) -> str:

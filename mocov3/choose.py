@@ -69,7 +69,7 @@ def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
     order.check()
     if len(source) < 2:
         raise UserError(f"data {first.data_title}: one picture cannot be told from others; give two or more")
-    pictures = look(source, first.data_title, found)
+    pictures = look(source, first, found)
     from mocov3 import speed
 
     machine = speed.machine(first.device, first.gpu)
@@ -104,7 +104,7 @@ def measured_normalisation(config: PretrainConfig) -> PretrainConfig:
         return config
     config.check()
     source, _, _ = open_pictures(dataclasses.replace(config, batch_size=1, group_by=""))
-    return dataclasses.replace(config, mean_std=look(source, config.data_title).mean_std)
+    return dataclasses.replace(config, mean_std=look(source, config).mean_std)
 
 
 def _check_start(config: PretrainConfig) -> None:
@@ -128,16 +128,16 @@ def budget(config: PretrainConfig) -> float | None:
         raise UserError(f"--budget {config.budget!r}: write a time above 0, as 30m, 2h or 1.5d") from None
 
 
-def look(source: Source, title: str, found: Survey | None = None) -> Pictures:
+def look(source: Source, config: PretrainConfig, found: Survey | None = None) -> Pictures:
     """What some of the pictures show, for the plan.
 
     Raises:
         UserError: if none of them can be read.
     """
-    found = found or survey(source, scattered(len(source), LOOKED_AT), workers=0)
+    found = found or survey(source, scattered(len(source), LOOKED_AT), workers=0, reading=config.preset.reading)
     if not found.readable:
         index, reason = found.unreadable[0]
-        raise UserError(f"data {title}: none of {found.examined} pictures looked at can be read, first: "
+        raise UserError(f"data {config.data_title}: none of {found.examined} pictures looked at can be read, first: "
                         f"{source.name(index)}: {reason}")  # fmt: skip
     preset, reason = propose(found)
     return Pictures(len(source), found.short_side[1], preset, reason, found.mean_std, found.gray_share > 0.95)

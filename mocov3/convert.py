@@ -216,6 +216,7 @@ def build_from(
         "image_size": image_size or size,
         "patch_size": patch,
         "small_stem": bool(config.get("small_stem", False)) and is_resnet(name),
+        "in_chans": _number(config.get("channels"), 3, where),
     }
     if is_vit(name) and settings["image_size"] % patch:
         raise UserError(f"{where}: pictures of {settings['image_size']} px do not divide into patches of {patch}")

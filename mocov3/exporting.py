@@ -159,9 +159,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def pictures(model: Exported) -> Float[Tensor, "8 3 height width"]:
+def pictures(model: Exported) -> Float[Tensor, "8 channels height width"]:
     """Embedded pictures as the model sees them in evaluation."""
     source = FashionMnist("val")
     view = CentreView(model.image_size, model.zoom)
     pixels = np.stack([view(source.read(i))[0] for i in range(PICTURES)])
+    pixels = pixels[..., np.arange(model.in_chans) % 3]
     return normalise(pixels, torch.device("cpu"), model.mean, model.std).contiguous()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mocov3 import checkpoint, models
 from mocov3.config.archs import BUILT_IN_ARCHS, RESNETS, is_vit
-from mocov3.config.presets import PRESETS, ViewPreset
+from mocov3.config.presets import PRESETS, Reading, ViewPreset
 from mocov3.convert import find_backbone, load_into, views_of
 from mocov3.data import CentreView
 from mocov3.errors import UserError
@@ -49,7 +49,7 @@ class Frozen:
     @property
     def view(self) -> CentreView:
         """The evaluation view."""
-        return CentreView(self.image_size, self.preset.evaluation_zoom)
+        return CentreView(self.image_size, self.preset.evaluation_zoom, reading=self.preset.reading)
 
     def to(self, device: torch.device) -> "Frozen":
         """The same on a device, in the layout that convolutions are fastest in."""
@@ -72,13 +72,13 @@ class Pixels(nn.Module):
 
     projector_name = "head"
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, image_size: int, channels: int = 3) -> None:
         super().__init__()
         self.side = min(image_size, 32)
-        self.num_features = 3 * self.side**2
+        self.num_features = channels * self.side**2
         self.head: nn.Module = nn.Identity()
 
-    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+    def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
         """Pixels as one row a picture."""
         return nn.functional.adaptive_avg_pool2d(x, self.side).flatten(1)
 
@@ -145,6 +145,8 @@ def _from_file(path: str, where: str, arch: str, encoder: str, image_size: int, 
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{where}: its entry 'mocov3' is damaged; give a whole file") from None
     settings = {"image_size": size, **settings_of(weights.state, name)}
+    if preset.reading.channels != 3:
+        settings["in_chans"] = preset.reading.channels
     try:
         network = _with_projector(contents, name, encoder, settings, where) if layer == "projector" else (
             build_backbone(name, **settings))  # fmt: skip
@@ -163,14 +165,15 @@ def _saved_preset(own: Any, config: dict[str, Any], where: str) -> ViewPreset:
     if not isinstance(view, dict):
         return preset
     return dataclasses.replace(
-        preset, mean=tuple(view["mean"]), std=tuple(view["std"]), evaluation_zoom=float(view["zoom"])
-    )
+        preset, mean=tuple(view["mean"]), std=tuple(view["std"]), evaluation_zoom=float(view["zoom"]),
+        reading=Reading(int(view.get("channels", 3)), tuple(view.get("window", ())) or None),
+    )  # fmt: skip
 
 
 def settings_of(state: dict[str, Tensor], arch: str) -> dict[str, Any]:
     """The settings of ``build_backbone`` that the shapes of a backbone's weights tell: patch size, small stem."""
     settings: dict[str, Any] = {}
-    if (patches := state.get("patch_embed.proj.weight")) is not None and patches.ndim == 4 and patches.shape[1] == 3:
+    if (patches := state.get("patch_embed.proj.weight")) is not None and patches.ndim == 4 and patches.shape[-1] > 1:
         settings["patch_size"] = int(patches.shape[-1])
     if (stem := state.get("conv1.weight")) is not None and arch in [*RESNETS, "resnet10"] and stem.shape[-1] == 3:
         settings["small_stem"] = True

@@ -66,7 +66,8 @@ def judge_all(
         if f"pixels {size}" not in beside:
             beside.add(f"pixels {size}")
             rows.append(_row("pixels", "pixels", None, pictures, labels, **setting))
-        arch = f"{contents.get('arch')} {size} {config.get('patch_size')} {config.get('small_stem')}"
+        arch = f"{contents.get('arch')} {size} {config.get('patch_size')} {config.get('small_stem')} "
+        arch += str(config.get("channels", 3))
         if arch not in beside:
             beside.add(arch)
             torch.manual_seed(0)
@@ -75,6 +76,7 @@ def judge_all(
                 image_size=size,
                 patch_size=int(config.get("patch_size", 16)),
                 small_stem=bool(config.get("small_stem", False)),
+                in_chans=int(config.get("channels", 3)),
             )
             rows.append(_row(f"untrained {contents['arch']}", "untrained", untrained, pictures, labels, **setting))
         start = str(config.get("init") or "")
@@ -102,7 +104,7 @@ def _row(
         return features_of_views(
             encoder.features if encoder is not None else pixel_features,
             source,
-            ProbeViews(size, preset.evaluation_zoom, probes),
+            ProbeViews(size, preset.evaluation_zoom, probes, preset.reading),
             world=world,
             mean=preset.mean,
             std=preset.std,

@@ -123,7 +123,7 @@ class Evaluation:
                 self.log.waited()
                 yield work, None
             return
-        view = CropView(self.frozen.image_size, c.crop_min)
+        view = CropView(self.frozen.image_size, c.crop_min, self.frozen.preset.reading)
         local = -(-c.batch_size // world.size)
         self._loader = Loader(self.source, view, batch_size=local, seed=c.seed or 0, workers=self._workers())
         for batch in self._loader.run(works):
@@ -260,7 +260,8 @@ class Evaluation:
                     "seed": c.seed, "classes": list(self.source.classes), "data_digest": self.source.digest,
                     "heads": [dataclasses.asdict(r) for r in self.results], "counts": counts,
                     "protocol": protocol(c), "backbone": self.digest,
-                    "view": {"mean": list(view.mean), "std": list(view.std), "zoom": view.evaluation_zoom},
+                    "view": {"mean": list(view.mean), "std": list(view.std), "zoom": view.evaluation_zoom,
+                             "channels": view.reading.channels, "window": list(view.reading.window or ())},
                     "origin": self.frozen.about, "licence": "that of the backbone's weights",
                 },
             )  # fmt: skip

@@ -214,7 +214,7 @@ class Run:
 
     def _knn(self) -> float:
         sources = (self.source, open_validation(self.config, self.source))
-        view = CentreView(self.config.image_size, self.preset.evaluation_zoom)
+        view = CentreView(self.config.image_size, self.preset.evaluation_zoom, reading=self.preset.reading)
         bank, queries = (
             extract(
                 self.model.base_encoder,

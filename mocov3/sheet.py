@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from mocov3.config import PretrainConfig
 from mocov3.data import Source, TwoViews
-from mocov3.data.decode import DecodeError, decode
+from mocov3.data.decode import DecodeError, Picture
 from mocov3.data.survey import scattered
 from mocov3.errors import UserError
 
@@ -33,16 +34,15 @@ def write_sheet(path: Path, source: Source, config: PretrainConfig) -> int:
             break
         try:
             data = source.read(index)
-            whole = decode(data)
+            whole = _shown(Picture(data, config.preset.reading).pixels()[0])
             made = [views(data, seed=0, epoch=epoch, index=index) for epoch in range(_PAIRS)]
         except (DecodeError, OSError):
             continue
         top = _TOP + row * cell
-        shown = whole if isinstance(whole, Image.Image) else Image.fromarray(whole)
-        sheet.paste(ImageOps.contain(shown.convert("RGB"), (_SIDE, _SIDE)), (_GAP, top))
+        sheet.paste(ImageOps.contain(whole, (_SIDE, _SIDE)), (_GAP, top))
         for pair, both in enumerate(made):
             for number, pixels in enumerate(both):
-                resized = Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+                resized = _shown(pixels).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
                 sheet.paste(resized, (_left(pair, number), top))
         row += 1
     try:
@@ -50,6 +50,11 @@ def write_sheet(path: Path, source: Source, config: PretrainConfig) -> int:
     except OSError as error:
         raise UserError(f"--sheet {path}: cannot be written ({error.strerror or error})") from None
     return row
+
+
+def _shown(pixels: np.ndarray) -> Image.Image:
+    """One channel as grey, of many the first three."""
+    return Image.fromarray(np.ascontiguousarray(pixels[..., np.arange(3) % pixels.shape[2]]))
 
 
 def _left(pair: int, number: int) -> int:

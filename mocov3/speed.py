@@ -97,13 +97,16 @@ def _step_seconds(config: PretrainConfig, device: torch.device, batch: int) -> f
             temperature=config.moco_t,
             stop_grad_conv1=config.stop_grad_conv1,
             small_stem=config.small_stem,
+            in_chans=config.channels,
         )
         model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = build_optimizer(model.parameters(), config.optimizer, weight_decay=0.0, momentum=0.9,
                                     fused=device.type == "cuda")  # fmt: skip
         precision = Precision(resolve_precision(config.precision, device, script_door=False), device)
         step = Step(model, optimizer, world=World(0, 1, device), precision=precision)
-        x1, x2 = (torch.randn(batch, 3, config.image_size, config.image_size, device=device) for _ in range(2))
+        x1, x2 = (
+            torch.randn(batch, config.channels, config.image_size, config.image_size, device=device) for _ in range(2)
+        )
 
         def run() -> None:
             step(x1, x2, lr=0.0, m=1.0)

@@ -3,11 +3,13 @@
 Both encoders start from them; the heads stay fresh.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from mocov3 import checkpoint
@@ -30,6 +32,7 @@ def load_start(init: str, encoders: list[Encoder], arch: str) -> None:
     where = f"--init {init}"
     weights = starting_weights(init)
     _check_heads(weights, arch, where)
+    weights = _for_channels(weights, encoders[0], where)
     try:
         for encoder in encoders:
             load_into(encoder, weights, where)
@@ -37,6 +40,24 @@ def load_start(init: str, encoders: list[Encoder], arch: str) -> None:
         fits = guess_arch(weights.state) if not (weights.arch or "").startswith("timm/") else None
         hint = f" (give --arch {fits})" if fits and fits != arch else ""
         raise UserError(f"{error}{hint}") from None
+
+
+def _for_channels(weights: BackboneWeights, encoder: Encoder, where: str) -> BackboneWeights:
+    """The first convolution for another number of channels, by timm's rule.
+
+    One channel: the sum of the three, so that grey pictures give what they gave as RGB; more: the three in turn, scaled
+    to the same sum.
+    """
+    state, changed = dict(weights.state), dict[str, Tensor]()
+    for key, wanted in encoder.state_dict().items():
+        found = state.get(name := key if key in state else key.removeprefix("backbone."))
+        if found is None or found.ndim != 4 or found.shape[:1] + found.shape[2:] != wanted.shape[:1] + wanted.shape[2:]:
+            continue
+        if found.shape[1] == 3 != wanted.shape[1] and not changed:  # the first of all, in the order of the keys
+            changed[name] = adapt_input_conv(wanted.shape[1], found)
+    if changed:
+        warn(f"{where}: {next(iter(changed))} was trained on 3 channels; it starts from them, summed or repeated")
+    return dataclasses.replace(weights, state={**state, **changed})
 
 
 def starting_weights(init: str) -> BackboneWeights:

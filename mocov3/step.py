@@ -206,14 +206,14 @@ def normalise(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     parameters: np.ndarray | None = None,
-) -> Float[Tensor, "batch 3 height width"]:
-    """uint8 pixels (batch, height, width, 3) → normalised channels-last floats on the device, in one place.
+) -> Float[Tensor, "batch channels height width"]:
+    """uint8 pixels (batch, height, width, channels) → normalised channels-last floats on the device, in one place.
 
     ``parameters`` say what is left of the views to be done on the device (``mocov3.augment``).
     """
     sent = torch.from_numpy(pixels).to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
     x = (sent if parameters is None else augment.apply(sent, parameters)).to(torch.get_default_dtype())
-    shape = (1, 3, 1, 1)
+    shape = (1, -1, 1, 1)
     offset = torch.tensor(mean, device=device).view(shape) * 255
     scale = 1 / (torch.tensor(std, device=device).view(shape) * 255)
     return x.sub_(offset).mul_(scale)

@@ -92,6 +92,6 @@ def features_of_views(
     return torch.cat([part for part in world.gather(own) if part.numel()])
 
 
-def pixel_features(x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+def pixel_features(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
     """The pictures themselves, at 16×16: what a network must beat."""
     return nn.functional.adaptive_avg_pool2d(x, _PIXELS).flatten(1)

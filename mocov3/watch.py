@@ -91,7 +91,7 @@ class Watch:
         views = features_of_views(
             network.features if network is not None else pixel_features,
             self.pictures,
-            ProbeViews(c.image_size, preset.evaluation_zoom),
+            ProbeViews(c.image_size, preset.evaluation_zoom, reading=preset.reading),
             world=self.world,
             mean=preset.mean,
             std=preset.std,

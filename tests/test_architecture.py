@@ -25,7 +25,7 @@ ORDER = [
     "log", "metrics",
     "data", "data.labels", "data.survey", "data.facts", "data.transfer", "data.supervised",
     "data.labelled", "data.loader", "data.slots", "data.probes", "data.views", "data.operations", "data.native",
-    "data.order", "data.draws", "data.decode", "data.packed", "data.shards", "data.parquet", "data.sources",
+    "data.order", "data.draws", "data.decode", "data.bands", "data.packed", "data.shards", "data.parquet", "data.sources",
     "data.embedded", "data.lists", "data.scan", "data.index",
     "config", "config.pretrain", "config.own", "config.lincls", "config.evaluation", "config.finetune", "config.views",
     "config.presets", "config.fields", "config.archs",

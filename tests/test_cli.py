@@ -33,7 +33,8 @@ FROZEN = """
 --compile --dist-timeout --keep-last --keep-every --skip-spikes --group-by --hold-out --freeze-epochs --freeze-until
 --layer-decay --budget --quality-every --patience --brightness --contrast --saturation --hue --jitter-probability
 --gray-probability --blur-probability --blur-sigma --solarize-probability --flip-probability
---vertical-flip-probability --turn-probability --crop-ratio --crop-pad --mean-std --grad-checkpoint --deterministic
+--vertical-flip-probability --turn-probability --crop-ratio --crop-pad --mean-std --channels --bit-window
+--grad-checkpoint --deterministic
 --allow-config-change --allow-data-change --quiet --json --views-on
 """
 

@@ -10,6 +10,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How the samples of a file become the channels of a picture; the rules are in ``mocov3.data.decode``."""
+
+    channels: int = 3
+    """1: grey; 3: RGB; any other number: the file's own samples, which must be as many."""
+    window: tuple[float, float] | None = None
+    """Of samples of more than 8 bits: these values become 0 and 255. ``None``: their upper 8 bits are taken."""
+
+
+RGB = Reading()
+
+
+@dataclass(frozen=True)
 class ViewPreset:
     """What the views of a picture are drawn from. Pairs give the values of view 1 and view 2."""
 
@@ -31,8 +44,10 @@ class ViewPreset:
     vertical_flip_probability: float = 0.0
     turn_probability: float = 0.0
     """Chance that a view is turned by 90, 180 or 270 degrees (each as likely); .75 makes all four ways up alike."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    """Of every channel."""
+    reading: Reading = RGB
     evaluation_zoom: float = 256 / 224
     """For evaluation the shorter side is resized to ``round(size * zoom)`` and the centre is cut out."""
     crop_min: float = 0.08

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mocov3.config.fields import flag
-from mocov3.config.presets import PRESETS, ViewPreset
+from mocov3.config.presets import PRESETS, Reading, ViewPreset
 from mocov3.errors import UserError
 
 VIEWS = "strengths of the views (default: the preset's)"
@@ -20,6 +20,7 @@ _PAIRS = {"blur_probability": (0.0, 1.0), "solarize_probability": (0.0, 1.0), "b
 _ORDERED = ("blur_sigma", "ratio")
 _FLAGS = {"ratio": "crop_ratio", "pad": "crop_pad"}
 """Fields of a preset whose flag is called otherwise."""
+MOST_CHANNELS = 64
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,17 @@ class ViewFlags:
         group=VIEWS,
     )  # fmt: skip
     mean_std: str = flag(
-        "", "normalisation: 'auto' measures it on the pictures; or mean,std or six numbers in 0–1", group=VIEWS
-    )
+        "", "normalisation: 'auto' measures it on the pictures; or mean,std or a mean and then a deviation for every "
+        "channel, in 0–1", group=VIEWS
+    )  # fmt: skip
+    channels: int = flag(
+        3, "channels of a picture: 1 (grey), 3 (RGB), or those that every file holds (TIFF)", kind=int,
+        group=VIEWS,
+    )  # fmt: skip
+    bit_window: str = flag(
+        "", "LOW,HIGH: values that become black and white in pictures of more than 8 bits (default: their upper 8)",
+        group=VIEWS,
+    )  # fmt: skip
 
     def check_views(self) -> None:
         """Refuse strengths that mean nothing.
@@ -63,6 +73,8 @@ class ViewFlags:
             _within(name, getattr(self, name), 0.0, 1.0)
         for name, high in _STRENGTHS.items():
             _within(name, getattr(self, _FLAGS.get(name, name)), 0.0, high)
+        if not 1 <= self.channels <= MOST_CHANNELS:
+            raise UserError(f"--channels must be 1 to {MOST_CHANNELS}, not {self.channels}")
         preset_of(dataclasses.asdict(self))
 
 
@@ -82,9 +94,14 @@ def preset_of(values: Mapping[str, Any]) -> ViewPreset:
     for name, (low, high) in _PAIRS.items():
         if text := values.get(_FLAGS.get(name, name)):
             changed[name] = _pair(name, str(text), low, high)
+    channels = int(values.get("channels") or 3)
     mean_std = str(values.get("mean_std") or "")
     if mean_std and mean_std != "auto":
-        changed["mean"], changed["std"] = _mean_std(mean_std)
+        changed["mean"], changed["std"] = _mean_std(mean_std, channels)
+    elif channels != len(preset.mean):  # all channels alike: by the middle of the three
+        for name in ("mean", "std"):
+            changed[name] = (sum(getattr(preset, name)) / 3,) * channels
+    changed["reading"] = Reading(channels, _window(str(values.get("bit_window") or "")))
     return dataclasses.replace(preset, **changed)
 
 
@@ -120,10 +137,20 @@ def _pair(name: str, text: str, low: float, high: float) -> tuple[float, float]:
     return numbers[0], numbers[1]
 
 
-def _mean_std(text: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _window(text: str) -> tuple[float, float] | None:
+    if not text:
+        return None
+    numbers = _numbers(text, "--bit-window")
+    if len(numbers) != 2 or not numbers[0] < numbers[1]:
+        raise UserError(f"--bit-window {text!r}: takes two values, the lower one first, as in 0,4095")
+    return numbers[0], numbers[1]
+
+
+def _mean_std(text: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     n = _numbers(text, "--mean-std")
     if len(n) == 2:
-        n = [n[0]] * 3 + [n[1]] * 3
-    if len(n) != 6 or not all(0 <= v <= 1 for v in n) or not all(v > 1e-4 for v in n[3:]):
-        raise UserError(f"--mean-std {text!r}: takes 'auto', mean,std or three means and three deviations, within 0–1")
-    return (n[0], n[1], n[2]), (n[3], n[4], n[5])
+        n = [n[0]] * channels + [n[1]] * channels
+    if len(n) != 2 * channels or not all(0 <= v <= 1 for v in n) or not all(v > 1e-4 for v in n[channels:]):
+        what = "three means and three deviations" if channels == 3 else f"{channels} means and {channels} deviations"
+        raise UserError(f"--mean-std {text!r}: takes 'auto', mean,std or {what}, within 0–1")
+    return tuple(n[:channels]), tuple(n[channels:])

@@ -1,13 +1,15 @@
-"""File bytes → RGB pixels. The rules for every kind of picture are here.
+"""File bytes → pixels, RGB unless another reading is asked for. The rules for every kind of picture are here.
 
 | what | becomes |
 |---|---|
 | EXIF orientation | the picture as it is meant to be seen |
 | transparent pixels | laid over white |
 | palette, grey, CMYK, Lab … | RGB, by Pillow's conversion |
-| 16 bits a channel | the upper 8 bits (so 65535 is white; rescale 10- or 12-bit data before) |
+| 16 bits a channel | the upper 8 bits (so 65535 is white), or what ``Reading.window`` says: 0,4095 for 12 bits |
 | 32-bit integers | taken as 16-bit, larger values cut; floats: 0–255, cut |
 | several frames or pages | the first |
+| one channel wanted | grey, by Pillow's weights of red, green and blue |
+| four or more wanted | the file's samples as stored (``mocov3.data.bands``); as many as wanted, or it is refused |
 
 JPEGs are decoded by libjpeg-turbo directly (simplejpeg; the same pixels as Pillow's), on demand at 1/2, 1/4 or 1/8 of
 their size; plain PNGs by OpenCV; all else, and whatever these refuse, by Pillow. Sizes are checked before anything is
@@ -21,6 +23,9 @@ import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mocov3.config.presets import RGB, Reading
+from mocov3.data import bands
 
 MAX_PIXELS = 178_956_970
 """Pictures of more pixels are refused, as by Pillow: a small file may claim any size."""
@@ -42,7 +47,8 @@ class Picture:
     """A picture whose size is known and whose pixels are decoded when asked for.
 
     Args:
-        data: the bytes of a file, or uint8 pixels (H, W) or (H, W, 3).
+        data: the bytes of a file, or uint8 pixels (H, W) or (H, W, channels).
+        reading: how many channels are wanted, and the window of deep samples.
 
     Raises:
         DecodeError: if the bytes are no picture, or one of more than ``MAX_PIXELS`` pixels.
@@ -52,12 +58,14 @@ class Picture:
     height: int
     """Size as the picture is meant to be seen, in pixels."""
 
-    def __init__(self, data: bytes | np.ndarray) -> None:
+    def __init__(self, data: bytes | np.ndarray, reading: Reading = RGB) -> None:
         self._data: Any = data
         self._pixels: np.ndarray | None = None
         self._turn = 1
         if isinstance(data, np.ndarray):
-            self._pixels = _as_rgb(data)
+            self._pixels = _with_channels(data, reading.channels)
+        elif reading != RGB:
+            self._pixels = _by_reading(data, reading)
         elif not self._is_plain_jpeg(data):
             plain = _plain_png(data)
             self._pixels = _by_pillow(data) if plain is None else plain
@@ -80,7 +88,7 @@ class Picture:
         return True
 
     def pixels(self, shrink: int = 1) -> tuple[np.ndarray, int]:
-        """uint8 pixels (height, width, 3), and by which of 1 and ``shrink`` they are smaller.
+        """uint8 pixels (height, width, channels), and by which of 1 and ``shrink`` they are smaller.
 
         Raises:
             DecodeError: if the bytes are damaged.
@@ -109,7 +117,28 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
     return Image.fromarray(Picture(data).pixels()[0])
 
 
-def _by_pillow(data: bytes) -> np.ndarray:
+def _by_reading(data: bytes, reading: Reading) -> np.ndarray:
+    channels = reading.channels
+    try:
+        if channels not in (1, 3):
+            return bands.to_bytes(bands.samples(data, channels, MAX_PIXELS), reading)
+        deep = bands.deep_samples(data, MAX_PIXELS) if reading.window else None
+        if deep is not None:
+            if deep.shape[2] == 4:  # deep pictures are not laid over white: their alpha is left out
+                deep = deep[..., :3]
+            return _with_channels(bands.to_bytes(deep, reading), channels)
+    except bands.Unfit as error:
+        raise DecodeError(str(error)) from None
+    except UnidentifiedImageError:
+        raise DecodeError("is not a picture") from None
+    except Exception as error:  # as in _by_pillow
+        raise DecodeError(f"{type(error).__name__}: {error}") from None
+    if reading.window and data[:3] != _JPEG:
+        return _with_channels(_by_pillow(data, reading), channels)
+    return _with_channels(Picture(data).pixels()[0], channels)
+
+
+def _by_pillow(data: bytes, reading: Reading = RGB) -> np.ndarray:
     if not data:
         raise DecodeError("the file is empty")
     try:
@@ -117,7 +146,7 @@ def _by_pillow(data: bytes) -> np.ndarray:
             _check_size(*image.size)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return _rgb_of(image)
+            return _rgb_of(image, reading)
     except DecodeError:
         raise
     except UnidentifiedImageError:
@@ -131,28 +160,30 @@ def _check_size(width: int, height: int) -> None:
         raise DecodeError(f"{width}×{height} pixels are more than {MAX_PIXELS}")
 
 
-def _rgb_of(image: Any) -> np.ndarray:
-    if image.mode.startswith("I"):  # I;16 in either byte order, or 32 bits
-        values = np.asarray(image)
-        if image.mode == "I":
-            values = values.clip(0, 65535)
-        return _as_rgb((values >> 8).astype(np.uint8))
-    if image.mode == "F":
-        return _as_rgb(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
+def _rgb_of(image: Any, reading: Reading) -> np.ndarray:
+    if image.mode.startswith("I") or image.mode == "F":  # I;16 in either byte order, 32 bits, or floats
+        return _with_channels(bands.to_bytes(np.asarray(image), reading), 3)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         image = white
     elif image.mode == "L":
-        return _as_rgb(np.asarray(image))
+        return _with_channels(np.asarray(image), 3)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _as_rgb(pixels: np.ndarray) -> np.ndarray:
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
-        raise DecodeError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (H, W) or (H, W, 3)")
-    return pixels if pixels.ndim == 3 else cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """uint8 (H, W) or (H, W, found) → (H, W, channels): grey to RGB, RGB to grey."""
+    found = pixels.shape[2] if pixels.ndim == 3 else 1
+    fits = found == channels or (channels in (1, 3) and found in (1, 3))
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not fits:
+        raise DecodeError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (H, W) or (H, W, {channels})")
+    if found == channels:
+        return pixels if pixels.ndim == 3 else pixels[..., None]
+    if found == 1:
+        return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
 
 def _plain_png(data: bytes) -> np.ndarray | None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mocov3.config.presets import ViewPreset
-from mocov3.data.decode import decode
+from mocov3.config.presets import RGB, Reading, ViewPreset
+from mocov3.data.decode import Picture
 from mocov3.data.draws import draw, permutation
 from mocov3.data.loader import Work
 from mocov3.data.sources import Source, open_source
@@ -25,11 +25,18 @@ class CropView:
     Args:
         image_size: side of the view in pixels.
         crop_min: smallest crop as a share of the picture's area.
+        reading: channels of the picture, and window of deep samples.
     """
 
     image_size: int = 224
     crop_min: float = 0.08
+    reading: Reading = RGB
     count: int = field(default=1, init=False)
+
+    @property
+    def channels(self) -> int:
+        """Of the view."""
+        return self.reading.channels
 
     def __call__(
         self,
@@ -45,9 +52,9 @@ class CropView:
         Raises:
             DecodeError: if the picture cannot be read.
         """
-        image = decode(data)
-        choice = draw(_PLAIN, self.crop_min, *image.size, seed=seed, epoch=epoch, index=index, view=0)
-        pixels = apply_draw(image, choice, self.image_size, "fast")
+        picture = Picture(data, self.reading)
+        choice = draw(_PLAIN, self.crop_min, picture.width, picture.height, seed=seed, epoch=epoch, index=index, view=0)
+        pixels = apply_draw(picture.pixels()[0], choice, self.image_size, "fast")
         if out is not None:
             out[0][...] = pixels
             pixels = out[0]

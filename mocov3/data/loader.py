@@ -44,7 +44,7 @@ class Transform(Protocol):
         """Make the views.
 
         A transform with an attribute ``parameters`` above 0 is also given ``parameters``, float32 (count, that many),
-        to write beside the pixels what is left to do with them.
+        to write beside the pixels what is left to do with them; one whose views have not 3 ``channels`` says so.
         """
 
 
@@ -91,7 +91,8 @@ class Loader:
 
     def __init__(self, source: Source, transform: Transform, *, batch_size: int, seed: int, workers: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
-        layout = Layout(transform.count, batch_size, transform.image_size, getattr(transform, "parameters", 0))
+        beside, channels = getattr(transform, "parameters", 0), getattr(transform, "channels", 3)
+        layout = Layout(transform.count, batch_size, transform.image_size, beside, channels)
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
         if workers == 0:

@@ -27,7 +27,10 @@ def apply_draw(
     shrink: int = 1,
     out: Pixels | None = None,
 ) -> Pixels:
-    """One view of a (padded) picture, as (size, size, 3), written to ``out`` if given.
+    """One view of a (padded) picture, as (size, size, channels), written to ``out`` if given.
+
+    Pictures of other than three channels know no saturation, hue or grey; their contrast is about the mean of all
+    channels.
 
     Args:
         pixels: of the picture, ``shrink`` times smaller than what the draw was made for.
@@ -35,10 +38,12 @@ def apply_draw(
         size: side of the view in pixels.
         backend: ``fast``, ``native``, ``library`` or ``pillow``.
         shrink: 1, or by how much the picture was decoded smaller.
-        out: contiguous, (size, size, 3).
+        out: contiguous, (size, size, channels).
     """
     if isinstance(pixels, Image.Image):
         pixels = np.asarray(pixels)
+    if pixels.shape[2] != 3:
+        return _put(_without_colours(pixels, choice, size, backend, shrink), out)
     box: tuple[float, float, float, float] = (
         choice.top / shrink,
         choice.left / shrink,
@@ -65,11 +70,27 @@ def apply_draw(
         view = _by_pillow(_resized(pixels, box, size), choice)
     else:
         view = _by_library(np.asarray(_resized(pixels, box, size)), choice)
-    view = turned(view, choice)
-    if out is not None and view is not out:
-        out[...] = view
-        view = out
-    return view
+    return _put(turned(view, choice), out)
+
+
+def _put(view: Pixels, out: Pixels | None) -> Pixels:
+    if out is None or view is out:
+        return view
+    out[...] = view
+    return out
+
+
+def _without_colours(pixels: Pixels, choice: Draw, size: int, backend: str, shrink: int) -> Pixels:
+    """A view of a picture of one channel, or of many."""
+    if choice.jitter:
+        order, brightness, contrast, *_ = choice.jitter
+        choice = choice._replace(jitter=(order, brightness, contrast, 1.0, 0.0))
+    if pixels.shape[2] == 1:  # as the grey picture that it is, in colour
+        rgb = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+        return apply_draw(rgb, choice._replace(gray=False), size, backend, shrink)[..., :1]
+    top, left, height, width = (v / shrink for v in (choice.top, choice.left, choice.height, choice.width))
+    planes = [np.asarray(_resized(pixels[..., c], (top, left, height, width), size)) for c in range(pixels.shape[2])]
+    return turned(_by_library(np.stack(planes, 2), choice._replace(gray=False)), choice)
 
 
 def turned(pixels: Pixels, choice: Draw) -> Pixels:
@@ -137,7 +158,8 @@ def _by_library(pixels: Pixels, choice: Draw) -> Pixels:
             if operation == 0 and brightness != 1:
                 pixels = cv2.LUT(pixels, _table(_LEVELS * brightness))
             elif operation == 1 and contrast != 1:
-                mean = int(cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0] + 0.5)
+                gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY) if pixels.shape[2] == 3 else pixels
+                mean = int(float(gray.mean()) + 0.5)
                 pixels = cv2.LUT(pixels, _table(mean + contrast * (_LEVELS - mean)))
             elif operation == 2 and saturation != 1:
                 # Pillow cuts fractions off where OpenCV rounds

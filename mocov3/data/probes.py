@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
+from mocov3.config.presets import RGB, Reading
 from mocov3.data.views import CentreView
 
 _STREAM = 2104  # apart from every stream of ``mocov3.data.draws``
@@ -35,10 +36,16 @@ class ProbeViews:
     image_size: int = 224
     zoom: float = 256 / 224
     probes: int = 4
+    reading: Reading = RGB
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "count", 1 + self.probes)
+
+    @property
+    def channels(self) -> int:
+        """Of the views."""
+        return self.reading.channels
 
     def __call__(
         self,
@@ -49,12 +56,12 @@ class ProbeViews:
         index: int = 0,
         out: Sequence[np.ndarray] | np.ndarray | None = None,
     ) -> tuple[np.ndarray, ...]:
-        """uint8 (side, side, 3) each, written to ``out`` if given; ``epoch`` changes nothing.
+        """uint8 (side, side, channels) each, written to ``out`` if given; ``epoch`` changes nothing.
 
         Raises:
             DecodeError: if the picture cannot be read.
         """
-        (centre,) = CentreView(self.image_size, self.zoom)(data)
+        (centre,) = CentreView(self.image_size, self.zoom, reading=self.reading)(data)
         views = [centre, *(_changed(centre, seed, index, probe) for probe in range(self.probes))]
         if out is not None:
             for place, view in zip(out, views, strict=True):
@@ -70,6 +77,7 @@ def _changed(pixels: np.ndarray, seed: int, index: int, probe: int) -> np.ndarra
     matrix = cv2.getRotationMatrix2D((centre, centre), _ANGLE * (2 * angle - 1), _between(zoom, *_ZOOM))
     matrix[:, 2] += _SHIFT * side * (2 * np.array([across, down]) - 1)
     moved = cv2.warpAffine(pixels, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    moved = moved.reshape(pixels.shape)  # OpenCV leaves out a single channel
     levels = 255 * (moved / 255) ** _between(gamma, *_GAMMA) + rng.normal(0, _NOISE * noise, (side, side, 1))
     return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 

@@ -31,7 +31,7 @@ class Batch:
 
     work: Work
     pixels: np.ndarray
-    """uint8, (views, batch, height, width, 3)."""
+    """uint8, (views, batch, height, width, channels)."""
     corrupt: list[Corrupt]
     parameters: np.ndarray | None = None
     """float32, (views, batch, …): what the transform left to do, where it leaves anything."""
@@ -61,11 +61,12 @@ class Layout:
     """Of the views, in pixels."""
     parameters: int
     """Numbers beside a view."""
+    channels: int = 3
 
     @property
     def bytes(self) -> int:
         """Bytes of a slot."""
-        return -(-self.count * self.batch_size * (4 * self.parameters + 3 * self.side**2) // 64) * 64
+        return -(-self.count * self.batch_size * (4 * self.parameters + self.channels * self.side**2) // 64) * 64
 
     def slots(self, memory: Any) -> list[Slot]:
         """The slots in ``memory``."""
@@ -74,6 +75,7 @@ class Layout:
         head = 4 * images * self.parameters  # parameters first, so that they are aligned
         for part in np.frombuffer(memory, dtype=np.uint8).reshape(-1, self.bytes):
             parameters = part[:head].view(np.float32).reshape(self.count, self.batch_size, self.parameters)
-            pixels = part[head : head + 3 * images * self.side**2]
-            found.append(Slot(pixels.reshape(self.count, self.batch_size, self.side, self.side, 3), parameters))
+            pixels = part[head : head + self.channels * images * self.side**2]
+            shape = (self.count, self.batch_size, self.side, self.side, self.channels)
+            found.append(Slot(pixels.reshape(shape), parameters))
         return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mocov3.config.presets import RGB, Reading
 from mocov3.data.draws import permutation
 from mocov3.data.facts import THUMB, Fact, examine
 from mocov3.data.sources import Source
@@ -48,6 +49,8 @@ class Survey:
     """How far the mean picture differs from itself turned, in units of chance (about 1 when nothing is up)."""
     alike: float = 0.0
     """Mean correlation of two pictures' thumbnails: 0 unrelated scenes, 1 all the same."""
+    deep: tuple[int, float, float] = (0, 0.0, 0.0)
+    """Pictures of more than 8 bits, and from where to where their values reach."""
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     """Of the pixels in 0–1, by channel."""
@@ -60,7 +63,7 @@ class Survey:
     @property
     def mean_std(self) -> str:
         """Normalisation as ``--mean-std`` takes it."""
-        if self.gray_share > 0.95:
+        if self.gray_share > 0.95 and len(self.mean) == 3:
             return f"{np.mean(self.mean):.4f},{max(float(np.mean(self.std)), 0.01):.4f}"
         return ",".join(f"{v:.4f}" for v in (*self.mean, *(max(s, 0.01) for s in self.std)))
 
@@ -80,9 +83,9 @@ def scattered(n: int, limit: int) -> np.ndarray:
     return np.arange(n) if n <= limit else np.sort(permutation(_SEED, 1, n)[:limit])
 
 
-def survey(source: Source, indices: np.ndarray, *, workers: int) -> Survey:
-    """Examine the pictures ``indices``."""
-    return add_up(len(source), examine(source, indices.tolist(), workers=workers))
+def survey(source: Source, indices: np.ndarray, *, workers: int, reading: Reading = RGB) -> Survey:
+    """Examine the pictures ``indices``, read by ``reading``."""
+    return add_up(len(source), examine(source, indices.tolist(), workers=workers, reading=reading))
 
 
 def add_up(pictures: int, facts: Iterable[Fact]) -> Survey:
@@ -99,6 +102,8 @@ def add_up(pictures: int, facts: Iterable[Fact]) -> Survey:
     short = np.array([min(f.width, f.height) for f in good])
     long = np.array([max(f.width, f.height) for f in good])
     sums = np.array([f.sums for f in good]).mean(0)
+    channels = len(sums) // 2
+    deep = [f.deep for f in good if f.deep]
     thumbs = np.stack([f.thumb for f in good if f.thumb is not None]).astype(np.float32)
     gray = thumbs.mean(3)
     repeated = _repeated([f.digest for f in good])
@@ -120,8 +125,9 @@ def add_up(pictures: int, facts: Iterable[Fact]) -> Survey:
         partners=2 * total / len(good),
         upright=uprightness(gray),
         alike=alikeness(gray),
-        mean=tuple(sums[:3].tolist()),
-        std=tuple(np.sqrt(np.maximum(sums[3:] - sums[:3] ** 2, 0)).tolist()),
+        deep=(len(deep), min((d[0] for d in deep), default=0.0), max((d[1] for d in deep), default=0.0)),
+        mean=tuple(sums[:channels].tolist()),
+        std=tuple(np.sqrt(np.maximum(sums[channels:] - sums[:channels] ** 2, 0)).tolist()),
     )
 
 

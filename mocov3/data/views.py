@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mocov3.config.presets import PRESETS, ViewPreset
+from mocov3.config.presets import PRESETS, RGB, Reading, ViewPreset
 from mocov3.data.decode import SHRINKS, Picture
 from mocov3.data.draws import PARAMETERS, Draw, colour_parameters, draw, pad_pixels, without_colour
 from mocov3.data.operations import Pixels, apply_draw
@@ -45,6 +45,15 @@ class TwoViews:
         """Numbers that go with a view."""
         return PARAMETERS if self.crop_only else 0
 
+    @property
+    def channels(self) -> int:
+        """Of the views."""
+        return self._preset.reading.channels
+
+    @property
+    def _preset(self) -> ViewPreset:
+        return PRESETS[self.preset] if isinstance(self.preset, str) else self.preset
+
     def __call__(
         self,
         data: bytes | np.ndarray,
@@ -62,8 +71,8 @@ class TwoViews:
         Raises:
             DecodeError: if the picture cannot be read.
         """
-        picture = Picture(data)
-        preset = PRESETS[self.preset] if isinstance(self.preset, str) else self.preset
+        preset = self._preset
+        picture = Picture(data, preset.reading)
         width, height = picture.width, picture.height
         choices = [
             draw(preset, self.crop_min, width, height, seed=seed, epoch=epoch, index=index, view=view)
@@ -77,12 +86,18 @@ class TwoViews:
         whole = pad or self.backend == "pillow"
         pixels, shrink = picture.pixels(1 if whole else _shrink(choices, self.image_size))
         if pad:
-            pixels = cv2.copyMakeBorder(pixels, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=0)
+            pixels = _padded(pixels, pad)
         a, b = (
             apply_draw(pixels, choice, self.image_size, self.backend, shrink, None if out is None else out[view])
             for view, choice in enumerate(choices)
         )
         return a, b
+
+
+def _padded(pixels: Pixels, pad: int) -> Pixels:
+    if pixels.shape[2] == 3:  # ten times as fast on small pictures
+        return cv2.copyMakeBorder(pixels, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=0)
+    return np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)))
 
 
 def _shrink(choices: Sequence[Draw], size: int) -> int:
@@ -100,7 +115,13 @@ class CentreView:
     image_size: int = 224
     zoom: float = 256 / 224
     resample: Image.Resampling = Image.Resampling.BILINEAR
+    reading: Reading = RGB
     count: int = field(default=1, init=False)
+
+    @property
+    def channels(self) -> int:
+        """Of the view."""
+        return self.reading.channels
 
     def __call__(
         self,
@@ -112,7 +133,18 @@ class CentreView:
         out: Sequence[Pixels] | np.ndarray | None = None,
     ) -> tuple[Pixels]:
         """The view of the picture in ``data``; seed, epoch and index are accepted and change nothing."""
-        image = Image.fromarray(Picture(data).pixels()[0])
+        pixels = Picture(data, self.reading).pixels()[0]
+        if self.channels == 3:
+            pixels = self._of(Image.fromarray(pixels))
+        else:
+            planes = [self._of(Image.fromarray(np.ascontiguousarray(pixels[..., c]))) for c in range(self.channels)]
+            pixels = np.stack(planes, 2)
+        if out is not None:
+            out[0][...] = pixels
+            pixels = out[0]
+        return (pixels,)
+
+    def _of(self, image: Image.Image) -> Pixels:
         side = round(self.image_size * self.zoom)
         width, height = image.size
         short = min(width, height)
@@ -123,9 +155,4 @@ class CentreView:
             )
         width, height = image.size
         left, top = round((width - self.image_size) / 2), round((height - self.image_size) / 2)
-        box = (left, top, left + self.image_size, top + self.image_size)
-        pixels = np.asarray(image.crop(box))
-        if out is not None:
-            out[0][...] = pixels
-            pixels = out[0]
-        return (pixels,)
+        return np.asarray(image.crop((left, top, left + self.image_size, top + self.image_size)))

@@ -32,6 +32,7 @@ class Exported:
     licence: str
     origin: str
     momentum: bool
+    in_chans: int = 3
     classes: int = 0
     """Of the classifier; 0 without."""
     class_names: tuple[str, ...] = ()
@@ -80,7 +81,7 @@ class Format(Protocol):
     def write(self, model: Exported, place: Path) -> None:
         """Write the file or folder."""
 
-    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch 3 height width"]) -> Tensor:
+    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Features by the target's own classes, loaded strictly from what was written: (batch, features)."""
 
     def usage(self, model: Exported, name: str) -> str:

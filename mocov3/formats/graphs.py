@@ -30,7 +30,7 @@ class _Network(nn.Module):
 
 
 def _example(model: Exported) -> Tensor:
-    return torch.zeros(2, 3, model.image_size, model.image_size)
+    return torch.zeros(2, model.in_chans, model.image_size, model.image_size)
 
 
 @contextlib.contextmanager
@@ -75,7 +75,7 @@ class Onnx:
         onnx.checker.check_model(made)
         onnx.save(made, str(place))
 
-    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch 3 height width"]) -> Tensor:
+    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """By onnxruntime on the CPU, the batch in two uneven parts."""
         import onnxruntime
 
@@ -109,7 +109,7 @@ class TorchExport:
             with place.open("wb") as file:
                 torch.export.save(program, file, extra_files=model.about())
 
-    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch 3 height width"]) -> Tensor:
+    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """By ``torch.export.load``, the batch in two uneven parts."""
         with _quiet(), place.open("rb") as file:
             program = torch.export.load(file)

@@ -85,7 +85,7 @@ class Transformers:
             architectures=["ViTModel"],
         )
 
-    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch 3 height width"]) -> Tensor:
+    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """By ``from_pretrained``, which must find every key and know every one it finds."""
         from transformers import ResNetModel, ViTModel
         from transformers.utils import logging

@@ -40,7 +40,7 @@ class Deit:
         """One file of ``torch.save``."""
         checkpoint.write(place, {"model": model.state()})
 
-    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch 3 height width"]) -> Tensor:
+    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Read back as any DeiT file is, into a fresh backbone."""
         return _ours(model, checkpoint.read(place)["model"], x)
 
@@ -65,7 +65,7 @@ class Safetensors:
         """One file."""
         safetensors.torch.save_file(model.state(), place, metadata={"format": "pt", **model.about()})
 
-    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch 3 height width"]) -> Tensor:
+    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Loaded by safetensors into a fresh backbone."""
         return _ours(model, safetensors.torch.load_file(place), x)
 
@@ -115,7 +115,7 @@ class Timm:
                 "tag": "mocov3",
                 "num_classes": model.classes,
                 **({"label_names": model.class_names} if model.class_names else {}),
-                "input_size": [3, model.image_size, model.image_size],
+                "input_size": [model.in_chans, model.image_size, model.image_size],
                 "interpolation": "bicubic" if model.bicubic else "bilinear",
                 "crop_pct": 1 / model.zoom,
                 "crop_mode": "center",
@@ -148,7 +148,7 @@ class Timm:
             args["patch_size"] = model.patch_size
         return f"{model.arch}_patch16_224", args
 
-    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch 3 height width"]) -> Tensor:
+    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """By ``create_model`` with the file's path, which loads strictly."""
         name, args = self.named(model)
         file = str(place / "model.safetensors")
@@ -210,7 +210,7 @@ class Torchvision:
         made.heads = head
         return made
 
-    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch 3 height width"]) -> Tensor:
+    def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """By torchvision's class, loaded strictly."""
         made = self.build(model)
         made.load_state_dict(checkpoint.read(place))

@@ -37,15 +37,19 @@ class ResNet(tv.ResNet):
         width: int = 64,
         stem: str = "imagenet",
         zero_init_residual: bool = True,
+        in_chans: int = 3,
         **kwargs: Any,
     ) -> None:
         super().__init__(block, layers, zero_init_residual=zero_init_residual, **kwargs)
         if width != 64:
             self._narrow(block, layers, width)
+        if in_chans != 3 and stem == "imagenet":
+            self.conv1 = nn.Conv2d(in_chans, self.conv1.out_channels, 7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         if stem != "imagenet":
             # CIFAR's stem (He et al. 2016, §4.2): 3×3, no pooling; stride 2 halves the cost of 28 px pictures again
             stride = {"small": 1, "small_stride2": 2}[stem]
-            self.conv1 = nn.Conv2d(3, self.conv1.out_channels, 3, stride=stride, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(in_chans, self.conv1.out_channels, 3, stride=stride, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.maxpool = nn.Identity()
         self.num_features: int = width * 2 ** (len(layers) - 1) * block.expansion
@@ -62,16 +66,16 @@ class ResNet(tv.ResNet):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def feature_map(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim rows columns"]:
+    def feature_map(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim rows columns"]:
         """Output of the last stage."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
-    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+    def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
         """Globally averaged output of the last stage."""
         return self.avgpool(self.feature_map(x)).flatten(1)
 
-    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch out"]:
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out"]:
         """Features through the last layer (the projector, or a classifier)."""
         return self.fc(self.features(x))
 
@@ -96,11 +100,11 @@ class TimmEncoder(nn.Module):
         self.num_features = int(getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features)
         self.projector: nn.Module = nn.Identity()
 
-    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+    def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
         """timm's pooled features before its classifier."""
         return self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True)
 
-    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch out"]:
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out"]:
         """Features through the projector."""
         return self.projector(self.features(x))
 
@@ -140,6 +144,7 @@ def build_backbone(
     patch_size: int = 16,
     stop_grad_conv1: bool = False,
     small_stem: bool = False,
+    in_chans: int = 3,
     **dims: Any,
 ) -> Encoder:
     """A freshly initialised backbone whose last layer is still to be replaced.
@@ -150,12 +155,15 @@ def build_backbone(
         patch_size: side of a ViT's patches in pixels.
         stop_grad_conv1: freeze the patch projection of the plain ViTs.
         small_stem: 3×3 stride-1 stem without pooling (ResNets).
+        in_chans: channels of the pictures.
         **dims: other dimensions of the family's constructor (ViT: ``embed_dim``, ``depth``, ``num_heads``).
 
     Raises:
         UserError: if the name is not known.
     """
     check_arch(arch)
+    if in_chans != 3:
+        dims["in_chans"] = in_chans
     if arch.startswith("timm/"):
         return TimmEncoder(arch.removeprefix("timm/"), image_size, **dims)
     if arch in _VITS:

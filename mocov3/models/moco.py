@@ -46,7 +46,7 @@ class MoCo(nn.Module):
         self.predictor = predictor
         self.temperature = temperature
 
-    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
+    def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]:
         """Features of the query backbone."""
         return self.base_encoder.features(x)
 
@@ -55,7 +55,7 @@ class MoCo(nn.Module):
         return self.predictor(_projector(self.base_encoder)(features))
 
     @torch.no_grad()
-    def key_features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
+    def key_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]:
         """Features of the momentum backbone, without gradient."""
         return self.momentum_encoder.features(x)
 
@@ -91,8 +91,8 @@ class MoCo(nn.Module):
 
     def contrast(
         self,
-        x1: Float[Tensor, "batch 3 height width"],
-        x2: Float[Tensor, "batch 3 height width"],
+        x1: Float[Tensor, "batch channels height width"],
+        x2: Float[Tensor, "batch channels height width"],
         m: float,
     ) -> tuple[Float[Tensor, ""], Statistics]:
         """Loss and statistics of two views; moves the momentum encoder on the way.
@@ -107,8 +107,8 @@ class MoCo(nn.Module):
 
     def forward(
         self,
-        x1: Float[Tensor, "batch 3 height width"],
-        x2: Float[Tensor, "batch 3 height width"],
+        x1: Float[Tensor, "batch channels height width"],
+        x2: Float[Tensor, "batch channels height width"],
         m: float,
     ) -> Float[Tensor, ""]:
         """The loss of two views of the same pictures; ``m`` is the momentum of this step."""

@@ -60,7 +60,7 @@ class ConvStem(nn.Module):
         layers.append(nn.Conv2d(width, embed_dim, 1))
         self.proj = nn.Sequential(*layers)
 
-    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens dim"]:
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens dim"]:
         """Pictures → tokens in row-major order."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
@@ -100,12 +100,12 @@ class VisionTransformer(TimmVisionTransformer):
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
 
-    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+    def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
         """The cls token after the last norm."""
         return self.forward_features(x)[:, 0]
 
     def forward(  # type: ignore[override]  # timm's masks have no use here
-        self, x: Float[Tensor, "batch 3 height width"]
+        self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch out"]:
         """Features through the head (the projector, or a classifier)."""
         return self.head(self.features(x))

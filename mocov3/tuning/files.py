@@ -75,6 +75,9 @@ def _completed(config: FinetuneConfig, contents: dict[str, Any] | None) -> Finet
         if value == not_given:
             value = saved.get(name) if isinstance(saved.get(name), type(default)) else default
         values[name] = value
+    if saved.get("channels", 3) != 3 or saved.get("bit_window"):
+        raise UserError("fine-tuning reads pictures as 8-bit RGB; these weights were trained with "
+                        "--channels or --bit-window (mocov3 lincls, knn and embed take them)")  # fmt: skip
     if not config.mean_std and not config.view_preset and isinstance(saved.get("mean_std"), str):
         values["mean_std"] = saved["mean_std"]  # belongs to the weights' preset
     values["arch"] = known_arch(values["arch"])
