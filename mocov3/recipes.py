@@ -32,11 +32,11 @@ RECIPES: dict[str, Recipe] = {
     "adapt": Recipe(
         {
             "optimizer": "adamw",
-            "lr": 2e-3,
+            "lr": 8e-3,
             "weight_decay": 0.05,
             "epochs": 20,
-            "warmup_epochs": 1,
-            "freeze_epochs": 2,
+            "warmup_epochs": 0,
+            "freeze_epochs": 1,
             "layer_decay": 0.75,
             "moco_m": 0.996,
             "moco_m_cos": True,

@@ -62,6 +62,26 @@ def test_killed_and_resumed_with_two_ranks(pictures, tmp_path):
     record("the same with 2 ranks", kills, f"all {len(folders)} runs bit-equal; {writing} kills fell into a write")
 
 
+def test_own_pictures_killed_and_resumed(pictures, tmp_path):
+    """Recipe auto chooses once: a resumed run takes what the first start chose, judges as it did, and stops as it did."""
+
+    def auto(folder):
+        return [
+            sys.executable, "-m", "mocov3", "pretrain", str(pictures), *TINY, "--recipe", "auto", "--epochs", "9",
+            "--hold-out", "16", "--quality-every", "3", "--checkpoint-steps", "2", "--output-dir", str(folder),
+            "--resume", "auto", "--quiet",
+        ]  # fmt: skip
+
+    kills, _, folders = kill_many(auto, tmp_path, count=trials(2, 20), seed=5)
+    Process(auto(tmp_path / "whole")).finish()
+    for folder in folders:
+        assert_same_run(tmp_path / "whole", folder, last="checkpoint_0008.pth.tar")
+        assert steady(folder, "quality.jsonl") == steady(tmp_path / "whole", "quality.jsonl")
+        best = [torch.load(f / "best_unlabelled.pth.tar", weights_only=True) for f in (folder, tmp_path / "whole")]
+        assert not difference(*best, ignore=("output_dir", "run"))
+    record("recipe auto with judgements without labels, killed", kills, f"all {len(folders)} runs bit-equal")
+
+
 def test_killed_and_resumed_with_other_ranks(pictures, tmp_path):
     # float64, since sums over ranks are in another order (habit 11)
     program = (str(ROOT / "tests" / "pretrain64.py"),)
