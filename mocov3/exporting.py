@@ -16,7 +16,7 @@ from mocov3.config import FinetuneConfig
 from mocov3.data import CentreView, FashionMnist
 from mocov3.errors import UserError, printable
 from mocov3.export import FOLDERS, Staged
-from mocov3.formats import FORMATS, Exported, Unfit
+from mocov3.formats import ANY_CHANNELS, FORMATS, Exported, Unfit
 from mocov3.model_card import card
 from mocov3.step import normalise
 
@@ -70,6 +70,9 @@ def export(
         RuntimeError: if the features of what was written differ from ours; our fault.
     """
     model = load(path, arch=arch, image_size=image_size, momentum=momentum, classifier=classifier, licence=licence)
+    if model.in_chans != 3 and to not in ANY_CHANNELS:
+        others = ", ".join(ANY_CHANNELS)
+        raise UserError(f"--to {to} is for RGB; {path} takes {model.in_chans} channel(s): use {others}")
     writer = FORMATS[to]
     try:
         writer.fits(model)

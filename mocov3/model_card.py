@@ -21,7 +21,7 @@ Written by mocov3 {version} as `{format}`. {gives}
 | | |
 |---|---|
 | arch | {arch} ({parameters:,} parameters, {features} features) |
-| pictures | {size} × {size} px RGB, shorter side resized to {resized} ({how}), centre cut out |
+| pictures | {size} × {size} px, {channels}, shorter side resized to {resized} ({how}), centre cut out |
 | mean, std | {mean}, {std} (of pixels scaled to 0–1) |
 | encoder | {encoder} |
 | source | {source}{epochs}, sha256 `{sha256}` |
@@ -66,6 +66,7 @@ def card(model: Exported, to: str, name: str, difference: float, pictures: int) 
         size=model.image_size,
         how="bicubic" if model.bicubic else "bilinear",
         resized=round(model.image_size * model.zoom),
+        channels="RGB" if model.in_chans == 3 else f"{model.in_chans} channel(s)",
         mean=", ".join(map(str, model.mean)),
         std=", ".join(map(str, model.std)),
         encoder=_encoder(model),

@@ -14,6 +14,7 @@ from test_cli import refused
 from mocov3 import checkpoint, convert, exporting, foreign, load_backbone, models
 from mocov3.cli import main
 from mocov3.config.archs import BUILT_IN_ARCHS, is_resnet
+from mocov3.errors import UserError
 from mocov3.export import FORMATS as NAMED
 from mocov3.formats import FORMATS, Unfit
 from mocov3.models import build_backbone
@@ -410,3 +411,22 @@ def test_convert_to_deit_refuses_in_one_line(checkpoints, tmp_path, run_program)
         assert message in refused("convert", *flags), flags
     assert not (tmp_path / "o.pth").exists()
     assert path.stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("to", ["onnx", "safetensors", "deit"])
+def test_grey_networks(to, tmp_path):
+    model = models.build("resnet10_w32", image_size=32, dim=8, mlp_dim=8, in_chans=1)
+    file = tmp_path / "grey.pth.tar"
+    state = {f"module.{k}": v for k, v in model.state_dict().items()}
+    config = {"channels": 1, "image_size": 32}
+    checkpoint.write(file, {"arch": "resnet10_w32", "epoch": 1, "state_dict": state, "mocov3": {"config": config}})
+    if to == "deit":
+        with pytest.raises(UserError, match="takes 1 channel"):
+            exporting.export(file, to, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    out = tmp_path / "out.safetensors"
+    exporting.export(file, to, out)
+    if to == "safetensors":
+        x = torch.rand(2, 1, 32, 32)
+        torch.testing.assert_close(load_backbone(out)(x), model.eval().base_encoder.features(x))

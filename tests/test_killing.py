@@ -63,7 +63,7 @@ def test_killed_and_resumed_with_two_ranks(pictures, tmp_path):
 
 
 def test_own_pictures_killed_and_resumed(pictures, tmp_path):
-    """Recipe auto chooses once: a resumed run takes what the first start chose, judges as it did, and stops as it did."""
+    """Recipe auto chooses once: a resumed run takes what the first start chose, and judges as it did."""
 
     def auto(folder):
         return [

@@ -15,4 +15,7 @@ FORMATS: dict[str, Format] = {
     "torch-export": TorchExport(),
 }
 
-__all__ = ["FORMATS", "Exported", "Format", "Unfit"]
+ANY_CHANNELS = ("onnx", "safetensors", "torch-export")
+"""Formats that hold networks of other than three channels; the others' own classes begin with RGB."""
+
+__all__ = ["ANY_CHANNELS", "FORMATS", "Exported", "Format", "Unfit"]

@@ -53,6 +53,7 @@ class Exported:
                     "image_size": self.image_size,
                     "patch_size": self.patch_size,
                     "small_stem": self.small_stem,
+                    "channels": self.in_chans,
                     "view_preset": self.recipe.get("view_preset", "photos"),
                     "mean_std": self.recipe.get("mean_std", ""),
                 }
