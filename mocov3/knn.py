@@ -1,7 +1,7 @@
 """k-NN evaluation (Wu et al. 2018; Caron et al. 2021): ``mocov3 knn --model FILE DIR``.
 
 With DIR/train and DIR/val the first is the bank and the second is asked; one folder of classes is asked against
-itself, each picture left out in turn.
+itself, each picture left out in turn; so are the few pictures that ``--labels some.csv`` names.
 """
 
 import json
@@ -13,7 +13,9 @@ from mocov3.config.evaluation import KS, RECALLS
 from mocov3.data import Source, open_source
 from mocov3.data.embedded import BUILT_IN
 from mocov3.data.labelled import check_same_classes
+from mocov3.data.labels import Labelled, read_labels
 from mocov3.errors import UserError
+from mocov3.intervals import interval
 
 
 def main(config: KnnConfig) -> int:
@@ -23,25 +25,29 @@ def main(config: KnnConfig) -> int:
         UserError: for anything the user can mend.
     """
     config.check()
-    bank, queries = open_sets(config.data)
+    bank, queries = open_sets(config.data, config.labels)
     limits(config, len(bank) - (queries is None))
     from mocov3.distributed import launch
 
     return launch(measure, config, device=config.device, processes=config.nprocs_per_node)
 
 
-def open_sets(data: str) -> tuple[Source, Source | None]:
-    """The bank and the queries; no queries where one labelled folder is asked against itself.
+def open_sets(data: str, labels: str = "") -> tuple[Source, Source | None]:
+    """The bank and the queries; no queries where one labelled folder, or what ``labels`` names, asks itself.
 
     Raises:
         UserError: if a set is missing, has no classes, or classes differ.
     """
     bank = open_source(data, "train")
+    if labels:
+        return Labelled(bank, read_labels(Path(labels), bank)), None
     two = (Path(data) / "val").is_dir() or (data.partition(":")[0] == BUILT_IN and not Path(data).exists())
     queries = open_source(data, "val") if two else None
     for part, pictures in (("bank", bank), ("val", queries)):
         if pictures is not None and (pictures.labels is None or len(pictures.classes) < 2):
-            raise UserError(f"data {data} ({part}): needs two or more class folders with pictures")
+            raise UserError(
+                f"data {data} ({part}): needs two or more class folders with pictures, or --labels some.csv"
+            )
     if queries is not None:
         check_same_classes(bank.classes, queries.classes, f"data {data}")
     return bank, queries
@@ -78,7 +84,7 @@ def measure(world: Any, config: KnnConfig) -> int:
         config.model, flag="--model", arch=config.arch, encoder=config.encoder, image_size=config.image_size,
         view_preset=config.view_preset, layer=config.layer, untrained=config.untrained, seed=config.seed,
     ).to(world.device)  # fmt: skip
-    sources = open_sets(config.data)
+    sources = open_sets(config.data, config.labels)
     bank, labels = _features(world, frozen, config, sources[0])
     asked, answers = (bank, labels) if sources[1] is None else _features(world, frozen, config, sources[1])
     ks, recalls, notes = limits(config, len(bank) - (sources[1] is None))
@@ -137,7 +143,8 @@ def _report(
         "resize": round(view.image_size * view.zoom), "precision": config.precision, "data": config.data,
     }  # fmt: skip
     if config.json:
-        rows = [{"k": k, "temperature": t, "accuracy": value} for (k, t), value in accuracy.items()]
+        rows = [{"k": k, "temperature": t, "accuracy": value, "interval": interval(round(value * asked / 100), asked)}
+                for (k, t), value in accuracy.items()]  # fmt: skip
         print(json.dumps({**settings, "accuracy": rows, "recall": {str(k): v for k, v in recall.items()},
                           "notes": notes}))  # fmt: skip
         return
@@ -151,6 +158,8 @@ def _report(
     for k in dict.fromkeys(k for k, _ in accuracy):
         cells = (f"{accuracy[k, t]:8.3f}{'*' if (k, t) == best else ' '} " for t in temperatures)
         print(f"{k:6d}" + "".join(cells).rstrip())
+    low, high = interval(round(accuracy[best] * asked / 100), asked)
+    print(f"*: the best; 95 % interval {low:.1f}–{high:.1f}, for the choice of these {asked} pictures")
     if recall:
         print("recall  " + "  ".join(f"@{k} {value:.3f}" for k, value in recall.items()))
     for note in notes:

@@ -197,6 +197,10 @@ def test_compare(watched, pictures, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "16 labelled pictures of 4 classes" in out
     assert "untrained" in out
+    assert main(["knn", str(pictures / "val"), "--model", files[0], "--labels", str(table), "-j", "0", "--json"]) == 0
+    knn = json.loads(capsys.readouterr().out)
+    assert (knn["bank"], knn["leave_one_out"], knn["classes"]) == (16, True, 4)
+    assert all(low <= row["accuracy"] <= high for row in knn["accuracy"] for low, high in [row["interval"]])
 
 
 def test_compare_refuses(watched, pictures, tmp_path):

@@ -89,6 +89,8 @@ class KnnConfig(FeatureConfig):
     temperature: tuple[float, ...] = flag(TEMPERATURES, "temperatures of the vote, a comma list", "-t",
                                           "--temperature", kind=several, group=OUTPUT, metavar="T[,T…]")  # fmt: skip
     recall: tuple[int, ...] = flag(RECALLS, "recall@k of these", kind=integers, group=OUTPUT, metavar="K[,K…]")
+    labels: str = flag("", "CSV of path,label: use these pictures of the folder (10–100 are of use), each left out in "
+                       "turn", group=PICTURES, metavar="FILE")  # fmt: skip
     json: bool = flag(False, "print the result as JSON", kind=bool, result=False, group=OUTPUT)
 
     def check(self) -> None:

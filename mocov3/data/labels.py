@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mocov3.data.lists import read_rows
-from mocov3.data.sources import Source
+from mocov3.data.sources import Source, Subset
 from mocov3.data.survey import scattered
 from mocov3.errors import UserError, printable
 
@@ -20,6 +20,24 @@ class Labels:
     indices: np.ndarray
     numbers: np.ndarray
     classes: list[str]
+
+
+class Labelled(Subset):
+    """The pictures whose classes a file tells, with these classes."""
+
+    def __init__(self, whole: Source, known: Labels) -> None:
+        super().__init__(whole, known.indices)
+        self._known = known
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return self._known.classes
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class of every picture."""
+        return self._known.numbers.astype(np.int32)
 
 
 def read_labels(file: Path, pictures: Source) -> Labels:
