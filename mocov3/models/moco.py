@@ -112,6 +112,13 @@ class MoCo(nn.Module):
             return features(x1), features(x2)
         return features(torch.cat([x1, x2])).chunk(2)
 
+    def compile_backbones(self, backend: str = "inductor") -> None:
+        """Compile the backbones with ``torch.compile``. What is around them stays eager: heads are three matrix
+        products, the momentum changes at every step, calls among ranks end a graph; and so does evaluation, whose
+        batches have other sizes."""
+        for encoder in (self.base_encoder, self.momentum_encoder):
+            encoder.features = _in_training(encoder, torch.compile(encoder.features, backend=backend))
+
     def forward(
         self,
         x1: Float[Tensor, "batch 3 height width"],
@@ -164,6 +171,15 @@ def build(
         **vit_dims,
     )
     return MoCo(encoder, _mlp(2, dim, mlp_dim, dim, last_norm=not resnet), temperature)
+
+
+def _in_training(encoder: Encoder, compiled: Callable[..., Tensor]) -> Any:
+    eager = encoder.features
+
+    def features(*args: Any) -> Tensor:
+        return (compiled if encoder.training else eager)(*args)
+
+    return features
 
 
 def uses_batch_statistics(encoder: Encoder) -> bool:
