@@ -6,6 +6,7 @@ import torch
 
 from mocov3 import models
 from mocov3.config import PretrainConfig
+from mocov3.config.archs import is_vit
 from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.errors import UserError
 from mocov3.groups import freeze_until
@@ -35,6 +36,8 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
         backbone: Any = getattr(model.base_encoder, "backbone", model.base_encoder)
         if not hasattr(backbone, "set_grad_checkpointing"):
             raise UserError(f"--grad-checkpoint: {c.arch} cannot recompute its blocks")
+        if model.views_meet and not is_vit(c.arch):  # a ViT's convolutional stem is not recomputed
+            raise UserError(f"--grad-checkpoint would update the batch statistics of {c.arch} twice")
         backbone.set_grad_checkpointing(True)
     if world.size > 1:
         synchronise_batch_norm(model)

@@ -32,23 +32,25 @@ def apply(
         for operation in range(4):
             chosen = np.flatnonzero(jittered & (parameters[:, 1 + place] == operation))
             if len(chosen):
-                rows = _rows(chosen, x)
-                factors = torch.from_numpy(parameters[chosen, 5 + operation]).to(x.device).view(-1, 1, 1, 1)
+                rows = send(chosen, x.device)
+                factors = send(parameters[chosen, 5 + operation], x.device).view(-1, 1, 1, 1)
                 x[rows] = _jitter(x[rows], operation, factors)
     if len(chosen := np.flatnonzero(parameters[:, 9] > 0)):
-        rows = _rows(chosen, x)
+        rows = send(chosen, x.device)
         x[rows] = _gray(x[rows]).expand(-1, 3, -1, -1)
     if len(chosen := np.flatnonzero(parameters[:, 10] > 0)):
-        rows = _rows(chosen, x)
+        rows = send(chosen, x.device)
         x[rows] = _blur(x[rows], parameters[chosen, 10])
     if len(chosen := np.flatnonzero(parameters[:, 11] > 0)):
-        rows = _rows(chosen, x)
+        rows = send(chosen, x.device)
         x[rows] = torch.minimum(x[rows], 255 - x[rows])
     return x
 
 
-def _rows(chosen: np.ndarray, x: Tensor) -> Tensor:
-    return torch.from_numpy(chosen).to(x.device, non_blocking=True)
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """``array`` on the device; a GPU fetches it from pinned memory, so that nothing waits for it."""
+    x = torch.from_numpy(array)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _jitter(x: Tensor, operation: int, factors: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ def _blur(x: Tensor, sigmas: np.ndarray) -> Tensor:
     reach = max(len(k) for k in kernels) // 2
     padded = np.stack([np.pad(k, reach - len(k) // 2) for k in kernels]).astype(np.float32)
     n, c, h, w = x.shape
-    weight = torch.from_numpy(padded).to(x.device, non_blocking=True).repeat_interleave(c, 0)
+    weight = send(padded, x.device).repeat_interleave(c, 0)
     flat = x.reshape(1, n * c, h, w)
     down = functional.pad(flat, (0, 0, reach, reach), mode="replicate")
     flat = functional.conv2d(down, weight.view(n * c, 1, -1, 1), groups=n * c)

@@ -66,12 +66,8 @@ class Run:
         self.seed: int = seed if seed is not None else world.share(c.seed if c.seed is not None else _draw_seed())
         torch.manual_seed(self.seed)
         self.model = build_model(c, world)
-        # fused optimizers can be told on the device to skip a step
-        fused = world.device.type != "cpu"
         params = parameter_groups(self.model, c.layer_decay, staged=c.freeze_epochs > 0)
-        self.optimizer = build_optimizer(
-            params, c.optimizer, weight_decay=c.weight_decay, momentum=c.momentum, fused=fused
-        )
+        self.optimizer = build_optimizer(params, c.optimizer, weight_decay=c.weight_decay, momentum=c.momentum)
         precision = Precision(resolve_precision(c.precision, world.device, script_door=job.script_door), world.device)
         self.step = Step(self.model, self.optimizer, world=world, precision=precision, compile=c.compile,
                          spike_factor=c.skip_spikes)  # fmt: skip

@@ -100,8 +100,7 @@ def _step_seconds(config: PretrainConfig, device: torch.device, batch: int) -> f
             in_chans=config.channels,
         )
         model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        optimizer = build_optimizer(model.parameters(), config.optimizer, weight_decay=0.0, momentum=0.9,
-                                    fused=device.type == "cuda")  # fmt: skip
+        optimizer = build_optimizer(model.parameters(), config.optimizer, weight_decay=0.0, momentum=0.9)
         precision = Precision(resolve_precision(config.precision, device, script_door=False), device)
         step = Step(model, optimizer, world=World(0, 1, device), precision=precision)
         x1, x2 = (

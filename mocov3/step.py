@@ -3,6 +3,7 @@
 Nothing is read from the device here; losses, norms and counts stay tensors until a print step.
 """
 
+import functools
 import math
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ class Step:
         optimizer: over all parameters of the model.
         world: this rank; gradients are averaged over all.
         precision: arithmetic.
-        compile: compile the networks.
+        compile: compile the backbones.
         spike_factor: skip steps whose gradient norm is so many times its usual one (0: none).
     """
 
@@ -75,8 +76,9 @@ class Step:
     ) -> None:
         self.model, self.optimizer, self.world, self.precision = model, optimizer, world, precision
         self.spikes = SpikeGuard(spike_factor, world.device) if spike_factor else None
-        contrast: Any = world.wrap(_Contrast(model))
-        self.contrast = torch.compile(contrast) if compile else contrast
+        if compile:
+            model.compile_backbones()
+        self.contrast: Any = world.wrap(_Contrast(model))
         self.skipped = torch.zeros((), dtype=torch.long, device=world.device)
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
         weights = [p for n, p in model.base_encoder.named_parameters() if _is_backbone_weight(n, p)]
@@ -211,9 +213,17 @@ def normalise(
 
     ``parameters`` say what is left of the views to be done on the device (``mocov3.augment``).
     """
-    sent = torch.from_numpy(pixels).to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
+    sent = augment.send(pixels, device).permute(0, 3, 1, 2)
     x = (sent if parameters is None else augment.apply(sent, parameters)).to(torch.get_default_dtype())
-    shape = (1, -1, 1, 1)
-    offset = torch.tensor(mean, device=device).view(shape) * 255
-    scale = 1 / (torch.tensor(std, device=device).view(shape) * 255)
+    offset, scale = _constants(mean, std, device, x.dtype)
     return x.sub_(offset).mul_(scale)
+
+
+@functools.lru_cache
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    # sent once: sending waits for the device
+    shape = (1, -1, 1, 1)
+    offset = torch.tensor(mean, device=device, dtype=dtype).view(shape) * 255
+    return offset, 1 / (torch.tensor(std, device=device, dtype=dtype).view(shape) * 255)

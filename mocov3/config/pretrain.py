@@ -169,7 +169,7 @@ class PretrainConfig(OwnFlags):
     nprocs_per_node: int = flag(
         0, "processes to start on this node (default: its GPUs, else 1)", kind=int, result=False, group=RANKS
     )
-    compile: bool = flag(False, "compile the networks with torch.compile", kind=bool, result=False, group=RANKS)
+    compile: bool = flag(False, "compile the backbones with torch.compile", kind=bool, result=False, group=RANKS)
     grad_checkpoint: bool = flag(
         False,
         "save memory by recomputing a ViT's blocks in the backward pass",

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mocov3.distributed.world import world_size
@@ -14,44 +15,37 @@ class _SynchronisedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-        axes = [0, *range(2, x.ndim)]
+        # torch's own kernels for the statistics and for x·a + b a channel: each reads memory once
+        mean, variance = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
         count = torch.full((1,), x.numel() // x.shape[1], dtype=x.dtype, device=x.device)
-        mean = x.mean(axes)
-        squares = (x - _channels(mean, x)).square().sum(axes)
         # Chan et al. 1983: means and sums of squares of parts combine exactly, without E[x²] − E[x]²
-        parts = _all_gather(torch.cat([mean, squares, count]))
+        parts = _all_gather(torch.cat([mean, variance * count, count]))
         means, sums, counts = parts[:, : len(mean)], parts[:, len(mean) : -1], parts[:, -1:]
         total = counts.sum()
         mean = (means * counts).sum(0) / total
         variance = (sums + counts * (means - mean).square()).sum(0) / total
-        scale = torch.rsqrt(variance + eps)
-        normalised = (x - _channels(mean, x)) * _channels(scale, x)
-        ctx.save_for_backward(normalised, weight, scale, total)
-        ctx.axes = axes
-        out = normalised
-        if weight is not None:
-            out = out * _channels(weight, x) + _channels(bias, x)
+        out = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps), total)
         ctx.mark_non_differentiable(mean, variance, total)
         return out, mean, variance, total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        normalised, weight, scale, total = ctx.saved_tensors
-        grad_bias = grad.sum(ctx.axes)
-        grad_weight = (grad * normalised).sum(ctx.axes)
+        x, weight, mean, inverse, total = ctx.saved_tensors
+        # Σ g·x̂ and Σ g over this rank's pictures, with the statistics of all
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, inverse, True, 0.0, [False, True, True]
+        )
         sums = torch.stack([grad_bias, grad_weight])
         if dist.is_initialized():
             dist.all_reduce(sums)
-        mean_grad, mean_product = (_channels(part / total, grad) for part in sums)
-        grad_x = (grad - mean_grad - normalised * mean_product) * _channels(scale, grad)
-        if weight is None:
-            return grad_x, None, None, None
-        return grad_x * _channels(weight, grad), grad_weight, grad_bias, None
-
-
-def _channels(x: Tensor | None, like: Tensor) -> Tensor:
-    assert x is not None
-    return x.view(1, -1, *[1] * (like.ndim - 2))
+        mean_grad, mean_product = sums / total
+        # a·(g − mean(g) − x̂·mean(g·x̂)) with a = weight/σ: linear in x and g, a channel
+        factor = inverse if weight is None else inverse * weight
+        slope = -factor * inverse * mean_product
+        grad_x = F.batch_norm(x, mean, torch.ones_like(mean), slope, -factor * mean_grad, False, 0.0, 0.0)
+        grad_x.addcmul_(grad, factor.view(1, -1, *[1] * (grad.ndim - 2)))
+        return (grad_x, None, None, None) if weight is None else (grad_x, grad_weight, grad_bias, None)
 
 
 def _all_gather(x: Tensor) -> Tensor:
@@ -82,6 +76,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise by the statistics of all ranks (training) or by the running ones (evaluation)."""
         return self.act(self.drop(self._normalise(input)))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # calls among ranks end a compiled graph
     def _normalise(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(input)

@@ -1,0 +1,255 @@
+"""Fast steps: one pass for two views, few launches, no reading of the device, compiled and recomputed networks."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mocov3 import models
+from mocov3.assemble import build_model
+from mocov3.config import PretrainConfig
+from mocov3.data import Batch, Work
+from mocov3.distributed import World
+from mocov3.errors import UserError
+from mocov3.log import RunLog
+from mocov3.models import MoCo
+from mocov3.optim import LARS, build_optimizer
+from mocov3.recorder import Counters, Recorder
+from mocov3.step import Precision, Step, normalise
+
+CPU = torch.device("cpu")
+VIT = {"image_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "dim": 8, "mlp_dim": 16}
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def gradients(model, x1, x2, m=0.9):
+    model.zero_grad()
+    loss = model(x1, x2, m)
+    loss.backward()
+    return loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def apart(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).norm() / b[k].norm().clamp_min(1e-30)) for k in b if not k.endswith("norm.bias"))
+
+
+def test_views_share_a_pass_where_they_cannot_meet(float64):
+    torch.manual_seed(0)
+    together = models.build("vit_small", **VIT).train()
+    apart_model = models.build("vit_small", **VIT).train()
+    apart_model.load_state_dict(together.state_dict())
+    assert not together.views_meet
+    apart_model.views_meet = True  # what batch norm in the backbone asks for
+    passes = []
+    together.base_encoder.patch_embed.register_forward_hook(lambda *_: passes.append(1))
+    x1, x2 = torch.randn(2, 4, 3, 32, 32)
+    (loss, got), (expected, want) = gradients(together, x1, x2), gradients(apart_model, x1, x2)
+    assert len(passes) == 1
+    assert float(loss) == pytest.approx(float(expected), rel=1e-12)
+    assert apart(got, want) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("arch", "meet"),
+    [("resnet10_w32", True), ("vit_conv_small", True), ("vit_tiny", False), ("timm/resnet10t", True),
+     ("timm/convnext_atto", False), ("timm/resnet26t.ra2_in1k", True)],
+)  # fmt: skip
+def test_batch_statistics_are_found(arch, meet):
+    dims = {"embed_dim": 24, "depth": 1, "num_heads": 3} if "vit" in arch else {}
+    assert models.build(arch, image_size=32, dim=8, mlp_dim=8, **dims).views_meet == meet
+
+
+def test_recomputed_blocks_give_the_same_gradients(float64):
+    config = PretrainConfig(arch="vit_tiny", image_size=32, moco_dim=8, moco_mlp_dim=16, stop_grad_conv1=True)
+    torch.manual_seed(0)
+    plain = build_model(config, World(0, 1, CPU))
+    recomputed = build_model(PretrainConfig(**{**vars(config), "grad_checkpoint": True}), World(0, 1, CPU))
+    recomputed.load_state_dict(plain.state_dict())
+    calls = []
+    for model in (plain, recomputed):
+        model.base_encoder.blocks[0].register_forward_pre_hook(lambda module, *_: calls.append(id(module)))
+    x1, x2 = torch.randn(2, 2, 3, 32, 32)
+    (loss, want), (again, got) = gradients(plain, x1, x2), gradients(recomputed, x1, x2)
+    assert len(calls) == 3  # once, and twice where it is recomputed
+    assert torch.equal(loss, again)
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_blocks_with_batch_norm_are_not_recomputed():
+    config = PretrainConfig(arch="timm/resnet10t", grad_checkpoint=True, moco_dim=8, moco_mlp_dim=8)
+    with pytest.raises(UserError, match="batch statistics"):
+        build_model(config, World(0, 1, CPU))
+
+
+def test_compiled_backbones_train_alike(monkeypatch):
+    # the backend only changes what graphs become; that they are captured whole is what is tested
+    backbones = functools.partialmethod(MoCo.compile_backbones, backend="eager")
+    monkeypatch.setattr(MoCo, "compile_backbones", backbones)
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = models.build("vit_small", **VIT).train()
+        optimizer = build_optimizer(model.parameters(), "adamw", weight_decay=0.1, momentum=0.9)
+        step = Step(model, optimizer, world=World(0, 1, CPU), precision=Precision("fp32", CPU), compile=compiled)
+        outcomes = [step(*torch.randn(2, 4, 3, 32, 32), lr=1e-3, m=0.9 + i / 100) for i in range(3)]
+        found.append([float(o.loss) for o in outcomes])
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert (graphs > 0) == compiled
+    assert found[0] == found[1]
+    assert graphs <= 4, "compiled anew at later steps"
+    model.eval()
+    with torch.no_grad():
+        model.features(torch.randn(3, 3, 32, 32))  # evaluation stays eager
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+# --- the update ---------------------------------------------------------------------------------------------
+
+
+def by_the_formula(p, grad, mu, lr, wd):
+    """docs/method.md, in float64."""
+    p, grad, mu = p.double(), grad.double(), mu.double()
+    if p.ndim > 1:
+        grad = grad + wd * p
+        size, length = p.norm(), grad.norm()
+        grad = grad * (0.001 * size / length if size > 0 and length > 0 else 1.0)
+    mu = 0.9 * mu + grad
+    return p - lr * mu, mu
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_lars_in_any_layout(told):
+    """Channels-last weights, 1×1 kernels whose gradient has other strides, sizes across a row, zeros, no gradient."""
+    shapes = [(8, 3, 3, 3), (16, 8, 1, 1), (40, 37), (5,), (1, 1, 4), (33, 31, 2, 2), (4, 4)]
+    params = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    for i in (0, 1, 5):
+        params[i].data = params[i].data.to(memory_format=torch.channels_last)
+    params[6].data.zero_()
+    unused = torch.nn.Parameter(torch.ones(3))
+    optimizer = LARS([*params, unused], lr=0.5, weight_decay=0.01)
+    if told:  # the way of GPUs
+        optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), None
+    state = [(p.detach().clone(), torch.zeros_like(p)) for p in params]
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape)  # contiguous, whatever the weight is
+        state = [by_the_formula(p, w.grad, mu, 0.5, 0.01) for w, (p, mu) in zip(params, state, strict=True)]
+        optimizer.step()
+    for p, (want, mu) in zip(params, state, strict=True):
+        assert torch.allclose(p.double(), want, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(optimizer.state[p]["mu"].double(), mu, rtol=1e-5, atol=1e-6)
+        assert optimizer.state[p]["mu"].stride() == p.stride()
+    assert unused not in optimizer.state
+
+
+PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+"""Tensors a launch by the number of lists (ATen/native/cuda/MultiTensorApply.cuh); at most 320 blocks of 65,536."""
+NO_KERNEL = ("view", "as_strided", "slice", "empty", "detach", "unsqueeze", "select", "alias", "unbind", "zeros_like",
+             "split")  # fmt: skip
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that operations would start on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.by_name = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
+        if name.startswith(("_foreach", "_fused")):
+            depth = sum(len(a) == len(lists[0]) for a in lists)
+            inplace = name.endswith("_")
+            blocks = sum(-(-t.numel() // 65536) for t in lists[0])
+            n = max(-(-len(lists[0]) // PER_LAUNCH[min(depth + (not inplace), 5)]), -(-blocks // 320)) + ("norm" in name)
+        else:
+            n = 0 if name.startswith(NO_KERNEL) else 1
+        self.count += n
+        self.by_name[name] = self.by_name.get(name, 0) + n
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("arch", "optimizer"), [("resnet50", "lars"), ("vit_small", "adamw")])
+def test_update_is_few_launches(arch, optimizer):
+    model = models.build(arch).to(memory_format=torch.channels_last)
+    made = build_optimizer(model.parameters(), optimizer, weight_decay=0.1, momentum=0.9)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    made.found_inf, made.grad_scale = torch.zeros(()), None  # the way of GPUs
+    made.step()  # makes its state
+    with Launches() as launches:
+        model.update_momentum_encoder(0.99)
+        made.step()
+    assert 5 <= launches.count <= 30, launches.by_name
+
+
+READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__", "__repr__",
+         "__format__", "is_nonzero", "nonzero", "equal", "allclose"}  # fmt: skip
+
+
+class Reads(TorchFunctionMode):
+    """Collects the calls that need a value of a tensor, for which a GPU would have to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in READS or (name == "to" and "cpu" in map(str, args)):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("arch", "optimizer"), [("resnet10_w32", "lars"), ("vit_small", "adamw")])
+def test_nothing_is_read_between_print_steps(arch, optimizer, tmp_path):
+    dims = VIT if arch == "vit_small" else {"dim": 8, "mlp_dim": 16}
+    world = World(0, 1, CPU)
+    model = models.build(arch, **dims).to(memory_format=torch.channels_last).train()
+    made = build_optimizer(model.parameters(), optimizer, weight_decay=0.1, momentum=0.9)
+    step = Step(model, made, world=world, precision=Precision("bf16", CPU), spike_factor=10.0)
+    step.world = dataclasses.replace(world, device=torch.device("cuda"))  # it does from here on as on a GPU
+    log = RunLog(tmp_path, active=True, style="quiet", epochs=1, iterations=8, start=1.0, floor=0.0, first_step=0,
+                 corrupt={})  # fmt: skip
+    recorder = Recorder(world, log, Counters(), batch_size=4, print_freq=4, pictures=lambda *_: [])
+    read, weights = [], [p.clone() for p in model.parameters()]
+    for i in range(5):
+        batch = Batch(Work(0, i, np.arange(4)), np.zeros((2, 4, 32, 32, 3), np.uint8), [])
+        recorder.batch_came()
+        with Reads() as reads:
+            x1, x2 = (normalise(p, CPU, (0.5,) * 3, (0.2,) * 3) + torch.randn(4, 3, 32, 32) for p in batch.pixels)
+            outcome = step(x1, x2, lr=0.1, m=0.99)
+            recorder.step_done(batch, outcome, step=i, lr=0.1, m=0.99, skipped=step.skipped)
+        read.append(len(reads.found))
+    log.close()
+    assert read[1:4] == [0, 0, 0], reads.found
+    assert read[0] > 0 < read[4], "print steps do read"
+    assert any(not torch.equal(p, before) for p, before in zip(model.parameters(), weights, strict=True))
+
+
+def test_a_told_step_changes_nothing():
+    """The way of GPUs again: a NaN in the pictures, and neither weights nor optimizer nor batch statistics move."""
+    world = World(0, 1, CPU)
+    model = models.build("resnet10_w32", dim=8, mlp_dim=16).train()
+    made = build_optimizer(model.parameters(), "lars", weight_decay=0.1, momentum=0.9)
+    step = Step(model, made, world=world, precision=Precision("fp32", CPU))
+    step.world = dataclasses.replace(world, device=torch.device("cuda"))
+    x1, x2 = torch.randn(2, 4, 3, 32, 32)
+    assert step(x1, x2, lr=0.1, m=0.99).ok
+    kept = [*model.base_encoder.state_dict().values(), *(made.state[p]["mu"] for p in made.state)]
+    before = [v.clone() for v in kept if v.is_floating_point()]
+    assert not step(x1 * torch.nan, x2, lr=0.1, m=0.99).ok
+    assert all(torch.equal(a, b) for a, b in zip(before, (v for v in kept if v.is_floating_point()), strict=True))
