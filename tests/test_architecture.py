@@ -18,7 +18,7 @@ ORDER = [
     "linear", "linear_scores", "linear_setup", "linear_files", "lincls", "knn", "embed", "embeddings",
     "logistic", "heads", "evaluation_log",
     "run", "resume", "saver", "recorder", "watch", "pretrain", "compare", "judge", "verdict", "assemble", "groups",
-    "frozen", "features", "step", "augment", "origin", "start", "convert",
+    "frozen", "features", "step", "gradients", "precision", "augment", "origin", "start", "convert",
     "models", "models.moco", "models.backbones", "models.vit", "optim", "schedules", "losses", "neighbours",
     "quality", "intervals", "stop", "writer", "checkpoint", "tensorfiles", "vetting",
     "distributed", "distributed.launch", "distributed.batch_norm", "distributed.world", "distributed.heartbeat",

@@ -4,7 +4,7 @@ Backbone, heads and loss are separate calls, so that they can be run at differen
 runs them all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -45,6 +45,8 @@ class MoCo(nn.Module):
         self.momentum_encoder.requires_grad_(False)
         self.predictor = predictor
         self.temperature = temperature
+        self.views_meet = uses_batch_statistics(base_encoder)
+        """Whether the two views would meet in the backbone's batch statistics, so that each needs its own pass."""
 
     def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
         """Features of the query backbone."""
@@ -68,9 +70,8 @@ class MoCo(nn.Module):
     def update_momentum_encoder(self, m: float) -> None:
         """k ← m·k + (1 − m)·q for every parameter, frozen ones included. Buffers are not averaged."""
         keys = list(self.momentum_encoder.parameters())
-        queries = list(self.base_encoder.parameters())
-        torch._foreach_mul_(keys, m)
-        torch._foreach_add_(keys, queries, alpha=1.0 - m)
+        # k + (1 − m)·(q − k): one pass over memory, a few kernels on a GPU, and frozen parameters stay bit-equal
+        torch._foreach_lerp_(keys, list(self.base_encoder.parameters()), 1.0 - m)
 
     def loss(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> tuple[Float[Tensor, ""], Statistics]:
         """Symmetric contrastive loss of (q1, q2) against the keys (k1, k2) of all ranks, and its statistics."""
@@ -98,12 +99,18 @@ class MoCo(nn.Module):
         """Loss and statistics of two views; moves the momentum encoder on the way.
 
         The order is the reference's: queries of view 1, then of view 2 (each its own pass through batch norm),
-        then the momentum update, then the keys in training mode.
+        then the momentum update, then the keys in training mode. A backbone without batch norm takes both views in
+        one pass, which changes nothing but the speed.
         """
-        queries = [self.queries(self.features(x)) for x in (x1, x2)]
+        queries = [self.queries(f) for f in self._of_both(self.features, x1, x2)]
         self.update_momentum_encoder(m)
-        keys = [self.keys(self.key_features(x)) for x in (x1, x2)]
+        keys = [self.keys(f) for f in self._of_both(self.key_features, x1, x2)]
         return self.loss(queries, keys)
+
+    def _of_both(self, features: Callable[[Tensor], Tensor], x1: Tensor, x2: Tensor) -> Sequence[Tensor]:
+        if self.views_meet:
+            return features(x1), features(x2)
+        return features(torch.cat([x1, x2])).chunk(2)
 
     def forward(
         self,
@@ -157,6 +164,15 @@ def build(
         **vit_dims,
     )
     return MoCo(encoder, _mlp(2, dim, mlp_dim, dim, last_norm=not resnet), temperature)
+
+
+def uses_batch_statistics(encoder: Encoder) -> bool:
+    """Whether features of one picture depend on the others of the batch: batch norm of any kind in the backbone."""
+    # every such layer keeps running statistics, whatever its class is called (timm has several)
+    return any(
+        "running_" in name and not name.startswith(f"{encoder.projector_name}.")
+        for name, _ in encoder.named_buffers()
+    )
 
 
 def _mlp(layers: int, width: int, hidden: int, out: int, *, last_norm: bool) -> nn.Sequential:
