@@ -84,9 +84,7 @@ class MicroBatches:
         compile: compile the backbones.
     """
 
-    def __init__(
-        self, model: MoCo, *, world: World, precision: Precision, size: int, compile: bool = False
-    ) -> None:
+    def __init__(self, model: MoCo, *, world: World, precision: Precision, size: int, compile: bool = False) -> None:
         if size < 1:
             raise ValueError(f"a micro-batch holds 1 picture or more, not {size}")
         self.model, self.world, self.precision, self.size = model, world, precision, size

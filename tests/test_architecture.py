@@ -17,7 +17,7 @@ ORDER = [
     "tuning.mixing", "tuning.model", "tuning.plan", "finetune", "tuning",
     "linear", "linear_scores", "linear_setup", "linear_files", "lincls", "knn", "embed", "embeddings",
     "logistic", "heads", "evaluation_log",
-    "run", "resume", "saver", "recorder", "watch", "pretrain", "compare", "judge", "verdict", "assemble", "groups",
+    "run", "resume", "saver", "recorder", "watch", "pretrain", "compare", "judge", "verdict", "assemble", "groups", "footprint",
     "frozen", "features", "step", "gradients", "precision", "augment", "origin", "start", "convert",
     "models", "models.moco", "models.backbones", "models.vit", "optim", "schedules", "losses", "neighbours",
     "quality", "intervals", "stop", "writer", "checkpoint", "tensorfiles", "vetting",
@@ -27,7 +27,7 @@ ORDER = [
     "data.labelled", "data.loader", "data.slots", "data.probes", "data.views", "data.operations", "data.native",
     "data.order", "data.draws", "data.decode", "data.packed", "data.shards", "data.parquet", "data.sources",
     "data.embedded", "data.lists", "data.scan", "data.index",
-    "config", "config.pretrain", "config.own", "config.lincls", "config.evaluation", "config.finetune", "config.views",
+    "config", "config.pretrain", "config.scale", "config.own", "config.lincls", "config.evaluation", "config.finetune", "config.views",
     "config.presets", "config.fields", "config.archs",
     "errors", "version",
 ]  # fmt: skip

@@ -35,6 +35,7 @@ FROZEN = """
 --gray-probability --blur-probability --blur-sigma --solarize-probability --flip-probability
 --vertical-flip-probability --turn-probability --crop-ratio --crop-pad --mean-std --grad-checkpoint --deterministic
 --allow-config-change --allow-data-change --quiet --json --views-on
+--micro-batch
 """
 
 FROZEN_LINCLS = """

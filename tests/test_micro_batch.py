@@ -1,5 +1,7 @@
 """Micro-batches: gradients of the whole batch in the memory of a part (gradient caching), compared with one pass."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,8 @@ def apart(got, want):
     return max(
         float((got[k].double() - want[k].double()).norm() / want[k].double().norm().clamp_min(1e-300))
         for k in want
-        if not k.endswith(("encoder.norm.bias", "backbone.norm.bias", "predictor.1.running_mean")) and float(want[k].double().norm()) > 0
+        if not k.endswith(("encoder.norm.bias", "backbone.norm.bias", "predictor.1.running_mean"))
+        and float(want[k].double().norm()) > 0
     )
 
 
@@ -156,6 +159,38 @@ def test_non_finite_numbers_change_nothing():
     x1[1, 0, 0, 0] = torch.nan
     assert not step(x1, x2, lr=0.1, m=0.9).ok
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+
+
+def test_a_run_in_micro_batches_is_the_run(pictures, tmp_path, capsys):
+    flags = ["pretrain", str(pictures), *TINY, "-a", "vit_small", "--patch-size", "16", "--optimizer", "adamw",
+             "--lr", "0.0015", "--max-steps", "3"]  # fmt: skip
+    lines = {}
+    for micro in ("0", "5", "auto"):
+        folder = tmp_path / micro
+        assert main([*flags, "--micro-batch", micro, "--output-dir", str(folder)]) == 0
+        lines[micro] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        out = capsys.readouterr().out
+        assert ("micro-batches of 5: loss and gradients are those of all 16 pictures, as in one" in out) == (micro == "5")
+        assert ("fit in one pass" in out) == (micro == "auto")
+    for micro in ("5", "auto"):
+        for got, want in zip(lines[micro], lines["0"], strict=True):
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+            assert got["grad_norm_last"] == pytest.approx(want["grad_norm_last"], rel=1e-4)
+
+
+def test_it_says_what_batch_norm_makes_inexact(pictures, tmp_path, capsys):
+    flags = ["pretrain", str(pictures), *TINY, "--max-steps", "1", "--micro-batch", "4", "--output-dir", str(tmp_path)]
+    assert main(flags) == 0
+    assert "resnet10_w32 has batch norm, which normalises by 4 pictures at a time" in capsys.readouterr().out
+    for wrong, message in (("-1", "--micro-batch must be"), ("many", "--micro-batch")):
+        try:
+            code = main([*flags[:-4], "--micro-batch", wrong, "--output-dir", str(tmp_path / "x")])
+        except SystemExit as stop:
+            code = stop.code
+        assert code == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("parameters", [False, True])
