@@ -1,5 +1,6 @@
 """The model that a configuration describes, on this rank's device."""
 
+import os
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from mocov3.config import PretrainConfig
 from mocov3.config.archs import is_vit
 from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.errors import UserError
+from mocov3.footprint import Footprint, choose_micro_batch, footprint, free_memory
 from mocov3.groups import freeze_until
 from mocov3.models import MoCo
 from mocov3.start import load_start
@@ -17,17 +19,7 @@ from mocov3.start import load_start
 def build_model(config: PretrainConfig, world: World) -> MoCo:
     """The model of a configuration on this rank's device, in training mode."""
     c = config
-    model = models.build(
-        c.arch,
-        image_size=c.image_size,
-        patch_size=c.patch_size,
-        in_chans=c.channels,
-        dim=c.moco_dim,
-        mlp_dim=c.moco_mlp_dim,
-        temperature=c.moco_t,
-        stop_grad_conv1=c.stop_grad_conv1,
-        small_stem=c.small_stem,
-    )
+    model = _plain_model(c)
     if c.init:
         load_start(c.init, [model.base_encoder, model.momentum_encoder], c.arch)
     if c.freeze_until:
@@ -44,3 +36,68 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
     # channels-last is the layout convolutions are fastest in; names and values are the same
     model.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.train()
+
+
+def _plain_model(c: PretrainConfig) -> MoCo:
+    return models.build(
+        c.arch,
+        image_size=c.image_size,
+        patch_size=c.patch_size,
+        in_chans=c.channels,
+        dim=c.moco_dim,
+        mlp_dim=c.moco_mlp_dim,
+        temperature=c.moco_t,
+        stop_grad_conv1=c.stop_grad_conv1,
+        small_stem=c.small_stem,
+    )
+
+
+def count_memory(config: PretrainConfig, *, sixteen_bits: bool) -> Footprint:
+    """What a step of a configuration needs, counted without building it."""
+    return footprint(
+        lambda: _plain_model(config),
+        config.image_size,
+        optimizer=config.optimizer,
+        sixteen_bits=sixteen_bits,
+        grad_checkpoint=config.grad_checkpoint,
+    )
+
+
+def resolve_micro_batch(config: PretrainConfig, world: World, precision: str) -> int:
+    """Pictures of this rank in a pass, the same on every rank; 0: all in one. Call it before the model is built.
+
+    Raises:
+        UserError: if not even one picture fits (``--micro-batch auto``).
+    """
+    local = config.batch_size // world.size
+    asked = config.micro_batch
+    if isinstance(asked, int):
+        return asked if asked < local else 0
+    # half of what a computer has free, since others use it too; a GPU is ours
+    memory = free_memory(world.device) * (1.0 if world.device.type == "cuda" else 0.5 / world.local_size)
+    size = choose_micro_batch(count_memory(config, sixteen_bits=precision != "fp32"), local, memory)
+    smallest = min(found or local for found in world.gather(size))
+    return smallest if smallest < local else 0
+
+
+def describe_micro_batch(size: int, config: PretrainConfig, world: World, model: MoCo) -> str:
+    """What micro-batches do to this run, in one line."""
+    c, local = config, config.batch_size // world.size
+    if not size:
+        return f"--micro-batch {c.micro_batch}: the {local} pictures of a process fit in one pass"
+    kept = f"micro-batches of {size}: loss and gradients are those of all {c.batch_size} pictures"
+    if not model.views_meet:
+        return f"{kept}, as in one pass but for rounding"
+    where = "" if world.size == 1 else f" of each of the {world.size} processes"
+    return (
+        f"{kept}, exactly for the heads; the backbone of {c.arch} has batch norm, which normalises by {size} pictures"
+        f"{where} at a time: not what one pass computes (backbones without batch norm, as vit_small, are exact)"
+    )
+
+
+def set_determinism(config: PretrainConfig) -> None:
+    """Only deterministic operations in this process, or the fastest ones."""
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

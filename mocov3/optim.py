@@ -106,7 +106,9 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_copy_(rows.parts, [grads[i] for i in matrices])
             torch._foreach_add_(rows.parts, [weights[i] for i in matrices], alpha=group["weight_decay"])
             n = len(matrices)
-            norms = torch.stack([*torch._foreach_norm([weights[i] for i in matrices]), *torch._foreach_norm(rows.parts)])
+            norms = torch.stack(
+                [*torch._foreach_norm([weights[i] for i in matrices]), *torch._foreach_norm(rows.parts)]
+            )
             factors = group["trust_coefficient"] * norms[:n] / norms[n:]
             rows.scale(factors.masked_fill_(norms.view(2, n).amin(0) == 0, 1.0))
             for i, part in zip(matrices, rows.parts, strict=True):

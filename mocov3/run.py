@@ -4,19 +4,17 @@
 """
 
 import dataclasses
-import os
 import secrets
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mocov3 import checkpoint, losses, resume, schedules
-from mocov3.assemble import build_model
+from mocov3.assemble import build_model, describe_micro_batch, resolve_micro_batch, set_determinism
 from mocov3.checkpoint import Position
-from mocov3.config import PretrainConfig, write_yaml
+from mocov3.config import write_yaml
 from mocov3.data import Batch, CentreView, Loader, TwoViews
 from mocov3.data.loader import Unreadable, plan, usable_cores
 from mocov3.distributed import World
@@ -29,7 +27,7 @@ from mocov3.optim import build_optimizer
 from mocov3.pretrain import Job, check_divides, open_pictures, open_validation
 from mocov3.recorder import Recorder
 from mocov3.saver import PICTURES, Saver, new_run_name, write_pictures
-from mocov3.step import Outcome, Precision, Step, normalise, resolve_precision
+from mocov3.step import Outcome, PixelViews, Precision, Step, resolve_precision
 from mocov3.stop import Stop
 from mocov3.watch import Watch
 
@@ -60,20 +58,23 @@ class Run:
         self.source, self.held_out, self.order = open_pictures(c)
         self.preset = c.preset
         self.iterations = self.order.iterations
-        _set_determinism(c)
+        set_determinism(c)
         found = resume.find(c, world)
         seed = resume.saved_seed(found)
         self.seed: int = seed if seed is not None else world.share(c.seed if c.seed is not None else _draw_seed())
+        arithmetic = resolve_precision(c.precision, world.device, script_door=job.script_door)
+        micro_batch = resolve_micro_batch(c, world, arithmetic)
         torch.manual_seed(self.seed)
         self.model = build_model(c, world)
         params = parameter_groups(self.model, c.layer_decay, staged=c.freeze_epochs > 0)
         self.optimizer = build_optimizer(params, c.optimizer, weight_decay=c.weight_decay, momentum=c.momentum)
-        precision = Precision(resolve_precision(c.precision, world.device, script_door=job.script_door), world.device)
-        self.step = Step(self.model, self.optimizer, world=world, precision=precision, compile=c.compile,
-                         spike_factor=c.skip_spikes)  # fmt: skip
+        self.step = Step(self.model, self.optimizer, world=world, precision=Precision(arithmetic, world.device),
+                         compile=c.compile, micro_batch=micro_batch, spike_factor=c.skip_spikes)  # fmt: skip
         self.position = self._start(found)
         self.counters = resume.counters(found, self.source)
         self.log = self._open_log(job.script_door)
+        if c.micro_batch:
+            self.log.say(describe_micro_batch(micro_batch, c, world, self.model))
         complete = dataclasses.replace(c, seed=self.seed)
         self.saver = Saver(world, complete, self._name_run(found), self.source, self.log)
         self.recorder = Recorder(
@@ -173,11 +174,13 @@ class Run:
             self.recorder.batch_came()
             yield batch
 
-    def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The two views on the device, normalised."""
-        mean, std = self.preset.mean, self.preset.std
+    def views(self, batch: Batch) -> tuple[PixelViews, PixelViews]:
+        """The two views; brought to the device and normalised when the step asks for them."""
         left = batch.parameters if batch.parameters is not None else (None, None)
-        x1, x2 = (normalise(p, self.world.device, mean, std, rest) for p, rest in zip(batch.pixels, left, strict=True))
+        x1, x2 = (
+            PixelViews(pixels, self.world.device, self.preset.mean, self.preset.std, rest)
+            for pixels, rest in zip(batch.pixels, left, strict=True)
+        )
         return x1, x2
 
     def schedule(self, batch: Batch) -> tuple[float, float]:
@@ -284,10 +287,3 @@ class Run:
 
 def _draw_seed() -> int:
     return secrets.randbelow(2**31)
-
-
-def _set_determinism(config: PretrainConfig) -> None:
-    torch.use_deterministic_algorithms(config.deterministic)
-    torch.backends.cudnn.benchmark = not config.deterministic
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,10 +1,7 @@
 """What this machine can do: its memory, and the time of a training step and of loading, measured on a few of each."""
 
-import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ from mocov3.data.survey import scattered
 from mocov3.distributed import World
 from mocov3.distributed.launch import pick_device
 from mocov3.errors import UserError
+from mocov3.footprint import free_memory
 from mocov3.optim import build_optimizer
 from mocov3.step import Precision, Step, resolve_precision
 
@@ -36,22 +34,8 @@ def machine(device: str, gpu: int | None) -> Machine:
     """
     found = pick_device(device, gpu)
     if found.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(found)
-        return Machine("cuda", int(free), usable_cores(), torch.cuda.get_device_name(found))
-    return Machine(found.type, int(_HALF * _free_memory()), usable_cores(), found.type)
-
-
-def _free_memory() -> int:
-    """Bytes of main memory that are free, or a cautious guess."""
-    free = 8 << 30
-    with suppress(OSError, ValueError, AttributeError):  # not Linux, or no such figure
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = 1024 * int(line.split()[1])
-    with suppress(OSError, ValueError):
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container's limit
-    return free
+        return Machine("cuda", free_memory(found), usable_cores(), torch.cuda.get_device_name(found))
+    return Machine(found.type, int(_HALF * free_memory(found)), usable_cores(), found.type)
 
 
 def epoch_seconds(config: PretrainConfig, source: Source, pictures: int) -> tuple[float, float, int]:

@@ -5,18 +5,21 @@ Nothing is read from the device here; losses, norms and counts stay tensors unti
 
 import functools
 import math
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mocov3 import augment
 from mocov3.distributed import World
+from mocov3.gradients import MicroBatches, Views, WholeBatch
 from mocov3.models import MoCo, Statistics
 from mocov3.optim import set_learning_rate
+from mocov3.precision import Precision, resolve_precision
+
+__all__ = ["Outcome", "PixelViews", "Precision", "SpikeGuard", "Step", "normalise", "resolve_precision"]
 
 
 class Outcome(NamedTuple):
@@ -30,28 +33,6 @@ class Outcome(NamedTuple):
     """Euclidean gradient norms of the backbone's first and last trainable matrix."""
 
 
-class Precision:
-    """Arithmetic of the networks: fp32, bf16 (autocast) or fp16 (autocast and a loss scaler, CUDA only)."""
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.name, self.device = name, device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which networks are run."""
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.name, torch.float32)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")
-
-
-def resolve_precision(name: str, device: torch.device, *, script_door: bool) -> str:
-    """``auto``: fp16 on CUDA as the reference (script door), bf16 where the GPU has it, else fp32."""
-    if name != "auto":
-        return name if name != "fp16" or device.type == "cuda" else "fp32"
-    if device.type != "cuda":
-        return "fp32"
-    return "fp16" if script_door or not torch.cuda.is_bf16_supported() else "bf16"
-
-
 class Step:
     """Forward, backward and update of one batch.
 
@@ -61,6 +42,7 @@ class Step:
         world: this rank; gradients are averaged over all.
         precision: arithmetic.
         compile: compile the backbones.
+        micro_batch: most pictures in a pass; 0: the whole batch in one (``mocov3.gradients``).
         spike_factor: skip steps whose gradient norm is so many times its usual one (0: none).
     """
 
@@ -72,39 +54,42 @@ class Step:
         world: World,
         precision: Precision,
         compile: bool = False,
+        micro_batch: int = 0,
         spike_factor: float = 0.0,
     ) -> None:
         self.model, self.optimizer, self.world, self.precision = model, optimizer, world, precision
         self.spikes = SpikeGuard(spike_factor, world.device) if spike_factor else None
         if compile:
             model.compile_backbones()
-        self.contrast: Any = world.wrap(_Contrast(model))
+        self.gradients: WholeBatch | MicroBatches = (
+            MicroBatches(model, world=world, precision=precision, size=micro_batch)
+            if micro_batch
+            else WholeBatch(model, world=world, precision=precision)
+        )
         self.skipped = torch.zeros((), dtype=torch.long, device=world.device)
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
         weights = [p for n, p in model.base_encoder.named_parameters() if _is_backbone_weight(n, p)]
         self._watched = (weights[0], weights[-1])
 
-    def __call__(self, x1: Tensor, x2: Tensor, *, lr: float, m: float) -> Outcome:
+    def __call__(self, x1: Views, x2: Views, *, lr: float, m: float) -> Outcome:
         """Train on two views of the same pictures.
 
         Args:
-            x1: view 1, (batch, 3, height, width), normalised.
+            x1: view 1, (batch, 3, height, width), normalised; a tensor, or ``PixelViews``.
             x2: view 2, likewise.
             lr: learning rate of this step.
             m: momentum of the momentum encoder at this step.
         """
         set_learning_rate(self.optimizer, lr)
         before = torch.cat([b.flatten() for b in self._buffers])
-        with self.precision.autocast():
-            loss, statistics = self.contrast(x1, x2, m)
         self.optimizer.zero_grad(set_to_none=True)
+        loss, statistics = self.gradients(x1, x2, m)
         scaler = self.precision.scaler
-        scaler.scale(loss).backward()
         scaler.unscale_(self.optimizer) if scaler.is_enabled() else None
         ok, norms = self._inspect(loss)
         self._update(ok, before)
         self.skipped += ~ok
-        return Outcome(loss.detach(), statistics, ok, norms)
+        return Outcome(loss, statistics, ok, norms)
 
     @property
     def most_skips_in_a_row(self) -> int:
@@ -117,7 +102,7 @@ class Step:
         # over ranks, so every rank sees the same and decides the same
         largest = torch.stack(torch._foreach_norm(grads, torch.inf))
         norms = torch.stack([torch.linalg.vector_norm(w.grad) for w in self._watched if w.grad is not None])
-        agreed = self.world.sum((~torch.isfinite(loss.detach())).float())
+        agreed = self.world.sum((~torch.isfinite(loss)).float())
         ok = torch.isfinite(largest).all() & (agreed == 0)
         if self.spikes is not None:
             ok = ok & self.spikes(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))), ok)
@@ -186,20 +171,39 @@ class SpikeGuard:
         self._state.copy_(torch.tensor(state))
 
 
-class _Contrast(nn.Module):
-    """What is wrapped for gradient averaging: one call a step, as DistributedDataParallel asks."""
-
-    def __init__(self, model: MoCo) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x1: Tensor, x2: Tensor, m: float) -> tuple[Tensor, Statistics]:
-        return self.model.contrast(x1, x2, m)
-
-
 def _is_backbone_weight(name: str, p: Tensor) -> bool:
     head = name.startswith(("fc.", "head.", "projector."))
     return p.requires_grad and p.ndim > 1 and not head and not name.endswith(("cls_token", "pos_embed"))
+
+
+class PixelViews:
+    """One view of a batch as the loader gives it; parts are brought to the device and normalised when asked for.
+
+    Args:
+        pixels: uint8, (batch, height, width, 3).
+        device: of the parts.
+        mean: of the normalisation.
+        std: of the normalisation.
+        parameters: what is left of the views to be done on the device, (batch, …).
+    """
+
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        device: torch.device,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        parameters: np.ndarray | None = None,
+    ) -> None:
+        self._pixels, self._parameters = pixels, parameters
+        self._settings = (device, mean, std)
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        left = self._parameters[part] if self._parameters is not None else None
+        return normalise(self._pixels[part], *self._settings, left)
 
 
 def normalise(

@@ -174,7 +174,9 @@ class Launches(TorchDispatchMode):
             depth = sum(len(a) == len(lists[0]) for a in lists)
             inplace = name.endswith("_")
             blocks = sum(-(-t.numel() // 65536) for t in lists[0])
-            n = max(-(-len(lists[0]) // PER_LAUNCH[min(depth + (not inplace), 5)]), -(-blocks // 320)) + ("norm" in name)
+            n = max(-(-len(lists[0]) // PER_LAUNCH[min(depth + (not inplace), 5)]), -(-blocks // 320)) + (
+                "norm" in name
+            )
         else:
             n = 0 if name.startswith(NO_KERNEL) else 1
         self.count += n

@@ -26,8 +26,12 @@ MEDIANS = {"resnet18_lars": (8e-3, 5e-6), "vit_tiny_adamw_mid": (2e-3, 3e-6)}
 NO_GRADIENT = ("encoder.norm.bias", "qkv.bias")  # in exact arithmetic, wholly or in part
 
 
-@pytest.mark.parametrize("name", D)
-def test_trajectory(name):
+# also in micro-batches (of 5 and 6, of 8), where the backbone has no batch norm
+CASES = [(name, 0) for name in D] + [("vit_tiny_adamw_mid", 6), ("vit_tiny_adamw", 8)]
+
+
+@pytest.mark.parametrize(("name", "micro_batch"), CASES)
+def test_trajectory(name, micro_batch):
     c, want = D[name]["config"], D[name]["float32"]
     vit = c["arch"].startswith("vit")
     dims = {"embed_dim": 192, "depth": 4, "num_heads": 3} if vit else {}
@@ -46,7 +50,8 @@ def test_trajectory(name):
         model.parameters(), c["optimizer"], weight_decay=c["wd"], momentum=c["optimizer_momentum"]
     )
     device = torch.device("cpu")
-    step = Step(model, optimizer, world=World(0, 1, device), precision=Precision("fp32", device))
+    step = Step(model, optimizer, world=World(0, 1, device), precision=Precision("fp32", device),
+                micro_batch=micro_batch)  # fmt: skip
     peak = c["base_lr"] * c["batch"] / 256
     for s in range(20):
         epoch = s / c["iters_per_epoch"]

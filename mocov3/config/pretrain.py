@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, is_resnet, is_vit
 from mocov3.config.fields import flag
-from mocov3.config.own import OwnFlags
 from mocov3.config.presets import PRESETS, ViewPreset
+from mocov3.config.scale import ScaleFlags
 from mocov3.config.views import preset_of
 from mocov3.errors import UserError
 
@@ -20,7 +20,7 @@ RANKS = "ranks and devices"
 
 
 @dataclass(frozen=True)
-class PretrainConfig(OwnFlags):
+class PretrainConfig(ScaleFlags):
     """Everything a pre-training run is made from. ``result`` fields may not change at a resume."""
 
     data: str = flag(
@@ -219,6 +219,7 @@ class PretrainConfig(OwnFlags):
         check_arch(self.arch)
         self.check_views()
         self.check_own()
+        self.check_scale()
         positive = ("epochs", "batch_size", "moco_dim", "moco_mlp_dim", "image_size", "patch_size", "print_freq",
                     "checkpoint_every")  # fmt: skip
         for name in positive:

@@ -3,6 +3,7 @@
 import inspect
 import secrets
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -58,6 +59,16 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its mean over ranks, many in one call; all ranks give the same shapes."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([t.flatten() for t in bucket])
+            dist.all_reduce(flat.div_(self.size))  # divided first, as DistributedDataParallel does: no overflow
+            parts = flat.split([t.numel() for t in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
+
     def share(self, value: Any) -> Any:
         """Rank 0's ``value`` on every rank."""
         if self.size == 1:
@@ -91,6 +102,23 @@ class World:
             global _control
             _control = None
             dist.destroy_process_group()
+
+
+def _buckets(tensors: Sequence[Tensor], most: int = 1 << 26) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype, in order, together up to ``most`` bytes (large enough for any network's full speed)."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for t in tensors:
+        by_dtype.setdefault(t.dtype, []).append(t)
+    for same in by_dtype.values():
+        bucket: list[Tensor] = []
+        size = 0
+        for t in same:
+            if bucket and size + t.nbytes > most:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(t)
+            size += t.nbytes
+        yield bucket
 
 
 _control: Any = None

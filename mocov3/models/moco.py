@@ -186,8 +186,7 @@ def uses_batch_statistics(encoder: Encoder) -> bool:
     """Whether features of one picture depend on the others of the batch: batch norm of any kind in the backbone."""
     # every such layer keeps running statistics, whatever its class is called (timm has several)
     return any(
-        "running_" in name and not name.startswith(f"{encoder.projector_name}.")
-        for name, _ in encoder.named_buffers()
+        "running_" in name and not name.startswith(f"{encoder.projector_name}.") for name, _ in encoder.named_buffers()
     )
 
 

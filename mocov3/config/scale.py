@@ -1,0 +1,41 @@
+"""Flags for batches larger than the memory, and for networks larger than one device."""
+
+from dataclasses import dataclass
+
+from mocov3.config.fields import flag
+from mocov3.config.own import OwnFlags
+from mocov3.errors import UserError
+
+
+def pictures_or_auto(text: str | int) -> int | str:
+    """``auto``, or a number.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    return "auto" if text == "auto" else int(text)
+
+
+@dataclass(frozen=True)
+class ScaleFlags(OwnFlags):
+    """How a step is fitted into memory; the defaults change nothing, and the batch stays --batch-size."""
+
+    micro_batch: int | str = flag(
+        0,
+        "most pictures of a process in a pass: loss and gradients stay those of the whole batch, in less memory, for a "
+        "quarter more time (auto: the most that fit; 0: all). Exact for backbones without batch norm; others "
+        "normalise by each micro-batch",
+        kind=pictures_or_auto,
+        result=False,
+        group="ranks and devices",
+        metavar="N|auto",
+    )
+
+    def check_scale(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises:
+            UserError: naming the first.
+        """
+        if isinstance(self.micro_batch, int) and self.micro_batch < 0:
+            raise UserError(f"--micro-batch must be auto, 0 (none) or more, not {self.micro_batch}")
