@@ -14,7 +14,7 @@ from mocov3.data.loader import Corrupt
 from mocov3.errors import printable
 from mocov3.loggers import Loggers, Picture
 from mocov3.metrics import Meter, MetricsLine, Progress
-from mocov3.terminal import Terminal, between
+from mocov3.terminal import Terminal
 
 METRICS = "metrics.jsonl"
 CORRUPT = "corrupt.jsonl"
@@ -196,7 +196,7 @@ class RunLog:
 
     def _parts(self, line: MetricsLine) -> list[str]:
         return [
-            between(line.loss, self.start, self.floor),
+            self.terminal.between(line.loss, self.start, self.floor),
             f"k-NN {self._knn:.1f}" if self._knn is not None else "",
             f"{line.images_per_second:.0f} img/s",
             f"wait {100 * line.data_wait:.0f}%",

@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from mocov3.errors import lenient_output
+
 STYLES = ("bar", "lines", "json", "quiet")
 WIDTH = 80
 """Columns that lines in a file keep to."""
@@ -33,6 +35,8 @@ class Terminal:
         self.epochs, self.iterations = epochs, iterations
         self.clock = Clock(epochs * iterations, done)
         self.parts: Sequence[str] = ()
+        lenient_output()  # ranks that were started have streams of their own
+        self._arrow = "→" if _can_print("→") else ">"
         self._live: Any = None
         # a terminal that cannot move its cursor gets lines
         self.moves = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
@@ -75,6 +79,10 @@ class Terminal:
         else:
             share = f"{100 * self.clock.done // max(self.clock.total, 1)}%"
             print(fit([self.epoch, share], parts, [self.clock.left], WIDTH), flush=True)
+
+    def between(self, loss: float, start: float, floor: float) -> str:
+        """A loss with its start and floor."""
+        return f"loss {loss:.3f} ({start:.1f}{self._arrow}{floor:.1f})"
 
     @property
     def epoch(self) -> str:
@@ -159,12 +167,6 @@ def fit(head: Sequence[str], parts: Sequence[str], tail: Sequence[str], width: i
         if part and len(" ".join([*head, *kept, part, *tail])) <= width:
             kept.append(part)
     return " ".join([*head, *kept, *tail])
-
-
-def between(loss: float, start: float, floor: float) -> str:
-    """A loss with its start and floor."""
-    arrow = "→" if _can_print("→") else ">"
-    return f"loss {loss:.3f} ({start:.1f}{arrow}{floor:.1f})"
 
 
 def _can_print(text: str) -> bool:
