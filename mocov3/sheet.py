@@ -60,9 +60,7 @@ def draw_views(source: Source, config: PretrainConfig) -> tuple[Image.Image, int
     return sheet.crop((0, 0, width, _TOP + row * cell)), row
 
 
-def draw_neighbours(
-    asked: Source, shown: np.ndarray, bank: Source, found: np.ndarray, reading: Reading
-) -> Image.Image:
+def draw_neighbours(asked: Source, shown: np.ndarray, bank: Source, found: np.ndarray, reading: Reading) -> Image.Image:
     """One query a row, then its neighbours, nearest first; those of another class in red.
 
     Args:
