@@ -20,7 +20,8 @@ ORDER = [
     "run", "online", "sheet", "resume", "saver", "recorder", "watch", "pretrain", "compare", "judge", "verdict",
     "assemble", "groups",
     "frozen", "features", "step", "augment", "origin", "start", "convert",
-    "models", "models.moco", "models.backbones", "models.vit", "optim", "schedules", "losses", "neighbours",
+    "models", "models.moco", "models.backbones", "models.vit", "models.positions", "optim", "schedules", "losses",
+    "neighbours",
     "quality", "intervals", "stop", "writer", "checkpoint", "tensorfiles", "vetting",
     "distributed", "distributed.launch", "distributed.batch_norm", "distributed.world", "distributed.heartbeat",
     "log", "terminal", "loggers", "metrics",
@@ -71,6 +72,11 @@ def test_imports_go_down():
                 continue
             if other and not name.startswith(other + "."):
                 assert ORDER.index(other) > ORDER.index(name) or other.startswith(name + "."), f"{name} imports {other}"
+
+
+def test_resnets_train_without_timm():
+    code = "import sys, mocov3.run, mocov3.linear; sys.exit('timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("module", LIGHT)
