@@ -20,7 +20,7 @@ from mocov3.commands import (
     parse_pretrain,
     read_pretrain,
 )
-from mocov3.errors import RankLost, UserError, nearest
+from mocov3.errors import RankLost, UserError, lenient_output, nearest
 from mocov3.version import __version__
 
 __all__ = [
@@ -64,6 +64,7 @@ The reference's commands work too: python main_moco.py …, python main_lincls.p
 def main(argv: Sequence[str] | None = None) -> int:
     """The program ``mocov3``; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    lenient_output()
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP)
         return 0 if argv else 2
@@ -85,6 +86,7 @@ def guarded(run: Callable[[], int]) -> int:
     # loader processes, and each other, wherever cores are shared. A short spin costs nothing on a quiet machine
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    lenient_output()
     try:
         return run()
     except UserError as error:

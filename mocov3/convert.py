@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from mocov3 import checkpoint
@@ -16,7 +15,7 @@ from mocov3.config import ViewPreset, preset_of
 from mocov3.config.archs import BUILT_IN_ARCHS, is_resnet, is_vit
 from mocov3.errors import UserError, printable
 from mocov3.models.backbones import Encoder, build_backbone
-from mocov3.models.vit import sincos_position_embedding
+from mocov3.models.positions import sincos_position_embedding
 
 # what a file is ← prefix of the encoder's keys in it; the first that occurs decides
 _PREFIXES = {
@@ -151,6 +150,8 @@ def _position_table(table: Tensor, wanted: Tensor, where: str) -> Tensor:
         fixed, built = (sincos_position_embedding(side, side, table.shape[2]) for side in (old, new))
         if (table.float() - fixed).abs().max() < 1e-5:
             return built.to(table.dtype)
+    from timm.layers import resample_abs_pos_embed
+
     resampled = resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=prefix)
     return resampled.to(table.dtype)
 

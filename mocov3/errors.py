@@ -1,5 +1,7 @@
 """The one exception that is the user's to mend: printed as one line, exit code 2, never a traceback."""
 
+import io
+import sys
 from difflib import get_close_matches
 
 
@@ -17,6 +19,13 @@ class RankLost(Exception):
 def printable(text: str) -> str:
     """``text`` with control and undecodable characters escaped, so that no name can forge output lines."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def lenient_output() -> None:
+    """Let no character that an old encoding lacks end a run: → is shown as ? there."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def nearest(name: str, known: list[str]) -> str:

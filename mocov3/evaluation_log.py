@@ -1,16 +1,17 @@
-"""Output of linear evaluation: the reference's lines, ``lincls.jsonl``, the sorted table of heads."""
+"""Output of linear evaluation: terminal, ``lincls.jsonl``, loggers, the sorted table of heads."""
 
 import json
 import math
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from mocov3.log import Stopwatch, warn
+from mocov3.log import LineFile, Stopwatch, cut, warn
+from mocov3.loggers import Loggers
 from mocov3.metrics import Meter, Progress
+from mocov3.terminal import Terminal
 
 LINES, RESULT = "lincls.jsonl", "lincls.json"
 
@@ -78,27 +79,42 @@ class EvaluationLog:
     Args:
         folder: of the files.
         active: whether this rank writes.
-        style: ``lines`` (the reference's), ``epochs`` (one line an epoch), ``json``, ``quiet``.
+        style: of ``mocov3.terminal``.
+        epochs: of the whole run.
         iterations: of an epoch.
+        batch_size: pictures a step, over all ranks.
         first_epoch: lines of it and later ones, of a former run, are cut off.
+        done: steps of a former run.
         write: whether there is a file at all.
+        loggers: names of ``mocov3.loggers``.
+        config: what loggers are told of the run.
     """
 
     def __init__(
-        self, folder: Path, *, active: bool, style: str, iterations: int, first_epoch: int, write: bool = True
-    ) -> None:
-        self.folder, self.active, self.style = folder, active, style
+        self, folder: Path, *, active: bool, style: str, epochs: int, iterations: int, batch_size: int,
+        first_epoch: int, done: int = 0, write: bool = True, loggers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.active, self.batch_size = folder, active, batch_size
+        self.terminal = Terminal(style, epochs=epochs, iterations=iterations, done=done, active=active)
         self._meters = [Meter("Time", "6.3f"), Meter("Data", "6.3f"), Meter("Loss", ".4e"),
                         Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")]  # fmt: skip
         self._progress = Progress(iterations, self._meters)
-        self._clock, self._epoch = Stopwatch(), -1
+        self._clock, self._epoch, self._done = Stopwatch(), -1, done
         self._waited = 0.0
-        self._file: TextIO | None = _reopened(folder / LINES, first_epoch) if active and write else None
+        self._best = ""
+        self._file: LineFile | None = None
+        if not (active and write):
+            return
+        cut(folder / LINES, lambda entry: entry["epoch"] < first_epoch)
+        self._file = LineFile(folder / LINES)
+        self._loggers = Loggers(
+            loggers, folder, config=config or {}, first_step=done, quiet=style == "quiet", warn=warn
+        )
 
     def say(self, text: str) -> None:
         """A line of explanation."""
-        if self.active and self.style != "quiet":
-            print(text, file=sys.stderr if self.style == "json" else sys.stdout, flush=True)
+        self.terminal.say(text)
 
     def waited(self) -> None:
         """A batch has arrived."""
@@ -112,6 +128,8 @@ class EvaluationLog:
                 meter.total, meter.count = 0.0, 0
         self._meters[1].update(self._waited)
         self._meters[0].update(self._waited + self._clock.lap())
+        self._done += 1
+        self.terminal.advance(self._done)
 
     def restart(self) -> None:
         """Time from here."""
@@ -123,38 +141,50 @@ class EvaluationLog:
         return self._meters[0].total
 
     def line(self, epoch: int, iteration: int, now: Sequence[float], mean: Sequence[float]) -> None:
-        """The reference's line of a training step: loss, Acc@1, Acc@5 of this step and on average so far."""
-        if self.active and self.style == "lines":
-            for meter, value, average in zip(self._meters[2:], now, mean, strict=True):
-                meter.value, meter.total, meter.count = value, average, 1
-            print(self._progress.line(epoch, iteration), flush=True)
+        """A training step: loss, Acc@1, Acc@5 of this step and on average so far."""
+        if not self.active:
+            return
+        for meter, value, average in zip(self._meters[2:], now, mean, strict=True):
+            meter.value, meter.total, meter.count = value, average, 1
+        self.terminal.line(self._progress.line(epoch, iteration))
+        if self.terminal.moves:  # a file gets one line an epoch
+            seconds, waited = self._meters[0].total, self._meters[1].total
+            self.terminal.status([
+                f"loss {mean[0]:.3f}",
+                self._best,
+                f"{self.batch_size * self._meters[0].count / max(seconds, 1e-9):.0f} img/s",
+                f"wait {100 * waited / max(seconds, 1e-9):.0f}%",
+                f"training Acc@1 {mean[1]:.1f}",
+            ])  # fmt: skip
 
     def test(self, iteration: int, iterations: int, seconds: float, values: Sequence[float]) -> None:
-        """The reference's line of an evaluation: loss, Acc@1, Acc@5 on average so far."""
-        if self.active and self.style == "lines":
-            meters = [Meter("Time", "6.3f", seconds, seconds, 1)]
-            for (name, form), value in zip((("Loss", ".4e"), ("Acc@1", "6.2f"), ("Acc@5", "6.2f")), values,
-                                           strict=True):  # fmt: skip
-                meters.append(Meter(name, form, value, value, 1))
-            print(Progress(iterations, meters).line(None, iteration), flush=True)
+        """An evaluation: loss, Acc@1, Acc@5 on average so far."""
+        meters = [Meter("Time", "6.3f", seconds, seconds, 1)]
+        for (name, form), value in zip((("Loss", ".4e"), ("Acc@1", "6.2f"), ("Acc@5", "6.2f")), values,
+                                       strict=True):  # fmt: skip
+            meters.append(Meter(name, form, value, value, 1))
+        self.terminal.line(Progress(iterations, meters).line(None, iteration))
 
     def evaluated(self, best: HeadResult, epoch: int, epochs: int, many: bool) -> None:
-        """The reference's `` * Acc@1 … Acc@5 …`` of the best head."""
+        """The accuracy of the best head; in the reference's style `` * Acc@1 … Acc@5 …``."""
         name = f"  ({best.name})" if many else ""
-        if self.active and self.style == "lines":
-            print(f" * Acc@1 {best.acc1:.3f} Acc@5 {best.acc5:.3f}{name}", flush=True)
-        elif self.active and self.style == "epochs":
-            print(f"epoch {epoch + 1}/{epochs}: Acc@1 {best.acc1:.2f} Acc@5 {best.acc5:.2f}{name}", flush=True)
+        self._best = f"Acc@1 {best.acc1:.1f}"
+        self.terminal.line(f" * Acc@1 {best.acc1:.3f} Acc@5 {best.acc5:.3f}{name}")
+        if self.terminal.style == "bar":
+            left = "" if self.terminal.moves or epoch + 1 == epochs else f"  {self.terminal.clock.left} left"
+            self.say(f"epoch {epoch + 1}/{epochs}: Acc@1 {best.acc1:.2f} Acc@5 {best.acc5:.2f}{name}{left}")
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
         """Lines of ``lincls.jsonl``."""
         if self._file is None:
             return
         for line in map(_plain, lines):
-            self._file.write(json.dumps(line) + "\n")
-            if self.style == "json":
-                print(json.dumps(line), flush=True)
-        self._file.flush()
+            self._file.write(json.dumps(line))
+            self.terminal.json(line)
+        best = max(lines, key=lambda line: line["best_acc1"])
+        names = ("train_loss", "train_acc1", "val_loss", "acc1", "acc5", "best_acc1", "images_per_second")
+        every = {f"acc1/{line['head']} lr {line['lr']:g} wd {line['weight_decay']:g}": line["acc1"] for line in lines}
+        self._loggers.scalars({**{name: _plain(best)[name] for name in names}, **every}, best["epoch"])
 
     def result(self, results: Sequence[HeadResult], about: dict[str, Any]) -> None:
         """The table of heads, its warnings, and ``lincls.json``."""
@@ -165,36 +195,22 @@ class EvaluationLog:
         partial = self.folder / f".{RESULT}.{os.getpid()}.partial"
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.folder / RESULT)
-        out = sys.stderr if self.style == "json" else sys.stdout
         if len(results) > 1:
-            print(table(results), file=out)
-        print(f"{about['protocol']}: best Acc@1 {best.best_acc1:.3f} ({best.name}, after epoch {best.best_epoch})",
-              file=out, flush=True)  # fmt: skip
+            self.terminal.result(table(results))
+        self.terminal.result(
+            f"{about['protocol']}: best Acc@1 {best.best_acc1:.3f} ({best.name}, after epoch {best.best_epoch})"
+        )
         for text in edges(results):
             warn(text)
 
     def close(self) -> None:
-        """Finish the file."""
+        """Finish the file and the bar."""
+        self.terminal.close()
         if self._file is not None:
             self._file.close()
+            self._loggers.close()
 
 
 def _plain(line: dict[str, Any]) -> dict[str, Any]:
     """The line without NaN and infinities, which JSON does not know: losses of heads that diverged are null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-
-
-def _reopened(path: Path, first_epoch: int) -> TextIO:
-    if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _epoch(line) < first_epoch]
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
-    return path.open("a", encoding="utf-8")
-
-
-def _epoch(line: str) -> float:
-    try:
-        return float(json.loads(line)["epoch"])
-    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
-        return float("inf")

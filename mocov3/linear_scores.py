@@ -142,7 +142,8 @@ def _score(world: World, job: Job, source: Source) -> tuple[HeadResult, dict[str
     if bad:
         warn(f"{len(bad)} unreadable pictures left out, first: {source.name(min(bad))}: {bad[min(bad)]}")
     style = "quiet" if c.quiet or c.json else "lines"
-    log = EvaluationLog(Path(c.output_dir), active=world.main, style=style, iterations=1, first_epoch=0, write=False)
+    log = EvaluationLog(Path(c.output_dir), active=world.main, style=style, epochs=1, iterations=1,
+                        batch_size=c.batch_size, first_epoch=0, write=False)  # fmt: skip
     result = HeadResult("linear", 0.0, 0.0)
     result.update(*evaluated(heads, batches, world, log, c.print_freq)[0], epoch=int(contents["epoch"]) - 1)
     return result, contents, frozen.about

@@ -7,7 +7,7 @@ from typing import Any
 
 from mocov3 import linear_files
 from mocov3.checkpoint import Position
-from mocov3.config import PRESETS, LinclsConfig, changed_fields, write_yaml
+from mocov3.config import PRESETS, LinclsConfig, changed_fields, logger_names, write_yaml
 from mocov3.config.lincls import numbers
 from mocov3.data import Source
 from mocov3.distributed import World
@@ -16,6 +16,7 @@ from mocov3.evaluation_log import EvaluationLog
 from mocov3.frozen import Frozen, open_frozen
 from mocov3.heads import Heads
 from mocov3.log import warn
+from mocov3.terminal import style_of
 
 Contents = dict[str, Any]
 PROTOCOL = "linear evaluation"
@@ -102,9 +103,13 @@ def open_log(
 ) -> EvaluationLog:  # fmt: skip
     """The log of a run, ``lincls.yaml``, and what is said at the beginning."""
     c = config
-    style = "quiet" if c.quiet else "json" if c.json else "lines" if script_door else "epochs"
+    style = style_of(quiet=c.quiet, json=c.json, script_door=script_door)
     folder = Path(c.output_dir)
-    log = EvaluationLog(folder, active=world.main, style=style, iterations=iterations, first_epoch=position.epoch)
+    log = EvaluationLog(
+        folder, active=world.main, style=style, epochs=c.epochs, iterations=iterations, batch_size=c.batch_size,
+        first_epoch=position.epoch, done=position.epoch * iterations + position.iteration,
+        loggers=logger_names(c.logger), config=dataclasses.asdict(c),
+    )  # fmt: skip
     if world.main:
         complete = dataclasses.replace(c, resume="", config="")
         write_yaml(complete, folder / "lincls.yaml", "re-run by: mocov3 lincls --config FILE")

@@ -1,4 +1,4 @@
-"""The only owner of output: log lines or progress bar, ``metrics.jsonl``, TensorBoard events, warnings."""
+"""The only owner of what a pre-training run puts out: terminal, ``metrics.jsonl``, loggers; and warnings of all."""
 
 import contextlib
 import json
@@ -6,13 +6,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mocov3.data.loader import Corrupt
 from mocov3.errors import printable
+from mocov3.loggers import Loggers, Picture
 from mocov3.metrics import Meter, MetricsLine, Progress
+from mocov3.terminal import Terminal
 
 METRICS = "metrics.jsonl"
 CORRUPT = "corrupt.jsonl"
@@ -30,14 +32,15 @@ class RunLog:
     Args:
         folder: the run directory.
         active: whether this rank writes.
-        style: ``lines`` (the reference's log lines), ``bar`` (progress bar on a terminal, else short lines),
-            ``json`` (metrics lines), ``quiet``.
+        style: of ``mocov3.terminal``.
         epochs: of the whole run.
         iterations: of an epoch.
         start: loss at the start and its floor, for the bar.
         floor: see ``start``.
         first_step: step at which this process begins; later lines of a former one are cut off.
         corrupt: indices of the unreadable pictures met before it.
+        loggers: names of ``mocov3.loggers``.
+        config: what loggers are told of the run.
     """
 
     def __init__(
@@ -52,43 +55,52 @@ class RunLog:
         floor: float,
         first_step: int,
         corrupt: Container[int] = (),
+        loggers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder, self.active, self.style = folder, active, style
-        self.epochs, self.iterations = epochs, iterations
+        self.folder, self.active = folder, active
+        self.terminal = Terminal(style, epochs=epochs, iterations=iterations, done=first_step, active=active)
         self.start, self.floor = start, floor
         self._time, self._data = Meter("Time", "6.3f"), Meter("Data", "6.3f")
         self._lr, self._loss = Meter("LR", ".4e"), Meter("Loss", ".4e")
         self._progress = Progress(iterations, [self._time, self._data, self._lr, self._loss])
         self._epoch = -1
         self._knn: float | None = None
-        self._bar: Any = None
         self.last: MetricsLine | None = None
         """The last line of a former run, without k-NN: what a resume goes on from."""
+        self.shown: MetricsLine | None = None
+        """The last line of this process."""
         if not active:
             return
         # a resumed run goes on from its checkpoint: what was logged after it never happened
-        kept = _cut(folder / METRICS, lambda entry: entry["step"] < first_step)
-        _cut(folder / SKIPPED, lambda entry: entry["step"] < first_step)
-        _cut(folder / CORRUPT, lambda entry: entry["index"] in corrupt)
+        kept = cut(folder / METRICS, lambda entry: entry["step"] < first_step)
+        cut(folder / SKIPPED, lambda entry: entry["step"] < first_step)
+        cut(folder / CORRUPT, lambda entry: entry["index"] in corrupt)
         self.last = _parsed(kept[-1]) if kept else None
+        self._knn = next((e["knn"] for e in reversed(kept) if isinstance(e.get("knn"), float)), None)
         self._metrics, self._corrupt = LineFile(folder / METRICS), LineFile(folder / CORRUPT)
         self._skipped = LineFile(folder / SKIPPED)
-        self._board = _tensorboard(folder / "tensorboard", first_step)
-        if style == "bar" and sys.stdout.isatty():
-            self._bar, self._task = _progress_bar(epochs * iterations, first_step)
+        self._loggers = Loggers(
+            loggers, folder, config=config or {}, first_step=first_step, quiet=style == "quiet", warn=warn
+        )
 
     def say(self, text: str) -> None:
         """A line of explanation, at the beginning or end of things."""
-        if not self.active or self.style == "quiet":
-            return
-        if self.style == "json":
-            print(text, file=sys.stderr, flush=True)
-        elif self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
-        else:
-            print(text, flush=True)
+        self.terminal.say(text)
 
-    def timed(self, epoch: int, step_seconds: float, data_seconds: float) -> None:
+    def result(self, text: str) -> None:
+        """What the run comes to."""
+        self.terminal.result(text)
+
+    def standing(self, epochs: int) -> str:
+        """Where the run stands after so many epochs, in words."""
+        if self.shown is None:
+            return f"{epochs} epochs"
+        knn = f", k-NN {self._knn:.2f} %" if self._knn is not None else ""
+        start, floor = f"start {self.start:.2f}", f"floor {self.floor:.2f}"
+        return f"{epochs} of {self.terminal.epochs} epochs, loss {self.shown.loss:.4f} ({start}, {floor}){knn}"
+
+    def timed(self, epoch: int, step: int, step_seconds: float, data_seconds: float) -> None:
         """Record the time of a step; the line's averages are those of its epoch, as in the reference."""
         if epoch != self._epoch:
             self._epoch = epoch
@@ -96,6 +108,7 @@ class RunLog:
                 meter.total, meter.count = 0.0, 0
         self._time.update(step_seconds)
         self._data.update(data_seconds)
+        self.terminal.advance(step + 1)
 
     def losses(self, history: Sequence[tuple[int, float, float]]) -> None:
         """Record (step, loss, lr) of steps, in order: TensorBoard's tag ``loss`` and the line's averages."""
@@ -104,19 +117,34 @@ class RunLog:
         for step, loss, lr in history:
             self._loss.update(loss)
             self._lr.update(lr)
-            self._scalar("loss", loss, step)
+            self._loggers.scalars({"loss": loss}, step)
 
     def metrics(self, line: MetricsLine) -> None:
         """Write one line of metrics, and show it."""
         if not self.active:
             return
         self._write(line)
-        for name in ("lr", "momentum", "retrieval_accuracy", "feature_std", "images_per_second", "data_wait",
-                     "grad_norm_first", "grad_norm_last", "knn"):  # fmt: skip
-            value = getattr(line, name)
-            if value is not None:
-                self._scalar(name, value, line.step)
-        self._show(line)
+        names = ("lr", "momentum", "retrieval_accuracy", "feature_std", "images_per_second", "data_wait",
+                 "grad_norm_first", "grad_norm_last", "knn")  # fmt: skip
+        self._loggers.scalars({name: getattr(line, name) for name in names}, line.step)
+        self.terminal.line(self._progress.line(line.epoch, line.iteration))
+        self.terminal.status(self._parts(line))
+        self.shown = line
+
+    def scalars(self, values: Mapping[str, float | None], step: int) -> None:
+        """Further numbers, for the loggers alone."""
+        if self.active:
+            self._loggers.scalars(values, step)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether there is a logger that pictures are worth making for."""
+        return self.active and bool(self._loggers)
+
+    def image(self, name: str, picture: Picture, step: int) -> None:
+        """A picture, for the loggers."""
+        if self.active:
+            self._loggers.image(name, picture, step)
 
     def corrupt(self, pictures: Sequence[Corrupt], epoch: int) -> None:
         """List unreadable pictures that are met for the first time."""
@@ -150,52 +178,30 @@ class RunLog:
             return
         self._knn = line.knn
         self._write(line)
-        self._scalar("knn", line.knn, line.step)
+        self._loggers.scalars({"knn": line.knn}, line.step)
         self.say(f"Epoch {epoch}: k-NN {line.knn:.2f} %")
 
     def close(self) -> None:
         """Finish the files and the bar."""
         if not self.active:
             return
-        if self._bar is not None:
-            self._bar.stop()
+        self.terminal.close()
         for file in (self._metrics, self._corrupt, self._skipped):
             file.close()
-        if self._board is not None:
-            with contextlib.suppress(OSError):
-                self._board.close()
+        self._loggers.close()
 
     def _write(self, line: MetricsLine) -> None:
         self._metrics.write(json.dumps(line.as_dict()))
+        self.terminal.json(line.as_dict())
 
-    def _scalar(self, name: str, value: float | None, step: int) -> None:
-        if self._board is None:
-            return
-        try:
-            self._board.add_scalar(name, value, step)
-        except OSError as error:  # its own thread failed before
-            warn(f"TensorBoard events are given up ({error.strerror or error})")
-            self._board = None
-
-    def _show(self, line: MetricsLine) -> None:
-        if self.style == "quiet":
-            return
-        if self.style == "json":
-            print(json.dumps(line.as_dict()), flush=True)
-        elif self.style == "lines":
-            print(self._progress.line(line.epoch, line.iteration), flush=True)
-        elif self._bar is not None:
-            self._bar.update(self._task, completed=line.step + 1, description=self._short(line))
-        else:
-            print(f"epoch {line.epoch + 1}/{self.epochs} step {line.step}: {self._short(line)}", flush=True)
-
-    def _short(self, line: MetricsLine) -> str:
-        # 80 columns hold this with the bar
-        knn = f" k-NN {self._knn:.1f}" if self._knn is not None else ""
-        return (
-            f"loss {line.loss:.3f} ({self.start:.2f}→{self.floor:.2f}) found {100 * line.retrieval_accuracy:.0f}%{knn} "
-            f"{line.images_per_second:.0f} img/s wait {100 * line.data_wait:.0f}%"
-        )
+    def _parts(self, line: MetricsLine) -> list[str]:
+        return [
+            self.terminal.between(line.loss, self.start, self.floor),
+            f"k-NN {self._knn:.1f}" if self._knn is not None else "",
+            f"{line.images_per_second:.0f} img/s",
+            f"wait {100 * line.data_wait:.0f}%",
+            f"found {100 * line.retrieval_accuracy:.0f}%",
+        ]
 
 
 class LineFile:
@@ -234,7 +240,7 @@ class LineFile:
                 self._file.close()
 
 
-def _cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Rewrite a file of JSON lines with the entries to keep, and return them."""
     if not path.exists():
         return []
@@ -258,25 +264,6 @@ def _parsed(entry: dict[str, Any]) -> MetricsLine | None:
         return MetricsLine(**{**entry, "knn": None})
     except TypeError:  # of another version
         return None
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=first_step or None)
-
-
-def _progress_bar(total: int, completed: int) -> tuple[Any, Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )
-    bar.start()
-    return bar, bar.add_task("starting", total=total, completed=completed)
 
 
 class Stopwatch:

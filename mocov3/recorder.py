@@ -102,7 +102,7 @@ class Recorder:
         self._pending.append(Recorded(step, work.epoch, work.iteration, outcome.loss, outcome.ok, lr))
         self._met += batch.corrupt
         self._pictures += self.batch_size
-        self.log.timed(batch.work.epoch, self._step_time.lap() + self._fetched, self._fetched)
+        self.log.timed(batch.work.epoch, step, self._step_time.lap() + self._fetched, self._fetched)
         if batch.work.iteration % self.print_freq == 0:
             self._write(batch, outcome, step, lr, m, int(skipped))
 

@@ -14,21 +14,21 @@ import torch
 from mocov3 import checkpoint, losses, resume, schedules
 from mocov3.assemble import build_model, describe_micro_batch, resolve_micro_batch, set_determinism
 from mocov3.checkpoint import Position
-from mocov3.config import write_yaml
-from mocov3.data import Batch, CentreView, Loader, TwoViews
+from mocov3.config import logger_names, write_yaml
+from mocov3.data import Batch, Loader, TwoViews
 from mocov3.data.loader import Unreadable, plan, usable_cores
 from mocov3.distributed import World
 from mocov3.errors import UserError
-from mocov3.features import extract
 from mocov3.groups import hold_backbone, parameter_groups
 from mocov3.log import RunLog, warn
-from mocov3.neighbours import knn_accuracy
+from mocov3.online import Online
 from mocov3.optim import build_optimizer
-from mocov3.pretrain import Job, check_divides, open_pictures, open_validation
+from mocov3.pretrain import Job, check_divides, open_pictures
 from mocov3.recorder import Recorder
 from mocov3.saver import PICTURES, Saver, new_run_name, write_pictures
 from mocov3.step import Outcome, PixelViews, Precision, Step, resolve_precision
 from mocov3.stop import Stop
+from mocov3.terminal import style_of
 from mocov3.watch import Watch
 
 
@@ -86,6 +86,7 @@ class Run:
             pictures=self._pictures,
         )
         self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
+        self.online = Online(c, world, self.model, self.source, self.log)
         self.watch = Watch(complete, world, self.model, self.log, start=self.position)
         self._loader: Loader | None = None
 
@@ -125,13 +126,15 @@ class Run:
         log = RunLog(
             self.folder,
             active=world.main,
-            style="quiet" if c.quiet else "json" if c.json else "lines" if script_door else "bar",
+            style=style_of(quiet=c.quiet, json=c.json, script_door=script_door),
             epochs=c.epochs,
             iterations=self.iterations,
             start=start,
             floor=floor,
             first_step=self.position.step,
             corrupt=self.counters.corrupt,
+            loggers=logger_names(c.logger),
+            config={**dataclasses.asdict(c), "seed": self.seed},
         )
         used = self.step.precision.name
         if world.main and c.precision not in ("auto", used):
@@ -157,6 +160,8 @@ class Run:
             self.log.say(f"nothing left to do: {position.step} steps, {position.epoch} epochs are done")
             return
         workers = min(c.workers, max(usable_cores() // world.local_size, 1))
+        if not position.step:
+            self.online.show_views(0)
         views = TwoViews(c.image_size, c.crop_min, self.preset, c.views, c.views_on == "device")
         local = c.batch_size // world.size
         self._loader = Loader(self.source, views, batch_size=local, seed=self.seed, workers=workers)
@@ -204,31 +209,13 @@ class Run:
         """Evaluate and checkpoint, where due."""
         c, done = self.config, self.position.epoch
         if c.knn_every and (done % c.knn_every == 0 or done == c.epochs):
-            self.recorder.knn(self._knn(), epoch=done - 1, step=self.position.step - 1)
+            step = self.position.step - 1
+            self.recorder.knn(self.online.knn(step), epoch=done - 1, step=step)
         if self.watch.epoch_ended(self.position):
             self._stop.finish()
         if done % c.checkpoint_every == 0 or done == c.epochs:
             self.save()
         self.recorder.restart_clock()
-
-    def _knn(self) -> float:
-        sources = (self.source, open_validation(self.config, self.source))
-        view = CentreView(self.config.image_size, self.preset.evaluation_zoom, reading=self.preset.reading)
-        bank, queries = (
-            extract(
-                self.model.base_encoder,
-                self.model.features,
-                source,
-                view,
-                world=self.world,
-                mean=self.preset.mean,
-                std=self.preset.std,
-                workers=min(self.config.workers, usable_cores()) if len(source) > 2000 else 0,
-            )
-            for source in sources
-        )
-        labels = [torch.as_tensor(source.labels, dtype=torch.long) for source in sources]
-        return knn_accuracy(bank, labels[0], queries, labels[1])
 
     def must_stop(self) -> bool:
         """Checkpoint where due; whether a limit or a signal asks to stop now, the same on every rank."""
@@ -270,6 +257,7 @@ class Run:
         if number := self._stop.signal:
             self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; go on with --resume auto")
             return 128 + number
+        self.log.result(f"{self.folder / self.saver.newest}: {self.log.standing(self.position.epoch)}")
         return 0
 
     def __enter__(self) -> "Run":

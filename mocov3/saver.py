@@ -42,6 +42,8 @@ class Saver:
         self.world, self.config, self.run, self.source = world, config, run, source
         self.folder = Path(config.output_dir)
         self._saved_at = -1
+        self.newest = ""
+        """Name of the newest checkpoint of this process, on the main rank."""
         self._epoch_complete: int | None = None
         self._digest = source.digest
         self._writer = Writer(self.folder, before=log.sync, after=self._prune, warn=warn) if world.main else None
@@ -76,6 +78,7 @@ class Saver:
         name = checkpoint.step_name(p.epoch, p.step) if p.iteration else checkpoint.epoch_name(p.epoch - 1)
         self._epoch_complete = p.epoch - 1
         self._writer.save(name, contents)
+        self.newest = name
 
     def _prune(self, _: str) -> None:
         c = self.config

@@ -1,4 +1,4 @@
-"""A picture of what the network will see: pictures of a set, each with its views as training draws them."""
+"""Pictures of pictures: each with its views as training draws them, and queries with their nearest neighbours."""
 
 from pathlib import Path
 
@@ -6,12 +6,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from mocov3.config import PretrainConfig
+from mocov3.config.presets import Reading
 from mocov3.data import Source, TwoViews
 from mocov3.data.decode import DecodeError, Picture
 from mocov3.data.survey import scattered
 from mocov3.errors import UserError
 
 _ROWS, _PAIRS, _SIDE, _GAP, _TOP = 8, 4, 96, 4, 20
+_OTHER_CLASS = (214, 39, 40)
 
 
 def write_sheet(path: Path, source: Source, config: PretrainConfig) -> int:
@@ -20,6 +22,16 @@ def write_sheet(path: Path, source: Source, config: PretrainConfig) -> int:
     Raises:
         UserError: if it cannot be written.
     """
+    sheet, rows = draw_views(source, config)
+    try:
+        sheet.save(path, format="PNG")
+    except OSError as error:
+        raise UserError(f"--sheet {path}: cannot be written ({error.strerror or error})") from None
+    return rows
+
+
+def draw_views(source: Source, config: PretrainConfig) -> tuple[Image.Image, int]:
+    """One picture a row, then pairs of its two views in four epochs; and the number of rows."""
     views = TwoViews(config.image_size, config.crop_min, config.preset, config.views)
     cell = _SIDE + _GAP
     width = cell * (1 + 2 * _PAIRS) + (1 + _PAIRS) * 2 * _GAP
@@ -39,17 +51,59 @@ def write_sheet(path: Path, source: Source, config: PretrainConfig) -> int:
         except (DecodeError, OSError):
             continue
         top = _TOP + row * cell
-        sheet.paste(ImageOps.contain(whole, (_SIDE, _SIDE)), (_GAP, top))
+        sheet.paste(_tile(whole), (_GAP, top))
         for pair, both in enumerate(made):
             for number, pixels in enumerate(both):
                 resized = _shown(pixels).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
                 sheet.paste(resized, (_left(pair, number), top))
         row += 1
+    return sheet.crop((0, 0, width, _TOP + row * cell)), row
+
+
+def draw_neighbours(asked: Source, shown: np.ndarray, bank: Source, found: np.ndarray, reading: Reading) -> Image.Image:
+    """One query a row, then its neighbours, nearest first; those of another class in red.
+
+    Args:
+        asked: where the queries are.
+        shown: their indices, (queries,).
+        bank: where the neighbours are.
+        found: their indices, (queries, neighbours).
+        reading: how pictures are read.
+    """
+    cell = _SIDE + _GAP
+    left = cell + 3 * _GAP
+    sheet = Image.new("RGB", (left + cell * found.shape[1], _TOP + cell * len(shown)), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((_GAP, 4), "query", fill="black")
+    pen.text((left, 4), "nearest, by cosine" + (" (red: another class)" if _classes(asked, bank) else ""), fill="black")
+    for row, (query, nearest) in enumerate(zip(shown.tolist(), found.tolist(), strict=True)):
+        top = _TOP + row * cell
+        sheet.paste(_read(asked, query, reading), (_GAP, top))
+        for column, index in enumerate(nearest):
+            place = (left + column * cell, top)
+            sheet.paste(_read(bank, index, reading), place)
+            classes = _classes(asked, bank)
+            if classes and classes[0][query] != classes[1][index]:
+                box = (*place, place[0] + _SIDE - 1, top + _SIDE - 1)
+                pen.rectangle(box, outline=_OTHER_CLASS, width=4)
+    return sheet
+
+
+def _classes(asked: Source, bank: Source) -> tuple[np.ndarray, np.ndarray] | None:
+    return None if asked.labels is None or bank.labels is None else (asked.labels, bank.labels)
+
+
+def _read(source: Source, index: int, reading: Reading) -> Image.Image:
     try:
-        sheet.crop((0, 0, width, _TOP + row * cell)).save(path, format="PNG")
-    except OSError as error:
-        raise UserError(f"--sheet {path}: cannot be written ({error.strerror or error})") from None
-    return row
+        return _tile(_shown(Picture(source.read(index), reading).pixels()[0]))
+    except (DecodeError, OSError):
+        return Image.new("RGB", (_SIDE, _SIDE), "grey")
+
+
+def _tile(picture: Image.Image) -> Image.Image:
+    tile = Image.new("RGB", (_SIDE, _SIDE), "white")
+    tile.paste(ImageOps.contain(picture, (_SIDE, _SIDE)))
+    return tile
 
 
 def _shown(pixels: np.ndarray) -> Image.Image:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import adapt_input_conv
 from torch import Tensor
 
 from mocov3 import checkpoint
@@ -54,6 +53,8 @@ def _for_channels(weights: BackboneWeights, encoder: Encoder, where: str) -> Bac
         if found is None or found.ndim != 4 or found.shape[:1] + found.shape[2:] != wanted.shape[:1] + wanted.shape[2:]:
             continue
         if found.shape[1] == 3 != wanted.shape[1] and not changed:  # the first of all, in the order of the keys
+            from timm.models import adapt_input_conv
+
             changed[name] = adapt_input_conv(wanted.shape[1], found)
     if changed:
         warn(f"{where}: {next(iter(changed))} was trained on 3 channels; it starts from them, summed or repeated")

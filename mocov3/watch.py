@@ -66,6 +66,8 @@ class Watch:
             return False
         verdict = self._judge(self.model.base_encoder)
         self._note("epoch", verdict, position)
+        measures = {f"quality/{name}": value for name, value in verdict.as_dict().items() if name != "pictures"}
+        self.log.scalars(measures, position.step - 1)
         better = verdict.retrieval > self.best
         self.log.say(
             f"Epoch {done - 1}: without labels, {verdict.retrieval:.1f} % of {verdict.pictures} unseen pictures found "

@@ -10,26 +10,27 @@ from conftest import ROOT
 
 # a module may import those after it; the order of docs/architecture.md
 ORDER = [
-    "cli", "commands", "recipes", "demo", "pack", "check", "inspect", "sheet", "choose", "speed", "auto",
+    "cli", "commands", "recipes", "demo", "pack", "check", "inspect", "choose", "speed", "auto",
     "exporting", "export", "model_card", "formats", "formats.hub", "formats.weights", "formats.graphs", "formats.base",
     "foreign",
     "tuning.loop", "tuning.setup", "tuning.files", "tuning.recorder", "tuning.log", "tuning.evaluate", "tuning.step",
     "tuning.mixing", "tuning.model", "tuning.plan", "finetune", "tuning",
     "linear", "linear_scores", "linear_setup", "linear_files", "lincls", "knn", "embed", "embeddings",
     "logistic", "heads", "evaluation_log",
-    "run", "resume", "saver", "recorder", "watch", "pretrain", "compare", "judge", "verdict", "assemble", "groups", "footprint",
+    "run", "online", "sheet", "resume", "saver", "recorder", "watch", "pretrain", "compare", "judge", "verdict",
+    "assemble", "footprint", "groups",
     "frozen", "features", "step", "gradients", "precision", "augment", "origin", "start", "convert",
-    "models", "models.moco", "models.backbones", "models.vit", "optim", "schedules", "losses", "neighbours",
+    "models", "models.moco", "models.backbones", "models.vit", "models.positions", "optim", "schedules", "losses",
+    "neighbours",
     "quality", "intervals", "stop", "writer", "checkpoint", "tensorfiles", "vetting",
     "distributed", "distributed.launch", "distributed.batch_norm", "distributed.world", "distributed.heartbeat",
-    "log", "metrics",
+    "log", "terminal", "loggers", "metrics",
     "data", "data.labels", "data.survey", "data.facts", "data.transfer", "data.supervised",
     "data.labelled", "data.loader", "data.slots", "data.probes", "data.views", "data.operations", "data.native",
     "data.order", "data.draws", "data.decode", "data.bands", "data.packed", "data.shards", "data.parquet",
     "data.sources", "data.embedded", "data.lists", "data.scan", "data.index",
     "config", "config.pretrain", "config.scale", "config.own", "config.lincls", "config.evaluation", "config.finetune",
-    "config.views",
-    "config.presets", "config.fields", "config.archs",
+    "config.views", "config.presets", "config.loggers", "config.fields", "config.archs",
     "errors", "version",
 ]  # fmt: skip
 # started from above, by name: the doors call a task, a task its loop; sources by what they are named
@@ -71,6 +72,11 @@ def test_imports_go_down():
                 continue
             if other and not name.startswith(other + "."):
                 assert ORDER.index(other) > ORDER.index(name) or other.startswith(name + "."), f"{name} imports {other}"
+
+
+def test_resnets_train_without_timm():
+    code = "import sys, mocov3.run, mocov3.linear; sys.exit('timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -35,8 +35,7 @@ FROZEN = """
 --gray-probability --blur-probability --blur-sigma --solarize-probability --flip-probability
 --vertical-flip-probability --turn-probability --crop-ratio --crop-pad --mean-std --channels --bit-window
 --grad-checkpoint --deterministic
---allow-config-change --allow-data-change --quiet --json --views-on
---micro-batch
+--allow-config-change --allow-data-change --quiet --json --views-on --micro-batch --logger
 """
 
 FROZEN_LINCLS = """
@@ -45,6 +44,7 @@ FROZEN_LINCLS = """
 --multiprocessing-distributed --pretrained
 --head --cache-features --solver --encoder --image-size --view-preset --crop-min --output-dir --recipe --config
 --checkpoint-steps --max-steps --max-hours --device --precision --nprocs-per-node --allow-config-change --quiet --json
+--logger
 """
 
 

@@ -8,6 +8,7 @@ from mocov3.config.evaluation import EmbedConfig, KnnConfig
 from mocov3.config.fields import changed_fields, parse, read_yaml, write_yaml
 from mocov3.config.finetune import FinetuneConfig
 from mocov3.config.lincls import LinclsConfig
+from mocov3.config.loggers import logger_names
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.config.pretrain import PretrainConfig
 from mocov3.config.views import preset_of
@@ -22,6 +23,7 @@ __all__ = [
     "PretrainConfig",
     "ViewPreset",
     "changed_fields",
+    "logger_names",
     "parse",
     "preset_of",
     "read_yaml",

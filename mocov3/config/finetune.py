@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, is_resnet, is_vit
 from mocov3.config.fields import flag
+from mocov3.config.loggers import HELP as LOGGER_HELP
+from mocov3.config.loggers import logger_names
 from mocov3.config.views import preset_of
 from mocov3.errors import UserError
 
@@ -172,7 +174,9 @@ class FinetuneConfig:
     allow_config_change: bool = flag(
         False, "resume although result-changing fields differ", kind=bool, result=False, group=RUN
     )
-    quiet: bool = flag(False, "print warnings only", kind=bool, result=False, group=RUN)
+    logger: str = flag("tensorboard", LOGGER_HELP, result=False, group=RUN, metavar="NAMES")
+    quiet: bool = flag(False, "print warnings and the result only", kind=bool, result=False, group=RUN)
+    json: bool = flag(False, "print every metrics line as JSON instead of text", kind=bool, result=False, group=RUN)
 
     @property
     def transfer(self) -> bool:
@@ -227,6 +231,7 @@ class FinetuneConfig:
         if self.mean_std == "auto":
             raise UserError("--mean-std auto is measured in pre-training; give numbers, or the weights that hold them")
         preset_of({"mean_std": self.mean_std})
+        logger_names(self.logger)
         self.check_model()
 
     def check_model(self) -> None:

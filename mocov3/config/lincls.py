@@ -10,6 +10,8 @@ from typing import Any
 from mocov3.config.archs import check_arch
 from mocov3.config.evaluation import DEVICES, MODEL, PRECISIONS, at_least, check_model_flags
 from mocov3.config.fields import flag
+from mocov3.config.loggers import HELP as LOGGER_HELP
+from mocov3.config.loggers import logger_names
 from mocov3.config.presets import PRESETS
 from mocov3.errors import UserError
 
@@ -95,6 +97,7 @@ class LinclsConfig:
     nprocs_per_node: int = flag(0, "start so many processes on this node", kind=int, result=False, group=RANKS)
     allow_config_change: bool = flag(False, "resume although result-changing flags differ", kind=bool, result=False,
                                      group=RUN)  # fmt: skip
+    logger: str = flag("none", LOGGER_HELP, result=False, group=RUN, metavar="NAMES")
     quiet: bool = flag(False, "print warnings and the result only", kind=bool, result=False, group=RUN)
     json: bool = flag(False, "print every line of lincls.jsonl instead of text", kind=bool, result=False, group=RUN)
 
@@ -149,5 +152,6 @@ class LinclsConfig:
         if not 0 <= self.crop_min <= 1:
             raise UserError(f"--crop-min must lie between 0 and 1, not {self.crop_min}")
         check_model_flags(self)
+        logger_names(self.logger)
         if self.evaluate and not self.resume:
             raise UserError("-e evaluates a linear file: name it by --resume (--pretrained has no classifier)")

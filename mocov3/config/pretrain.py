@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, is_resnet, is_vit
 from mocov3.config.fields import flag
+from mocov3.config.loggers import HELP as LOGGER_HELP
+from mocov3.config.loggers import logger_names
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.config.scale import ScaleFlags
 from mocov3.config.views import preset_of
@@ -192,6 +194,7 @@ class PretrainConfig(ScaleFlags):
         False, "resume although result-changing fields differ", kind=bool, result=False, group=RUN
     )
     allow_data_change: bool = flag(False, "resume although the pictures differ", kind=bool, result=False, group=RUN)
+    logger: str = flag("tensorboard", LOGGER_HELP, result=False, group=RUN, metavar="NAMES")
     quiet: bool = flag(False, "print warnings and the result only", kind=bool, result=False, group=RUN)
     json: bool = flag(False, "print every metrics line as JSON instead of text", kind=bool, result=False, group=RUN)
 
@@ -220,6 +223,7 @@ class PretrainConfig(ScaleFlags):
         self.check_views()
         self.check_own()
         self.check_scale()
+        logger_names(self.logger)
         positive = ("epochs", "batch_size", "moco_dim", "moco_mlp_dim", "image_size", "patch_size", "print_freq",
                     "checkpoint_every")  # fmt: skip
         for name in positive:

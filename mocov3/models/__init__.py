@@ -2,13 +2,12 @@
 
 from mocov3.models.backbones import Encoder, build_backbone, build_encoder, linear_classifier
 from mocov3.models.moco import MoCo, Statistics, build
-from mocov3.models.vit import VisionTransformer, sincos_position_embedding
+from mocov3.models.positions import sincos_position_embedding
 
 __all__ = [
     "Encoder",
     "MoCo",
     "Statistics",
-    "VisionTransformer",
     "build",
     "build_backbone",
     "build_encoder",

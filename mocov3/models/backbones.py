@@ -5,17 +5,18 @@ timm. Names are listed in ``mocov3.config.archs``.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
 import torchvision.models as tv
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from mocov3.config.archs import check_arch
+from mocov3.config.archs import CONV_VITS, check_arch
 from mocov3.errors import UserError, nearest
-from mocov3.models.vit import ConvStem, VisionTransformer
+
+if TYPE_CHECKING:
+    from mocov3.models.vit import VisionTransformer
 
 
 class ResNet(tv.ResNet):
@@ -87,6 +88,8 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, name: str, image_size: int, **kwargs: Any) -> None:
         super().__init__()
+        import timm
+
         self.backbone: Any
         if not timm.is_model(name):
             raise UserError(f"--arch timm/{name}: timm {timm.__version__} has no such model; "
@@ -109,7 +112,10 @@ class TimmEncoder(nn.Module):
         return self.projector(self.features(x))
 
 
-Encoder = ResNet | VisionTransformer | TimmEncoder
+if TYPE_CHECKING:
+    Encoder = ResNet | VisionTransformer | TimmEncoder
+else:
+    Encoder = nn.Module  # timm takes a second to import, and ResNets do without it
 
 _TORCHVISION: dict[str, dict[str, Any]] = {
     "resnet18": {"block": BasicBlock, "layers": [2, 2, 2, 2]},
@@ -132,8 +138,8 @@ _VITS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},  # DeiT's Ti; not in the reference
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 12},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "vit_conv_small": {"embed_dim": 384, "depth": 11, "num_heads": 12, "embed_layer": ConvStem},
-    "vit_conv_base": {"embed_dim": 768, "depth": 11, "num_heads": 12, "embed_layer": ConvStem},
+    "vit_conv_small": {"embed_dim": 384, "depth": 11, "num_heads": 12},
+    "vit_conv_base": {"embed_dim": 768, "depth": 11, "num_heads": 12},
 }
 
 
@@ -167,7 +173,9 @@ def build_backbone(
     if arch.startswith("timm/"):
         return TimmEncoder(arch.removeprefix("timm/"), image_size, **dims)
     if arch in _VITS:
-        settings = {**_VITS[arch], **dims}
+        from mocov3.models.vit import ConvStem, VisionTransformer
+
+        settings = {**_VITS[arch], **({"embed_layer": ConvStem} if arch in CONV_VITS else {}), **dims}
         return VisionTransformer(
             img_size=image_size, patch_size=patch_size, stop_grad_conv1=stop_grad_conv1, **settings
         )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mocov3 import checkpoint
 from mocov3.checkpoint import Position
-from mocov3.config import preset_of, write_yaml
+from mocov3.config import logger_names, preset_of, write_yaml
 from mocov3.data import Batch, CentreView, Loader
 from mocov3.data.loader import Unreadable, usable_cores
 from mocov3.data.supervised import Repeated, stratified
@@ -24,6 +24,7 @@ from mocov3.finetune import Job
 from mocov3.log import warn
 from mocov3.step import normalise
 from mocov3.stop import Stop
+from mocov3.terminal import style_of
 from mocov3.tuning import files, setup
 from mocov3.tuning.evaluate import Accuracy, evaluate
 from mocov3.tuning.log import TuneLog
@@ -75,7 +76,7 @@ class Tuning:
         self.iterations = self._iterations()
         self.parts = setup.build(self.start, self.classes, world, script_door=job.script_door)
         self.position, counters = self._restored()
-        log = self._open_log(counters)
+        log = self._open_log(counters, job.script_door)
         self.recorder = TuneRecorder(log, counters, self.total_batch, c.print_freq, c.repeats)
         self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
         self._loader: Loader | None = None
@@ -105,7 +106,7 @@ class Tuning:
             )
         return setup.restore(self.parts, contents, self.start.where, self.classes)
 
-    def _open_log(self, counters: Counters) -> TuneLog:
+    def _open_log(self, counters: Counters, script_door: bool) -> TuneLog:
         c, p, world = self.config, self.position, self.world
         writes = world.main and not c.eval
         if writes:
@@ -114,10 +115,14 @@ class Tuning:
         log = TuneLog(
             self.folder,
             active=writes,
-            quiet=c.quiet,
+            shown=world.main,
+            style=style_of(quiet=c.quiet, json=c.json, script_door=script_door),
+            epochs=c.epochs,
             iterations=self.iterations,
             first_step=p.step,
             first_epoch=p.epoch,
+            loggers=logger_names(c.logger),
+            config=dataclasses.asdict(c),
         )
         log.say(
             f"{c.arch} on {c.data_set}: {len(self.train.source)} pictures of {self.classes} classes, "
@@ -212,11 +217,8 @@ class Tuning:
         """Accuracy of the present weights (not of their average) on the test pictures."""
         c = self.config
         bicubic = not c.transfer
-        view = CentreView(
-            c.image_size,
-            self.preset.evaluation_zoom,
-            Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR,
-        )
+        kind = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+        view = CentreView(c.image_size, self.preset.evaluation_zoom, kind)
         return evaluate(
             self.parts.model,
             self.pair.test,
@@ -231,13 +233,13 @@ class Tuning:
 
     def report(self, accuracy: Accuracy) -> None:
         """Print accuracies, in DeiT's words."""
-        if not self.world.main or self.config.quiet:
-            return
+        terminal = self.recorder.log.terminal
+        tell = terminal.result if self.config.eval else terminal.say
         per_class = f" mean per class {accuracy.mean_class_acc1:.3f}" if self.pair.per_class else ""
-        print(f"* Acc@1 {accuracy.acc1:.3f} Acc@5 {accuracy.acc5:.3f} loss {accuracy.loss:.3f}{per_class}")
-        print(f"Accuracy of the network on the {accuracy.total} test images: {accuracy.acc1:.1f}%")
+        tell(f"* Acc@1 {accuracy.acc1:.3f} Acc@5 {accuracy.acc5:.3f} loss {accuracy.loss:.3f}{per_class}")
+        tell(f"Accuracy of the network on the {accuracy.total} test images: {accuracy.acc1:.1f}%")
         if not self.config.eval:
-            print(f"Max accuracy: {self.recorder.counters.best:.2f}%", flush=True)
+            tell(f"Max accuracy: {self.recorder.counters.best:.2f}%")
 
     def must_stop(self) -> bool:
         """Checkpoint where due; whether a limit or a signal asks to stop now, the same on every rank."""
@@ -277,10 +279,13 @@ class Tuning:
     def exit_code(self) -> int:
         """0 when done, 128 + its number when stopped by a signal."""
         if number := self._stop.signal:
-            self.recorder.log.say(
-                f"stopped by {signal.Signals(number).name}, checkpoint written; go on with --resume auto"
-            )
+            name = signal.Signals(number).name
+            self.recorder.log.say(f"stopped by {name}, checkpoint written; go on with --resume auto")
             return 128 + number
+        self.recorder.log.terminal.result(
+            f"{self.folder / files.LAST}: {self.position.epoch} of {self.config.epochs} epochs, best Acc@1 "
+            f"{self.recorder.counters.best:.2f} %"
+        )
         return 0
 
     def __enter__(self) -> "Tuning":
