@@ -15,7 +15,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from mocov3.distributed import World
@@ -86,7 +85,10 @@ class MicroBatches:
             raise ValueError(f"a micro-batch holds 1 picture or more, not {size}")
         self.model, self.world, self.precision, self.size = model, world, precision, size
         self._norms = [_norms(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
-        self._paths = [_plan_paths(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
+        from mocov3.depth import Plan, plan_paths  # with timm, which other runs of ResNets need not import
+
+        self._plan = Plan
+        self._paths = [plan_paths(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
         self._trained = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, x1: Views, x2: Views, m: float) -> tuple[Float[Tensor, ""], Statistics]:
@@ -122,7 +124,7 @@ class MicroBatches:
 
     @torch.no_grad()
     def _without_graph(
-        self, features: Callable[[Tensor], Tensor], x: Views, encoder: int, plan: "_Plan"
+        self, features: Callable[[Tensor], Tensor], x: Views, encoder: int, plan: Any
     ) -> tuple[Float[Tensor, "batch features"], list[Tensor]]:
         """Features of all micro-batches, and the state of the generator before each."""
         whole: Tensor | None = None
@@ -140,7 +142,7 @@ class MicroBatches:
         assert whole is not None
         return whole, draws
 
-    def _backward(self, x: Views, gradient: Tensor, plan: "_Plan", draws: list[Tensor]) -> None:
+    def _backward(self, x: Views, gradient: Tensor, plan: Any, draws: list[Tensor]) -> None:
         """The backbone again, with graph and the same draws, from the gradients of the features."""
         after = _generator_state(self.world.device)
         with _held(self._norms[0]):
@@ -153,50 +155,13 @@ class MicroBatches:
         plan.take(None)
         _set_generator_state(self.world.device, after)
 
-    def _draw_paths(self, paths: Sequence["_PlannedDropPath"], pictures: int) -> list["_Plan"]:
+    def _draw_paths(self, paths: Sequence[Any], pictures: int) -> list[Any]:
         """What stochastic depth drops in both views, drawn as one pass over the whole batch would."""
         device = self.world.device
         if self.model.views_meet:
-            return [_Plan(paths, [path.draw(pictures, device) for path in paths]) for _ in "12"]
+            return [self._plan(paths, [path.draw(pictures, device) for path in paths]) for _ in "12"]
         both = [path.draw(2 * pictures, device).chunk(2) for path in paths]
-        return [_Plan(paths, [masks[view] for masks in both]) for view in (0, 1)]
-
-
-class _PlannedDropPath(DropPath):
-    """timm's stochastic depth, with draws that are made before the pass where ``mask`` is set."""
-
-    mask: Tensor | None = None
-
-    def draw(self, pictures: int, device: torch.device) -> Float[Tensor, "pictures"]:
-        """1 for pictures that keep the path, 0 for others."""
-        return torch.empty(pictures, device=device).bernoulli_(1 - self.drop_prob)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.mask is None or not self.training:
-            return super().forward(x)
-        keep = 1 - self.drop_prob
-        mask = self.mask.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        return x * (mask / keep if keep > 0 and self.scale_by_keep else mask)
-
-
-class _Plan:
-    """Masks of all paths of an encoder for one view; ``take`` hands a micro-batch's part to the paths."""
-
-    def __init__(self, paths: Sequence[_PlannedDropPath], masks: Sequence[Tensor]) -> None:
-        self._paths, self._masks = paths, masks
-
-    def take(self, part: slice | None) -> None:
-        for path, mask in zip(self._paths, self._masks, strict=True):
-            path.mask = mask[part] if part is not None else None
-
-
-def _plan_paths(encoder: nn.Module) -> list[_PlannedDropPath]:
-    """Replace the active stochastic depths of ``encoder``; in order of registration, which is timm's of calls."""
-    for module in list(encoder.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, DropPath) and child.drop_prob > 0 and not isinstance(child, _PlannedDropPath):
-                setattr(module, name, _PlannedDropPath(child.drop_prob, child.scale_by_keep).train(child.training))
-    return [module for module in encoder.modules() if isinstance(module, _PlannedDropPath)]
+        return [self._plan(paths, [masks[view] for masks in both]) for view in (0, 1)]
 
 
 def _norms(encoder: Encoder) -> list[Any]:

@@ -97,7 +97,8 @@ class LARS(torch.optim.Optimizer):
         if not params:
             return
         mus = [_flat(self.state[p]["mu"], p) for p in params]
-        weights, grads = [_flat(p, p) for p in params], [_flat(p.grad, p) for p in params]
+        weights = [_flat(p, p) for p in params]
+        grads = [_flat(p.grad, p) for p in params if p.grad is not None]
         if scale is not None:
             torch._foreach_mul_(grads, scale.reciprocal().to(grads[0].dtype))
         matrices = [i for i, p in enumerate(params) if p.ndim > 1]

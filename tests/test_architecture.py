@@ -19,7 +19,7 @@ ORDER = [
     "logistic", "heads", "evaluation_log",
     "run", "online", "sheet", "resume", "saver", "recorder", "watch", "pretrain", "compare", "judge", "verdict",
     "assemble", "footprint", "groups",
-    "frozen", "features", "step", "gradients", "precision", "augment", "origin", "start", "convert",
+    "frozen", "features", "step", "gradients", "depth", "precision", "augment", "origin", "start", "convert",
     "models", "models.moco", "models.backbones", "models.vit", "models.positions", "optim", "schedules", "losses",
     "neighbours",
     "quality", "intervals", "stop", "writer", "checkpoint", "tensorfiles", "vetting",

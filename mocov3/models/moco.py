@@ -117,7 +117,8 @@ class MoCo(nn.Module):
         products, the momentum changes at every step, calls among ranks end a graph; and so does evaluation, whose
         batches have other sizes."""
         for encoder in (self.base_encoder, self.momentum_encoder):
-            encoder.features = _in_training(encoder, torch.compile(encoder.features, backend=backend))
+            compiled = torch.compile(encoder.features, backend=backend)
+            encoder.features = _in_training(encoder, compiled)  # type: ignore[method-assign]
 
     def forward(
         self,
