@@ -2,6 +2,7 @@
 
     make soak                                     # hours
     python benchmarks/soak.py --share 0.1         # a tenth of the trials
+    python benchmarks/soak.py --keep soak.jsonl   # can be stopped: what has passed is in the file and not run again
 
 Runs the tests of the suite (tests/trials.py says how often they try), then fuzzes the readers of pictures and of
 checkpoints by coverage (atheris, where it is installed), and writes the counts into docs/reliability.md.
@@ -27,12 +28,13 @@ def main() -> int:
     """Run, count, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0, help="share of the trials to do")
+    parser.add_argument("--keep", default="", help="file of what has passed, at this share")
     args = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.jsonl"
+        rows = Path(args.keep).absolute() if args.keep else Path(folder) / "rows.jsonl"
         environment = {**os.environ, "MOCOV3_SOAK": str(args.share), "MOCOV3_RELIABILITY": str(rows)}
-        command = [sys.executable, "-m", "pytest", "-q", "--timeout=0", *TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "--timeout=0", "-p", "no:xdist", *TESTS]
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         table = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     runs = max(round(20_000 * args.share), 100)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from conftest import ROOT
+from trials import PATIENCE
 
 Command = Callable[[Path], list[str]]
 VOLATILE = ("images_per_second", "data_wait", "resumed")
@@ -69,16 +70,16 @@ class Process:
     def finish(self, timeout: float = 240) -> str:
         """Wait for its end, which must be a success; returns what it printed."""
         try:
-            code = self.popen.wait(timeout)
+            code = self.popen.wait(PATIENCE * timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"still running after {timeout} s:\n{self.text()}") from None
+            raise AssertionError(f"still running after {PATIENCE * timeout} s:\n{self.text()}") from None
         assert code == 0, f"exit code {code}:\n{self.text()}"
         return self.text()
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 120, pause: float = 0.005) -> bool:
         """Wait for ``condition``; False if the process ended first."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + PATIENCE * timeout
         while time.monotonic() < end:
             if condition():
                 return True
