@@ -61,7 +61,7 @@ BACKENDS = [
 
 
 LONG = ("test_killing", "test_faults", "test_golden_step", "test_runs", "test_lincls", "test_finetune", "test_ranks")
-"""Files that take longest: they come first, so that none is left alone at the end when several run beside each other."""
+"""Files that take longest: they come first, so that none is left alone at the end."""
 
 
 def pytest_collection_modifyitems(items):
