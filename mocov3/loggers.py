@@ -156,6 +156,8 @@ class MlflowLogger:
     """A run of MLflow; calls wait in a queue for a thread, so that training never waits for a server."""
 
     def __init__(self, folder: Path, config: dict[str, Any], first_step: int, quiet: bool) -> None:
+        # a server that is not there is said within seconds, where MLflow itself tries for minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
