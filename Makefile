@@ -1,17 +1,21 @@
 # make demo: install and run the demo.   make test: install and run the whole suite.
+# make docs: the site, into build/site.   make wheel-test: a wheel, installed into an empty environment, runs a short demo.
 # Everything is installed into .venv at the tested versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test soak bench-data lint types style check clean
+# test files run beside each other, on at most 4 cores
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(len(getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count()))(0)), 4))")
+
+.PHONY: demo test soak bench-data lint types style flags docs wheel-test check clean
 
 demo: $(VENV)/installed
 	$(BIN)/mocov3 demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # hours: the tests of reliability with 300 kills and 10,000 fuzzed inputs, and the table of docs/reliability.md
 soak: $(VENV)/installed-dev
@@ -31,7 +35,23 @@ style: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
-check: test lint style types
+# the page of flags, from the configuration; a test says when it is stale
+flags: $(VENV)/installed
+	$(BIN)/python tools/flags.py
+
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m mkdocs build --strict
+
+wheel-test: | $(VENV)/bin/python
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt build/wheel/*.whl
+	cd build/wheel && venv/bin/mocov3 --version && venv/bin/mocov3 demo --epochs 1 --output-dir demo
+	cd build/wheel && venv/bin/mocov3 inspect demo/checkpoint_0000.pth.tar
+	rm -rf build/wheel/venv
+
+check: test lint style types docs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -100,6 +100,7 @@ class TensorBoardLogger:
     def __init__(self, folder: Path, config: dict[str, Any], first_step: int, quiet: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _hush_event_threads()
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
         if not first_step:
             rows = "\n".join(f"| {name} | {str(value).replace('|', ' ')} |" for name, value in config.items())
@@ -155,6 +156,8 @@ class MlflowLogger:
     """A run of MLflow; calls wait in a queue for a thread, so that training never waits for a server."""
 
     def __init__(self, folder: Path, config: dict[str, Any], first_step: int, quiet: bool) -> None:
+        # a server that is not there is said within seconds, where MLflow itself tries for minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
@@ -227,6 +230,20 @@ class MlflowLogger:
 
 
 _OPEN: dict[str, Any] = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger, "mlflow": MlflowLogger}
+
+
+def _hush_event_threads() -> None:
+    """No traceback of TensorBoard's thread where the disk is full: its error is raised again by the next call."""
+    former = threading.excepthook
+    if getattr(former, "hushed", False):
+        return
+
+    def hook(args: Any) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            former(args)
+
+    hook.hushed = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
 
 
 def _run_id(folder: Path, first_step: int) -> str:

@@ -61,6 +61,14 @@ BACKENDS = [
 """Ways to make views; ``fast`` is ``native`` where the kernel was built, else ``library``."""
 
 
+LONG = ("test_killing", "test_faults", "test_golden_step", "test_runs", "test_lincls", "test_finetune", "test_ranks")
+"""Files that take longest: they come first, so that none is left alone at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def moco_images(case, step, view, batch, size):
     return torch.from_numpy(fill.images(case, step, view, batch, size))
 

@@ -85,12 +85,14 @@ def test_every_command_of_the_reference_parses():
     assert (pets.drop_path, pets.data_set) == (0, "pets")
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONFIG.md", "docs/evaluation.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONFIG.md", "docs/evaluation.md", "docs/tutorial.md", "docs/howto.md"]
+)
 def test_every_command_of_our_documents_parses(document):
     found = [
         (s, a)
         for s, a in commands((ROOT / document).read_text())
-        if not re.match("mocov3 (demo|export|check|compare|inspect)", s)
+        if not re.match("mocov3 (demo|export|check|compare|inspect|pack)", s)
     ]
     assert len(found) >= 3
     for script, argv in found:

@@ -45,7 +45,7 @@ def lines(folder):
 @linux
 def test_a_full_disk_costs_no_run(pictures, tmp_path):
     # files may not grow beyond 100 KB for a while: checkpoints (2 MB) fail in the middle of being written
-    flags = ["--epochs", 40, "--checkpoint-every", 10, "--checkpoint-steps", 4]
+    flags = ["--epochs", 20, "--checkpoint-every", 10, "--checkpoint-steps", 4]
     process = Process(pretrain(pictures, tmp_path / "full", *flags))
     good = tmp_path / "full" / "checkpoint_0001_step000000004.pth.tar"
     process.wait_until(lambda: any((tmp_path / "full").glob("checkpoint_*")))
@@ -61,7 +61,7 @@ def test_a_full_disk_costs_no_run(pictures, tmp_path):
     assert "File too large" in text
     assert "Traceback" not in text
     Process(pretrain(pictures, tmp_path / "whole", *flags)).finish()
-    assert_same_run(tmp_path / "whole", tmp_path / "full", last="checkpoint_0039.pth.tar")
+    assert_same_run(tmp_path / "whole", tmp_path / "full", last="checkpoint_0019.pth.tar")
     record("a disk that is full for a while", 1, "the run went on; last good file whole; bit-equal to the run without")
 
 
@@ -278,7 +278,7 @@ def newest_step(folder):
 
 @linux
 def test_memory_and_files_stay(pictures, tmp_path):
-    steps = trials(2000, 20000)
+    steps = trials(1000, 20000)
     flags = ["--image-size", 8, "-b", 4, "--epochs", steps, "--max-steps", steps, "-p", 20, "--checkpoint-every", 9**9,
              "--checkpoint-steps", steps // 20]  # fmt: skip
     process = Process(pretrain(pictures, tmp_path, *flags))
@@ -297,5 +297,5 @@ def test_memory_and_files_stay(pictures, tmp_path):
     files = middle(0.9, 1, 2) - middle(0.3, 0.4, 2)
     outcome = f"resident memory {growth:+.2%} after warm-up, open files {files:+.0f}"
     record("steps of a tiny model with 20 checkpoints", steps, outcome)
-    assert growth < 0.02
+    assert growth < 0.01
     assert files <= 0

@@ -155,7 +155,7 @@ def test_killed_and_resumed_is_never_killed(pictures, pretrained, tmp_path):
     def command(workers):
         def argv(folder):
             return [
-                sys.executable, "-m", "mocov3", "finetune", *SMALL, "-a", "vit_tiny", "--epochs", "6", "-j", workers,
+                sys.executable, "-m", "mocov3", "finetune", *SMALL, "-a", "vit_tiny", "--epochs", "5", "-j", workers,
                 "--data-set", "folder", "--data-path", str(pictures), "--finetune", str(pretrained["vit_tiny"]),
                 "--drop-path", "0.3", "--checkpoint-steps", "2", "--model-ema-decay", "0.9", "--lr", "0.01",
                 "--output_dir", str(folder), "--resume", "auto", "--quiet",
@@ -163,8 +163,8 @@ def test_killed_and_resumed_is_never_killed(pictures, pretrained, tmp_path):
 
         return argv
 
-    report = kill_until_done([command("0"), command("1")], tmp_path / "killed", kills=3, rng=random.Random(4))
-    assert report.kills >= 2
+    report = kill_until_done([command("0"), command("1")], tmp_path / "killed", kills=2, rng=random.Random(4))
+    assert report.kills >= 1
     Process(command("0")(tmp_path / "whole")).finish()
     assert_same_run(tmp_path / "whole", tmp_path / "killed", last="checkpoint.pth")
     for name in ("log.txt", "best_checkpoint.pth"):

@@ -18,6 +18,8 @@ def logger_names(given: str) -> tuple[str, ...]:
     if given in ("", "none"):
         return ()
     names = tuple(dict.fromkeys(given.split(",")))
+    if "none" in names:
+        raise UserError(f"--logger {given}: none stands alone")
     for name in names:
         if name not in LOGGERS:
             raise UserError(f"--logger {name!r} is not known; {nearest(name, [*LOGGERS, 'none'])}")
