@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test soak bench-data lint types style check clean
+.PHONY: demo test soak gpu bench-data lint types style check clean
 
 demo: $(VENV)/installed
 	$(BIN)/mocov3 demo
@@ -17,6 +17,11 @@ test: $(VENV)/installed-dev
 soak: $(VENV)/installed-dev
 	$(PIP) --editable ".[soak]"
 	$(BIN)/python benchmarks/soak.py
+
+# one GPU, under 45 minutes: what a CPU cannot measure, into docs/gpu.md; without a GPU every part is skipped
+gpu: $(VENV)/installed-dev
+	$(PIP) --editable ".[bench]"
+	$(BIN)/python benchmarks/gpu.py
 
 bench-data: $(VENV)/installed-dev
 	$(PIP) --editable ".[bench]"
