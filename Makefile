@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 # test files run beside each other, on at most 4 cores
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(len(getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count()))(0)), 4))")
 
-.PHONY: demo test soak bench-data lint types style flags docs wheel-test check clean
+.PHONY: demo test soak gpu bench-data lint types style flags docs wheel-test check clean
 
 demo: $(VENV)/installed
 	$(BIN)/mocov3 demo
@@ -21,6 +21,11 @@ test: $(VENV)/installed-dev
 soak: $(VENV)/installed-dev
 	$(PIP) --editable ".[soak]"
 	$(BIN)/python benchmarks/soak.py
+
+# one GPU, under 45 minutes: what a CPU cannot measure, into docs/gpu.md; without a GPU every part is skipped
+gpu: $(VENV)/installed-dev
+	$(PIP) --editable ".[bench]"
+	$(BIN)/python benchmarks/gpu.py
 
 bench-data: $(VENV)/installed-dev
 	$(PIP) --editable ".[bench]"

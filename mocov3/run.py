@@ -15,10 +15,12 @@ from mocov3 import checkpoint, losses, resume, schedules
 from mocov3.assemble import build_model, describe_micro_batch, resolve_micro_batch, set_determinism
 from mocov3.checkpoint import Position
 from mocov3.config import logger_names, write_yaml
+from mocov3.config.cheap import stage_of, stages
 from mocov3.data import Batch, Loader, TwoViews
 from mocov3.data.loader import Unreadable, plan, usable_cores
 from mocov3.distributed import World
 from mocov3.errors import UserError
+from mocov3.gradients import Views
 from mocov3.groups import hold_backbone, parameter_groups
 from mocov3.log import RunLog, warn
 from mocov3.online import Online
@@ -28,6 +30,7 @@ from mocov3.recorder import Recorder
 from mocov3.saver import PICTURES, Saver, new_run_name, write_pictures
 from mocov3.step import Outcome, PixelViews, Precision, Step, resolve_precision
 from mocov3.stop import Stop
+from mocov3.strips import cheaper
 from mocov3.terminal import style_of
 from mocov3.watch import Watch
 
@@ -56,7 +59,7 @@ class Run:
         check_divides(c.batch_size, world.size)
         self.folder = Path(c.output_dir)
         self.source, self.held_out, self.order = open_pictures(c)
-        self.preset = c.preset
+        self.preset, self.stages = c.preset, stages(c)
         self.iterations = self.order.iterations
         set_determinism(c)
         found = resume.find(c, world)
@@ -162,31 +165,32 @@ class Run:
         workers = min(c.workers, max(usable_cores() // world.local_size, 1))
         if not position.step:
             self.online.show_views(0)
-        views = TwoViews(c.image_size, c.crop_min, self.preset, c.views, c.views_on == "device")
-        local = c.batch_size // world.size
-        self._loader = Loader(self.source, views, batch_size=local, seed=self.seed, workers=workers)
-        works = plan(
-            len(self.source),
-            seed=self.seed,
-            batch_size=c.batch_size,
-            rank=world.rank,
-            ranks=world.size,
-            start=(position.epoch, position.iteration),
-            epochs=c.epochs,
-            order=self.order,
-        )
-        for batch in self._loader.run(works):
-            self.recorder.batch_came()
-            yield batch
+        start = (position.epoch, position.iteration)
+        for stage in (s for s in self.stages if s.end > start[0]):
+            views = TwoViews(stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device")
+            local = c.batch_size // world.size
+            self._loader = Loader(self.source, views, batch_size=local, seed=self.seed, workers=workers)
+            works = plan(
+                len(self.source),
+                seed=self.seed,
+                batch_size=c.batch_size,
+                rank=world.rank,
+                ranks=world.size,
+                start=max(start, (stage.first, 0)),
+                epochs=stage.end,
+                order=self.order,
+            )
+            for batch in self._loader.run(works):
+                self.recorder.batch_came()
+                yield batch
+            self._loader.close()
 
-    def views(self, batch: Batch) -> tuple[PixelViews, PixelViews]:
-        """The two views; brought to the device and normalised when the step asks for them."""
+    def views(self, batch: Batch) -> tuple[Views, Views]:
+        """The two views, made on the device when the step asks for them; strips of them in a cheap stage of a ViT."""
+        device, mean, std = self.world.device, self.preset.mean, self.preset.std
         left = batch.parameters if batch.parameters is not None else (None, None)
-        x1, x2 = (
-            PixelViews(pixels, self.world.device, self.preset.mean, self.preset.std, rest)
-            for pixels, rest in zip(batch.pixels, left, strict=True)
-        )
-        return x1, x2
+        x1, x2 = (PixelViews(pixels, device, mean, std, rest) for pixels, rest in zip(batch.pixels, left, strict=True))
+        return cheaper(x1, x2, stage_of(self.stages, batch.work.epoch), batch.work, seed=self.seed, device=device)
 
     def schedule(self, batch: Batch) -> tuple[float, float]:
         """Learning rate and momentum of this step."""

@@ -19,8 +19,9 @@ ORDER = [
     "logistic", "heads", "evaluation_log",
     "run", "online", "sheet", "resume", "saver", "recorder", "watch", "pretrain", "compare", "judge", "verdict",
     "assemble", "footprint", "groups",
-    "frozen", "features", "step", "gradients", "depth", "precision", "augment", "origin", "start", "convert",
-    "models", "models.moco", "models.backbones", "models.vit", "models.positions", "optim", "schedules", "losses",
+    "frozen", "features", "strips", "step", "gradients", "depth", "precision", "augment", "origin", "start", "convert",
+    "models", "models.moco", "models.backbones", "models.vit", "models.patches", "models.positions", "optim",
+    "schedules", "losses",
     "neighbours",
     "quality", "intervals", "stop", "writer", "checkpoint", "tensorfiles", "vetting",
     "distributed", "distributed.launch", "distributed.batch_norm", "distributed.world", "distributed.heartbeat",
@@ -30,7 +31,7 @@ ORDER = [
     "data.order", "data.draws", "data.decode", "data.bands", "data.packed", "data.shards", "data.parquet",
     "data.sources", "data.embedded", "data.lists", "data.scan", "data.index",
     "config", "config.pretrain", "config.scale", "config.own", "config.lincls", "config.evaluation", "config.finetune",
-    "config.views", "config.presets", "config.loggers", "config.fields", "config.archs",
+    "config.views", "config.presets", "config.loggers", "config.cheap", "config.fields", "config.archs",
     "errors", "version",
 ]  # fmt: skip
 # started from above, by name: the doors call a task, a task its loop; sources by what they are named

@@ -36,6 +36,7 @@ FROZEN = """
 --vertical-flip-probability --turn-probability --crop-ratio --crop-pad --mean-std --channels --bit-window
 --grad-checkpoint --deterministic
 --allow-config-change --allow-data-change --quiet --json --views-on --micro-batch --logger
+--token-keep --image-size-schedule --patch-size-schedule
 """
 
 FROZEN_LINCLS = """

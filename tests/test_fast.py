@@ -103,16 +103,18 @@ def test_compiled_backbones_train_alike(monkeypatch):
         model = models.build("vit_small", **VIT).train()
         optimizer = build_optimizer(model.parameters(), "adamw", weight_decay=0.1, momentum=0.9)
         step = Step(model, optimizer, world=World(0, 1, CPU), precision=Precision("fp32", CPU), compile=compiled)
-        outcomes = [step(*torch.randn(2, 4, 3, 32, 32), lr=1e-3, m=0.9 + i / 100) for i in range(3)]
-        found.append([float(o.loss) for o in outcomes])
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert (graphs > 0) == compiled
+        losses, graphs = [], []
+        for i in range(3):
+            losses.append(float(step(*torch.randn(2, 4, 3, 32, 32), lr=1e-3, m=0.9 + i / 100).loss))
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        found.append(losses)
+        assert (graphs[0] > 0) == compiled
+        assert graphs[0] == graphs[2], "compiled anew at later steps"
     assert found[0] == found[1]
-    assert graphs <= 4, "compiled anew at later steps"
     model.eval()
     with torch.no_grad():
         model.features(torch.randn(3, 3, 32, 32))  # evaluation stays eager
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs[2]
 
 
 # --- the update ---------------------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ class Reads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
-        if name in READS or (name == "to" and "cpu" in map(str, args)):
+        if name in READS:
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 

@@ -6,6 +6,7 @@ Defaults of the reference are recorded in ``tests/golden/f_sched.json``; a test 
 from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, is_resnet, is_vit
+from mocov3.config.cheap import CheapFlags, stages
 from mocov3.config.fields import flag
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
@@ -22,7 +23,7 @@ RANKS = "ranks and devices"
 
 
 @dataclass(frozen=True)
-class PretrainConfig(ScaleFlags):
+class PretrainConfig(ScaleFlags, CheapFlags):
     """Everything a pre-training run is made from. ``result`` fields may not change at a resume."""
 
     data: str = flag(
@@ -265,6 +266,7 @@ class PretrainConfig(ScaleFlags):
             raise UserError(
                 f"--patch-size {self.patch_size}: the convolutional stem of {self.arch} makes patches of 16"
             )
+        stages(self)
         if self.small_stem and not is_resnet(self.arch):
             raise UserError(f"--small-stem is for ResNets; {self.arch} has no such stem")
         if self.grad_checkpoint and not (is_vit(self.arch) or self.arch.startswith("timm/")):

@@ -12,7 +12,7 @@ import numpy as np
 
 from mocov3.config.presets import ViewPreset
 
-_ORDER, _VIEW, _REPLACEMENT = 0, 1, 2  # separate streams of one seed
+_ORDER, _VIEW, _REPLACEMENT, _TOKENS = 0, 1, 2, 4  # separate streams of one seed; two views: also 3, 6
 _TRIES = 10
 _own = threading.local()
 _BLOCK = 2 * _TRIES + 18  # uniform numbers a view; a fixed number keeps every choice at its own place
@@ -62,6 +62,13 @@ def replacement(seed: int, epoch: int, index: int, attempt: int, n: int) -> int:
     """The picture that stands in for the unreadable picture ``index`` at the given attempt."""
     bits = np.random.Philox(key=[seed, _REPLACEMENT], counter=[0, attempt, index, epoch])
     return int(bits.random_raw() % n)
+
+
+def kept_tokens(tokens: int, keep: int, *, seed: int, epoch: int, indices: np.ndarray, view: int) -> np.ndarray:
+    """Which ``keep`` of a view's ``tokens`` are kept of each picture, as int64 (pictures, keep), ascending."""
+    bits = [_philox(seed, _TOKENS + 2 * view, int(index), epoch).random_raw(tokens) for index in indices]
+    order = np.argsort(np.array(bits, dtype=np.uint64).reshape(len(indices), tokens), axis=1, kind="stable")
+    return np.sort(order[:, :keep], axis=1)
 
 
 def pad_pixels(preset: ViewPreset, width: int, height: int) -> int:

@@ -76,7 +76,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise by the statistics of all ranks (training) or by the running ones (evaluation)."""
         return self.act(self.drop(self._normalise(input)))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # calls among ranks end a compiled graph
     def _normalise(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(input)

@@ -8,10 +8,15 @@ initialisation with q, k, v as three matrices, and a patch projection that can b
 import math
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import Attention, Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
+from mocov3.models.patches import resized_kernel, sincos_of_places
 from mocov3.models.positions import sincos_position_embedding
 
 
@@ -84,14 +89,59 @@ class VisionTransformer(TimmVisionTransformer):
                 nn.init.zeros_(projection.bias)
 
     def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
-        """The cls token after the last norm."""
-        return self.forward_features(x)[:, 0]
+        """The cls token after the last norm, of pictures or of strips (``mocov3.strips``)."""
+        if self._is_strip(x):
+            tokens = self._tokens_of_strip(x)
+        else:
+            tokens = self.patch_drop(self._pos_embed(self.patch_embed(x)))
+        tokens = self.norm_pre(tokens)
+        *blocks, last = self.blocks
+        if self.grad_checkpointing:
+            tokens = checkpoint_seq(blocks, tokens)
+        else:
+            for block in blocks:
+                tokens = block(tokens)
+        return self.norm(_first_token(last, tokens))[:, 0]
+
+    def _is_strip(self, x: Tensor) -> bool:
+        projection = self.patch_embed.proj
+        return isinstance(projection, nn.Conv2d) and x.shape[1] == projection.in_channels + 2
+
+    def _tokens_of_strip(self, x: Tensor) -> Tensor:
+        side, projection = x.shape[-2], self.patch_embed.proj
+        weight = projection.weight
+        if side != weight.shape[-1]:
+            weight = resized_kernel(weight, side)
+        patches = F.conv2d(x[:, :-2], weight, projection.bias, stride=side).flatten(2).transpose(1, 2)
+        places = sincos_of_places(x[:, -2:, 0, ::side], self.embed_dim).to(patches.dtype)
+        cls = (self.cls_token + self.pos_embed[:, :1]).to(patches.dtype).expand(len(x), -1, -1)
+        return self.pos_drop(torch.cat([cls, patches + places], dim=1))
 
     def forward(  # type: ignore[override]  # timm's masks have no use here
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch out"]:
         """Features through the head (the projector, or a classifier)."""
         return self.head(self.features(x))
+
+
+def _first_token(block: Any, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1 dim"]:
+    """What a block makes of the first token: all tokens are attended to, but nobody asks what becomes of the others."""
+    attention = block.attn
+    plain = type(block) is Block and type(attention) is Attention and attention.fused_attn
+    if not plain or getattr(attention, "gate", None) is not None:
+        return block(x)[:, :1]
+    y, first = block.norm1(x), x[:, :1]
+    n, width = len(x), attention.qkv.in_features
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    q = F.linear(y[:, :1], weight[:width], None if bias is None else bias[:width])
+    kv = F.linear(y, weight[width:], None if bias is None else bias[width:])
+    q = q.view(n, 1, attention.num_heads, -1).transpose(1, 2)
+    k, v = kv.view(n, x.shape[1], 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    out = F.scaled_dot_product_attention(attention.q_norm(q), attention.k_norm(k), v, dropout_p=dropout)
+    out = attention.proj_drop(attention.proj(attention.norm(out.transpose(1, 2).reshape(n, 1, width))))
+    first = first + block.drop_path1(block.ls1(out))
+    return first + block.drop_path2(block.ls2(block.mlp(block.norm2(first))))
 
 
 class _LayerNorm(nn.LayerNorm):

@@ -1,0 +1,145 @@
+"""Flags of cheaper pre-training: parts of the run at fewer tokens or smaller pictures, back to full before the end.
+
+Random token dropout and larger patches (Lin et al. 2024, arXiv 2410.22364, who report 4× for MoCo v3), smaller pictures
+(FFCV-SSL: 160 before 224 pixels). The first share of the epochs is cheap, the rest is as without these flags.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mocov3.config.archs import VITS, is_resnet
+from mocov3.config.fields import flag
+from mocov3.errors import UserError, printable
+
+SHARE = 0.8
+"""Of the epochs, where a value comes without one."""
+CHEAP = "cheaper pre-training"
+
+
+class Stage(NamedTuple):
+    """Epochs that are trained alike."""
+
+    first: int
+    end: int
+    """Epoch after the last."""
+    image_size: int
+    patch_size: int
+    keep: float
+    """Share of the tokens of a view."""
+    grid: int
+    """Patches on a side of full views; 0 where views are taken as they are."""
+
+    @property
+    def tokens(self) -> int:
+        """Patches of a view."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def kept(self) -> int:
+        """Patches of a view that are kept."""
+        return max(round(self.keep * self.tokens), 1)
+
+
+@dataclass(frozen=True)
+class CheapFlags:
+    """How a part of the run is made cheaper; empty flags change nothing."""
+
+    token_keep: str = flag(
+        "",
+        "share of a ViT's patches that are kept, drawn anew for each view: KEEP[:SHARE][,…], for the first SHARE of "
+        f"the epochs (default {SHARE:g}), then all",
+        group=CHEAP,
+        metavar="KEEP:SHARE",
+    )
+    image_size_schedule: str = flag(
+        "",
+        "smaller views first: PIXELS[:SHARE][,…], as in 112:0.4,160:0.4; then --image-size",
+        group=CHEAP,
+        metavar="PIXELS:SHARE",
+    )
+    patch_size_schedule: str = flag(
+        "",
+        "larger patches of a ViT first: PIXELS[:SHARE][,…], as in 32:0.8; then --patch-size",
+        group=CHEAP,
+        metavar="PIXELS:SHARE",
+    )
+
+
+def stages(config: "CheapFlags") -> list[Stage]:
+    """The run in order, by epochs; one stage where nothing is cheaper.
+
+    Raises:
+        UserError: for a schedule that cannot be read, or does not fit the network or the number of epochs.
+    """
+    values = vars(config)
+    arch, epochs, size, patch = (values[name] for name in ("arch", "epochs", "image_size", "patch_size"))
+    plans = {
+        "--token-keep": (_read("--token-keep", config.token_keep, epochs), 1.0),
+        "--image-size-schedule": (_read("--image-size-schedule", config.image_size_schedule, epochs), size),
+        "--patch-size-schedule": (_read("--patch-size-schedule", config.patch_size_schedule, epochs), patch),
+    }
+    for name, (plan, full) in plans.items():
+        if plan and not (arch in VITS or (is_resnet(arch) and name == "--image-size-schedule")):
+            able = f"{', '.join(VITS)}{' and ResNets' if name == '--image-size-schedule' else ''}"
+            raise UserError(f"{name} is for {able}, not {arch}")
+        for _, value in plan:
+            _check(name, value, full)
+    edges = sorted({0, epochs, *(end for plan, _ in plans.values() for end, _ in plan)})
+    made = []
+    for first, end in itertools.pairwise(edges):
+        keep, pixels, side = (next((v for until, v in plan if first < until), full) for plan, full in plans.values())
+        cheap = arch in VITS and (keep, pixels, side) != (1.0, size, patch)
+        stage = Stage(first, end, int(pixels), int(side), keep, size // patch if cheap else 0)
+        if arch in VITS and stage.image_size % stage.patch_size:
+            raise UserError(
+                f"epochs {first}–{end - 1}: views of {stage.image_size} px do not divide into patches of "
+                f"{stage.patch_size} px; change --image-size-schedule or --patch-size-schedule"
+            )
+        made.append(stage)
+    return made
+
+
+def stage_of(made: list[Stage], epoch: int) -> Stage:
+    """The stage of an epoch."""
+    return next(stage for stage in made if epoch < stage.end)
+
+
+def _check(name: str, value: float, full: float) -> None:
+    if name == "--token-keep":
+        if not 0 < value <= 1:
+            raise UserError(f"{name} is a share above 0 and at most 1, not {value:g}")
+        return
+    if not (value >= 1 and value.is_integer()):
+        raise UserError(f"{name} takes whole numbers of pixels, not {value:g}")
+    if name == "--image-size-schedule" and value > full:
+        raise UserError(f"{name} {value:g} is larger than --image-size {full}: that would not be cheaper")
+    if name == "--patch-size-schedule" and value < full:
+        raise UserError(f"{name} {value:g} is smaller than --patch-size {full}: that would not be cheaper")
+
+
+def _read(name: str, text: str, epochs: int) -> list[tuple[int, float]]:
+    """(epoch it ends at, value) of each part."""
+    if not text:
+        return []
+    made: list[tuple[int, float]] = []
+    done = 0.0
+    for part in text.split(","):
+        value, colon, share = part.partition(":")
+        try:
+            number, length = float(value), float(share) if colon else SHARE
+        except ValueError:
+            raise UserError(f"{name} {printable(text)!r}: takes VALUE:SHARE parts with commas between them") from None
+        if not 0 < length < 1:
+            raise UserError(
+                f"{name}: {printable(part)!r} lasts {length:g} of the epochs; above 0 and below 1 is possible"
+            )
+        done += length
+        if done >= 1 - 1e-9:
+            raise UserError(f"{name} {printable(text)!r}: shares add up to {done:g}; the end of the run must be full")
+        end = min(round(done * epochs), epochs - 1)
+        if end > (made[-1][0] if made else 0):
+            made.append((end, number))
+    if not made:
+        raise UserError(f"{name}: {epochs} epochs are too few for a cheap part and a full end; give more --epochs")
+    return made
