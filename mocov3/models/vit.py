@@ -85,7 +85,7 @@ class VisionTransformer(TimmVisionTransformer):
 
     def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
         """The cls token after the last norm."""
-        return self.forward_features(x)[:, 0]
+        return self.forward_features(x)[:, 0].clone()  # a view would keep all tokens in memory
 
     def forward(  # type: ignore[override]  # timm's masks have no use here
         self, x: Float[Tensor, "batch channels height width"]
