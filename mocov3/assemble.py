@@ -9,10 +9,13 @@ from mocov3 import models
 from mocov3.config import PretrainConfig
 from mocov3.config.archs import is_vit
 from mocov3.distributed import World, synchronise_batch_norm
+from mocov3.distributed.sharding import shares
 from mocov3.errors import UserError
 from mocov3.footprint import Footprint, choose_micro_batch, footprint, free_memory
 from mocov3.groups import freeze_until
 from mocov3.models import MoCo
+from mocov3.optim import build_optimizer
+from mocov3.sharded import shard_model, sharded_optimizer
 from mocov3.start import load_start
 
 
@@ -35,6 +38,8 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
         synchronise_batch_norm(model)
     # channels-last is the layout convolutions are fastest in; names and values are the same
     model.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if c.fsdp and world.size > 1:
+        shard_model(model, world)
     return model.train()
 
 
@@ -52,12 +57,21 @@ def _plain_model(c: PretrainConfig) -> MoCo:
     )
 
 
+def optimizer_of(model: MoCo, params: Any, config: PretrainConfig, world: World) -> torch.optim.Optimizer:
+    """The optimizer of a configuration over ``params`` of the model."""
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay, "momentum": config.momentum}
+    if shares(model):
+        return sharded_optimizer(params, config.optimizer, world=world, **settings)
+    return build_optimizer(params, config.optimizer, **settings)
+
+
 def count_memory(config: PretrainConfig, *, sixteen_bits: bool) -> Footprint:
     """What a step of a configuration needs, counted without building it."""
     return footprint(
         lambda: _plain_model(config),
         config.image_size,
         optimizer=config.optimizer,
+        channels=config.channels,
         sixteen_bits=sixteen_bits,
         grad_checkpoint=config.grad_checkpoint,
     )
@@ -75,7 +89,8 @@ def resolve_micro_batch(config: PretrainConfig, world: World, precision: str) ->
         return asked if asked < local else 0
     # half of what a computer has free, since others use it too; a GPU is ours
     memory = free_memory(world.device) * (1.0 if world.device.type == "cuda" else 0.5 / world.local_size)
-    size = choose_micro_batch(count_memory(config, sixteen_bits=precision != "fp32"), local, memory)
+    counted = count_memory(config, sixteen_bits=precision != "fp32")
+    size = choose_micro_batch(counted, local, memory, shards=world.size if config.fsdp else 1)
     smallest = min(found or local for found in world.gather(size))
     return smallest if smallest < local else 0
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mocov3.distributed.sharding import like, whole
 from mocov3.errors import UserError
 from mocov3.tensorfiles import read, write
 
@@ -47,13 +48,17 @@ def pack(
     scaler: dict[str, Any],
     position: Position,
     extra: dict[str, Any],
+    keep: bool = True,
 ) -> dict[str, Any]:
-    """Contents of a checkpoint; ``extra`` is what ``mocov3`` holds besides format version and position."""
+    """Contents of a checkpoint; ``extra`` is what ``mocov3`` holds besides format version and position.
+
+    Of weights that ranks share (``--fsdp``) it holds the whole; all ranks call it then, and one has ``keep``.
+    """
     return {
         "epoch": position.epoch,
         "arch": arch,
-        "state_dict": {PREFIX + key: value for key, value in model.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
+        "state_dict": {PREFIX + key: value for key, value in whole(model.state_dict(), keep=keep).items()},
+        "optimizer": whole(optimizer.state_dict(), keep=keep),
         "scaler": {**_SCALER, **scaler},
         "mocov3": {
             "format": FORMAT_VERSION,
@@ -145,9 +150,10 @@ def restore(
     check_state(model, state, f"--resume {path}")
     saved = contents["optimizer"]
     _check_optimizer(saved, optimizer, path)
-    model.load_state_dict(state)
+    wanted = model.state_dict()
+    model.load_state_dict({key: like(value, wanted[key]) for key, value in state.items()})
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(_shared_out(saved, optimizer))
     for group, ours in zip(optimizer.param_groups, groups, strict=True):
         group.update(ours)
     if scaler.is_enabled() and contents.get("scaler"):
@@ -155,6 +161,16 @@ def restore(
     own = contents.get("mocov3") or {}
     epoch = int(contents["epoch"])
     return Position(epoch, int(own.get("iteration", 0)), int(own.get("step", epoch * iterations)))
+
+
+def _shared_out(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state with its tensors shared out as the parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        number: {name: like(v, parameters[number]) if isinstance(v, Tensor) else v for name, v in values.items()}
+        for number, values in saved["state"].items()
+    }
+    return {**saved, "state": state}
 
 
 def check_state(model: nn.Module, state: dict[str, Any], where: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mocov3.data import CentreView, Loader, Source, Work
 from mocov3.data.loader import Corrupt, usable_cores
 from mocov3.distributed import World
+from mocov3.distributed.sharding import gathered
 from mocov3.errors import UserError
 from mocov3.step import normalise
 
@@ -83,7 +84,7 @@ def stream(
     training = network.training
     network.eval()
     try:
-        with Loader(source, view, batch_size=largest, seed=0, workers=workers) as loader:
+        with gathered(network), Loader(source, view, batch_size=largest, seed=0, workers=workers) as loader:
             for batch in loader.run(works):
                 x = normalise(batch.pixels[0], device, mean, std)
                 with torch.no_grad(), autocast():

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mocov3.errors import UserError
 from mocov3.models import Encoder, MoCo
+from mocov3.sharded import blocks
 
 KEPT_FREE = 0.1
 """Share of the memory that ``fitting`` leaves: fragments, libraries, temporary tensors."""
@@ -69,13 +70,13 @@ class Footprint:
         on_the_way = 2 * pictures * self.backbone + self.heads_trained / shards
         return held + max(inputs + max(kept, on_the_way) + _TRANSIENT * pictures * self.largest, gradients)
 
-    def fitting(self, pictures: int, memory: float) -> int:
+    def fitting(self, pictures: int, memory: float, shards: int = 1) -> int:
         """The most pictures in a pass that fit ``memory`` bytes: ``pictures``, less, or 0 where not even one fits."""
         limit = (1 - KEPT_FREE) * memory
-        if self.peak(pictures) <= limit:
+        if self.peak(pictures, 0, shards) <= limit:
             return pictures
         sizes = sorted({-(-pictures // parts) for parts in range(2, pictures + 1)}, reverse=True)
-        return next((size for size in sizes if self.peak(pictures, size) <= limit), 0)
+        return next((size for size in sizes if self.peak(pictures, size, shards) <= limit), 0)
 
 
 def footprint(
@@ -83,6 +84,7 @@ def footprint(
     image_size: int,
     *,
     optimizer: str,
+    channels: int = 3,
     sixteen_bits: bool = False,
     grad_checkpoint: bool = False,
 ) -> Footprint:
@@ -92,6 +94,7 @@ def footprint(
         build: makes the model.
         image_size: side of the views in pixels.
         optimizer: lars or adamw.
+        channels: of the views.
         sixteen_bits: whether networks run under autocast.
         grad_checkpoint: whether blocks are computed again in the backward pass.
     """
@@ -100,12 +103,12 @@ def footprint(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
         # what does not grow with the batch (weights in 16 bits) falls out of the difference
-        few, many = (_kept(model, image_size, n, sixteen_bits) for n in (4, 8))
+        few, many = (_kept(model, (n, channels, image_size, image_size), sixteen_bits) for n in (4, 8))
     backbone, heads, largest = ((b - a) / 4 for a, b in zip(few, many, strict=True))
     if grad_checkpoint:
-        backbone = _with_recomputed_blocks(model.base_encoder, backbone)
+        backbone = _with_recomputedblocks(model.base_encoder, backbone)
     projector = getattr(model.base_encoder, model.base_encoder.projector_name)
-    blocks = [*projector.children(), *model.predictor.children(), *_blocks(model.base_encoder)]
+    units = [projector, model.predictor, *blocks(model.base_encoder)]
     return Footprint(
         weights=_bytes([*model.parameters(), *model.buffers()]),
         trained=_bytes([p for p in model.parameters() if p.requires_grad]),
@@ -114,12 +117,12 @@ def footprint(
         backbone=backbone,
         heads=heads,
         largest=largest,
-        view=3 * image_size**2 * 4,
-        unit=max(_bytes(list(block.parameters())) for block in blocks),
+        view=channels * image_size**2 * 4.0,
+        unit=max(_bytes(list(block.parameters())) for block in units),
     )
 
 
-def _kept(model: MoCo, image_size: int, pictures: int, sixteen_bits: bool) -> tuple[int, int, int]:
+def _kept(model: MoCo, shape: tuple[int, ...], sixteen_bits: bool) -> tuple[int, int, int]:
     """Bytes kept for the backward pass of one view in the backbone and in the heads; the largest of the former."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     sizes: dict[int, int] = {}
@@ -132,7 +135,7 @@ def _kept(model: MoCo, image_size: int, pictures: int, sixteen_bits: bool) -> tu
             sizes[storage._cdata] = storage.nbytes()
         return t
 
-    x = torch.empty(pictures, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
+    x = torch.empty(shape).contiguous(memory_format=torch.channels_last)
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=sixteen_bits),
@@ -145,17 +148,10 @@ def _kept(model: MoCo, image_size: int, pictures: int, sixteen_bits: bool) -> tu
     return backbone, sum(sizes.values()), largest
 
 
-def _blocks(encoder: Encoder) -> list[nn.Module]:
-    inner: Any = getattr(encoder, "backbone", encoder)
-    if isinstance(blocks := getattr(inner, "blocks", None), nn.Module):
-        return list(blocks.children())
-    return list(inner.children())
-
-
-def _with_recomputed_blocks(encoder: Encoder, kept: float) -> float:
+def _with_recomputedblocks(encoder: Encoder, kept: float) -> float:
     """Every block's input, and one block's inside."""
     inner: Any = getattr(encoder, "backbone", encoder)
-    count = len(_blocks(encoder))
+    count = len(blocks(encoder))
     tokens = int(inner.patch_embed.num_patches) + 1
     return kept / count + count * tokens * encoder.num_features * 4.0
 
@@ -179,15 +175,15 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def choose_micro_batch(counted: Footprint, pictures: int, memory: float) -> int:
+def choose_micro_batch(counted: Footprint, pictures: int, memory: float, shards: int = 1) -> int:
     """The micro-batch of ``--micro-batch auto``: 0 where the whole batch fits in one pass.
 
     Raises:
         UserError: if not even one picture fits beside weights and heads.
     """
-    size = counted.fitting(pictures, memory)
+    size = counted.fitting(pictures, memory, shards)
     if not size:
-        need = counted.peak(pictures, 1)
+        need = counted.peak(pictures, 1, shards)
         raise UserError(
             f"--micro-batch auto: weights, optimizer and heads of {pictures} pictures need {need / 1e9:.1f} GB, "
             f"{memory / 1e9:.1f} GB are free; take a smaller --batch-size or --arch, or more processes"

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mocov3.distributed import World
+from mocov3.distributed.sharding import reduce_now, shares
 from mocov3.models import Encoder, MoCo, Statistics
 from mocov3.precision import Precision
 
@@ -42,7 +43,8 @@ class WholeBatch:
 
     def __init__(self, model: MoCo, *, world: World, precision: Precision) -> None:
         self.precision = precision
-        self._contrast: Any = world.wrap(_Contrast(model))
+        contrast = _Contrast(model)
+        self._contrast: Any = contrast if shares(model) else world.wrap(contrast)  # shared weights reduce by themselves
 
     def __call__(self, x1: Views, x2: Views, m: float) -> tuple[Float[Tensor, ""], Statistics]:
         """Loss and statistics; leaves the gradients, times the scale of the loss scaler, in the parameters."""
@@ -90,6 +92,7 @@ class MicroBatches:
         self._plan = Plan
         self._paths = [plan_paths(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
         self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._shared = shares(model)
 
     def __call__(self, x1: Views, x2: Views, m: float) -> tuple[Float[Tensor, ""], Statistics]:
         """Loss and statistics; leaves the gradients, times the scale of the loss scaler, in the parameters."""
@@ -111,9 +114,10 @@ class MicroBatches:
         self.precision.scaler.scale(loss).backward()
         for x, f, plan, (_, draws) in zip(views, features, plans, passes, strict=True):
             assert f.grad is not None
-            self._backward(x, f.grad, plan, draws)
+            self._backward(x, f.grad, plan, draws, last=x is views[-1])
             f.grad = None
-        self.world.average([p.grad for p in self._trained if p.grad is not None])
+        if not self._shared:
+            self.world.average([p.grad for p in self._trained if p.grad is not None])
         return loss.detach(), statistics
 
     def _parts(self, pictures: int) -> list[slice]:
@@ -142,11 +146,14 @@ class MicroBatches:
         assert whole is not None
         return whole, draws
 
-    def _backward(self, x: Views, gradient: Tensor, plan: Any, draws: list[Tensor]) -> None:
+    def _backward(self, x: Views, gradient: Tensor, plan: Any, draws: list[Tensor], *, last: bool) -> None:
         """The backbone again, with graph and the same draws, from the gradients of the features."""
         after = _generator_state(self.world.device)
+        parts = self._parts(len(x))
         with _held(self._norms[0]):
-            for part, state in zip(self._parts(len(x)), draws, strict=True):
+            for part, state in zip(parts, draws, strict=True):
+                if self._shared:  # one reduction a step: with the last part of the last view
+                    reduce_now([self.model.base_encoder], last and part == parts[-1])
                 _set_generator_state(self.world.device, state)
                 plan.take(part)
                 with self.precision.autocast():

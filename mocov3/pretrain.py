@@ -48,6 +48,7 @@ def main(config: PretrainConfig, *, script_door: bool) -> int:
         address="" if config.dist_url == _DEFAULT_ADDRESS else config.dist_url,
         backend=config.dist_backend,
         timeout_minutes=config.dist_timeout,
+        batch=config.batch_size,
     )
 
 

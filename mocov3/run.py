@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from mocov3 import checkpoint, losses, resume, schedules
-from mocov3.assemble import build_model, describe_micro_batch, resolve_micro_batch, set_determinism
+from mocov3.agreement import check_agreement
+from mocov3.assemble import build_model, describe_micro_batch, optimizer_of, resolve_micro_batch, set_determinism
 from mocov3.checkpoint import Position
 from mocov3.config import logger_names, write_yaml
 from mocov3.config.cheap import stage_of, stages
@@ -24,7 +25,6 @@ from mocov3.gradients import Views
 from mocov3.groups import hold_backbone, parameter_groups
 from mocov3.log import RunLog, warn
 from mocov3.online import Online
-from mocov3.optim import build_optimizer
 from mocov3.pretrain import Job, check_divides, open_pictures
 from mocov3.recorder import Recorder
 from mocov3.saver import PICTURES, Saver, new_run_name, write_pictures
@@ -56,9 +56,10 @@ class Run:
     def __init__(self, world: World, job: Job) -> None:
         self.world, self.config = world, job.config
         c = self.config
-        check_divides(c.batch_size, world.size)
         self.folder = Path(c.output_dir)
         self.source, self.held_out, self.order = open_pictures(c)
+        check_agreement(world, c, {"pictures": self.source.digest})
+        check_divides(c.batch_size, world.size)
         self.preset, self.stages = c.preset, stages(c)
         self.iterations = self.order.iterations
         set_determinism(c)
@@ -70,7 +71,7 @@ class Run:
         torch.manual_seed(self.seed)
         self.model = build_model(c, world)
         params = parameter_groups(self.model, c.layer_decay, staged=c.freeze_epochs > 0)
-        self.optimizer = build_optimizer(params, c.optimizer, weight_decay=c.weight_decay, momentum=c.momentum)
+        self.optimizer = optimizer_of(self.model, params, c, world)
         self.step = Step(self.model, self.optimizer, world=world, precision=Precision(arithmetic, world.device),
                          compile=c.compile, micro_batch=micro_batch, spike_factor=c.skip_spikes)  # fmt: skip
         self.position = self._start(found)

@@ -15,6 +15,7 @@ from mocov3.checkpoint import Position
 from mocov3.config import PretrainConfig
 from mocov3.data import Source, TwoViews
 from mocov3.distributed import World
+from mocov3.distributed.sharding import shares
 from mocov3.errors import printable
 from mocov3.log import RunLog, warn
 from mocov3.models import MoCo
@@ -49,10 +50,12 @@ class Saver:
         self._writer = Writer(self.folder, before=log.sync, after=self._prune, warn=warn) if world.main else None
 
     def save(self, position: Position, model: MoCo, optimizer: Any, step: Step, counters: Counters) -> None:
-        """Save the present position; the step waits for a copy in memory only."""
-        if self._writer is None or self._saved_at == position.step:
+        """Save the present position; the step waits for a copy in memory only. Every rank must call it."""
+        if self._saved_at == position.step:
             return
         self._saved_at = position.step
+        if self._writer is None and not shares(model):
+            return
         c, p = self.config, position
         extra: dict[str, Any] = {
             "run": self.run,
@@ -74,7 +77,10 @@ class Saver:
             scaler=step.precision.scaler.state_dict(),
             position=p,
             extra=extra,
+            keep=self.world.main,
         )
+        if self._writer is None:
+            return
         name = checkpoint.step_name(p.epoch, p.step) if p.iteration else checkpoint.epoch_name(p.epoch - 1)
         self._epoch_complete = p.epoch - 1
         self._writer.save(name, contents)

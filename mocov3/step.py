@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mocov3 import augment
 from mocov3.distributed import World
+from mocov3.distributed.sharding import local, norms, shares
 from mocov3.gradients import MicroBatches, Views, WholeBatch
 from mocov3.models import MoCo, Statistics
 from mocov3.optim import set_learning_rate
@@ -70,6 +71,7 @@ class Step:
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
         weights = [p for n, p in model.base_encoder.named_parameters() if _is_backbone_weight(n, p)]
         self._watched = (weights[0], weights[-1])
+        self._shared = shares(model)
 
     def __call__(self, x1: Views, x2: Views, *, lr: float, m: float) -> Outcome:
         """Train on two views of the same pictures.
@@ -86,10 +88,10 @@ class Step:
         loss, statistics = self.gradients(x1, x2, m)
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer) if scaler.is_enabled() else None
-        ok, norms = self._inspect(loss)
+        ok, watched = self._inspect(loss)
         self._update(ok, before)
         self.skipped += ~ok
-        return Outcome(loss, statistics, ok, norms)
+        return Outcome(loss, statistics, ok, watched)
 
     @property
     def most_skips_in_a_row(self) -> int:
@@ -98,15 +100,15 @@ class Step:
 
     def _inspect(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        # the largest entry is finite exactly if all are; a sum of squares could overflow. Gradients are averaged
-        # over ranks, so every rank sees the same and decides the same
-        largest = torch.stack(torch._foreach_norm(grads, torch.inf))
-        norms = torch.stack([torch.linalg.vector_norm(w.grad) for w in self._watched if w.grad is not None])
-        agreed = self.world.sum((~torch.isfinite(loss)).float())
-        ok = torch.isfinite(largest).all() & (agreed == 0)
+        # the largest entry is finite exactly if all are; a sum of squares could overflow. Ranks hold the same averages,
+        # or shares of them (--fsdp), and agree
+        largest = torch.stack(torch._foreach_norm([g for g in local(grads) if g.numel()], torch.inf))
+        finite = torch.isfinite(largest).all() & torch.isfinite(loss)
+        ok = self.world.sum((~finite).float()) == 0
+        watched = norms(self.world, [w.grad for w in self._watched if w.grad is not None], self._shared)
         if self.spikes is not None:
-            ok = ok & self.spikes(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))), ok)
-        return ok, norms
+            ok = ok & self.spikes(torch.linalg.vector_norm(norms(self.world, grads, self._shared)), ok)
+        return ok, watched
 
     def _update(self, ok: Tensor, before: Tensor) -> None:
         scaler, optimizer = self.precision.scaler, self.optimizer

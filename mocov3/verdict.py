@@ -4,6 +4,7 @@ Sources of the measures: ``mocov3.quality``. How far each goes along with k-NN a
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from mocov3.data import Loader, Source, Work
 from mocov3.data.probes import ProbeViews
 from mocov3.data.survey import scattered
 from mocov3.distributed import World
+from mocov3.distributed.sharding import gathered
 from mocov3.step import normalise
 
 PICTURES = 2000
@@ -79,7 +81,11 @@ def features_of_views(
         network.eval()
     parts = []
     try:
-        with torch.no_grad(), Loader(source, transform, batch_size=batch_size, seed=_SEED, workers=workers) as loader:
+        with (
+            torch.no_grad(),
+            nullcontext() if network is None else gathered(network),
+            Loader(source, transform, batch_size=batch_size, seed=_SEED, workers=workers) as loader,
+        ):
             for batch in loader.run(works):
                 bad = {c.index for c in batch.corrupt}
                 keep = torch.tensor([i not in bad for i in batch.work.indices.tolist()])

@@ -17,6 +17,7 @@ from mocov3.config import PretrainConfig
 from mocov3.data.loader import usable_cores
 from mocov3.data.probes import ProbeViews
 from mocov3.distributed import World
+from mocov3.distributed.sharding import whole
 from mocov3.errors import UserError
 from mocov3.log import RunLog, warn
 from mocov3.models import MoCo
@@ -113,12 +114,13 @@ class Watch:
                 file.write(json.dumps(line) + "\n")
 
     def _keep(self, verdict: Verdict, position: Position) -> None:
+        state = whole(self.model.state_dict(), keep=self.world.main)  # --fsdp: every rank gives its part
         if not self.world.main:
             return
         contents = {
             "epoch": position.epoch,
             "arch": self.config.arch,
-            "state_dict": {checkpoint.PREFIX + k: v for k, v in self.model.state_dict().items()},
+            "state_dict": {checkpoint.PREFIX + k: v for k, v in state.items()},
             "mocov3": {
                 "format": checkpoint.FORMAT_VERSION,
                 "step": position.step,

@@ -66,17 +66,14 @@ LONG = ("test_killing", "test_faults", "test_golden_step", "test_runs", "test_li
 
 
 def pytest_collection_modifyitems(items):
+    """Leave out what a soak that was stopped has done already, and order files."""
+    done = passed()
+    items[:] = [item for item in items if item.nodeid not in done]
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def moco_images(case, step, view, batch, size):
     return torch.from_numpy(fill.images(case, step, view, batch, size))
-
-
-def pytest_collection_modifyitems(items):
-    """Leave out what a soak that was stopped has done already."""
-    done = passed()
-    items[:] = [item for item in items if item.nodeid not in done]
 
 
 @pytest.fixture(autouse=True)

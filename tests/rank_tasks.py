@@ -41,38 +41,53 @@ def batch_norm(world, _):
     return 0
 
 
-def five_steps(world, payload):
-    """Five steps of a model on this rank's part of fixed batches; rank 0 saves losses, weights and buffers."""
+def few_steps(world, payload):
+    """Four steps of a model (two in float32) on this rank's part of fixed batches; rank 0 saves what came of it."""
     from mocov3 import models
-    from mocov3.optim import build_optimizer
+    from mocov3.distributed.sharding import shares, whole
+    from mocov3.sharded import shard_model, sharded_optimizer
     from mocov3.step import Precision, Step
 
-    arch, dims, optimizer, dtype, lr, path = payload
+    arch, dims, optimizer, dtype, lr, mode, path = payload
     torch.manual_seed(3)
     model = models.build(arch, dim=16, mlp_dim=32, temperature=0.2, **dims).to(dtype)
     if world.size > 1:
         synchronise_batch_norm(model)
-    made = build_optimizer(model.parameters(), optimizer, weight_decay=0.1, momentum=0.9)
-    step = Step(model.train(), made, world=world, precision=Precision("fp32", world.device))
-    losses, first = [], None
-    for i in range(5):
+    if "fsdp" in mode:
+        shard_model(model, world)
+        assert shares(model)
+    made = (sharded_optimizer if "fsdp" in mode else _plain)(
+        model.parameters(), optimizer, world=world, weight_decay=0.1, momentum=0.9
+    )
+    micro = {1: 3, 2: 2, 4: 1}[world.size] if "micro" in mode else 0
+    step = Step(model.train(), made, world=world, precision=Precision("fp32", world.device), micro_batch=micro)
+    losses, norms, first = [], [], None
+    for i in range(4 if dtype == torch.float64 else 2):
         generator = torch.Generator().manual_seed(i)
         part = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
         views = [torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)[part] for _ in "12"]
         outcome = step(*views, lr=lr, m=0.9)
         assert outcome.ok
         losses.append(float(world.sum(outcome.loss) / world.size))
+        norms.append(outcome.grad_norms.tolist())
         if first is None:
-            first = {k: v.clone() for k, v in model.state_dict().items()}
+            first = {k: v.clone() for k, v in whole(model.state_dict()).items()}
+    last = whole(model.state_dict())
     if world.main:
-        torch.save({"losses": losses, "first": first, "last": model.state_dict()}, path)
+        torch.save({"losses": losses, "norms": norms, "first": first, "last": last}, path)
     world.barrier()
     return 0
 
 
+def _plain(params, name, *, world, **settings):
+    from mocov3.optim import build_optimizer
+
+    return build_optimizer(params, name, **settings)
+
+
 def each(world, payloads):
-    """``five_steps`` for every payload, in one pair of processes."""
-    return max(five_steps(world, payload) for payload in payloads)
+    """``few_steps`` for every payload, in one group of processes."""
+    return max(few_steps(world, payload) for payload in payloads)
 
 
 def bad_on_one_rank(world, _):

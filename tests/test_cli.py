@@ -35,7 +35,7 @@ FROZEN = """
 --gray-probability --blur-probability --blur-sigma --solarize-probability --flip-probability
 --vertical-flip-probability --turn-probability --crop-ratio --crop-pad --mean-std --channels --bit-window
 --grad-checkpoint --deterministic
---allow-config-change --allow-data-change --quiet --json --views-on --micro-batch --logger
+--allow-config-change --allow-data-change --quiet --json --views-on --micro-batch --fsdp --logger
 --token-keep --image-size-schedule --patch-size-schedule
 """
 

@@ -22,7 +22,7 @@ RESNETS = [
 SMALL_RESNETS = ["resnet10", "resnet10_w32", "resnet10_w48", "resnet10_w64"]
 """ResNet-10 (one basic block a stage): torchvision's widths and stem, or narrower with a 3×3 stem (``_wN``)."""
 
-VITS = ["vit_tiny", "vit_small", "vit_base"]
+VITS = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
 CONV_VITS = ["vit_conv_small", "vit_conv_base"]
 
 BUILT_IN_ARCHS = RESNETS + SMALL_RESNETS + VITS + CONV_VITS

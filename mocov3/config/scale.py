@@ -30,6 +30,14 @@ class ScaleFlags(OwnFlags):
         group="ranks and devices",
         metavar="N|auto",
     )
+    fsdp: bool = flag(
+        False,
+        "share weights, gradients and optimizer states out over the processes (FSDP2), for networks larger than a "
+        "device; files are the same",
+        kind=bool,
+        result=False,
+        group="ranks and devices",
+    )
 
     def check_scale(self) -> None:
         """Refuse values that mean nothing.
@@ -39,3 +47,5 @@ class ScaleFlags(OwnFlags):
         """
         if isinstance(self.micro_batch, int) and self.micro_batch < 0:
             raise UserError(f"--micro-batch must be auto, 0 (none) or more, not {self.micro_batch}")
+        if self.fsdp and getattr(self, "compile", False):
+            raise UserError("--fsdp gathers weights block by block, which --compile cannot see; give one of them")

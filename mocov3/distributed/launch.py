@@ -8,12 +8,15 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 
+from mocov3.distributed.meeting import largest_dividing, stand_by, tell_done
 from mocov3.distributed.world import World, start
 from mocov3.errors import RankLost, UserError
+from mocov3.log import warn
 
 Task = Callable[["World", Any], int]
 """What ``launch`` runs on every rank: (world, payload) → exit code."""
@@ -32,11 +35,15 @@ def launch(
     address: str = "",
     backend: str = "nccl",
     timeout_minutes: float = 30,
+    batch: int = 0,
 ) -> int:
     """Run ``task(world, payload)`` on every rank that belongs to this node, and return its exit code.
 
     Ranks come from torchrun's environment; or from ``spawn``/``processes`` (one a GPU, or so many, on each of
     ``nodes``); or from ``nodes`` and ``node_rank`` alone (every process started by hand); else there is one.
+
+    torchrun may bring another number of ranks at every start: where ``batch`` does not divide over them, the largest
+    number over which it does trains, and the others stand by.
 
     Raises:
         UserError: if the device does not exist or ranks do not meet.
@@ -47,7 +54,15 @@ def launch(
         rank, size, local = given
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         meet = meet._replace(address="env://")
-        return _run(task, payload, rank, size, here, pick_device(device, local if gpu is None else gpu), meet)
+        trains = largest_dividing(size, batch)
+        if rank >= trains:
+            return stand_by(meet.address, rank, meet.timeout)
+        if trains < size and rank == 0:
+            warn(f"a batch of {batch} does not divide over {size} processes: {trains} train, {size - trains} stand by")
+        code = _run(task, payload, rank, trains, here, pick_device(device, local if gpu is None else gpu), meet)
+        if trains < size and rank == 0:
+            tell_done(meet.address, meet.timeout, code)
+        return code
     if address == "env://":
         nodes = int(os.environ.get("WORLD_SIZE", nodes)) if nodes < 1 else nodes
         node_rank = int(os.environ.get("RANK", node_rank)) if node_rank < 0 else node_rank
@@ -76,6 +91,11 @@ class Meeting(NamedTuple):
     backend: str
     address: str
     timeout_minutes: float
+
+    @property
+    def timeout(self) -> timedelta:
+        """The same, as torch wants it."""
+        return timedelta(minutes=self.timeout_minutes)
 
 
 def _run(task: Task, payload: Any, rank: int, size: int, here: int, device: torch.device, meet: Meeting) -> int:

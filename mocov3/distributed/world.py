@@ -1,8 +1,6 @@
 """This process among the ranks, and what ranks tell each other."""
 
 import inspect
-import secrets
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mocov3.distributed.heartbeat import Heartbeat
+from mocov3.distributed.meeting import name_group, open_store
 from mocov3.errors import UserError
 
 
@@ -153,8 +152,8 @@ def start(
         backend = backend if device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
         try:
-            store, rank, size = next(iter(dist.rendezvous(address, rank, size, timeout=timeout)))
-            name = _name_group(store, rank, size, 60 * timeout_minutes)
+            store = open_store(address, rank, timeout)
+            name = name_group(store, rank, size, 60 * timeout_minutes)
             store = dist.PrefixStore(name, store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         except (ValueError, RuntimeError) as error:
@@ -164,38 +163,6 @@ def start(
         heartbeat = Heartbeat(rank, size, group=name, silence=60 * timeout_minutes)
         return World(rank, size, device, local_size, heartbeat)
     return World(rank, size, device, local_size)
-
-
-def _name_group(store: Any, rank: int, size: int, seconds: float) -> str:
-    """A name for this meeting of ranks that no earlier one in the same store has.
-
-    torchrun keeps its store when it starts a group again, and what the former group left there makes the new one wait
-    for ever. Ranks cannot tell old keys from new ones, but for those named by a token of their own: each says hello
-    with its token until rank 0 has answered to it.
-
-    Raises:
-        RuntimeError: naming the ranks that did not come.
-    """
-    end = time.monotonic() + seconds
-    token = secrets.token_hex(8)
-    missing = set(range(1, size)) if rank == 0 else {0}
-    while missing:
-        if time.monotonic() > end:
-            raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)[:5]))} did not come within {seconds:.0f} s")
-        if rank == 0:
-            for other in sorted(missing):
-                if store.check([f"hello/{other}"]):
-                    store.set(f"welcome/{store.get(f'hello/{other}').decode()}", token)
-                if store.check([f"{token}/{other}"]):
-                    missing.discard(other)
-        else:
-            store.set(f"hello/{rank}", token)
-            if store.check([f"welcome/{token}"]):
-                token = store.get(f"welcome/{token}").decode()
-                store.set(f"{token}/{rank}", "")
-                break
-        time.sleep(0.02)
-    return token
 
 
 def world_size() -> int:

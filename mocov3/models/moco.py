@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mocov3 import losses
 from mocov3.config.archs import is_resnet
 from mocov3.distributed import gather_keys
+from mocov3.distributed.sharding import local, share_out
 from mocov3.models.backbones import Encoder, build_encoder
 
 
@@ -69,9 +70,10 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def update_momentum_encoder(self, m: float) -> None:
         """k ← m·k + (1 − m)·q for every parameter, frozen ones included. Buffers are not averaged."""
-        keys = list(self.momentum_encoder.parameters())
+        share_out([self.base_encoder, self.momentum_encoder])
+        keys, queries = local(self.momentum_encoder.parameters()), local(self.base_encoder.parameters())
         # k + (1 − m)·(q − k): one pass over memory, a few kernels on a GPU, and frozen parameters stay bit-equal
-        torch._foreach_lerp_(keys, list(self.base_encoder.parameters()), 1.0 - m)
+        torch._foreach_lerp_(keys, queries, 1.0 - m)
 
     def loss(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> tuple[Float[Tensor, ""], Statistics]:
         """Symmetric contrastive loss of (q1, q2) against the keys (k1, k2) of all ranks, and its statistics."""

@@ -1,0 +1,66 @@
+"""Ranks that were started differently: found before the first step, by digest, naming field and ranks.
+
+Each rank reads its own command line, files and pictures. Where these differ the run would hang, or average gradients of
+different trainings without a word.
+"""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+from mocov3.config import PretrainConfig
+from mocov3.distributed import World
+from mocov3.errors import UserError
+from mocov3.version import __version__
+
+PRIVATE = {
+    "data", "output_dir", "config", "recipe", "budget", "workers", "print_freq", "resume", "world_size", "rank", "gpu",
+    "device", "dist_url", "dist_backend", "multiprocessing_distributed", "nprocs_per_node", "dist_timeout", "quiet",
+    "json", "max_corrupt", "max_hours",
+}  # fmt: skip
+"""Fields that may differ: places, names, output, and what each rank decides for itself or with the others."""
+
+
+def check_agreement(world: World, config: PretrainConfig, pictures: dict[str, str]) -> None:
+    """Refuse ranks of different configuration, pictures or versions.
+
+    Args:
+        world: this rank; all call this.
+        config: as this rank read it.
+        pictures: name of a set of pictures → its digest.
+
+    Raises:
+        UserError: on every rank, naming the first field that differs, its values and ranks.
+    """
+    fields = {name: _shown(value) for name, value in dataclasses.asdict(config).items() if name not in PRIVATE}
+    facts = {"the version of mocov3": __version__, **pictures}
+    facts |= {f"--{name.replace('_', '-')}": value for name, value in fields.items()}
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    if len(set(world.gather(digest))) == 1:
+        return
+    everyone = world.gather(facts)
+    for name in facts:
+        values: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(everyone):
+            values.setdefault(theirs.get(name, "not known"), []).append(rank)
+        if len(values) > 1:
+            raise UserError(_difference(name, values, config))
+
+
+def _difference(name: str, values: dict[str, list[int]], config: PretrainConfig) -> str:
+    parts = [f"{value} on rank {_ranks(ranks)}" for value, ranks in list(values.items())[:3]]
+    cure = "start all with the same command and files"
+    if name == "pictures":
+        cure = "every machine needs the same pictures under the same names"
+    elif config.recipe in ("auto", "adapt"):
+        cure = f"--recipe {config.recipe} measures on each rank: give {name}, or --nprocs-per-node instead of torchrun"
+    more = " …" if len(values) > 3 else ""
+    return f"ranks differ in {name}: {'; '.join(parts)}{more}; {cure}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:100]
