@@ -30,6 +30,7 @@ SMALL = [
 RESNET = ["-a", "resnet10_w32", "--optimizer", "adamw", "--lr", "8e-3", "--wd", ".05"]
 LARS = ["-a", "resnet10_w32", "--optimizer", "lars", "--lr", "1.5"]
 VIT = ["-a", "vit_small", "--patch-size", "4", "--optimizer", "adamw", "--wd", ".1"]  # made narrow and shallow below
+SHARP = ["-b", "8", "--moco-t", ".05", "--epochs", "2", "--warmup-epochs", "0", "--max-steps", "250", "-p", "1"]
 BARE = ["--moco-m", "0"]
 
 RUNS: dict[str, tuple[str, list[str]]] = {
@@ -38,15 +39,17 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "resnet_lars": ("learning", [*LARS]),
     "resnet_tau1": ("learning", [*RESNET, "--moco-t", "1"]),
     "vit_frozen": ("learning", [*VIT, "--lr", "2e-3", "--stop-grad-conv1"]),
+    "vit_lr5": ("learning", [*VIT, "--lr", "1e-2"]),
+    "vit_lr10": ("learning", [*VIT, "--lr", "2e-2"]),
     "resnet_bare": ("learning", [*RESNET, *BARE]),
     "collapse_bare_lr100": ("collapsed", [*RESNET, *BARE, "--lr", ".8"]),
     "collapse_lr100": ("collapsed", [*RESNET, "--lr", ".8"]),
     "collapse_lars_bare": ("collapsed", [*LARS, *BARE, "--lr", "150"]),
     "collapse_vit_lr100": ("collapsed", [*VIT, "--lr", ".2"]),
     "collapse_wd": ("collapsed", [*RESNET, "--wd", "300"]),
-    "spike_vit": ("unstable", [*VIT, "--lr", "1e-2"]),
-    "spike_vit_higher": ("unstable", [*VIT, "--lr", "2e-2"]),
-    "spike_resnet": ("unstable", [*RESNET, "--lr", ".1", "--warmup-epochs", "0"]),
+    "spike_vit": ("unstable", [*VIT, *SHARP, "--lr", ".3"]),
+    "spike_vit_again": ("unstable", [*VIT, *SHARP, "--lr", ".4", "--seed", "1"]),
+    "spike_resnet": ("unstable", [*RESNET, *SHARP, "--lr", ".6", "--moco-t", ".04"]),
     "starve_big": ("starved", [*RESNET]),
     "starve_big_vit": ("starved", [*VIT, "--lr", "2e-3", "--stop-grad-conv1"]),
     "starve_big_alone": ("starved", [*RESNET, "-j", "0"]),

@@ -33,7 +33,7 @@ class Seen:
 
 
 def seen(source: Source, config: PretrainConfig, rows: int, epochs: int, *, seed: int = 0) -> Iterator[Seen]:
-    """At most ``rows`` readable pictures, scattered over ``source``, with their views in the first ``epochs`` epochs."""
+    """At most ``rows`` readable pictures, scattered over ``source``, with their views in the first epochs."""
     preset = config.preset
     views = TwoViews(config.image_size, config.crop_min, preset, config.views)
     found = 0

@@ -1,4 +1,4 @@
-"""The page of a run in headless Chromium: no error, no request, hover, zoom, keyboard, thumbnails, widths and themes."""
+"""The page of a run in headless Chromium: no error, no request; hover, zoom, keyboard, thumbnails, widths, themes."""
 
 import json
 import os
@@ -137,7 +137,7 @@ def test_keyboard(opened):
             break
     assert {"theme", "SUMMARY", "loss"} <= seen
     range_of = "document.getElementById('loss')._fullLayout.xaxis.range"
-    low, high = page.evaluate(range_of)
+    low = page.evaluate(range_of)[0]
     page.keyboard.press("+")
     page.wait_for_function(f"low => {range_of}[0] > low", arg=low)
     a, b = page.evaluate(range_of)

@@ -101,11 +101,13 @@ class Curves:
             x, epochs, y = run.columns["step"], run.columns["epoch_done"], run.columns[name] * scale
             at, own = thin(x, y), i if not self.alone else colour
             title = label if self.alone else run.name
-            faint = {"opacity": 0.35, "line": {"width": 1}} if smoothed else {}
-            group = {"legendgroup": f"{i}{label}"} if not self.alone else {}
-            found.append(line(x[at], y[at], title, own, epochs=epochs[at], **faint, **group,
-                              **({"showlegend": False} if smoothed and not self.alone else {})))  # fmt: skip
-            if smoothed and len(at) > 10:
+            smoothed = smoothed and len(at) > 10
+            faint: dict[str, Any] = {"opacity": 0.35, "line": {"width": 1}} if smoothed else {}
+            group: dict[str, Any] = {"legendgroup": f"{i}{label}"} if not self.alone else {}
+            if smoothed and not self.alone:
+                faint["showlegend"] = False
+            found.append(line(x[at], y[at], title, own, epochs=epochs[at], **faint, **group))
+            if smoothed:
                 # drawn on the thinned points' places, computed on all
                 mean = smooth(y)
                 few = thin(x, mean, 250)

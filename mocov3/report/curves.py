@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 
 BUCKETS = 1000
 """Curves of more than twice so many points keep the lowest and the highest point of each of so many stretches."""
-SPIKE = 4.0
+SPIKE = 3.0
 """A gradient norm so many times the medians before and after it is a spike."""
 WINDOW = 25
 """Lines before, and lines after, that these medians are of."""

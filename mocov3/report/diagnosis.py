@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mocov3.config.archs import is_vit
-from mocov3.report.curves import dips, smooth, spikes
+from mocov3.report.curves import SPIKE, dips, smooth, spikes
 from mocov3.report.runs import Run
 
 LATE = 0.2
@@ -29,10 +29,9 @@ RULES = [
      f"{RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the start; "
      "or, after learning "
      "or after the warm-up, the loss is back at its start and own pictures are found no more often than by chance"),
-    ("unstable", f"{SPIKE_COUNT} gradient spikes or more (a norm over four times the median of its "
-                 "surroundings) that make up "
-     f"{SPIKE_SHARE:.0%} of the lines; or {SKIPPED_SHARE:.1%} of the steps skipped; or the loss has fallen back by "
-     f"{FELL_BACK:.0%} of the way from start to floor"),
+    ("unstable", f"{SPIKE_COUNT} gradient spikes or more (a norm {SPIKE:.0f} times the medians before and after it) "
+     f"that make up {SPIKE_SHARE:.0%} of the lines; or {SKIPPED_SHARE:.1%} of the steps skipped; or the loss has "
+     f"fallen back by {FELL_BACK:.0%} of the way from start to floor"),
     ("starved of data", f"late in the run more than {WAITING:.0%} of the time goes into waiting for pictures"),
     ("learning", f"the loss has come {PROGRESS:.0%} of the way from start to floor, and own pictures are found "
      f"{ABOVE_CHANCE:.0f} times as often as by chance"),

@@ -1,10 +1,12 @@
 """Sections 2 to 4 of the page: which charts there are, and how each is to be read."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from mocov3.report.charts import Chart, Curves, chart, level, line, sampled
+from mocov3.report.curves import smooth, thin
 from mocov3.report.runs import Run
 
 
@@ -80,8 +82,6 @@ def _range(loss: np.ndarray, start: float, floor: float) -> list[float]:
 
 
 def _share(run: Run, colour: int) -> Chart:
-    from mocov3.report.curves import thin
-
     way = way_to_floor(run)
     at = thin(run.columns["step"], way)
     return line(run.columns["step"][at], way[at], run.name, colour, epochs=run.columns["epoch_done"][at], unit=" %")
@@ -89,8 +89,6 @@ def _share(run: Run, colour: int) -> Chart:
 
 def way_to_floor(run: Run) -> np.ndarray:
     """The loss as its way from start to floor, in %, smoothed."""
-    from mocov3.report.curves import smooth
-
     c = run.columns
     with np.errstate(invalid="ignore", divide="ignore"):
         return smooth(100 * (c["loss_start"] - c["loss"]) / (c["loss_start"] - c["loss_floor"]))
@@ -165,7 +163,7 @@ def stability(runs: Sequence[Run]) -> list[Chart]:
     about = (
         "Norms of the gradient, logarithmic. In Vision Transformers spikes begin in the first layer and reach the last "
         "some dozens of steps later; k-NN dips and recovers (arXiv 2104.02057, fig. 4). A triangle marks a norm over "
-        "four times the median of its surroundings."
+        "three times the medians before and after it."
     )
     if not curves.alone:
         return [
@@ -174,6 +172,7 @@ def stability(runs: Sequence[Run]) -> list[Chart]:
                   yaxis={"type": "log"}),
         ]  # fmt: skip
     run = runs[0]
+    layout: dict[str, Any]
     data, layout, height = first + last, {"yaxis": {"type": "log", "title": {"text": "gradient norm"}}}, 340
     if len(run.knn) > 1:
         below = [{**t, "yaxis": "y2"} for t in curves.knn()]
