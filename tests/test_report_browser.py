@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 from PIL import Image
+from report_runs import write_long_run
 
 from mocov3.commands import parse_pretrain
 
@@ -229,8 +230,6 @@ def contrast(one, other):
 
 
 def test_a_long_run_in_the_browser(opened, tmp_path):
-    from test_report import write_long_run
-
     from mocov3.report.command import write_page
     from mocov3.report.runs import read_run
 
