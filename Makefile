@@ -62,7 +62,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt mocov3/data/native/views.c | $(VENV)/bin/python
-	$(PIP) --editable .
+	$(PIP) --editable ".[report]"
 	touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt $(VENV)/installed

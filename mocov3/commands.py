@@ -210,6 +210,12 @@ def _demo(argv: list[str]) -> int:
     return main(argv)
 
 
+def _report(argv: list[str]) -> int:
+    from mocov3.report.command import main
+
+    return main(argv)
+
+
 def _pack(argv: list[str]) -> int:
     from mocov3.pack import main
 
@@ -228,6 +234,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": _verify,
     "convert": convert,
     "export": _export,
+    "report": _report,
     "demo": _demo,
     "pack": _pack,
 }

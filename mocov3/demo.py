@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     result = {"seed": args.seed, "epochs": config.epochs, "training_seconds": round(trained, 1), "accuracy": rows}
     (folder / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"Pictures with their nearest neighbours: {folder / 'neighbours.png'}")
+    _write_page(folder)
     print(f"Use the features: mocov3.load_backbone('{folder}/checkpoint_{config.epochs - 1:04d}.pth.tar')")
     return 0
 
@@ -242,6 +243,19 @@ def _write_sheet(path: Path, bank: Any, test: Any, nearest: dict[str, np.ndarray
                     box = (place[0], y, place[0] + side - 1, y + side - 1)
                     pen.rectangle(box, outline=(214, 39, 40), width=3)
     sheet.save(path)
+
+
+def _write_page(folder: Path) -> None:
+    """The run's page, where plotly is installed; a failure does not take the demo's results away."""
+    from mocov3.report.command import PAGE, write_page
+    from mocov3.report.runs import read_run
+
+    try:
+        write_page([read_run(folder)], folder / PAGE, device="cpu")
+    except UserError as error:
+        print(f"No page of this run: {error}")
+    else:
+        print(f"All about this run on one page: {folder / PAGE}")
 
 
 def _print_table(rows: Rows) -> None:

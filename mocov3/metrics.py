@@ -8,6 +8,8 @@ from typing import Any
 from jaxtyping import Float, Int
 
 SCHEMA_VERSION = 1
+QUALITY = "quality.jsonl"
+"""Judgements without labels of a run, by epoch (``mocov3.watch``)."""
 
 
 @dataclass
@@ -81,6 +83,8 @@ class MetricsLine:
     """How often the run was resumed."""
     corrupt: int
     """Distinct unreadable pictures met so far."""
+    effective_rank: float | None = None
+    """Directions that the batch's queries use: exp of the entropy of their normalised singular values, 1 to dim."""
     knn: float | None = None
     """k-NN accuracy in %, at the end of an epoch of ``--knn-every``."""
     version: int = SCHEMA_VERSION

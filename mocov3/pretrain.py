@@ -3,6 +3,7 @@
 Everything that can be checked without torch is checked here; then the ranks are started, and ``mocov3.run`` trains.
 """
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,10 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
         open_validation(config, source)
     if config.quality_every:
         unseen_pictures(config)
+    if config.report_every and importlib.util.find_spec("plotly") is None:
+        raise UserError(
+            "--report-every draws its charts by plotly, which is not installed; pip install 'mocov3[report]'"
+        )
     if config.resume not in ("", "auto") and not Path(config.resume).is_file():
         raise UserError(f"--resume {config.resume}: there is no such file")
     if config.init and not config.init.startswith("timm/") and not Path(config.init).is_file():

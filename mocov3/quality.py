@@ -21,6 +21,11 @@ def rankme(features: Float[Tensor, "pictures dim"]) -> float:
     return _effective_rank(torch.linalg.svdvals(_double(features)))
 
 
+def rank_of_gram(gram: Float[Tensor, "dim dim"]) -> float:
+    """``rankme`` of features from xᵀx (any multiple of it), which ranks can add up."""
+    return _effective_rank(torch.linalg.eigvalsh(_double(gram)).clamp(min=0).sqrt())
+
+
 def alpha_req(features: Float[Tensor, "pictures dim"]) -> float:
     """Exponent α of the decay λ_j ∝ j^−α of the covariance's eigenvalues (Agrawal et al. 2022).
 

@@ -13,6 +13,7 @@ from mocov3.data.loader import Corrupt
 from mocov3.distributed import World
 from mocov3.log import RunLog, Stopwatch
 from mocov3.metrics import MetricsLine
+from mocov3.quality import rank_of_gram
 from mocov3.step import Outcome
 
 
@@ -111,6 +112,7 @@ class Recorder:
         extra = [found.retrieved.float() / found.queries, found.feature_std.float()]
         losses, (retrieval, spread) = self._read(extra)
         first, last = outcome.grad_norms.tolist()
+        rank = self._effective_rank(found.embeddings)
         self.count_corrupt(batch.work.epoch)
         seconds = max(self._line_time.lap(), 1e-9)
         self._last = MetricsLine(
@@ -131,9 +133,16 @@ class Recorder:
             skipped=self.counters.skipped + skipped,
             resumed=self.counters.resumed,
             corrupt=len(self.counters.corrupt),
+            effective_rank=rank,
         )
         self._waited, self._pictures = 0.0, 0
         self.log.metrics(self._last)
+
+    def _effective_rank(self, embeddings: Tensor | None) -> float | None:
+        if embeddings is None:
+            return None
+        gram = self.world.sum(embeddings.T @ embeddings).cpu()
+        return rank_of_gram(gram) if bool(torch.isfinite(gram).all()) else None
 
     def flush(self) -> None:
         """Send the losses since the last line on; every rank must call it at the same step."""

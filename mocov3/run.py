@@ -24,7 +24,9 @@ from mocov3.errors import UserError
 from mocov3.gradients import Views
 from mocov3.groups import hold_backbone, parameter_groups
 from mocov3.log import RunLog, warn
+from mocov3.machine import note_start
 from mocov3.online import Online
+from mocov3.pages import Pages
 from mocov3.pretrain import Job, check_divides, open_pictures
 from mocov3.recorder import Recorder
 from mocov3.saver import PICTURES, Saver, new_run_name, write_pictures
@@ -92,12 +94,14 @@ class Run:
         self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
         self.online = Online(c, world, self.model, self.source, self.log)
         self.watch = Watch(complete, world, self.model, self.log, start=self.position)
+        self.pages = Pages(self.folder, c.report_every, self.log, active=world.main)
         self._loader: Loader | None = None
 
     def _name_run(self, found: resume.Found | None) -> str:
         """The run's name: the checkpoint's, or a new one; config.yaml and the list of pictures go with it."""
         name = resume.saved_run(found) or new_run_name()
         if self.world.main:
+            note_start(self.folder, self.world, self.position.step, self.step.precision.name)
             complete = dataclasses.replace(self.config, seed=self.seed, resume="", config="")
             write_yaml(complete, self.folder / "config.yaml", f"run {name}; re-run by: mocov3 pretrain --config FILE")
             if found is None or not (self.folder / PICTURES).exists():
@@ -220,6 +224,8 @@ class Run:
             self._stop.finish()
         if done % c.checkpoint_every == 0 or done == c.epochs:
             self.save()
+        if done < c.epochs:
+            self.pages.epoch_ended(done)
         self.recorder.restart_clock()
 
     def must_stop(self) -> bool:
@@ -254,6 +260,8 @@ class Run:
             UserError: when too many pictures cannot be read, numbers stay bad, or the disk refuses the last checkpoint.
         """
         unsaved = self.saver.flush()
+        if not self._stop.signal:
+            self.pages.finish()
         where = f"the last checkpoint is not in {self.folder} ({unsaved})" if unsaved else "a checkpoint was written"
         if self._stop.refusal:
             raise UserError(f"{self._stop.refusal}; {where}")
@@ -270,6 +278,7 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         self._stop.close()
+        self.pages.close()
         if self._loader is not None:
             self._loader.close()
         self.saver.close()

@@ -1,5 +1,7 @@
 """Pictures of pictures: each with its views as training draws them, and queries with their nearest neighbours."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,53 @@ from mocov3.config import PretrainConfig
 from mocov3.config.presets import Reading
 from mocov3.data import Source, TwoViews
 from mocov3.data.decode import DecodeError, Picture
+from mocov3.data.draws import Draw, draw
 from mocov3.data.survey import scattered
 from mocov3.errors import UserError
 
 _ROWS, _PAIRS, _SIDE, _GAP, _TOP = 8, 4, 96, 4, 20
 _OTHER_CLASS = (214, 39, 40)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture and its views in some epochs."""
+
+    name: str
+    picture: Image.Image
+    """Whole, RGB."""
+    views: list[tuple[Image.Image, Image.Image]]
+    """Views 1 and 2 of each epoch, RGB."""
+    draws: list[tuple[Draw, Draw]]
+    """What was drawn for them; crops count in the padded picture."""
+
+
+def seen(source: Source, config: PretrainConfig, rows: int, epochs: int, *, seed: int = 0) -> Iterator[Seen]:
+    """At most ``rows`` readable pictures, scattered over ``source``, with their views in the first epochs."""
+    preset = config.preset
+    views = TwoViews(config.image_size, config.crop_min, preset, config.views)
+    found = 0
+    for index in scattered(len(source), 4 * rows).tolist():
+        if found == rows:
+            return
+        try:
+            data = source.read(index)
+            whole = Picture(data, preset.reading).pixels()[0]
+            made = [views(data, seed=seed, epoch=epoch, index=index) for epoch in range(epochs)]
+        except (DecodeError, OSError):
+            continue
+        height, width = whole.shape[:2]
+
+        def drawn(epoch: int, view: int, index: int = index, width: int = width, height: int = height) -> Draw:
+            return draw(preset, config.crop_min, width, height, seed=seed, epoch=epoch, index=index, view=view)
+
+        found += 1
+        yield Seen(
+            source.name(index),
+            shown(whole),
+            [(shown(a), shown(b)) for a, b in made],
+            [(drawn(epoch, 0), drawn(epoch, 1)) for epoch in range(epochs)],
+        )
 
 
 def write_sheet(path: Path, source: Source, config: PretrainConfig) -> int:
@@ -32,7 +76,6 @@ def write_sheet(path: Path, source: Source, config: PretrainConfig) -> int:
 
 def draw_views(source: Source, config: PretrainConfig) -> tuple[Image.Image, int]:
     """One picture a row, then pairs of its two views in four epochs; and the number of rows."""
-    views = TwoViews(config.image_size, config.crop_min, config.preset, config.views)
     cell = _SIDE + _GAP
     width = cell * (1 + 2 * _PAIRS) + (1 + _PAIRS) * 2 * _GAP
     sheet = Image.new("RGB", (width, _TOP + _ROWS * cell), "white")
@@ -41,20 +84,12 @@ def draw_views(source: Source, config: PretrainConfig) -> tuple[Image.Image, int
     for pair in range(_PAIRS):
         pen.text((_left(pair, 0), 4), f"views 1 and 2 (epoch {pair})", fill="black")
     row = 0
-    for index in scattered(len(source), 4 * _ROWS).tolist():
-        if row == _ROWS:
-            break
-        try:
-            data = source.read(index)
-            whole = _shown(Picture(data, config.preset.reading).pixels()[0])
-            made = [views(data, seed=0, epoch=epoch, index=index) for epoch in range(_PAIRS)]
-        except (DecodeError, OSError):
-            continue
+    for found in seen(source, config, _ROWS, _PAIRS):
         top = _TOP + row * cell
-        sheet.paste(_tile(whole), (_GAP, top))
-        for pair, both in enumerate(made):
-            for number, pixels in enumerate(both):
-                resized = _shown(pixels).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+        sheet.paste(_tile(found.picture), (_GAP, top))
+        for pair, both in enumerate(found.views):
+            for number, view in enumerate(both):
+                resized = view.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
                 sheet.paste(resized, (_left(pair, number), top))
         row += 1
     return sheet.crop((0, 0, width, _TOP + row * cell)), row
@@ -95,7 +130,7 @@ def _classes(asked: Source, bank: Source) -> tuple[np.ndarray, np.ndarray] | Non
 
 def _read(source: Source, index: int, reading: Reading) -> Image.Image:
     try:
-        return _tile(_shown(Picture(source.read(index), reading).pixels()[0]))
+        return _tile(shown(Picture(source.read(index), reading).pixels()[0]))
     except (DecodeError, OSError):
         return Image.new("RGB", (_SIDE, _SIDE), "grey")
 
@@ -106,7 +141,7 @@ def _tile(picture: Image.Image) -> Image.Image:
     return tile
 
 
-def _shown(pixels: np.ndarray) -> Image.Image:
+def shown(pixels: np.ndarray) -> Image.Image:
     """One channel as grey, of many the first three."""
     return Image.fromarray(np.ascontiguousarray(pixels[..., np.arange(3) % pixels.shape[2]]))
 

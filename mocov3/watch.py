@@ -20,12 +20,12 @@ from mocov3.distributed import World
 from mocov3.distributed.sharding import whole
 from mocov3.errors import UserError
 from mocov3.log import RunLog, warn
+from mocov3.metrics import QUALITY
 from mocov3.models import MoCo
 from mocov3.origin import origin_of_run
 from mocov3.pretrain import unseen_pictures
 from mocov3.verdict import Verdict, features_of_views, judge, pixel_features
 
-QUALITY = "quality.jsonl"
 BEST = "best_unlabelled.pth.tar"
 _SMALL = 500 * 64 * 64  # pixels that one process reads before others have started
 

@@ -10,14 +10,17 @@ from conftest import ROOT
 
 # a module may import those after it; the order of docs/architecture.md
 ORDER = [
-    "cli", "commands", "recipes", "demo", "pack", "check", "inspect", "choose", "speed", "auto",
+    "cli", "commands", "demo", "pack", "check", "inspect", "choose", "speed", "auto",
     "exporting", "export", "model_card", "formats", "formats.hub", "formats.weights", "formats.graphs", "formats.base",
     "foreign",
     "tuning.loop", "tuning.setup", "tuning.files", "tuning.recorder", "tuning.log", "tuning.evaluate", "tuning.step",
     "tuning.mixing", "tuning.model", "tuning.plan", "finetune", "tuning",
     "linear", "linear_scores", "linear_setup", "linear_files", "lincls", "knn", "embed", "embeddings",
     "logistic", "heads", "evaluation_log",
-    "run", "agreement", "online", "sheet", "resume", "saver", "recorder", "watch", "pretrain", "compare", "judge",
+    "report.command", "report.page", "report.sections", "report.panels", "report.html_parts", "report.charts",
+    "report.diagnosis", "report.curves", "report.learned", "report.runs", "report.geometry", "report.images", "report",
+    "run", "agreement", "pages", "online", "sheet", "resume", "saver", "recorder", "watch", "pretrain",
+    "compare", "judge",
     "verdict", "assemble", "footprint", "sharded", "groups",
     "frozen", "features", "strips", "step", "gradients", "depth", "precision", "augment", "origin", "start", "convert",
     "models", "models.moco", "models.backbones", "models.vit", "models.patches", "models.positions", "optim",
@@ -26,14 +29,14 @@ ORDER = [
     "quality", "intervals", "stop", "writer", "checkpoint", "tensorfiles", "vetting",
     "distributed", "distributed.launch", "distributed.batch_norm", "distributed.sharding", "distributed.world",
     "distributed.meeting", "distributed.heartbeat",
-    "log", "terminal", "loggers", "metrics",
+    "machine", "log", "terminal", "loggers", "metrics",
     "data", "data.labels", "data.survey", "data.facts", "data.transfer", "data.supervised",
     "data.labelled", "data.loader", "data.slots", "data.probes", "data.views", "data.operations", "data.native",
     "data.order", "data.draws", "data.decode", "data.bands", "data.packed", "data.shards", "data.parquet",
     "data.sources", "data.embedded", "data.lists", "data.scan", "data.index",
     "config", "config.pretrain", "config.scale", "config.own", "config.lincls", "config.evaluation", "config.finetune",
     "config.views", "config.presets", "config.loggers", "config.cheap", "config.fields", "config.archs",
-    "errors", "version",
+    "recipes", "errors", "version",
 ]  # fmt: skip
 # started from above, by name: the doors call a task, a task its loop; sources by what they are named
 LAZY = {
@@ -43,7 +46,7 @@ LAZY = {
 LIGHT = [
     "mocov3.cli", "mocov3.recipes", "mocov3.config", "mocov3.data", "mocov3.pretrain", "mocov3.log", "mocov3.stop",
     "mocov3.finetune", "mocov3.export", "mocov3.data.supervised", "mocov3.data.transfer",
-    "mocov3.lincls", "mocov3.knn", "mocov3.embed",
+    "mocov3.lincls", "mocov3.knn", "mocov3.embed", "mocov3.report.command",
 ]  # fmt: skip
 
 

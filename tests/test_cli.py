@@ -30,7 +30,8 @@ FROZEN = """
 --moco-dim --moco-mlp-dim --moco-m --moco-m-cos --moco-t --stop-grad-conv1 --optimizer --warmup-epochs --crop-min
 --output-dir --recipe --config --device --precision --image-size --patch-size --small-stem --init --view-preset
 --views --max-corrupt --checkpoint-every --checkpoint-steps --max-steps --max-hours --knn-every --nprocs-per-node
---compile --dist-timeout --keep-last --keep-every --skip-spikes --group-by --hold-out --freeze-epochs --freeze-until
+--report-every --compile --dist-timeout --keep-last --keep-every --skip-spikes --group-by --hold-out
+--freeze-epochs --freeze-until
 --layer-decay --budget --quality-every --patience --brightness --contrast --saturation --hue --jitter-probability
 --gray-probability --blur-probability --blur-sigma --solarize-probability --flip-probability
 --vertical-flip-probability --turn-probability --crop-ratio --crop-pad --mean-std --channels --bit-window

@@ -169,6 +169,14 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         group=RUN,
         metavar="EPOCHS",
     )
+    report_every: int = flag(
+        0,
+        "epochs between refreshed pages report.html, made beside the training and at its end (0: none)",
+        kind=int,
+        result=False,
+        group=RUN,
+        metavar="EPOCHS",
+    )
     nprocs_per_node: int = flag(
         0, "processes to start on this node (default: its GPUs, else 1)", kind=int, result=False, group=RANKS
     )
@@ -231,7 +239,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
             if getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
         not_negative = ("workers", "start_epoch", "lr", "weight_decay", "warmup_epochs", "checkpoint_steps",
-                        "max_steps", "max_hours", "knn_every", "nprocs_per_node", "momentum", "seed",
+                        "max_steps", "max_hours", "knn_every", "report_every", "nprocs_per_node", "momentum", "seed",
                         "keep_last", "keep_every")  # fmt: skip
         for name in not_negative:
             value = getattr(self, name)

@@ -28,6 +28,8 @@ class Statistics(NamedTuple):
     """How many queries there were: twice the pictures."""
     feature_std: Tensor
     """√dim times the mean standard deviation of the normalised queries: 1 when spread evenly, 0 when collapsed."""
+    embeddings: Tensor | None = None
+    """The normalised queries of both directions, (queries, dim): what the effective rank is computed from."""
 
 
 class MoCo(nn.Module):
@@ -90,7 +92,7 @@ class MoCo(nn.Module):
         with torch.no_grad():
             normalised = nn.functional.normalize(torch.cat([q1, q2]).float(), dim=1)
             spread = normalised.std(0).mean() * normalised.shape[1] ** 0.5
-        return total, Statistics(hits, 2 * len(q1), spread)
+        return total, Statistics(hits, 2 * len(q1), spread, normalised)
 
     def contrast(
         self,

@@ -1,0 +1,268 @@
+"""What a run's network has learned: features of some pictures by the network as it began and as it is now.
+
+Needs a checkpoint in the run's folder and the pictures that its config.yaml names; says so where they are not at hand.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mocov3 import checkpoint, quality
+from mocov3.assemble import build_model
+from mocov3.config import PretrainConfig
+from mocov3.config.presets import Reading
+from mocov3.data import Source, open_source
+from mocov3.data.decode import DecodeError, Picture
+from mocov3.data.sources import Subset
+from mocov3.data.survey import scattered
+from mocov3.distributed import World
+from mocov3.distributed.launch import pick_device
+from mocov3.errors import UserError
+from mocov3.features import stream
+from mocov3.frozen import Frozen, open_frozen
+from mocov3.neighbours import TEMPERATURE, K, nearest, vote
+from mocov3.origin import origin_of
+from mocov3.pretrain import open_pictures
+from mocov3.report.geometry import cls_attention, flat_map, spectrum
+from mocov3.report.images import THUMB, encoded, heated, sprite, thumbnail
+from mocov3.report.runs import Run
+from mocov3.sheet import shown
+from mocov3.step import normalise
+from mocov3.watch import BEST
+
+SECONDS = 60.0
+"""A network reads no more pictures once it has taken so long, but for ``FEWEST``."""
+FEWEST = 100
+_BATCH, _QUERIES, _SHOWN, _LOOKS, _SIDE, _HEADS = 50, 10, 6, 6, 112, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One network's features of the pictures, as the page shows them."""
+
+    title: str
+    map: np.ndarray
+    """(pictures, 2): principal components of the normalised features."""
+    spectrum: np.ndarray
+    """Share of the variance of each principal component."""
+    rankme: float
+    neighbours: np.ndarray
+    """(queries, shown): the nearest other pictures of each query."""
+    correct: np.ndarray | None
+    """Whether the nearest others vote for a picture's class; ``None`` without labels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """Pictures, and what networks make of them."""
+
+    pool: str
+    """Which pictures, in words."""
+    names: list[str]
+    labels: np.ndarray | None
+    classes: list[str]
+    sprite: Image.Image
+    columns: int
+    queries: np.ndarray
+    networks: list[Network]
+    attention: list[tuple[str, str, list[str]]]
+    """Name, the mean over heads and each head, as data addresses."""
+
+
+@dataclasses.dataclass
+class Found:
+    """What a run's checkpoint and pictures gave; ``remarks`` say what is missing."""
+
+    learned: Learned | None = None
+    source: Source | None = None
+    """The pictures trained on."""
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the checkpoint: file, step, digest, licence, origin."""
+    remarks: list[str] = dataclasses.field(default_factory=list)
+
+
+def look(run: Run, *, pictures: int, device: str) -> Found:
+    """What the newest checkpoint of ``run`` has learned.
+
+    Args:
+        run: with its configuration.
+        pictures: how many to look at, at most.
+        device: as ``--device``.
+    """
+    found = Found()
+    config = run.config
+    if config is None:
+        found.remarks.append("config.yaml could not be read, so neither pictures nor network are known")
+        return found
+    try:
+        found.source, held_out, _ = open_pictures(config)
+    except (UserError, OSError) as error:
+        found.remarks.append(f"the pictures are not at hand: {error}")
+    try:
+        file, contents = _checkpoint(run)
+    except (UserError, OSError) as error:
+        found.remarks.append(str(error))
+        return found
+    found.facts = _facts(file.name, contents)
+    if found.source is None:
+        return found
+    try:
+        world = World(0, 1, pick_device(device, None))
+        trained = open_frozen(str(file), flag="checkpoint").to(world.device)
+        pool, about = _pool(config, found.source, held_out)
+        found.learned = _learn(config, trained, pool, about, world, pictures, found.remarks)
+    except (UserError, OSError) as error:
+        found.remarks.append(f"the network of {file.name} could not be looked at: {error}")
+    return found
+
+
+def _checkpoint(run: Run) -> tuple[Any, dict[str, Any]]:
+    try:
+        newest = checkpoint.newest(run.folder)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--resume auto: ")) from None
+    if newest is not None:
+        return newest[0], newest[1]
+    best = run.folder / BEST
+    if best.is_file():
+        return best, checkpoint.read(best)
+    raise UserError("there is no checkpoint in the run's folder yet")
+
+
+def _facts(name: str, contents: dict[str, Any]) -> dict[str, Any]:
+    given = contents.get("mocov3")
+    own: dict[str, Any] = given if isinstance(given, dict) else {}
+    kept = {k: own[k] for k in ("run", "step", "seed", "pictures", "data_digest") if isinstance(own.get(k), str | int)}
+    return {"checkpoint": name, "epochs": contents.get("epoch"), **kept, **origin_of(contents)}
+
+
+def _pool(config: PretrainConfig, source: Source, held_out: Source | None) -> tuple[Source, str]:
+    """Pictures that were not trained on, if there are some; else those that were."""
+    try:
+        return open_source(config.data, "val"), "validation pictures (not trained on)"
+    except UserError:
+        pass
+    if held_out is not None and len(held_out) >= FEWEST:
+        return held_out, "pictures held out from training"
+    return source, "pictures that were trained on (none were kept back)"
+
+
+def _learn(
+    config: PretrainConfig, trained: Frozen, pool: Source, about: str, world: World, pictures: int, remarks: list[str]
+) -> Learned:
+    indices = scattered(len(pool), pictures)
+    thumbs, readable = _thumbs(pool, indices, config.preset.reading)
+    if len(readable) < 3:
+        raise UserError("fewer than three of its pictures can be read")
+    chosen = Subset(pool, readable)
+    now, seconds = _features(trained, chosen, world, None)
+    before, title = _beginning(config, trained, chosen, world, len(now), seconds, remarks)
+    n = min(len(now), len(before)) if before is not None else len(now)
+    # both saw the same pictures in the same order: the first n of a fixed shuffle
+    order = _shuffle(len(readable))[:n]
+    back = np.argsort(order)
+    chosen, thumbs = Subset(pool, readable[order[back]]), [thumbs[i] for i in order[back]]
+    labels = chosen.labels
+    if labels is not None and len(np.unique(labels)) < 2:
+        labels = None
+    queries = _choose(labels, n)
+    both = [(title, before), ("trained", now)] if before is not None else [("trained", now)]
+    networks = [_network(name, x[:n][torch.from_numpy(back)], labels, queries) for name, x in both]
+    columns = int(np.ceil(np.sqrt(n)))
+    if n < len(pool):
+        about = f"{n} of {len(pool)} {about}"
+    else:
+        about = f"all {n} {about}"
+    return Learned(about, [chosen.name(i) for i in range(n)], labels, chosen.classes if labels is not None else [],
+                   sprite(thumbs, columns), columns, queries, networks,
+                   _attention(trained, chosen, queries, world))  # fmt: skip
+
+
+def _thumbs(pool: Source, indices: np.ndarray, reading: Reading) -> tuple[list[Image.Image], np.ndarray]:
+    thumbs, readable = [], []
+    for i in indices.tolist():
+        try:
+            thumbs.append(thumbnail(shown(Picture(pool.read(i), reading).pixels()[0]), THUMB))
+        except (DecodeError, OSError):
+            continue
+        readable.append(i)
+    return thumbs, np.array(readable, dtype=np.int64)
+
+
+def _shuffle(n: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(0)).permutation(n)
+
+
+def _features(frozen: Frozen, source: Source, world: World, most: int | None) -> tuple[Tensor, float]:
+    """Features of the pictures in shuffled order, until ``SECONDS`` have passed or ``most`` are read; the seconds."""
+    order = _shuffle(len(source))[:most]
+    batches = [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
+    parts, began, count = [], time.monotonic(), 0
+    for part in stream(frozen.network, frozen.features, source, frozen.view, batches, device=world.device,
+                       mean=frozen.preset.mean, std=frozen.preset.std):  # fmt: skip
+        parts.append(part.features.cpu())
+        count += len(part.indices)
+        if count >= FEWEST and time.monotonic() - began > SECONDS:
+            break
+    x = torch.cat(parts)
+    if not bool(torch.isfinite(x).all()):
+        raise UserError("its features are not finite")
+    return x, time.monotonic() - began
+
+
+def _beginning(
+    config: PretrainConfig, trained: Frozen, source: Source, world: World, most: int, seconds: float, remarks: list[str]
+) -> tuple[Tensor | None, str]:
+    """Features of the network as the run began with it, built anew from its seed or from ``--init``."""
+    title = "at the start" if config.init else "untrained"
+    try:
+        torch.manual_seed(config.seed or 0)
+        encoder: Any = build_model(dataclasses.replace(config, grad_checkpoint=False), world).base_encoder
+        frozen = dataclasses.replace(trained, network=encoder.eval(), features=encoder.features)
+        return _features(frozen, source, world, most)[0], title
+    except (UserError, OSError) as error:
+        remarks.append(f"the network that the run began with could not be built: {error}")
+        return None, title
+
+
+def _network(title: str, x: Tensor, labels: np.ndarray | None, queries: np.ndarray) -> Network:
+    k = min(max(K, _SHOWN), len(x) - 1)
+    found = nearest(x, x, k, own=torch.arange(len(x)))
+    correct = None
+    if labels is not None:
+        own = torch.from_numpy(np.asarray(labels, np.int64))
+        chosen = vote(found, own, [k], [TEMPERATURE], classes=int(own.max()) + 1)[k, TEMPERATURE]
+        correct = (chosen == own).numpy()
+    return Network(title, flat_map(x).numpy(), spectrum(x).numpy(), quality.rankme(x),
+                   found.index[queries, :_SHOWN].numpy(), correct)  # fmt: skip
+
+
+def _choose(labels: np.ndarray | None, n: int) -> np.ndarray:
+    """Queries: the first of each of the first classes, or evenly spread ones."""
+    if labels is not None:
+        return np.array([np.flatnonzero(labels == c)[0] for c in np.unique(labels)[:_QUERIES]])
+    return np.unique(np.linspace(0, n - 1, min(n, _QUERIES)).round().astype(int))
+
+
+def _attention(frozen: Frozen, source: Source, queries: np.ndarray, world: World) -> list[tuple[str, str, list[str]]]:
+    """Attention of the cls token on some pictures; nothing for networks without one."""
+    view: Callable[..., Any] = frozen.view
+    looked = queries[:_LOOKS].tolist()
+    pixels = np.stack([view(source.read(i))[0] for i in looked])
+    x = normalise(pixels, world.device, frozen.preset.mean, frozen.preset.std)
+    network: nn.Module = frozen.network
+    found = cls_attention(network, x)
+    if found is None:
+        return []
+    heads = found.cpu().numpy().astype(float)
+    return [
+        (source.name(i), encoded(heated(picture, weights.mean(0), _SIDE)),
+         [encoded(heated(picture, one, _SIDE // 2)) for one in weights[:_HEADS]])
+        for i, picture, weights in zip(looked, (np.asarray(shown(p)) for p in pixels), heads, strict=True)
+    ]  # fmt: skip
