@@ -24,9 +24,10 @@ def test_without_a_gpu_everything_is_skipped_and_said(tmp_path):
 
 
 def test_parts_run():
-    """The program itself, at sizes whose numbers mean nothing: nothing is skipped, nothing fails."""
-    parts = ["Kernel launches of the update", "A step against an eager one", "Batch 4096 in 12 GB", "Bit-equal resume"]
-    done = subprocess.run([*PROGRAM, "--rehearse", "--parts", *parts], capture_output=True, text=True, timeout=600)
+    """Two parts at sizes whose numbers mean nothing (``--rehearse`` alone runs all): nothing skipped, nothing failed."""
+    parts = ["Kernel launches of the update", "Batch 4096 in 12 GB"]
+    done = subprocess.run([*PROGRAM, "--rehearse", "--parts", *parts], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Skipped" not in done.stdout
-    assert "tensors bit-equal" in done.stdout
+    assert "| resnet10_w32 | lars |" in done.stdout
+    assert "pictures/s" in done.stdout
