@@ -39,9 +39,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = models.build(args.arch, image_size=args.image_size, dim=128, mlp_dim=512, temperature=0.2)
     model.to(device=device, memory_format=torch.channels_last).train()
-    optimizer = build_optimizer(
-        model.parameters(), "adamw", weight_decay=0.05, momentum=0.9, fused=device.type != "cpu"
-    )
+    optimizer = build_optimizer(model.parameters(), "adamw", weight_decay=0.05, momentum=0.9)
     step = Step(model, optimizer, world=world, precision=Precision("fp32", device))
     views = [torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device) for _ in "12"]
 

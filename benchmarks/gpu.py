@@ -287,9 +287,9 @@ def views_on_device(machine: Machine) -> list[str]:
 
 def large_batch(machine: Machine) -> list[str]:
     """ViT-B at batch 4096 where only 12 GB may be used."""
+    machine.need_gpu()
     if "micro_batch" not in {f.name for f in fields(PretrainConfig)}:
         raise Skip("this version has no --micro-batch")
-    machine.need_gpu()
     if not machine.rehearsal and torch.cuda.get_device_properties(machine.device).total_memory < 12e9:
         raise Skip("the GPU has less than 12 GB")
     flags = ["-a", machine.pick("vit_base", "vit_tiny"), "-b", machine.pick(4096, 16), "--optimizer", "adamw",
@@ -322,7 +322,7 @@ def launches(machine: Machine) -> list[str]:
     machine.need_gpu()
     lines = ["| update of | optimizer | kernel launches |", "|---|---|---:|"]
     for arch, optimizer in machine.pick([("resnet50", "lars"), ("vit_small", "adamw"), ("vit_base", "adamw")],
-                                        [("resnet18", "lars")]):  # fmt: skip
+                                        [("resnet10_w32", "lars")]):  # fmt: skip
         model = models.build(arch).to(machine.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         made: Any = build_optimizer(model.parameters(), optimizer, weight_decay=0.1, momentum=0.9)
         for p in model.parameters():

@@ -41,7 +41,7 @@ def by_timm(vit, x, kept=None):
 def same(got, want, parameters, tolerance=1e-10):
     weights = torch.randn_like(want)
     ours, theirs = (torch.autograd.grad((f * weights).sum(), parameters, allow_unused=True) for f in (got, want))
-    assert torch.allclose(got, want, rtol=0, atol=tolerance * float(want.norm()))
+    assert torch.allclose(got, want, rtol=0, atol=tolerance * float(want.detach().norm()))
     for a, b in zip(ours, theirs, strict=True):
         assert (a is None) == (b is None)
         assert a is None or float((a - b).norm()) <= tolerance * float(b.norm() + 1)
