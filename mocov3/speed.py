@@ -63,6 +63,11 @@ def epoch_seconds(config: PretrainConfig, source: Source, pictures: int) -> tupl
     return step * max(pictures // batch, 1), loading, batch
 
 
+def images_per_second(config: PretrainConfig, batch: int) -> float:
+    """Pictures a second that training steps of ``batch`` take on the device of ``config``."""
+    return batch / _step_seconds(config, pick_device(config.device, config.gpu), batch)
+
+
 def total_seconds(training: float, loading: float, device: str) -> float:
     """Time of an epoch: on a CPU both share the cores, elsewhere the slower one decides."""
     return training + loading / 2 if device == "cpu" else max(training, loading)
