@@ -38,7 +38,9 @@ def main() -> None:
     speeds = SPEEDS | {name: float(value) for name, value in (text.split("=") for text in args.speed)}
     counts = {arch: count_memory(config_of(arch), sixteen_bits=True) for arch in ARCHS}
     cards = " | ".join(f"one pass / micro-batch of {BATCH}, {card} GB" for card in CARDS)
-    print(f"| arch | weights, both encoders | gradients | optimizer | a picture (2 views) | heads of {BATCH} | {cards} |")
+    print(
+        f"| arch | weights, both encoders | gradients | optimizer | a picture (2 views) | heads of {BATCH} | {cards} |"
+    )
     print("|---|" + "---:|" * (5 + len(CARDS)))
     for arch, c in counts.items():
         fits = []
