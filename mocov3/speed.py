@@ -91,7 +91,8 @@ def _step_seconds(config: PretrainConfig, device: torch.device, batch: int) -> f
         model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = build_optimizer(model.parameters(), config.optimizer, weight_decay=0.0, momentum=0.9)
         precision = Precision(resolve_precision(config.precision, device, script_door=False), device)
-        step = Step(model, optimizer, world=World(0, 1, device), precision=precision)
+        micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else 0
+        step = Step(model, optimizer, world=World(0, 1, device), precision=precision, micro_batch=micro_batch)
         x1, x2 = (
             torch.randn(batch, config.channels, config.image_size, config.image_size, device=device) for _ in range(2)
         )

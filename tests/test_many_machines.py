@@ -145,11 +145,11 @@ def test_the_sbatch_file():
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)", text, re.MULTILINE))
     assert options["ntasks-per-node"] == "1"
     assert options["signal"].startswith("USR1@")
-    words = shlex.split(text[text.index("srun torchrun") :].split("&\n")[0].replace("\\\n", " "))
-    start = words.index("main_moco.py")
-    assert words[words.index("--nproc-per-node") + 1] == options["gpus-per-node"]
-    config = parse_script("main_moco.py", words[start + 1 :])
+    command = text[text.index("srun ") :].split("\ncode=")[0].replace("$SLURM_NNODES", options["nodes"])
+    words = shlex.split(command.replace("\\\n", " "))
+    config = parse_script("main_moco.py", words[words.index("start") + 1 :])
     config.check()
+    assert (config.multiprocessing_distributed, config.world_size) == (True, int(options["nodes"]))
     gpus = int(options["nodes"]) * int(options["gpus-per-node"])
     assert config.batch_size % gpus == 0
     assert config.resume == "auto"
