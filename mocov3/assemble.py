@@ -36,9 +36,11 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
         backbone.set_grad_checkpointing(True)
     if world.size > 1:
         synchronise_batch_norm(model)
-    # channels-last is the layout convolutions are fastest in; names and values are the same
-    model.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if c.fsdp and world.size > 1:
+    shared = c.fsdp and world.size > 1
+    # channels-last is the layout convolutions are fastest in, names and values are the same; FSDP2 cannot cut it up
+    layout = torch.contiguous_format if shared else torch.channels_last
+    model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
+    if shared:
         shard_model(model, world)
     return model.train()
 
@@ -75,6 +77,13 @@ def count_memory(config: PretrainConfig, *, sixteen_bits: bool) -> Footprint:
         sixteen_bits=sixteen_bits,
         grad_checkpoint=config.grad_checkpoint,
     )
+
+
+def count_norms(config: PretrainConfig) -> int:
+    """Channels of all batch norms of a configuration's networks, momentum encoder included."""
+    with torch.device("meta"):
+        model = _plain_model(config)
+    return sum(m.num_features for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
 
 
 def resolve_micro_batch(config: PretrainConfig, world: World, precision: str) -> int:

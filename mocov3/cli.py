@@ -45,6 +45,7 @@ usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
 
   pretrain   learn features from a folder of pictures without labels
   check      look at pictures and machine before training: facts, faults, speed, a sheet of views
+  plan       micro-batch, memory and time on GPUs that are not at hand
   inspect    what a weights file is, what it is good for, its origin and licence
   compare    networks side by side, judged without labels or with few
   finetune   train a classifier end to end from pre-trained weights (DeiT's recipe), and transfer

@@ -76,6 +76,16 @@ def _check(argv: list[str]) -> int:
     return main(args, read_pretrain(rest, "mocov3 check", {"recipe": "auto"}))
 
 
+def _plan(argv: list[str]) -> int:
+    from mocov3.plan import main, parse
+
+    args, rest = parse(argv)
+    config = parse_pretrain(rest, prog="mocov3 plan", defaults={"recipe": "defaults"})
+    if config.recipe in ("auto", "adapt"):
+        raise UserError(f"--recipe {config.recipe} looks at pictures and machine; name another to plan for others")
+    return main(args, config)
+
+
 def _inspect(argv: list[str]) -> int:
     from mocov3.inspect import main
 
@@ -225,6 +235,7 @@ def _pack(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": _pretrain,
     "check": _check,
+    "plan": _plan,
     "inspect": _inspect,
     "compare": _compare,
     "finetune": _finetune,

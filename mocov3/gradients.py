@@ -72,8 +72,8 @@ class MicroBatches:
     its statistics are those of each micro-batch (of all ranks), and running statistics move once a view, by the mean
     of the micro-batches'; loss, gradients and heads are exact for that network.
 
-    Stochastic depth draws what it would draw for the whole batch. Other draws inside the backbone (dropout) are made a
-    micro-batch at a time, and are the same in both passes.
+    Stochastic depth draws what it would draw for the whole batch. Other draws inside the backbone (dropout, tokens
+    that are kept) are made a micro-batch at a time, and are the same in both passes.
 
     Args:
         model: in training mode, on its device.

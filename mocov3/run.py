@@ -81,6 +81,8 @@ class Run:
         self.log = self._open_log(job.script_door)
         if c.micro_batch:
             self.log.say(describe_micro_batch(micro_batch, c, world, self.model))
+        if c.fsdp and world.size == 1:
+            self.log.say("--fsdp: there is one process, so nothing is shared out")
         complete = dataclasses.replace(c, seed=self.seed)
         self.saver = Saver(world, complete, self._name_run(found), self.source, self.log)
         self.recorder = Recorder(

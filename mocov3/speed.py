@@ -63,6 +63,11 @@ def epoch_seconds(config: PretrainConfig, source: Source, pictures: int) -> tupl
     return step * max(pictures // batch, 1), loading, batch
 
 
+def images_per_second(config: PretrainConfig, batch: int) -> float:
+    """Pictures a second that training steps of ``batch`` take on the device of ``config``."""
+    return batch / _step_seconds(config, pick_device(config.device, config.gpu), batch)
+
+
 def total_seconds(training: float, loading: float, device: str) -> float:
     """Time of an epoch: on a CPU both share the cores, elsewhere the slower one decides."""
     return training + loading / 2 if device == "cpu" else max(training, loading)
@@ -86,7 +91,8 @@ def _step_seconds(config: PretrainConfig, device: torch.device, batch: int) -> f
         model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = build_optimizer(model.parameters(), config.optimizer, weight_decay=0.0, momentum=0.9)
         precision = Precision(resolve_precision(config.precision, device, script_door=False), device)
-        step = Step(model, optimizer, world=World(0, 1, device), precision=precision)
+        micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else 0
+        step = Step(model, optimizer, world=World(0, 1, device), precision=precision, micro_batch=micro_batch)
         x1, x2 = (
             torch.randn(batch, config.channels, config.image_size, config.image_size, device=device) for _ in range(2)
         )

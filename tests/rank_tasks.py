@@ -130,3 +130,27 @@ def heads(world, path):
         torch.save(made.state(), path)
     world.barrier()
     return 0
+
+
+def differing(world, _):
+    """Ranks of another flag, other pictures, or the same but for what may differ."""
+    from mocov3.agreement import check_agreement
+    from mocov3.config import PretrainConfig
+    from mocov3.errors import UserError
+
+    second = world.rank == 1
+    check_agreement(world, PretrainConfig(data=f"/mnt/{world.rank}", workers=world.rank + 1), {"pictures": "a"})
+    cases = [
+        (PretrainConfig(lr=0.5 if second else 0.6), "a", "ranks differ in --lr: 0.6 on rank 0; 0.5 on rank 1;"),
+        (PretrainConfig(micro_batch="auto" if second else 0), "a", "in --micro-batch: 0 on rank 0; 'auto' on rank 1;"),
+        (PretrainConfig(), "b" if second else "a", "in pictures: a on rank 0; b on rank 1; every machine needs"),
+        (PretrainConfig(recipe="auto", epochs=10 + world.rank), "a", "--recipe auto measures on each rank"),
+    ]
+    for config, digest, message in cases:
+        try:
+            check_agreement(world, config, {"pictures": digest})
+        except UserError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(message)
+    return 0

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # a module may import those after it; the order of docs/architecture.md
 ORDER = [
-    "cli", "commands", "demo", "pack", "check", "inspect", "choose", "speed", "auto",
+    "cli", "commands", "demo", "pack", "check", "plan", "inspect", "choose", "speed", "auto",
     "exporting", "export", "model_card", "formats", "formats.hub", "formats.weights", "formats.graphs", "formats.base",
     "foreign",
     "tuning.loop", "tuning.setup", "tuning.files", "tuning.recorder", "tuning.log", "tuning.evaluate", "tuning.step",

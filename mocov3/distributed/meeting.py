@@ -6,6 +6,7 @@ them, the largest number that it divides over trains, and the others stand by.
 
 import os
 import secrets
+import signal
 import time
 from datetime import timedelta
 from typing import Any
@@ -84,6 +85,8 @@ def largest_dividing(size: int, batch: int) -> int:
 
 def stand_by(address: str, rank: int, timeout: timedelta, period: float = 1.0) -> int:
     """Wait until the ranks that train are done, and return their exit code; torchrun ends this rank if one fails."""
+    if hasattr(signal, "SIGUSR1"):  # asks those that train for a checkpoint
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     store = open_store(address, rank, timeout)
     try:
         while not store.check([_DONE]):

@@ -4,6 +4,7 @@ Every block of an encoder, its stem, projector and predictor are gathered when t
 Files always hold the whole tensors, so that checkpoints do not depend on how a run was spread.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,8 @@ def shard(world: World, units: Iterable[nn.Module], calls: dict[nn.Module, list[
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # features are often a view of more; nothing writes into them
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     for unit in units:
         fully_shard(unit, mesh=mesh)
