@@ -112,7 +112,7 @@ def test_there_are_enough_of_each_kind():
     ("name", "more"),
     [
         ("collapse_wd", ["--epochs", "3", "--warmup-epochs", "1", "-p", "1"]),
-        ("starve_big", ["-b", "4", "--max-steps", "12", "-p", "1"]),
+        ("starve_big", ["-b", "8", "--max-steps", "12", "-p", "1"]),
         ("early", ["--max-steps", "6"]),
     ],
 )
@@ -384,6 +384,21 @@ def test_what_is_missing_is_said(trained, tmp_path, capsys):
     (folder / "checkpoint_0001.pth.tar").write_bytes(b"damaged")
     assert "checkpoint_0001.pth.tar" in said()
     assert "What it sees" in (folder / "report.html").read_text()
+
+
+def test_numbers_of_any_kind_make_a_page(tmp_path, capsys):
+    odd = [{}, {"loss": 1e308, "loss_start": 0, "loss_floor": 0, "lr": "x", "skipped": 5, "retrieval_accuracy": 1e300},
+           {"loss": None, "iteration": -7, "grad_norm_first": -1, "data_wait": {"a": 1}}]  # fmt: skip
+    for i, more in enumerate(odd):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        lines = [json.dumps({"step": step, "epoch": 0, **more}) for step in range(12)]
+        (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": NaN, "epoch": Infinity}']))
+        (folder / "quality.jsonl").write_text('{"name": ["start"], "epoch": 1, "retrieval": 5, "rankme": "x"}\n[]\n')
+        (folder / "machine.jsonl").write_text('{"time": {"a": 1}}\n{}\n3\n')
+        assert main(["report", str(folder), "--pictures", "0"]) == 0
+        assert capsys.readouterr().err == ""
+        data_of((folder / "report.html").read_text())
 
 
 @pytest.mark.parametrize(
