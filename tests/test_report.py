@@ -446,7 +446,6 @@ def test_without_plotly_a_line_says_so(trained, monkeypatch, capsys):
 def test_a_page_that_fails_is_a_warning(tmp_path, capsys):
     log = RunLog(tmp_path, active=False, style="quiet", epochs=1, iterations=1, start=1, floor=0, first_step=0)
     pages = Pages(tmp_path, 1, log, active=True)
-    pages.epoch_ended(1)
     pages.finish()
     assert "report.html could not be made" in (said := capsys.readouterr().err)
     assert "holds no metrics.jsonl" in said

@@ -22,10 +22,9 @@ SPIKE_SHARE, SPIKE_COUNT, FELL_BACK, SKIPPED_SHARE = 0.03, 3, 0.15, 0.005
 WAITING = 0.3
 
 RULES = [
-    ("too early", f"fewer than {FEW_LINES} lines of metrics, or still warming up without a sign of trouble or "
-                  "learning"),
-    ("collapsed", f"late in the run (its last fifth) the queries' spread is below {SPREAD}; or their effective rank "
-     f"is below {RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the start; or, "
+    ("too early", f"fewer than {FEW_LINES} lines of metrics, or the warm-up is not over and nothing is wrong"),
+    ("collapsed", f"late in the run (its last fifth) the queries' spread is below {SPREAD}; or their effective "
+     f"rank is below {RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the start; or, "
      f"on {ENOUGH_LINES} lines or more, after learning or after the warm-up, the loss is back at its start and own "
      "pictures are found no more often than by chance"),
     ("unstable", f"{SPIKE_COUNT} gradient spikes or more (a norm {SPIKE:.0f} times the medians before and after it), "

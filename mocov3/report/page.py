@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -44,7 +44,7 @@ class Shown:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     remarks: list[str] = dataclasses.field(default_factory=list)
 
-    @property
+    @cached_property
     def diagnosis(self) -> Diagnosis:
         """The verdict."""
         return diagnose(self.run)
