@@ -49,7 +49,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "collapse_wd": ("collapsed", [*RESNET, "--wd", "300"]),
     "spike_vit": ("unstable", [*VIT, *SHARP, "--lr", ".5"]),
     "spike_vit_again": ("unstable", [*VIT, *SHARP, "--lr", ".4", "--seed", "1"]),
-    "spike_resnet": ("unstable", [*RESNET, *SHARP, "--lr", ".3"]),
+    "spike_vit_higher": ("unstable", [*VIT, *SHARP, "--lr", ".6", "--seed", "2"]),
     "starve_big": ("starved", [*RESNET]),
     "starve_big_vit": ("starved", [*VIT, "--lr", "2e-3", "--stop-grad-conv1"]),
     "starve_big_alone": ("starved", [*RESNET, "-j", "0"]),
@@ -57,8 +57,8 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-def pictures(folder: Path, name: str) -> Path:
-    """1,200 embedded pictures as small files; 192 of 1.4 Mpx each for the names with ``big``."""
+def pictures(folder: Path, name: str, count: int = 0) -> Path:
+    """1,200 embedded pictures as small files; 192 of 1.4 Mpx each for the names with ``big``; or ``count``."""
     from PIL import Image
 
     from mocov3.data import FashionMnist
@@ -68,14 +68,14 @@ def pictures(folder: Path, name: str) -> Path:
     if place.exists():
         return place
     place.mkdir()
-    images = FashionMnist("train").images[: 192 if big else 1200]
+    images = FashionMnist("train").images[: count or (192 if big else 1200)]
     noise = np.random.Generator(np.random.PCG64(0))
     for i, image in enumerate(images):
         shown = Image.fromarray(image)
         if big:
             grain = noise.integers(0, 24, (1024, 1365), dtype=np.uint8)
             shown = Image.fromarray(np.asarray(shown.resize((1365, 1024))) // 2 + grain)
-        shown.save(place / f"{i:04d}.png")
+        shown.save(place / f"{i:04d}.png", compress_level=1)
     return place
 
 
@@ -105,9 +105,9 @@ def train(name: str, data: Path, out: Path, more: Sequence[str]) -> None:
     raise SystemExit(main(parse_pretrain(argv, prog="verdicts"), script_door=False))
 
 
-def train_apart(name: str, place: Path, more: Sequence[str] = ()) -> None:
+def train_apart(name: str, place: Path, more: Sequence[str] = (), count: int = 0) -> None:
     """Train one run in a process of its own, into ``place/name``; ``more`` flags come last."""
-    data, out = pictures(place, name), place / name
+    data, out = pictures(place, name, count), place / name
     command = [sys.executable, __file__, "--train", name, str(data), str(out), *more]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 

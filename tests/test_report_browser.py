@@ -107,7 +107,7 @@ def test_hover_and_linked_zoom(opened):
     box = loss.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("#loss .hoverlayer .hovertext", timeout=10_000)
-    label = page.locator("#loss .hoverlayer").inner_text()
+    label = page.locator("#loss .hoverlayer").text_content()
     assert "epoch" in label
     assert "step" in label
     before = page.evaluate("document.getElementById('loss')._fullLayout.xaxis.range")
@@ -159,7 +159,6 @@ def test_map_shows_thumbnails_on_hover_and_zoom(opened):
     page = opened()
     id = "map-r0-1"
     near(page, id)
-    page.evaluate("id => document.getElementById(id).closest('section')", id)
     place = page.evaluate("""id => {
         const plot = document.getElementById(id), l = plot._fullLayout, box = plot.getBoundingClientRect();
         const t = plot.data[0];
@@ -172,12 +171,11 @@ def test_map_shows_thumbnails_on_hover_and_zoom(opened):
     assert tip.inner_text().startswith(("<img src=x", "stripes")) or ".png" in tip.inner_text()
     assert tip.locator(".thumb").count() == 1
     assert page.evaluate("id => (document.getElementById(id).layout.images || []).length", id) == 0
-    page.evaluate("id => document.getElementById(id).focus()", id)
-    for _ in range(12):
-        page.keyboard.press("+")
-        page.wait_for_timeout(150)
-        if page.evaluate("id => document.getElementById(id).dataset.pictures > 0", id):
-            break
+    page.mouse.move(place[0] - 12, place[1] - 12)
+    page.mouse.down()
+    page.mouse.move(place[0] + 12, place[1] + 12, steps=5)
+    page.mouse.up()
+    page.wait_for_function("id => document.getElementById(id).dataset.pictures > 0", arg=id)
     shown = page.evaluate("id => document.getElementById(id).layout.images.map(i => i.source.slice(0, 22))", id)
     assert 0 < len(shown) <= 80
     assert set(shown) == {"data:image/jpeg;base64"}

@@ -58,7 +58,7 @@ def chart(
 ) -> Chart:  # fmt: skip
     """A chart; ``layout`` goes to plotly."""
     shapes, notes = list(layout.pop("shapes", [])), list(layout.pop("annotations", []))
-    for at in levels:
+    for at in (at for at in levels if math.isfinite(at["y"])):
         log = layout.get("yaxis", {}).get("type") == "log"
         shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": at["y"], "y1": at["y"],
                        "line": {"dash": "dash", "width": 1}})  # fmt: skip

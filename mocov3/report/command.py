@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mocov3.config.fields import Parser
 from mocov3.errors import UserError, printable
 from mocov3.report.page import Shown, packed_plotly, render
@@ -68,8 +70,9 @@ def write_page(runs: Sequence[Run], output: Path, *, pictures: int = PICTURES, d
     Raises:
         UserError: if plotly is not installed or the page cannot be written.
     """
-    shown = [_show(run, f"r{i}", pictures, device) for i, run in enumerate(runs)]
-    page = render(shown)
+    with np.errstate(all="ignore"):  # whatever a file says, it is shown or left out
+        shown = [_show(run, f"r{i}", pictures, device) for i, run in enumerate(runs)]
+        page = render(shown)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

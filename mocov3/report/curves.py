@@ -62,7 +62,11 @@ def _medians(padded: np.ndarray, n: int) -> np.ndarray:
     windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[:n]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # windows without a value
-        return np.concatenate([np.nanmedian(part, axis=1) for part in np.array_split(windows, n // 4096 + 1)])
+        gaps = np.isnan(windows).any(axis=1)
+        found = np.empty(n)
+        found[~gaps] = np.median(windows[~gaps], axis=1)  # many times as fast as nanmedian
+        found[gaps] = np.nanmedian(windows[gaps], axis=1)
+        return found
 
 
 def spikes(y: Float[np.ndarray, "points"], factor: float = SPIKE) -> Bool[np.ndarray, "points"]:

@@ -15,23 +15,21 @@ from mocov3.report.runs import Run
 
 LATE = 0.2
 """The last part of a run that is judged; at least five lines."""
-FEW_LINES = 10
+FEW_LINES, ENOUGH_LINES = 10, 30
 SPREAD, RANK_SHARE, RANK_FALL = 0.3, 0.15, 0.3
 PROGRESS, ABOVE_CHANCE = 0.05, 2.0
-SPIKE_SHARE, SPIKE_COUNT, FELL_BACK, SKIPPED_SHARE = 0.02, 3, 0.15, 0.005
+SPIKE_SHARE, SPIKE_COUNT, FELL_BACK, SKIPPED_SHARE = 0.03, 3, 0.15, 0.005
 WAITING = 0.3
 
 RULES = [
-    ("too early", f"fewer than {FEW_LINES} lines of metrics, or still warming up without a sign of trouble or "
-                  "learning"),
-    ("collapsed", f"late in the run (its last fifth) the queries' spread is below {SPREAD}; or their "
-                  "effective rank is below "
-     f"{RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the start; "
-     "or, after learning "
-     "or after the warm-up, the loss is back at its start and own pictures are found no more often than by chance"),
-    ("unstable", f"{SPIKE_COUNT} gradient spikes or more (a norm {SPIKE:.0f} times the medians before and after it) "
-     f"that make up {SPIKE_SHARE:.0%} of the lines; or {SKIPPED_SHARE:.1%} of the steps skipped; or the loss has "
-     f"fallen back by {FELL_BACK:.0%} of the way from start to floor"),
+    ("too early", f"fewer than {FEW_LINES} lines of metrics, or the warm-up is not over and nothing is wrong"),
+    ("collapsed", f"late in the run (its last fifth) the queries' spread is below {SPREAD}; or their effective "
+     f"rank is below {RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the start; or, "
+     f"on {ENOUGH_LINES} lines or more, after learning or after the warm-up, the loss is back at its start and own "
+     "pictures are found no more often than by chance"),
+    ("unstable", f"{SPIKE_COUNT} gradient spikes or more (a norm {SPIKE:.0f} times the medians before and after it), "
+     f"{SPIKE_SHARE:.0%} of the lines at least; or {SKIPPED_SHARE:.1%} of the steps skipped; or, on {ENOUGH_LINES} "
+     f"lines or more, the loss has fallen back by {FELL_BACK:.0%} of the way from start to floor"),
     ("starved of data", f"late in the run more than {WAITING:.0%} of the time goes into waiting for pictures"),
     ("learning", f"the loss has come {PROGRESS:.0%} of the way from start to floor, and own pictures are found "
      f"{ABOVE_CHANCE:.0f} times as often as by chance"),
@@ -153,7 +151,7 @@ def _collapsed(f: _Facts) -> Finding | None:
         return Finding("collapsed", f"The queries use {rank:.1f} of {width:.0f} directions (effective rank; "
                                     f"{first:.1f} at the "
                        "start): dimensional collapse.", advice)  # fmt: skip
-    if math.isnan(f.chance) or len(f.run) < FEW_LINES:
+    if math.isnan(f.chance) or len(f.run) < ENOUGH_LINES:
         return None
     lost = f.progress < 0.01 and f.found < 1.5 * f.chance
     if lost and (f.best > PROGRESS or f.warm):
@@ -189,10 +187,10 @@ def _unstable(f: _Facts) -> Finding | None:
     if count >= max(SPIKE_COUNT, SPIKE_SHARE * n):
         reasons.append(f"{count} of {n} lines have a spike in the {where} layer's gradient")
     steps = f.run.columns["step"]
-    skipped, done = float(np.nanmax(c["skipped"], initial=0)), float(steps[-1]) + 1
+    skipped, done = float(np.nan_to_num(c["skipped"]).max(initial=0)), float(steps[-1]) + 1
     if skipped >= max(2, SKIPPED_SHARE * done):
         reasons.append(f"{skipped:.0f} of {done:.0f} steps were skipped")
-    if f.best - f.progress > FELL_BACK:
+    if n >= ENOUGH_LINES and f.best - f.progress > FELL_BACK:
         reasons.append(
             f"the loss has fallen back from {_percent(f.best)} of the way to its floor to {_percent(f.progress)}"
         )

@@ -27,16 +27,16 @@
     const layout = JSON.parse(JSON.stringify(spec.layout));
     const axes = Object.keys(layout).filter(key => /^[xy]axis/.test(key));
     for (const key of axes) {
-      layout[key] = Object.assign({ gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true }, layout[key]);
+      layout[key] = Object.assign({ gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true, exponentformat: "power" }, layout[key]);
     }
     for (const shape of layout.shapes) shape.line = Object.assign({ color: muted }, shape.line);
     for (const note of layout.annotations) note.font = { color: muted, size: 11 };
     if (spec.steps && stepRange) layout.xaxis.range = stepRange.slice();
     return Object.assign({
-      margin: { l: 50, r: 10, t: 10, b: 40 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      margin: { l: 50, r: 10, t: coarse ? 32 : 10, b: 40 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", size: 12, color: text }, hovermode: spec.map ? "closest" : "x",
       hoverlabel: { bgcolor: colour("--panel"), bordercolor: colour("--line"), font: { color: text } },
-      legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 11 } },
+      legend: { orientation: "h", x: 0, y: coarse ? -.3 : 1, yanchor: coarse ? "top" : "bottom", font: { size: 11 } },
       hoverdistance: spec.map ? 12 : 200, dragmode: coarse ? false : "zoom", uirevision: "keep",
     }, layout);
   };

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -44,7 +44,7 @@ class Shown:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     remarks: list[str] = dataclasses.field(default_factory=list)
 
-    @property
+    @cached_property
     def diagnosis(self) -> Diagnosis:
         """The verdict."""
         return diagnose(self.run)
@@ -142,9 +142,18 @@ def _asset(name: str) -> str:
     return files("mocov3.report").joinpath(name).read_text(encoding="utf-8")
 
 
+def _finite(data: Any) -> Any:
+    """``data`` with ``None`` for numbers that JSON does not have."""
+    if isinstance(data, dict):
+        return {k: _finite(v) for k, v in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(v) for v in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def _json(data: Any) -> str:
     """JSON that can stand in a script element: nothing in it can end the element."""
-    written = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    written = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
     return written.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
@@ -188,12 +197,13 @@ def _tiles(s: Shown) -> str:
         items.append(("Unseen found again", f"{judged[-1]['retrieval']:.1f} %",
                       f"start {base.get('start', math.nan):.1f}, pixels "
                       f"{base.get('pixels', math.nan):.1f}"))  # fmt: skip
+    count = {name: sections.highest(c[name]) for name in ("skipped", "corrupt", "resumed")}
     of = f" of {run.config.epochs}" if run.config else ""
     items += [
         ("Epochs", f"{run.epochs_done:.1f}{of}", f"{c['step'][-1] + 1:.0f} steps"),
         ("Speed", f"{mean('images_per_second'):.0f} img/s", f"{100 * mean('data_wait'):.0f} % waiting for pictures"),
-        ("Faults", f"{np.nanmax(c['skipped']):.0f} skipped", f"{np.nanmax(c['corrupt']):.0f} unreadable pictures, "
-         f"{np.nanmax(c['resumed']):.0f} resumes"),
+        ("Faults", f"{count['skipped']:.0f} skipped", f"{count['corrupt']:.0f} unreadable pictures, "
+         f"{count['resumed']:.0f} resumes"),
     ]  # fmt: skip
     return tiles(items)
 

@@ -74,7 +74,7 @@ def read_run(folder: Path, name: str = "") -> Run:
     scored = [line for line in lines if _is_number(line.get("knn"))]
     knn = np.array([(line["step"], line["epoch"] + 1, line["knn"]) for line in scored], float).reshape(-1, 3)
     extra = {name: list(_lines(folder / name, remarks)) for name in (QUALITY, SKIPPED, CORRUPT, MACHINE)}
-    quality = [line for line in extra[QUALITY] if _is_number(line.get("retrieval")) and _is_number(line.get("epoch"))]
+    quality = [_judged(line) for line in extra[QUALITY] if all(_is_number(line.get(k)) for k in ("retrieval", "epoch"))]
     skipped = [line for line in extra[SKIPPED] if _is_number(line.get("step"))]
     return Run(
         folder,
@@ -110,6 +110,13 @@ def _lines(path: Path, remarks: list[str]) -> Iterator[dict[str, Any]]:
         remarks.append(f"{path.name} could not be read ({error.strerror or error})")
     if bad:
         remarks.append(f"{bad} lines of {path.name} could not be read")
+
+
+def _judged(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of ``quality.jsonl`` with numbers where numbers belong, NaN for others."""
+    return {k: v if _is_number(v) else math.nan for k, v in line.items() if k != "name"} | {
+        "name": str(line.get("name"))
+    }
 
 
 def _is_number(value: Any) -> bool:

@@ -70,12 +70,19 @@ def _loss(runs: Sequence[Run], curves: Curves) -> Chart:
     )  # fmt: skip
 
 
+def highest(values: np.ndarray) -> float:
+    """The largest count of a column, 0 where there is none."""
+    return float(np.nan_to_num(values).max(initial=0))
+
+
 def _levels(run: Run) -> tuple[float, float]:
     return float(run.columns["loss_start"][-1]), float(run.columns["loss_floor"][-1])
 
 
-def _range(loss: np.ndarray, start: float, floor: float) -> list[float]:
+def _range(loss: np.ndarray, start: float, floor: float) -> list[float] | None:
     finite = [*loss[np.isfinite(loss)].tolist(), start, floor]
+    if not finite or not np.isfinite(finite).all():
+        return None
     high = min(max(finite), start + 1.0 * (start - floor))  # a first value far off would flatten all others
     room = 0.06 * (high - min(finite)) or 1.0
     return [min(finite) - room, high + room]
@@ -125,7 +132,7 @@ def _quality(runs: Sequence[Run]) -> list[Chart]:
         for i, run in enumerate(runs):
             lines = [q for q in run.quality if q.get("name") == "epoch"]
             if lines:
-                x, y = [q["epoch"] for q in lines], [float(q.get(key) or "nan") for q in lines]
+                x, y = [q["epoch"] for q in lines], [float(q.get(key, np.nan)) for q in lines]
                 data.append(line(x, y, title if len(runs) == 1 else run.name, i, mode="lines+markers"))
             if len(runs) == 1 and key == "retrieval":
                 levels = [level(q[key], q["name"]) for q in run.quality if q.get("name") in ("start", "pixels")]
@@ -139,13 +146,13 @@ def _faults(runs: Sequence[Run], curves: Curves) -> list[Chart]:
     data = []
     for name, label, colour in (("skipped", "skipped steps", 3), ("corrupt", "unreadable pictures", 4),
                                 ("resumed", "resumes", 0)):  # fmt: skip
-        if any(np.nanmax(run.columns[name], initial=0) > 0 for run in runs):
+        if any(highest(run.columns[name]) > 0 for run in runs):
             found = curves.of(name, label, colour=colour)
             for trace, run in zip(found, runs, strict=True):
                 trace["line"] = {"shape": "hv"}
                 trace["name"] = trace["name"] if curves.alone else f"{trace['name']}: {label}"
                 trace["hovertemplate"] = "%{y}<br>step %{x}<extra></extra>"
-                if np.nanmax(run.columns[name], initial=0) > 0:
+                if highest(run.columns[name]) > 0:
                     data.append(trace)
     if not data:
         return []
