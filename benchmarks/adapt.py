@@ -4,9 +4,10 @@
     python benchmarks/adapt.py --seeds 0
 
 Half A is embedded Fashion-MNIST pictures 0–3,999 as they are, half B pictures 4,000–7,999 as a camera that is mounted
-otherwise might show them: turned by up to 20°, shifted by up to 3 px, scaled by 0.75–1.1, darker, noisy. Trained on A for 30 epochs, then on B for 3 by ``--recipe adapt``;
-beside it B from scratch for 30 epochs, ten times the steps. k-NN is leave-one-out over the 2,000 test pictures of each
-kind, as ``mocov3 compare`` judges them. Prints the table of docs/own-pictures.md.
+otherwise might show them: turned by up to 20°, shifted by up to 3 px, scaled by 0.75–1.1, darker, noisy. Trained on A
+for 30 epochs, then on B for 3 by ``--recipe adapt``; beside it B from scratch for 30 epochs, ten times the steps. k-NN
+is leave-one-out over the 2,000 test pictures of each kind, as ``mocov3 compare`` judges them. Prints the table of
+docs/own-pictures.md.
 """
 
 import argparse

@@ -24,7 +24,7 @@ def test_without_a_gpu_everything_is_skipped_and_said(tmp_path):
 
 
 def test_parts_run():
-    """Two parts at sizes whose numbers mean nothing (``--rehearse`` alone runs all): nothing skipped, nothing failed."""
+    """Two parts at sizes whose numbers mean nothing (``--rehearse`` alone runs all): none skipped or failed."""
     parts = ["Kernel launches of the update", "Batch 4096 in 12 GB"]
     done = subprocess.run([*PROGRAM, "--rehearse", "--parts", *parts], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -95,7 +95,7 @@ def in_one_graph(model, x1, x2, m, parts):
     ],
 )
 def test_where_pictures_meet_it_is_exact_for_the_network_it_says(arch, dims):
-    # batch norm in the backbone: statistics of each micro-batch; dropout of parts or tokens: drawn a micro-batch at a time
+    # batch norm in the backbone: statistics of each micro-batch; dropout: drawn a micro-batch at a time
     parts = [slice(0, 5), slice(5, 10)]
     model, reference = build(arch, dims), build(arch, dims)
     made = MicroBatches(model, world=ALONE, precision=Precision("fp32", CPU), size=5)
