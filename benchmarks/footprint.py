@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 BOUND = 0.15
 CASES = {
     "vit_small, 64 px, batch 96": ("vit_small", 64, 96, 0, "adamw"),
-    "vit_small, 64 px, batch 384 in 64": ("vit_small", 64, 384, 64, "adamw"),
-    "resnet18, 64 px, batch 192": ("resnet18", 64, 192, 0, "lars"),
-    "resnet50, 64 px, batch 64": ("resnet50", 64, 64, 0, "lars"),
-    "resnet50, 64 px, batch 192 in 64": ("resnet50", 64, 192, 64, "lars"),
+    "vit_small, 64 px, batch 192 in 48": ("vit_small", 64, 192, 48, "adamw"),
+    "resnet18, 64 px, batch 128": ("resnet18", 64, 128, 0, "lars"),
+    "resnet50, 64 px, batch 48": ("resnet50", 64, 48, 0, "lars"),
+    "resnet50, 64 px, batch 96 in 32": ("resnet50", 64, 96, 32, "lars"),
 }
 """Name → arch, side, batch, micro-batch, optimizer."""
 

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mocov3.assemble import count_memory, count_norms
 from mocov3.config import PretrainConfig
+from mocov3.footprint import KEPT_FREE
 from mocov3.plan import GIB, LIBRARIES, step_seconds, traffic
 
 ARCHS = {"resnet50": ("lars", 224, 16), "vit_small": ("adamw", 224, 16), "vit_base": ("adamw", 224, 16),
@@ -45,7 +46,7 @@ def main() -> None:
     for arch, c in counts.items():
         fits = []
         for card in CARDS:
-            memory = 0.9 * (card * GIB - LIBRARIES)
+            memory = (1 - KEPT_FREE) * (card * GIB - LIBRARIES)
             one = next((n for n in range(BATCH, 0, -1) if n & (n - 1) == 0 and c.peak(n) <= memory), 0)
             fits.append(f"{one or '–'} / {c.fitting(BATCH, card * GIB - LIBRARIES) or '–'}")
         print(f"| {arch} | {c.weights / 1e9:.2f} GB | {c.trained / 1e9:.2f} GB | {c.states * c.trained / 1e9:.2f} GB | "

@@ -19,8 +19,10 @@ from mocov3.errors import UserError
 from mocov3.models import Encoder, MoCo
 from mocov3.sharded import blocks
 
-KEPT_FREE = 0.1
-"""Share of the memory that ``fitting`` leaves: fragments, libraries, temporary tensors."""
+KEPT_FREE = 0.05
+"""Share of the memory that ``fitting`` leaves."""
+_HELD = 1.12
+"""What allocators hold for a byte asked for: pieces between tensors, scratch of libraries (measured on CPU)."""
 _STATES = {"lars": 1, "adamw": 2}
 _TRANSIENT = 3
 """Largest tensors alive at once beside what is kept: a layer's output, its gradient, its input's."""
@@ -64,11 +66,11 @@ class Footprint:
             part = micro_batch * (self.backbone + self.view + _TRANSIENT * self.largest)
             if shards > 1:  # one reduction: gradients stay whole until the last part
                 gradients = self.trained
-            return held + max(whole, gradients + part)
+            return _HELD * (held + max(whole, gradients + part))
         inputs = 2 * pictures * self.view
         kept = 2 * pictures * (self.backbone + self.heads)
         on_the_way = 2 * pictures * self.backbone + self.heads_trained / shards
-        return held + max(inputs + max(kept, on_the_way) + _TRANSIENT * pictures * self.largest, gradients)
+        return _HELD * (held + max(inputs + max(kept, on_the_way) + _TRANSIENT * pictures * self.largest, gradients))
 
     def fitting(self, pictures: int, memory: float, shards: int = 1) -> int:
         """The most pictures in a pass that fit ``memory`` bytes: ``pictures``, less, or 0 where not even one fits."""
