@@ -124,7 +124,7 @@ def test_plan(capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["pictures_per_gpu"], found["micro_batch"], found["steps"]) == (128, 0, 20)
     assert found["step_seconds"] == pytest.approx(1.0, rel=0.01)
-    assert main([*flags, "--gpus", "1", "--gpu-memory", "1.9"]) == 0
+    assert main([*flags, "--gpus", "1", "--gpu-memory", "2.05"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"512 pictures a GPU in \d+ passes of \d+", out)
     assert "torchrun --nproc-per-node 1 main_moco.py --recipe defaults --micro-batch auto" in out
