@@ -83,7 +83,8 @@ def table(results: dict[str, dict[str, float]], epochs: int) -> str:
         spread = f" ± {stdev(knn):.1f}" if len(knn) > 1 else ""
         flags = f"`{WAYS[way]}`" if WAYS[way] else ""
         lines.append(f"| {way} | {flags} | {mean(knn):.1f}{spread} | {seconds:.0f} | {seconds / cost:.2f} |")
-    lines += ["", f"{epochs} epochs, seeds {', '.join(map(str, seeds))}; ± is the standard deviation over seeds."]
+    spread = f"seeds {', '.join(map(str, seeds))}; ± is the standard deviation over seeds"
+    lines += ["", f"{epochs} epochs, {spread if len(seeds) > 1 else f'seed {seeds[0]} alone: a first look'}."]
     return "\n".join(lines)
 
 

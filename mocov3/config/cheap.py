@@ -129,14 +129,14 @@ def _read(name: str, text: str, epochs: int) -> list[tuple[int, float]]:
         try:
             number, length = float(value), float(share) if colon else SHARE
         except ValueError:
-            raise UserError(f"{name} {printable(text)!r}: takes VALUE:SHARE parts with commas between them") from None
+            raise UserError(f"{name} '{printable(text)}': takes VALUE:SHARE parts with commas between them") from None
         if not 0 < length < 1:
             raise UserError(
-                f"{name}: {printable(part)!r} lasts {length:g} of the epochs; above 0 and below 1 is possible"
+                f"{name}: '{printable(part)}' lasts {length:g} of the epochs; above 0 and below 1 is possible"
             )
         done += length
         if done >= 1 - 1e-9:
-            raise UserError(f"{name} {printable(text)!r}: shares add up to {done:g}; the end of the run must be full")
+            raise UserError(f"{name} '{printable(text)}': shares add up to {done:g}; the end of the run must be full")
         end = min(round(done * epochs), epochs - 1)
         if end > (made[-1][0] if made else 0):
             made.append((end, number))
