@@ -63,8 +63,8 @@ def whole(pictures, tmp_path_factory):
 
 def test_files_of_a_run(whole, pictures):
     assert sorted(p.name for p in whole.iterdir()) == [
-        "checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "config.yaml", "metrics.jsonl", "pictures.txt.gz",
-        "tensorboard",
+        "checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "config.yaml", "machine.jsonl",
+        "metrics.jsonl", "pictures.txt.gz", "tensorboard",
     ]  # fmt: skip
     saved = contents(whole / "checkpoint_0001.pth.tar")
     assert (saved["epoch"], saved["mocov3"]["step"], saved["mocov3"]["iteration"]) == (2, 8, 0)

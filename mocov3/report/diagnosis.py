@@ -24,9 +24,9 @@ WAITING = 0.3
 RULES = [
     ("too early", f"fewer than {FEW_LINES} lines of metrics, or the warm-up is not over and nothing is wrong"),
     ("collapsed", f"late in the run (its last fifth) the queries' spread is below {SPREAD}; or their effective "
-     f"rank is below {RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the start; or, "
-     f"on {ENOUGH_LINES} lines or more, after learning or after the warm-up, the loss is back at its start and own "
-     "pictures are found no more often than by chance"),
+     f"rank is below {RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the "
+     f"start; or, on {ENOUGH_LINES} lines or more, after learning or after the warm-up, the loss is back at its start "
+     "and own pictures are found no more often than by chance"),
     ("unstable", f"{SPIKE_COUNT} gradient spikes or more (a norm {SPIKE:.0f} times the medians before and after it), "
      f"{SPIKE_SHARE:.0%} of the lines at least; or {SKIPPED_SHARE:.1%} of the steps skipped; or, on {ENOUGH_LINES} "
      f"lines or more, the loss has fallen back by {FELL_BACK:.0%} of the way from start to floor"),
