@@ -357,7 +357,8 @@ DEIT_FLAGS = """
 OURS = """
 -a --arch --image-size --patch-size --small-stem --view-preset --mean-std --fraction --output-dir -b --accum-iter
 --layer-decay --transfer-transform -j --workers -p --print-freq --checkpoint-steps --max-steps --max-hours --recipe
---config --precision --nprocs-per-node --world-size --dist-url --deterministic --allow-config-change --quiet
+--config --precision --nprocs-per-node --world-size --dist-url --deterministic --allow-config-change --quiet --json
+--logger
 """
 
 
