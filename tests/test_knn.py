@@ -165,7 +165,7 @@ def test_layers_of_a_vit(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     made = {layer: open_frozen(str(tmp_path / "v.pth.tar"), flag="", layer=layer).features(x)
             for layer in ("", "cls", "mean", "patches", "projector")}  # fmt: skip
-    assert torch.equal(made[""], made["cls"])
+    torch.testing.assert_close(made[""], made["cls"])  # of the last block only what is asked for is computed
     assert made["patches"].shape == (2, 4, 192)
     assert torch.equal(made["patches"].mean(1), made["mean"])
     assert made["projector"].shape == (2, 16)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from jaxtyping import Float
 from torch import Tensor
@@ -38,6 +38,16 @@ class Exported:
     class_names: tuple[str, ...] = ()
     bicubic: bool = False
     """Whether pictures were resized so for evaluation (DeiT's), instead of bilinearly."""
+
+    @property
+    def depth(self) -> int:
+        """Blocks of a ViT."""
+        return len(cast(Any, self.encoder).blocks)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a ViT."""
+        return int(cast(Any, self.encoder).blocks[0].attn.num_heads)
 
     def state(self) -> dict[str, Tensor]:
         """The weights, contiguous."""

@@ -76,8 +76,8 @@ class Transformers:
         width = model.encoder.num_features
         return ViTConfig(
             hidden_size=width,
-            num_hidden_layers=12,
-            num_attention_heads=3 if model.arch == "vit_tiny" else 12,
+            num_hidden_layers=model.depth,
+            num_attention_heads=model.heads,
             intermediate_size=4 * width,
             layer_norm_eps=VIT_EPS,
             image_size=model.image_size,

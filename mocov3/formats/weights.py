@@ -145,9 +145,10 @@ class Timm:
             args["num_heads"] = 12
         if model.image_size != 224:
             args["img_size"] = model.image_size
-        if model.patch_size != 16:
+        patch = 14 if model.arch == "vit_huge" else 16
+        if model.patch_size != patch:
             args["patch_size"] = model.patch_size
-        return f"{model.arch}_patch16_224", args
+        return f"{model.arch}_patch{patch}_224", args
 
     def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """By ``create_model`` with the file's path, which loads strictly."""
@@ -198,8 +199,8 @@ class Torchvision:
         made = tv.VisionTransformer(
             image_size=model.image_size,
             patch_size=model.patch_size,
-            num_layers=11 if stem else 12,
-            num_heads=3 if model.arch == "vit_tiny" else 12,
+            num_layers=model.depth,
+            num_heads=model.heads,
             hidden_dim=width,
             mlp_dim=4 * width,
             norm_layer=partial(nn.LayerNorm, eps=VIT_EPS),
@@ -231,7 +232,7 @@ class Torchvision:
                 stem = f", conv_stem_configs=[{parts}]"
             made = (
                 f"torchvision.models.VisionTransformer({model.image_size}, {model.patch_size}, "
-                f"{11 if stem else 12}, {3 if model.arch == 'vit_tiny' else 12}, {width}, {4 * width}{stem})"
+                f"{model.depth}, {model.heads}, {width}, {4 * width}{stem})"
             )
         top = "torch.nn.Identity()"
         if model.classes:

@@ -114,7 +114,7 @@ class VisionTransformer(TimmVisionTransformer):
             weight = resized_kernel(weight, side)
         patches = F.conv2d(x[:, :-2], weight, projection.bias, stride=side).flatten(2).transpose(1, 2)
         places = sincos_of_places(x[:, -2:, 0, ::side], self.embed_dim).to(patches.dtype)
-        cls = (self.cls_token + self.pos_embed[:, :1]).to(patches.dtype).expand(len(x), -1, -1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).to(patches.dtype).expand(x.shape[0], -1, -1)
         return self.pos_drop(torch.cat([cls, patches + places], dim=1))
 
     def forward(  # type: ignore[override]  # timm's masks have no use here
@@ -131,7 +131,7 @@ def _first_token(block: Any, x: Float[Tensor, "batch tokens dim"]) -> Float[Tens
     if not plain or getattr(attention, "gate", None) is not None:
         return block(x)[:, :1]
     y, first = block.norm1(x), x[:, :1]
-    n, width = len(x), attention.qkv.in_features
+    n, width = x.shape[0], attention.qkv.in_features
     weight, bias = attention.qkv.weight, attention.qkv.bias
     q = F.linear(y[:, :1], weight[:width], None if bias is None else bias[:width])
     kv = F.linear(y, weight[width:], None if bias is None else bias[width:])
