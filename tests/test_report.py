@@ -25,6 +25,7 @@ from mocov3.report import curves, geometry
 from mocov3.report.diagnosis import diagnose
 from mocov3.report.runs import read_run
 
+pytest.importorskip("plotly", reason="plotly (extra report) is not installed")
 VERDICTS = json.loads((ROOT / "tests" / "data" / "verdicts.json").read_text())
 EVIL = "<img src=x onerror=alert(1)>&quot;</script>%{x}"
 

@@ -107,6 +107,8 @@ def test_hover_and_linked_zoom(opened):
     box = loss.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("#loss .hoverlayer .hovertext", timeout=10_000)
+    buttons = page.evaluate("[...document.querySelectorAll('#loss .modebar-btn')].map(b => b.dataset.title)")
+    assert not [b for b in buttons if "loud" in b or "Share" in b or "Edit" in b]  # nothing sends a chart away
     label = page.locator("#loss .hoverlayer").text_content()
     assert "epoch" in label
     assert "step" in label

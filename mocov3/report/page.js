@@ -38,10 +38,15 @@
       hoverlabel: { bgcolor: colour("--panel"), bordercolor: colour("--line"), font: { color: text } },
       legend: { orientation: "h", x: 0, y: coarse ? -.3 : 1, yanchor: coarse ? "top" : "bottom", font: { size: 11 } },
       hoverdistance: spec.map ? 12 : 200, dragmode: coarse ? false : "zoom", uirevision: "keep",
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--muted"), activecolor: colour("--accent") },
     }, layout);
   };
 
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  // no button that sends the chart to anybody
+  const config = {
+    responsive: true, displaylogo: false, showSendToCloud: false, showEditInChartStudio: false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "sendChartToCloud", "sendDataToCloud"],
+  };
 
   function draw(id) {
     const spec = page.charts[id], place = document.getElementById(id);

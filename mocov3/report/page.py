@@ -26,7 +26,8 @@ from mocov3.report.runs import Run
 from mocov3.version import __version__
 
 _POLICY = (
-    "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
+    "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'"
 )
 _NAMED = ("recipe", "output_dir", "data")  # told apart from the settings
 _SECTIONS = ("Verdict", "Learning", "Stability", "Collapse", "What it sees", "What it learned", "The run")
