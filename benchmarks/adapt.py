@@ -5,8 +5,8 @@
 
 Half A is embedded Fashion-MNIST pictures 0–3,999 as they are, half B pictures 4,000–7,999 as a camera that is mounted
 otherwise might show them: turned by up to 20°, shifted by up to 3 px, scaled by 0.75–1.1, darker, noisy. Trained on A
-for 30 epochs, then on B for 3 by ``--recipe adapt``; beside it B from scratch for 30 epochs, ten times the steps. k-NN
-is leave-one-out over the 2,000 test pictures of each kind, as ``mocov3 compare`` judges them. Prints the table of
+for 30 epochs, then on B for 3 (and 10) by ``--recipe adapt``; beside it B from scratch for 30, ten times the steps.
+k-NN is leave-one-out over the 2,000 test pictures of each kind, as ``mocov3 compare`` judges them. Prints the table of
 docs/own-pictures.md.
 """
 
@@ -23,7 +23,7 @@ from PIL import Image
 
 from mocov3.data import FashionMnist
 
-EPOCHS, ADAPTED = 30, 3
+EPOCHS, ADAPTED = 30, (3, 10)
 _COMMON = ["--image-size", "28", "-j", "0", "--device", "cpu", "--quiet"]
 
 
@@ -56,21 +56,23 @@ def mocov3(*args: object) -> str:
 
 
 def one_seed(halves: Path, folder: Path, seed: int) -> dict[str, float]:
-    """k-NN in % of the networks of a seed, on the old kind of pictures and on the new."""
+    """k-NN in % of the networks of a seed, on the old kind of pictures (A) and on the new (B)."""
     seeded = [*_COMMON, "--seed", seed]
-    mocov3("pretrain", halves / "A", "--epochs", EPOCHS, "--output-dir", folder / "old", *seeded)
-    old = folder / "old" / f"checkpoint_{EPOCHS - 1:04d}.pth.tar"
-    mocov3("pretrain", halves / "B", "--recipe", "adapt", "--init", old, "--epochs", ADAPTED, "--output-dir",
-           folder / "adapted", *seeded)  # fmt: skip
-    mocov3("pretrain", halves / "B", "--epochs", EPOCHS, "--output-dir", folder / "scratch", *seeded)
-    adapted = folder / "adapted" / f"checkpoint_{ADAPTED - 1:04d}.pth.tar"
-    scratch = folder / "scratch" / f"checkpoint_{EPOCHS - 1:04d}.pth.tar"
+
+    def train(name: str, half: str, epochs: int, *flags: object) -> Path:
+        mocov3("pretrain", halves / half, "--epochs", epochs, "--output-dir", folder / name, *flags, *seeded)
+        return folder / name / f"checkpoint_{epochs - 1:04d}.pth.tar"
+
+    old = train("old", "A", EPOCHS)
+    files = {old: "old"}
+    for epochs in ADAPTED:
+        files[train(f"adapted{epochs}", "B", epochs, "--recipe", "adapt", "--init", old)] = f"adapted{epochs}"
+    for epochs in (EPOCHS, ADAPTED[0]):
+        files[train(f"scratch{epochs}", "B", epochs)] = f"scratch{epochs}"
     found: dict[str, float] = {}
     for half in "AB":
-        said = mocov3("compare", old, adapted, scratch, halves / half, "--json")
-        for row in map(json.loads, said.splitlines()):
-            name = {str(old): "old", str(adapted): "adapted", str(scratch): "scratch"}.get(row["name"], row["name"])
-            found[f"{name} {half}"] = row["knn"]
+        for row in map(json.loads, mocov3("compare", *files, halves / half, "--json").splitlines()):
+            found[f"{files.get(Path(row['name']), row['name'].split()[0])} {half}"] = row["knn"]
     return found
 
 
@@ -83,15 +85,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         make_halves(Path(name))
         found = [one_seed(Path(name), Path(name) / f"seed{seed}", seed) for seed in seeds]
-    print("| network | k-NN %, old kind | new kind |\n|---|---|---|")
-    untrained = next(k for k in found[0] if k.startswith("untrained"))[:-2]
-    for title, key in ((f"trained on the old kind, {EPOCHS} epochs", "old"),
-                       (f"then on the new by --recipe adapt, {ADAPTED} epochs", "adapted"),
-                       (f"trained on the new kind alone, {EPOCHS} epochs", "scratch"),
-                       (untrained, untrained), ("pixels", "pixels")):  # fmt: skip
-        cells = [" ".join(f"{f[f'{key} {half}']:.1f}" for f in found) for half in "AB"]
-        means = [np.mean([f[f"{key} {half}"] for f in found]) for half in "AB"]
-        print(f"| {title} | {cells[0]} (mean {means[0]:.1f}) | {cells[1]} (mean {means[1]:.1f}) |")
+    print("| network | old kind | new kind |\n|---|---|---|")
+    titles = {
+        "old": f"trained on the old kind, {EPOCHS} epochs",
+        f"adapted{ADAPTED[0]}": f"then on the new by `--recipe adapt`, {ADAPTED[0]} epochs",
+        f"adapted{ADAPTED[1]}": f"the same, {ADAPTED[1]} epochs",
+        f"scratch{EPOCHS}": f"trained on the new kind alone, {EPOCHS} epochs",
+        f"scratch{ADAPTED[0]}": f"the same, {ADAPTED[0]} epochs",
+        "untrained": "untrained",
+        "pixels": "pixels",
+    }
+    for key, title in titles.items():
+        print(
+            f"| {title} | " + " | ".join(" ".join(f"{f[f'{key} {half}']:.1f}" for f in found) for half in "AB") + " |"
+        )
     print(f"\nSeeds {args.seeds}; `python benchmarks/adapt.py`.")
     return 0
 
