@@ -268,9 +268,8 @@ def _one_run(s: Shown) -> str:
         parts.append(f"<h4>What differs from the recipe {text(recipe)}</h4>"
                      + (table(result, head) if result else notes(["nothing that changes results"])))  # fmt: skip
         if rest:
-            parts.append(
-                f"<details><summary>Settings that do not change results</summary>{table(rest, head)}</details>"
-            )
+            others = "Settings that do not change results"
+            parts.append(f"<details><summary>{others}</summary>{table(rest, head)}</details>")
         everything = [(_flag(f.name), getattr(config, f.name)) for f in dataclasses.fields(config)]
         parts.append(f"<details><summary>All settings</summary>{table(everything)}</details>")
     facts = [("folder", s.run.folder), *([("data", config.data_title)] if config else []), *_facts(s.facts)]
