@@ -22,7 +22,7 @@ from mocov3.start import load_start
 def build_model(config: PretrainConfig, world: World) -> MoCo:
     """The model of a configuration on this rank's device, in training mode."""
     c = config
-    model = _plain_model(c)
+    model = plain_model(c)
     if c.init:
         load_start(c.init, [model.base_encoder, model.momentum_encoder], c.arch)
     if c.freeze_until:
@@ -45,7 +45,8 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
     return model.train()
 
 
-def _plain_model(c: PretrainConfig) -> MoCo:
+def plain_model(c: PretrainConfig) -> MoCo:
+    """The model of a configuration as it is initialised, on the current device."""
     return models.build(
         c.arch,
         image_size=c.image_size,
@@ -70,7 +71,7 @@ def optimizer_of(model: MoCo, params: Any, config: PretrainConfig, world: World)
 def count_memory(config: PretrainConfig, *, sixteen_bits: bool) -> Footprint:
     """What a step of a configuration needs, counted without building it."""
     return footprint(
-        lambda: _plain_model(config),
+        lambda: plain_model(config),
         config.image_size,
         optimizer=config.optimizer,
         channels=config.channels,
@@ -82,7 +83,7 @@ def count_memory(config: PretrainConfig, *, sixteen_bits: bool) -> Footprint:
 def count_norms(config: PretrainConfig) -> int:
     """Channels of all batch norms of a configuration's networks, momentum encoder included."""
     with torch.device("meta"):
-        model = _plain_model(config)
+        model = plain_model(config)
     return sum(m.num_features for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
 
 

@@ -108,7 +108,7 @@ def footprint(
         few, many = (_kept(model, (n, channels, image_size, image_size), sixteen_bits) for n in (4, 8))
     backbone, heads, largest = ((b - a) / 4 for a, b in zip(few, many, strict=True))
     if grad_checkpoint:
-        backbone = _with_recomputedblocks(model.base_encoder, backbone)
+        backbone = _with_recomputed_blocks(model.base_encoder, backbone)
     projector = getattr(model.base_encoder, model.base_encoder.projector_name)
     units = [projector, model.predictor, *blocks(model.base_encoder)]
     return Footprint(
@@ -150,7 +150,7 @@ def _kept(model: MoCo, shape: tuple[int, ...], sixteen_bits: bool) -> tuple[int,
     return backbone, sum(sizes.values()), largest
 
 
-def _with_recomputedblocks(encoder: Encoder, kept: float) -> float:
+def _with_recomputed_blocks(encoder: Encoder, kept: float) -> float:
     """Every block's input, and one block's inside."""
     inner: Any = getattr(encoder, "backbone", encoder)
     count = len(blocks(encoder))

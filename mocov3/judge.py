@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mocov3 import checkpoint
 from mocov3.config import preset_of
-from mocov3.convert import load_backbone
+from mocov3.convert import build_from, load_backbone, trained_with
 from mocov3.data import Source
 from mocov3.data.labels import Labels
 from mocov3.data.order import hold_out
@@ -22,7 +21,7 @@ from mocov3.distributed.launch import pick_device
 from mocov3.errors import UserError
 from mocov3.intervals import interval
 from mocov3.models import build_backbone
-from mocov3.neighbours import TEMPERATURE, K
+from mocov3.neighbours import TEMPERATURE, K, nearest, vote
 from mocov3.verdict import features_of_views, judge, pixel_features
 
 Row = dict[str, Any]
@@ -59,26 +58,18 @@ def judge_all(
     beside: set[str] = set()
     for file in files:
         contents = checkpoint.read(file)
-        config = (contents.get("mocov3") or {}).get("config") or {}
-        encoder = load_backbone(file)
-        size = int(config.get("image_size", 224))
+        config = trained_with(contents)
+        encoder, settings = build_from(contents, file)
+        size = settings["image_size"]
         setting: dict[str, Any] = {"world": world, "config": config, "size": size, "workers": workers, "whole": whole}
         if f"pixels {size}" not in beside:
             beside.add(f"pixels {size}")
             rows.append(_row("pixels", "pixels", None, pictures, labels, **setting))
-        arch = f"{contents.get('arch')} {size} {config.get('patch_size')} {config.get('small_stem')} "
-        arch += str(config.get("channels", 3))
-        if arch not in beside:
-            beside.add(arch)
+        if (built := str(settings)) not in beside:
+            beside.add(built)
             torch.manual_seed(0)
-            untrained = build_backbone(
-                str(contents["arch"]),
-                image_size=size,
-                patch_size=int(config.get("patch_size", 16)),
-                small_stem=bool(config.get("small_stem", False)),
-                in_chans=int(config.get("channels", 3)),
-            )
-            rows.append(_row(f"untrained {contents['arch']}", "untrained", untrained, pictures, labels, **setting))
+            untrained = build_backbone(**settings)
+            rows.append(_row(f"untrained {settings['arch']}", "untrained", untrained, pictures, labels, **setting))
         start = str(config.get("init") or "")
         if start and start not in beside:
             beside.add(start)
@@ -128,10 +119,8 @@ def _row(
 
 def leave_one_out(features: Float[Tensor, "pictures dim"], labels: Int[Tensor, "pictures"]) -> tuple[int, int]:
     """Pictures whose class the k nearest others vote for (weights as in ``mocov3.neighbours``), and all pictures."""
-    z = F.normalize(features.double(), dim=1)
-    scores = z @ z.T
-    scores.fill_diagonal_(-torch.inf)
-    similarity, nearest = scores.topk(min(K, len(z) - 1), dim=1)
-    votes = torch.zeros(len(z), int(labels.max()) + 1, dtype=torch.float64)
-    votes.scatter_add_(1, labels[nearest].long(), ((similarity - similarity[:, :1]) / TEMPERATURE).exp())
-    return int((votes.argmax(1) == labels).sum()), len(z)
+    n = len(features)
+    k = min(K, n - 1)
+    found = nearest(features, features, k, own=torch.arange(n))
+    voted = vote(found, labels, [k], [TEMPERATURE], classes=int(labels.max()) + 1)[k, TEMPERATURE]
+    return int((voted == labels).sum()), n

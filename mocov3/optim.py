@@ -66,11 +66,17 @@ class LARS(torch.optim.Optimizer):
             for p in params:
                 if "mu" not in self.state[p]:
                     self.state[p]["mu"] = torch.zeros_like(p)
-            if found_inf is None and scale is None and all(p.device.type == "cpu" for p in params):
-                self._on_cpu(params, group)
-            else:
-                self._on_device(params, group, scale, found_inf)
+            if params:
+                self._update(params, group, scale, found_inf)
         return loss
+
+    def _update(
+        self, params: list[Tensor], group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        if found_inf is None and scale is None and all(p.device.type == "cpu" for p in params):
+            self._on_cpu(params, group)
+        else:
+            self._on_device(params, group, scale, found_inf)
 
     def _on_cpu(self, params: list[Tensor], group: dict[str, Any]) -> None:
         # memory traffic is what an update costs: one scratch buffer for all, nothing allocated, the factor folded in
@@ -94,8 +100,6 @@ class LARS(torch.optim.Optimizer):
         self, params: list[Tensor], group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """A few kernels for all parameters: about 25 for ResNet-50, momentum encoder not counted (docs/gpu.md)."""
-        if not params:
-            return
         mus = [_flat(self.state[p]["mu"], p) for p in params]
         weights = [_flat(p, p) for p in params]
         grads = [_flat(p.grad, p) for p in params if p.grad is not None]

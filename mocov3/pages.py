@@ -1,8 +1,7 @@
 """The report of a running run (``--report-every``), made by a process of its own, so that nothing there harms the run.
 
 It reads the run's folder as anybody would: metrics and the newest checkpoint on the disk. It runs on one CPU core,
-starts no
-second time while it is at work, and a failure is a warning.
+starts no second time while it is at work, and a failure is a warning.
 """
 
 import os

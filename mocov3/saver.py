@@ -118,7 +118,7 @@ class Saver:
     def _save_batch(self, name: str, epoch: int, indices: list[int], views: TwoViews) -> None:
         pixels, kept, size = [], [], views.image_size
         for index in indices:
-            out = np.zeros((2, size, size, views.channels), np.uint8)
+            out = np.zeros((2, size, size, views.reading.channels), np.uint8)
             try:
                 views(self.source.read(index), seed=int(self.config.seed or 0), epoch=epoch, index=index, out=out)
             except Exception:  # unreadable: another picture stood in for it

@@ -1,6 +1,6 @@
 """``--fsdp``: a model whose weights, gradients and optimizer states are shared out over ranks, and its optimizer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -48,24 +48,10 @@ class ShardedLARS(LARS):
         super().__init__(params, **settings)
         self.world = world
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, group, found_inf)
-        return loss
-
-    def _update(self, params: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
-        for p in params:
-            if "mu" not in self.state[p]:
-                self.state[p]["mu"] = torch.zeros_like(p)
+    def _update(
+        self, params: list[Tensor], group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        # gradients were unscaled before: ``scale`` says nothing here
         weights, mus = local(params), local(self.state[p]["mu"] for p in params)
         grads = local(p.grad for p in params if p.grad is not None)
         matrices = [i for i, p in enumerate(params) if p.ndim > 1]

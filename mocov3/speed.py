@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mocov3 import models
+from mocov3.assemble import plain_model
 from mocov3.auto import Machine
 from mocov3.config import PretrainConfig
 from mocov3.data import Source, TwoViews
@@ -77,17 +77,7 @@ def _step_seconds(config: PretrainConfig, device: torch.device, batch: int) -> f
     # another generator's draws: measuring must not change the run
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        model = models.build(
-            config.arch,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            dim=config.moco_dim,
-            mlp_dim=config.moco_mlp_dim,
-            temperature=config.moco_t,
-            stop_grad_conv1=config.stop_grad_conv1,
-            small_stem=config.small_stem,
-            in_chans=config.channels,
-        )
+        model = plain_model(config)
         model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = build_optimizer(model.parameters(), config.optimizer, weight_decay=0.0, momentum=0.9)
         precision = Precision(resolve_precision(config.precision, device, script_door=False), device)

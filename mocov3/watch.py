@@ -5,7 +5,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from mocov3.data.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.sharding import whole
 from mocov3.errors import UserError
-from mocov3.log import RunLog, warn
+from mocov3.log import RunLog, cut, warn
 from mocov3.metrics import QUALITY
 from mocov3.models import MoCo
 from mocov3.origin import origin_of_run
 from mocov3.pretrain import unseen_pictures
-from mocov3.verdict import Verdict, features_of_views, judge, pixel_features
+from mocov3.verdict import PICTURES, Verdict, features_of_views, judge, pixel_features
 
 BEST = "best_unlabelled.pth.tar"
 _SMALL = 500 * 64 * 64  # pixels that one process reads before others have started
@@ -89,7 +88,7 @@ class Watch:
 
     def _judge(self, network: Any) -> Verdict:
         c, preset = self.config, self.config.preset
-        pictures = min(len(self.pictures), 2000)
+        pictures = min(len(self.pictures), PICTURES)
         parallel = pictures * c.image_size**2 > _SMALL
         views = features_of_views(
             network.features if network is not None else pixel_features,
@@ -138,17 +137,4 @@ class Watch:
 
 def _reopened(path: Path, first_step: int) -> list[dict[str, Any]]:
     """Lines of a former run up to where this one goes on; the rest is cut off."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-            if line["step"] <= first_step and (line["name"], line["retrieval"]):
-                lines.append(line)
-        except (ValueError, KeyError, TypeError):  # cut short by a kill
-            continue
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
-    return lines
+    return cut(path, lambda line: line["step"] <= first_step and {"name", "retrieval"} <= set(line))

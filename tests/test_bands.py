@@ -104,7 +104,7 @@ def test_four_channels_are_not_laid_over_white():
         (b"", Reading(5), "is not a picture"),
         (b"II*\0garbage", Reading(5), "cannot be read"),
         (tiff(DEEP)[:200], TWELVE, "cannot be read"),
-        (png(DEEP)[:100], TWELVE, ""),
+        (png(DEEP)[:100], TWELVE, "damaged PNG"),
         (tiff(np.zeros((2, 3, 4, 5), np.uint8), photometric="minisblack"), Reading(7), "channels"),
     ],
     ids=["count", "empty", "garbage", "cut tiff", "cut png", "four axes"],

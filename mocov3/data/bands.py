@@ -33,7 +33,7 @@ def deep_samples(data: bytes, most: int) -> np.ndarray | None:
     """
     values: np.ndarray | None = None
     if data[:4] in _TIFF:
-        values = _tiff(data, most)
+        values = _tiff(data, most, deep=True)
     elif data[:8] == _PNG and data[24:25] == _DEEP:
         _check((int.from_bytes(data[20:24]), int.from_bytes(data[16:20])), most)
         values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -52,11 +52,8 @@ def samples(data: bytes, channels: int, most: int) -> np.ndarray:
     Raises:
         Unfit: for a file of another number of channels, or a damaged one.
     """
-    if data[:4] in _TIFF:
-        values = _tiff(data, most)
-    elif (deep := deep_samples(data, most)) is not None:
-        values = deep
-    else:
+    values = _tiff(data, most) if data[:4] in _TIFF else deep_samples(data, most)
+    if values is None:
         with Image.open(io.BytesIO(data)) as image:
             _check((image.height, image.width), most)
             image.load()
@@ -91,8 +88,8 @@ def _check(shape: tuple[int, ...], most: int) -> None:
         raise Unfit(f"{pixels} pixels are more than {most}")
 
 
-def _tiff(data: bytes, most: int) -> np.ndarray:
-    """The first picture of a TIFF, (height, width) or (height, width, channels)."""
+def _tiff(data: bytes, most: int, *, deep: bool = False) -> np.ndarray | None:
+    """The first picture of a TIFF, (height, width) or (height, width, channels); with ``deep`` nothing of 8 bits."""
     import tifffile
 
     try:
@@ -103,6 +100,8 @@ def _tiff(data: bytes, most: int) -> np.ndarray:
             if source.axes not in ("YX", "YXS", "SYX", "CYX"):
                 raise Unfit(f"has axes {source.axes}, not height, width and channels")
             _check(tuple(source.shape), most)
+            if deep and source.dtype in (np.uint8, np.bool_):
+                return None
             values = source.asarray()
             if first.photometric == tifffile.PHOTOMETRIC.MINISWHITE and values.dtype.kind == "u":
                 values = np.iinfo(values.dtype).max - values

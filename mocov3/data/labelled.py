@@ -10,7 +10,7 @@ from mocov3.data.decode import Picture
 from mocov3.data.draws import draw, permutation
 from mocov3.data.loader import Work
 from mocov3.data.sources import Source, open_source
-from mocov3.data.views import Pixels, apply_draw
+from mocov3.data.views import Pixels, apply_draw, written
 from mocov3.errors import UserError
 
 _PLAIN = ViewPreset(
@@ -33,11 +33,6 @@ class CropView:
     reading: Reading = RGB
     count: int = field(default=1, init=False)
 
-    @property
-    def channels(self) -> int:
-        """Of the view."""
-        return self.reading.channels
-
     def __call__(
         self,
         data: bytes | np.ndarray,
@@ -55,9 +50,7 @@ class CropView:
         picture = Picture(data, self.reading)
         choice = draw(_PLAIN, self.crop_min, picture.width, picture.height, seed=seed, epoch=epoch, index=index, view=0)
         pixels = apply_draw(picture.pixels()[0], choice, self.image_size, "fast")
-        if out is not None:
-            out[0][...] = pixels
-            pixels = out[0]
+        written([pixels], out)
         return (pixels,)
 
 

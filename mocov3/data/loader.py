@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from mocov3.config.presets import RGB
 from mocov3.data.decode import DecodeError
 from mocov3.data.draws import replacement
 from mocov3.data.order import Order
@@ -44,7 +45,7 @@ class Transform(Protocol):
         """Make the views.
 
         A transform with an attribute ``parameters`` above 0 is also given ``parameters``, float32 (count, that many),
-        to write beside the pixels what is left to do with them; one whose views have not 3 ``channels`` says so.
+        to write beside the pixels what is left to do with them; one whose ``reading`` is not RGB says so.
         """
 
 
@@ -91,7 +92,7 @@ class Loader:
 
     def __init__(self, source: Source, transform: Transform, *, batch_size: int, seed: int, workers: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
-        beside, channels = getattr(transform, "parameters", 0), getattr(transform, "channels", 3)
+        beside, channels = getattr(transform, "parameters", 0), getattr(transform, "reading", RGB).channels
         layout = Layout(transform.count, batch_size, transform.image_size, beside, channels)
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from mocov3.config.presets import RGB, Reading
-from mocov3.data.views import CentreView
+from mocov3.data.views import CentreView, written
 
 _STREAM = 2104  # apart from every stream of ``mocov3.data.draws``
 _ANGLE = 15.0
@@ -42,11 +42,6 @@ class ProbeViews:
     def __post_init__(self) -> None:
         object.__setattr__(self, "count", 1 + self.probes)
 
-    @property
-    def channels(self) -> int:
-        """Of the views."""
-        return self.reading.channels
-
     def __call__(
         self,
         data: bytes | np.ndarray,
@@ -63,9 +58,7 @@ class ProbeViews:
         """
         (centre,) = CentreView(self.image_size, self.zoom, reading=self.reading)(data)
         views = [centre, *(_changed(centre, seed, index, probe) for probe in range(self.probes))]
-        if out is not None:
-            for place, view in zip(out, views, strict=True):
-                place[...] = view
+        written(views, out)
         return tuple(views)
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from mocov3.data.decode import decode
 from mocov3.data.draws import permutation
 from mocov3.data.sources import Source
-from mocov3.data.views import Pixels
+from mocov3.data.views import Pixels, written
 from mocov3.errors import UserError
 
 _AUGMENT = 8  # a stream of the seed; 0 to 3 are those of draws.py
@@ -186,7 +186,9 @@ class DeitAugment:
         small = self.image_size <= _PADDED_UP_TO and image.size == (self.image_size, self.image_size)
         with seeded(key(seed, _AUGMENT, epoch, index)):
             pixels = np.asarray(_pipeline(self, small)(image))  # an array or a tensor, by timm's version
-        return _written(np.ascontiguousarray(pixels.transpose(1, 2, 0)), out)
+        view = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        written([view], out)
+        return (view,)
 
 
 @lru_cache(maxsize=4)
@@ -217,10 +219,3 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     if bits < 1:
         return Image.new(image.mode, image.size)
     return ImageOps.posterize(image, bits) if bits < 8 else image
-
-
-def _written(pixels: Pixels, out: Sequence[Pixels] | np.ndarray | None) -> tuple[Pixels]:
-    if out is not None:
-        out[0][...] = pixels
-        return (out[0],)
-    return (pixels,)

@@ -46,9 +46,9 @@ class TwoViews:
         return PARAMETERS if self.crop_only else 0
 
     @property
-    def channels(self) -> int:
-        """Of the views."""
-        return self._preset.reading.channels
+    def reading(self) -> Reading:
+        """How pictures are read, by the preset."""
+        return self._preset.reading
 
     @property
     def _preset(self) -> ViewPreset:
@@ -94,6 +94,13 @@ class TwoViews:
         return a, b
 
 
+def written(views: Sequence[Pixels], out: Sequence[Pixels] | np.ndarray | None) -> None:
+    """Write views to ``out``, if there is one."""
+    if out is not None:
+        for place, view in zip(out, views, strict=True):
+            place[...] = view
+
+
 def _padded(pixels: Pixels, pad: int) -> Pixels:
     if pixels.shape[2] == 3:  # ten times as fast on small pictures
         return cv2.copyMakeBorder(pixels, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=0)
@@ -118,11 +125,6 @@ class CentreView:
     reading: Reading = RGB
     count: int = field(default=1, init=False)
 
-    @property
-    def channels(self) -> int:
-        """Of the view."""
-        return self.reading.channels
-
     def __call__(
         self,
         data: bytes | np.ndarray,
@@ -134,14 +136,13 @@ class CentreView:
     ) -> tuple[Pixels]:
         """The view of the picture in ``data``; seed, epoch and index are accepted and change nothing."""
         pixels = Picture(data, self.reading).pixels()[0]
-        if self.channels == 3:
+        channels = self.reading.channels
+        if channels == 3:
             pixels = self._of(Image.fromarray(pixels))
         else:
-            planes = [self._of(Image.fromarray(np.ascontiguousarray(pixels[..., c]))) for c in range(self.channels)]
+            planes = [self._of(Image.fromarray(np.ascontiguousarray(pixels[..., c]))) for c in range(channels)]
             pixels = np.stack(planes, 2)
-        if out is not None:
-            out[0][...] = pixels
-            pixels = out[0]
+        written([pixels], out)
         return (pixels,)
 
     def _of(self, image: Image.Image) -> Pixels:
