@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocov3 import models
 from mocov3.distributed import World
 from mocov3.models import MoCo
+from mocov3.models.products import TokenLinear
 from mocov3.optim import build_optimizer
 from mocov3.step import Precision, Step
 
@@ -71,6 +72,8 @@ class Eager:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # timm's own switch
+            if isinstance(module, TokenLinear):
+                module.__class__ = nn.Linear
         self.optimizer: Any
         if case["optimizer"] == "lars":
             self.optimizer = EagerLars(model.parameters(), case["weight_decay"])

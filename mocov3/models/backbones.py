@@ -14,6 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from mocov3.config.archs import CONV_VITS, check_arch
 from mocov3.errors import UserError, nearest
+from mocov3.models.products import use_fast_products
 
 if TYPE_CHECKING:
     from mocov3.models.vit import VisionTransformer
@@ -100,6 +101,7 @@ class TimmEncoder(nn.Module):
             self.backbone = timm.create_model(name, num_classes=0, **kwargs)
         except (AssertionError, ValueError) as error:
             raise UserError(f"--arch timm/{name} at --image-size {image_size}: {error}") from None
+        use_fast_products(self.backbone)
         self.num_features = int(getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features)
         self.projector: nn.Module = nn.Identity()
 

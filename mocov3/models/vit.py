@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mocov3.models.patches import resized_kernel, sincos_of_places
 from mocov3.models.positions import sincos_position_embedding
+from mocov3.models.products import token_linear, use_fast_products
 
 
 class ConvStem(nn.Module):
@@ -65,6 +66,7 @@ class VisionTransformer(TimmVisionTransformer):
         rows, columns = self.patch_embed.grid_size
         self.pos_embed = nn.Parameter(sincos_position_embedding(rows, columns, self.embed_dim), requires_grad=False)
         self._initialise()
+        use_fast_products(self.blocks)
         if stop_grad_conv1 and isinstance(self.patch_embed.proj, nn.Conv2d):
             # the convolutional stem is trained all the same, as in the reference
             self.patch_embed.proj.requires_grad_(False)
@@ -134,7 +136,7 @@ def _first_token(block: Any, x: Float[Tensor, "batch tokens dim"]) -> Float[Tens
     n, width = x.shape[0], attention.qkv.in_features
     weight, bias = attention.qkv.weight, attention.qkv.bias
     q = F.linear(y[:, :1], weight[:width], None if bias is None else bias[:width])
-    kv = F.linear(y, weight[width:], None if bias is None else bias[width:])
+    kv = token_linear(y, weight[width:], None if bias is None else bias[width:])
     q = q.view(n, 1, attention.num_heads, -1).transpose(1, 2)
     k, v = kv.view(n, x.shape[1], 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
     dropout = attention.attn_drop.p if attention.training else 0.0

@@ -1,0 +1,67 @@
+"""Matrix products of tokens at the speed that the processor has.
+
+torch hands float32 products to MKL, which keeps to half-wide instructions (AVX2) on processors that are not Intel's.
+oneDNN, which torch hands convolutions to, uses their full width: on an AMD EPYC with AVX-512 a 1×1 convolution of the
+same numbers is about twice as fast, forward and backward (docs/cheaper.md, ``python benchmarks/step.py``). So layers
+that multiply tokens are written as such convolutions there. The same sums in another order; weights and files are as
+ever.
+"""
+
+import functools
+import platform
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TokenLinear(nn.Linear):
+    """``nn.Linear`` that takes the faster way through float32 tokens (batch, …, width)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Linear``."""
+        return token_linear(input, self.weight, self.bias)
+
+
+def use_fast_products(network: nn.Module) -> None:
+    """Make every ``nn.Linear`` of a network a ``TokenLinear``; parameters, names and hooks stay."""
+    for module in network.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = TokenLinear
+
+
+def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, by way of a 1×1 convolution where that is faster."""
+    if not _worth_it(x):
+        return F.linear(x, weight, bias)
+    # (batch, tokens, width) in memory is (batch, width, tokens, 1) in channels-last: nothing is copied
+    picture = (x if x.ndim == 4 else x.unsqueeze(2)).permute(0, 3, 1, 2)
+    product = F.conv2d(picture, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    return product if x.ndim == 4 else product.squeeze(2)
+
+
+def _worth_it(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # exported networks keep their products
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim not in (3, 4) or not mkl_is_half_wide():
+        return False
+    if x.shape[0] < 16 and torch.get_num_threads() == 1:
+        return False  # torch's own rule: such convolutions do not go to oneDNN
+    return x.shape[1] >= 8 and not torch.is_autocast_enabled("cpu")  # bfloat16 goes to oneDNN as it is
+
+
+@functools.cache
+def mkl_is_half_wide() -> bool:
+    """Whether this processor has AVX-512 that MKL does not use, being another maker's than Intel's."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "Intel" not in _maker()
+
+
+def _maker() -> str:
+    facts = Path("/proc/cpuinfo")
+    if not facts.exists():
+        return platform.processor()
+    lines = facts.read_text().splitlines()
+    return next((line for line in lines if line.startswith("vendor_id")), "")
