@@ -37,6 +37,7 @@ CASES += [("vit_tiny_adamw_readme_lr", 0, True), ("vit_tiny_adamw", 0, True)]
 @pytest.mark.parametrize(("name", "micro_batch", "by_convolution"), CASES)
 def test_trajectory(monkeypatch, name, micro_batch, by_convolution):
     monkeypatch.setattr(products, "mkl_is_half_wide", lambda: by_convolution)
+    monkeypatch.setattr(products, "ENOUGH", 0)
     c, want = D[name]["config"], D[name]["float32"]
     vit = c["arch"].startswith("vit")
     dims = {"embed_dim": 192, "depth": 4, "num_heads": 3} if vit else {}

@@ -13,6 +13,7 @@ from mocov3.models.products import TokenLinear, use_fast_products
 def half_wide(monkeypatch):
     """A processor on which the other way is taken."""
     monkeypatch.setattr(products, "mkl_is_half_wide", lambda: True)
+    monkeypatch.setattr(products, "ENOUGH", 0)
 
 
 def both(shape, *, bias=True):
@@ -67,6 +68,8 @@ def test_the_way_is_taken_where_it_pays(monkeypatch):
     monkeypatch.setattr(products, "mkl_is_half_wide", lambda: False)
     assert not taken(tokens)
     monkeypatch.setattr(products, "mkl_is_half_wide", lambda: True)
+    assert not taken(tokens)
+    monkeypatch.setattr(products, "ENOUGH", tokens.numel() * 8)
     assert taken(tokens)
     assert not any(map(taken, (tokens[:, :1], tokens[:, 0], tokens.double())))
     with torch.autocast("cpu", torch.bfloat16):
@@ -98,6 +101,7 @@ def test_networks_compute_what_they_did(monkeypatch, arch):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     assert sum(type(m) is TokenLinear for m in model.base_encoder.modules()) == 8
     found = []
+    monkeypatch.setattr(products, "ENOUGH", 0)
     for taken in (False, True):
         monkeypatch.setattr(products, "mkl_is_half_wide", lambda taken=taken: taken)
         model.load_state_dict(state)

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ENOUGH = 4_000_000
+"""Multiplications from which the convolution's overhead is earned (measured: even at 2 to 4 million)."""
+
 
 class TokenLinear(nn.Linear):
     """``nn.Linear`` that takes the faster way through float32 tokens (batch, …, width)."""
@@ -33,7 +36,7 @@ def use_fast_products(network: nn.Module) -> None:
 
 def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, by way of a 1×1 convolution where that is faster."""
-    if not _worth_it(x):
+    if not _worth_it(x, weight):
         return F.linear(x, weight, bias)
     # (batch, tokens, width) in memory is (batch, width, tokens, 1) in channels-last: nothing is copied
     picture = (x if x.ndim == 4 else x.unsqueeze(2)).permute(0, 3, 1, 2)
@@ -41,14 +44,15 @@ def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product if x.ndim == 4 else product.squeeze(2)
 
 
-def _worth_it(x: Tensor) -> bool:
+def _worth_it(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False  # exported networks keep their products
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim not in (3, 4) or not mkl_is_half_wide():
         return False
     if x.shape[0] < 16 and torch.get_num_threads() == 1:
         return False  # torch's own rule: such convolutions do not go to oneDNN
-    return x.shape[1] >= 8 and not torch.is_autocast_enabled("cpu")  # bfloat16 goes to oneDNN as it is
+    enough = x.shape[1] >= 8 and x.numel() * weight.shape[0] >= ENOUGH
+    return enough and not torch.is_autocast_enabled("cpu")  # bfloat16 goes to oneDNN as it is
 
 
 @functools.cache
