@@ -18,6 +18,7 @@ import torch
 from mocov3.errors import UserError, printable
 
 _CHUNK = 4 << 20
+_FOLDER = 0x10  # of DOS's attributes, which no checksum covers: for a folder torch's reader fills nothing in
 _ITEM_BYTES = {
     "DoubleStorage": 8, "LongStorage": 8, "FloatStorage": 4, "IntStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
     "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1, "ComplexFloatStorage": 8,
@@ -50,7 +51,8 @@ def _vet_archive(file: IO[bytes], path: Path, size: int) -> None:
             members = {}
             for info in archive.infolist():
                 _, _, name = info.filename.partition("/")  # below the archive's own name
-                if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or name in members:
+                stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+                if not stored or info.flag_bits & 1 or info.external_attr & _FOLDER or name in members:
                     raise UserError(f"{path}: holds {printable(info.filename)!r}, which torch does not write; refused")
                 members[name] = info.file_size
             if sum(members.values()) > size:
@@ -70,9 +72,21 @@ def _vet_archive(file: IO[bytes], path: Path, size: int) -> None:
 
 
 def _vet_legacy(file: IO[bytes], path: Path, size: int) -> None:
+    bounded: Any = _Bounded(file, size)
     for _ in range(_LEGACY_HEADER):
-        _Vetter(path, lambda _: -1).run(pickletools.genops(file))
-    _Vetter(path, lambda _: size).run(pickletools.genops(file))
+        _Vetter(path, lambda _: -1).run(pickletools.genops(bounded))
+    _Vetter(path, lambda _: size).run(pickletools.genops(bounded))
+
+
+class _Bounded:
+    """A file that is never asked for more than it has: asked for 2⁶² bytes, Python's own takes memory for them."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self.file, self.size = file, size
+        self.readline, self.tell = file.readline, file.tell
+
+    def read(self, count: int) -> bytes:
+        return self.file.read(max(min(count, self.size - self.file.tell()), 0))
 
 
 class _Global(NamedTuple):

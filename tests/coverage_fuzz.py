@@ -9,7 +9,7 @@ try:
     import atheris
 except ImportError:
     print("atheris is not installed")
-    sys.exit(77)
+    sys.exit(3)  # libFuzzer's own codes, 77 among them, are findings
 
 with atheris.instrument_imports(include=["mocov3", "PIL", "zipfile", "pickletools"]):
     from mocov3.data import TwoViews

@@ -8,6 +8,7 @@ import pickle
 import random
 import struct
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from contextlib import redirect_stderr
@@ -93,6 +94,35 @@ def test_cut_and_flipped_checkpoints(whole, tmp_path):
     record("checkpoints cut at a random place", cuts, "all refused in one line")
     record("checkpoints with a flipped bit", flips, f"{flips - equal} refused in one line, {equal} read equal "
            "(the bit lay in padding or a date), none half-loaded")  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "bit"), [(38, 0x10), (24, 0x08), (24, 0x80), (26, 0x01)])
+def test_a_directory_that_misleads_torch_is_refused(whole, tmp_path, place, bit):
+    # one bit of a member's entry, under no checksum: as a folder, or larger than what is stored, it has torch's reader
+    # leave memory as it was found
+    data, path = whole.read_bytes(), tmp_path / "damaged.pth.tar"
+    at, refused = data.find(b"PK\x01\x02"), 0
+    while at >= 0:
+        damaged = bytearray(data)
+        damaged[at + place] ^= bit
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"refused|damaged"):
+            checkpoint.read(path)
+        at, refused = data.find(b"PK\x01\x02", at + 4), refused + 1
+    assert refused > 50
+
+
+def test_an_old_file_that_claims_much_takes_no_memory(tmp_path):
+    path = tmp_path / "old.pth"
+    for claim in (2**62, 2**30):  # found by coverage: MemoryError; and what a machine would hand out
+        path.write_bytes(b"\x80\x05\x96" + struct.pack("<Q", claim) + b"x.")
+        tracemalloc.start()
+        try:
+            with pytest.raises(UserError):
+                checkpoint.read(path)
+            assert tracemalloc.get_traced_memory()[1] < 2**24
+        finally:
+            tracemalloc.stop()
 
 
 class Code:
