@@ -13,7 +13,7 @@ from mocov3.distributed.sharding import shares
 from mocov3.errors import UserError
 from mocov3.footprint import Footprint, choose_micro_batch, footprint, free_memory
 from mocov3.groups import freeze_until
-from mocov3.models import MoCo
+from mocov3.models import MoCo, shapes_only
 from mocov3.optim import build_optimizer
 from mocov3.sharded import shard_model, sharded_optimizer
 from mocov3.start import load_start
@@ -82,7 +82,7 @@ def count_memory(config: PretrainConfig, *, sixteen_bits: bool) -> Footprint:
 
 def count_norms(config: PretrainConfig) -> int:
     """Channels of all batch norms of a configuration's networks, momentum encoder included."""
-    with torch.device("meta"):
+    with shapes_only():
         model = plain_model(config)
     return sum(m.num_features for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mocov3.errors import UserError
-from mocov3.models import Encoder, MoCo
+from mocov3.models import Encoder, MoCo, shapes_only
 from mocov3.sharded import blocks
 
 KEPT_FREE = 0.05
@@ -100,7 +100,7 @@ def footprint(
         sixteen_bits: whether networks run under autocast.
         grad_checkpoint: whether blocks are computed again in the backward pass.
     """
-    with torch.device("meta"):
+    with shapes_only():
         model = build().train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")

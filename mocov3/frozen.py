@@ -18,6 +18,7 @@ from mocov3.convert import find_backbone, load_into, views_of
 from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
+from mocov3.models.shapes import shapes_only
 
 PIXELS = "pixels"
 
@@ -256,7 +257,7 @@ def _fits(state: dict[str, Tensor]) -> str:
     """Which built-in archs have a backbone of exactly these keys and shapes, as a hint."""
     found = []
     for arch in BUILT_IN_ARCHS:
-        with torch.device("meta"):
+        with shapes_only():
             wanted = build_backbone(arch, **settings_of(state, arch)).state_dict()
         bare = {k: v for k, v in wanted.items() if not k.startswith(("fc.", "head."))}
         if set(bare) == set(state) and all(v.shape == state[k].shape for k, v in bare.items() if k != "pos_embed"):

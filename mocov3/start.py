@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mocov3 import checkpoint
@@ -16,7 +15,7 @@ from mocov3.config.archs import BUILT_IN_ARCHS, RESNETS
 from mocov3.convert import BackboneWeights, find_backbone, load_into
 from mocov3.errors import UserError, nearest
 from mocov3.log import warn
-from mocov3.models import Encoder, build_backbone
+from mocov3.models import Encoder, build_backbone, shapes_only
 
 _TIMM_HEADS = {"vit_small": 6}
 """Heads of timm's namesakes where they are not ours: the same shapes, another network."""
@@ -107,7 +106,7 @@ def guess_arch(state: dict[str, Tensor]) -> str | None:
     small = shapes.get("conv1.weight", (0, 0, 7))[2] == 3
     for arch in BUILT_IN_ARCHS:
         try:
-            with torch.device("meta"):
+            with shapes_only():
                 small_stem = small and arch.startswith("res") and "_w" not in arch
                 encoder = build_backbone(arch, image_size=4 * patch, patch_size=patch, small_stem=small_stem)
         except (ValueError, UserError):

@@ -18,7 +18,7 @@ from mocov3.distributed import free_loopback_address, launch
 from mocov3.distributed.meeting import largest_dividing
 from mocov3.errors import UserError
 from mocov3.footprint import KEPT_FREE, footprint
-from mocov3.models import build
+from mocov3.models import build, shapes_only
 from mocov3.plan import Traffic, step_seconds, traffic
 
 
@@ -176,7 +176,7 @@ def test_the_pytorchjob_manifest():
 
 
 def test_large_networks_of_the_paper():
-    with torch.device("meta"):
+    with shapes_only():
         large, huge = (build(arch, patch_size=p).base_encoder for arch, p in (("vit_large", 16), ("vit_huge", 14)))
     # Dosovitskiy et al. 2021, table 1: 307 and 632 million parameters (with a classifier of 1,000 classes)
     for encoder, millions in ((large, 307), (huge, 632)):

@@ -3,6 +3,7 @@
 from mocov3.models.backbones import Encoder, build_backbone, build_encoder, linear_classifier
 from mocov3.models.moco import MoCo, Statistics, build
 from mocov3.models.positions import sincos_position_embedding
+from mocov3.models.shapes import shapes_only
 
 __all__ = [
     "Encoder",
@@ -12,5 +13,6 @@ __all__ = [
     "build_backbone",
     "build_encoder",
     "linear_classifier",
+    "shapes_only",
     "sincos_position_embedding",
 ]
