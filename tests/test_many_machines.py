@@ -16,6 +16,7 @@ from conftest import ROOT, TINY
 from mocov3.cli import main, parse_script
 from mocov3.distributed import free_loopback_address, launch
 from mocov3.distributed.meeting import largest_dividing
+from mocov3.distributed.sharding import ON_CPU
 from mocov3.errors import UserError
 from mocov3.footprint import KEPT_FREE, footprint
 from mocov3.models import build, shapes_only
@@ -49,6 +50,7 @@ def test_a_world_that_does_not_divide_uses_the_largest_that_does(pictures, tmp_p
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.skipif(not ON_CPU, reason="this torch shares out on GPUs only")
 def test_shared_weights_leave_whole_files(pictures, tmp_path):
     # one process without, two with, one without, two with: the same run, through the same files
     flags = [str(pictures), *TINY, "-a", "vit_tiny", "--patch-size", "16", "--checkpoint-steps", "1"]

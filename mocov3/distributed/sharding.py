@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mocov3.distributed.world import World
+from mocov3.errors import UserError
+
+ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+"""Whether this torch shares out on CPUs too (2.6 does not)."""
 
 
 def shard(world: World, units: Iterable[nn.Module], calls: dict[nn.Module, list[str]]) -> None:
@@ -23,7 +27,12 @@ def shard(world: World, units: Iterable[nn.Module], calls: dict[nn.Module, list[
         world: this rank; a world of one works, and shares nothing.
         units: modules that are gathered as one; parameters of a unit inside another belong to the inner one.
         calls: methods, other than ``forward``, by which units are run.
+
+    Raises:
+        UserError: on CPUs, if this torch can share out on GPUs only.
     """
+    if world.device.type == "cpu" and not ON_CPU:
+        raise UserError(f"--fsdp: torch {torch.__version__} shares out on GPUs only; use a newer one on CPUs")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
