@@ -12,7 +12,7 @@ from torch import nn
 from mocov3.config.archs import is_resnet, is_vit
 from mocov3.models import Encoder, build_encoder
 
-_NOT_DECAYED = ("*cls_token", "*pos_embed", "*dist_token")
+_NOT_DECAYED = ("cls_token", "pos_embed", "dist_token")
 _RESNET_LAYERS = {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)\.(\d+)"}
 
 
@@ -47,12 +47,13 @@ def parameter_groups(model: Encoder, *, weight_decay: float, layer_decay: float)
     Not decayed: biases, norms, cls token, position table. With ``layer_decay`` below 1, a layer's ``lr_scale`` is
     ``layer_decay`` to the number of layers above it (Clark et al. 2020, as in BEiT and MAE); the classifier's is 1.
     """
+    trunk: Any = model if layer_decay == 1.0 else getattr(model, "backbone", model)
+    not_decayed = [name for name, _ in trunk.named_parameters() if name.endswith(_NOT_DECAYED)]  # old timm: no patterns
     if layer_decay == 1.0:
-        return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_NOT_DECAYED)
-    trunk: Any = getattr(model, "backbone", model)
+        return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=not_decayed)
     if not hasattr(trunk, "group_matcher"):
         trunk.group_matcher = lambda coarse=False: _RESNET_LAYERS
-    groups = param_groups_layer_decay(trunk, weight_decay, no_weight_decay_list=_NOT_DECAYED, layer_decay=layer_decay)
+    groups = param_groups_layer_decay(trunk, weight_decay, no_weight_decay_list=not_decayed, layer_decay=layer_decay)
     if trunk is not model:  # the classifier beside timm's backbone is a layer above it
         for group in groups:
             group["lr_scale"] *= layer_decay

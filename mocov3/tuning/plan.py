@@ -8,7 +8,6 @@ and one that adds up eight batches train on the same groups.
 from collections.abc import Iterator
 
 import numpy as np
-from timm.data.distributed_sampler import RepeatAugSampler
 
 from mocov3.data import Work
 from mocov3.data.draws import permutation, replacement
@@ -17,21 +16,13 @@ from mocov3.data.draws import permutation, replacement
 def group_order(n: int, *, repeats: int, groups: int, group: int) -> np.ndarray:
     """Places in the epoch's order, with their repetitions, that are dealt to one group: ``place · repeats + r``.
 
-    timm's sampler of repeated augmentation decides how many (a multiple of 256 pictures an epoch where there are so
-    many); without repetitions it is ``torch.utils.data.DistributedSampler``'s padded dealing.
+    With repeated augmentation an epoch is a multiple of 256 of the (repeated) pictures where there are so many, as in
+    DeiT's sampler and timm's ``RepeatAugSampler``; without, all are dealt, as ``DistributedSampler`` does.
     """
-    sampler = RepeatAugSampler(
-        range(n),
-        num_replicas=groups,
-        rank=group,
-        shuffle=False,
-        num_repeats=repeats,
-        selected_round=256 if repeats > 1 else 0,
-    )
-    places = np.fromiter(iter(sampler), dtype=np.int64)
-    # the sampler says which picture; its repetition follows from the place in the sequence it deals out
-    sequence = (group + groups * np.arange(len(places))) % (n * repeats)
-    return places * repeats + sequence % repeats
+    total = n * repeats
+    dealt = -(-total // groups)
+    wanted = n // 256 * 256 // groups if repeats > 1 and n >= 256 else -(-n // groups)
+    return (group + groups * np.arange(min(wanted, dealt))) % total  # the last round is filled up from the start
 
 
 def iterations(n: int, *, repeats: int, groups: int, batch_size: int) -> int:
