@@ -22,6 +22,12 @@ CASES = {
     "conv-vit-lars": ("vit_conv_small", VIT, "lars", 0.3),
 }
 MODES = ("one pass", "micro", *(("fsdp", "fsdp and micro") if ON_CPU else ()))
+MODES_OF = {
+    "resnet-lars": ("one pass", *MODES[2:3]),
+    "vit-adamw": MODES,
+    "vit-lars": MODES,
+    "conv-vit-lars": ("one pass",),
+}
 # zero in exact arithmetic, wholly or in part: rounding noise, which Adam scales up (habit 11)
 LEFT_OUT = ("encoder.norm.bias", "predictor.1.running_mean")
 LEFT_OUT_ADAMW = (*LEFT_OUT, "qkv.bias")
@@ -40,9 +46,7 @@ def runs_of(size):
     """(case, mode, precision) of a number of processes. Micro-batches are exact without batch norm in the backbone; a
     world of one shares nothing out; what torch's own classes do is not asked for in every combination."""
     for name in CASES:
-        exact = {"vit": MODES, "res": ("one pass", *MODES[2:3]), "con": ("one pass",)}
-        modes = exact[name[:3]]
-        for mode in modes:
+        for mode in MODES_OF[name]:
             if (size == 1 and "fsdp" in mode) or (size == 4 and name not in ("vit-lars", "resnet-lars")):
                 continue
             yield name, mode, torch.float64

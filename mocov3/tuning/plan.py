@@ -19,10 +19,8 @@ def group_order(n: int, *, repeats: int, groups: int, group: int) -> np.ndarray:
     With repeated augmentation an epoch is a multiple of 256 of the (repeated) pictures where there are so many, as in
     DeiT's sampler and timm's ``RepeatAugSampler``; without, all are dealt, as ``DistributedSampler`` does.
     """
-    total = n * repeats
-    dealt = -(-total // groups)
-    wanted = n // 256 * 256 // groups if repeats > 1 and n >= 256 else -(-n // groups)
-    return (group + groups * np.arange(min(wanted, dealt))) % total  # the last round is filled up from the start
+    dealt = n // 256 * 256 // groups if repeats > 1 and n >= 256 else -(-n // groups)
+    return (group + groups * np.arange(dealt)) % (n * repeats)  # the last round is filled up from the start
 
 
 def iterations(n: int, *, repeats: int, groups: int, batch_size: int) -> int:
