@@ -13,7 +13,6 @@ from mocov3.data import open_source
 from mocov3.data.labelled import open_labelled
 from mocov3.errors import UserError
 
-_DEFAULT_ADDRESS = LinclsConfig.dist_url
 SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Learning rates that ``mocov3 lincls`` trains side by side unless told otherwise."""
 
@@ -41,29 +40,11 @@ def main(config: LinclsConfig, *, script_door: bool) -> int:
         UserError: for anything the user can mend, before training starts where it can be known.
     """
     check(config, script_door=script_door)
+    from mocov3.distributed import launch_as
     from mocov3.linear import train
     from mocov3.linear_scores import evaluate_file
 
-    return start(evaluate_file if config.evaluate else train, Job(config, script_door))
-
-
-def start(task: Any, job: Job) -> int:
-    """Run ``task`` on every rank that the configuration asks for."""
-    from mocov3.distributed import launch
-
-    config = job.config
-    return launch(
-        task,
-        job,
-        device=config.device,
-        gpu=config.gpu,
-        spawn=config.multiprocessing_distributed,
-        processes=config.nprocs_per_node,
-        nodes=config.world_size,
-        node_rank=config.rank,
-        address="" if config.dist_url == _DEFAULT_ADDRESS else config.dist_url,
-        backend=config.dist_backend,
-    )
+    return launch_as(config, evaluate_file if config.evaluate else train, Job(config, script_door))
 
 
 def check(config: LinclsConfig, *, script_door: bool) -> None:
@@ -100,6 +81,7 @@ def verify(file: str, folder: str, **settings: Any) -> int:
     config = LinclsConfig(data=where, resume=file, evaluate=True, arch="", **settings)
     config.check()
     open_source(where, "train")
+    from mocov3.distributed import launch_as
     from mocov3.linear_scores import verify_file
 
-    return start(verify_file, Job(config, True, where))
+    return launch_as(config, verify_file, Job(config, True, where))

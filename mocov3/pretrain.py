@@ -16,8 +16,6 @@ from mocov3.data.sources import group_numbers, shares
 from mocov3.errors import UserError
 from mocov3.log import warn
 
-_DEFAULT_ADDRESS = PretrainConfig.dist_url
-
 
 @dataclass(frozen=True)
 class Job:
@@ -34,23 +32,11 @@ def main(config: PretrainConfig, *, script_door: bool) -> int:
         UserError: for anything the user can mend, before training starts where it can be known.
     """
     check(config, script_door=script_door)
-    from mocov3.distributed import launch
+    from mocov3.distributed import launch_as
     from mocov3.run import train
 
-    return launch(
-        train,
-        Job(config, script_door),
-        device=config.device,
-        gpu=config.gpu,
-        spawn=config.multiprocessing_distributed,
-        processes=config.nprocs_per_node,
-        nodes=config.world_size,
-        node_rank=config.rank,
-        address="" if config.dist_url == _DEFAULT_ADDRESS else config.dist_url,
-        backend=config.dist_backend,
-        timeout_minutes=config.dist_timeout,
-        batch=config.batch_size,
-    )
+    job = Job(config, script_door)
+    return launch_as(config, train, job, timeout_minutes=config.dist_timeout, batch=config.batch_size)
 
 
 def check(config: PretrainConfig, *, script_door: bool) -> None:

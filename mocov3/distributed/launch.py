@@ -85,6 +85,23 @@ def launch(
     return _spawn(task, payload, ranks, device, meet._replace(address=address))
 
 
+def launch_as(config: Any, task: Task, payload: Any, **more: Any) -> int:
+    """``launch`` by the reference's flags for ranks, as ``PretrainConfig`` and ``LinclsConfig`` hold them."""
+    return launch(
+        task,
+        payload,
+        device=config.device,
+        gpu=config.gpu,
+        spawn=config.multiprocessing_distributed,
+        processes=config.nprocs_per_node,
+        nodes=config.world_size,
+        node_rank=config.rank,
+        address="" if config.dist_url == type(config).dist_url else config.dist_url,
+        backend=config.dist_backend,
+        **more,
+    )
+
+
 class Meeting(NamedTuple):
     """How ranks meet, and how long one may be silent."""
 

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mocov3.data import CentreView, Loader, Source, Work
+from mocov3.data import CentreView, Source
 from mocov3.distributed import World
-from mocov3.step import Precision, normalise
+from mocov3.features import stream
+from mocov3.step import Precision
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,6 @@ class Accuracy:
         return self.loss_sum / max(self.total, 1)
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     source: Source,
@@ -72,21 +72,14 @@ def evaluate(
     classes = len(source.classes)
     counts = torch.zeros(2 * classes + 2, dtype=torch.float64)
     mine = np.array_split(np.arange(len(source)), world.size)[world.rank]
-    works = [Work(0, i, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-    training = model.training
-    model.eval()
-    try:
-        with Loader(source, view, batch_size=batch_size, seed=0, workers=workers) as loader:
-            for batch in loader.run(works):
-                x = normalise(batch.pixels[0], world.device, mean, std)
-                with precision.autocast():
-                    scores = model(x)
-                gone = {c.index for c in batch.corrupt}
-                read = torch.tensor([int(i) not in gone for i in batch.work.indices])
-                target = torch.from_numpy(labels[batch.work.indices].astype(np.int64))
-                counts += count(scores.float().cpu().double()[read], target[read], classes)
-    finally:
-        model.train(training)
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    scored = stream(model, model, source, view, batches, device=world.device, mean=mean, std=std, workers=workers,
+                    autocast=precision.autocast)  # fmt: skip
+    for part in scored:
+        gone = {c.index for c in part.corrupt}
+        read = torch.tensor([int(i) not in gone for i in part.indices])
+        target = torch.from_numpy(labels[part.indices].astype(np.int64))
+        counts += count(part.features.cpu().double()[read], target[read], classes)
     # counts are whole numbers and the loss is summed in float64; sums go over the host, in float64 on every device
     parts = world.gather(counts.tolist())
     total = np.sum(np.array(parts), axis=0)
