@@ -100,10 +100,8 @@ class Step:
 
     def _inspect(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        # the largest entry is finite exactly if all are; a sum of squares could overflow. Ranks hold the same averages,
-        # or shares of them (--fsdp), and agree
-        largest = torch.stack(torch._foreach_norm([g for g in local(grads) if g.numel()], torch.inf))
-        finite = torch.isfinite(largest).all() & torch.isfinite(loss)
+        # Ranks hold the same averages, or shares of them (--fsdp), and agree
+        finite = torch.isfinite(_extremes([g for g in local(grads) if g.numel()])).all() & torch.isfinite(loss)
         ok = self.world.sum((~finite).float()) == 0
         watched = norms(self.world, [w.grad for w in self._watched if w.grad is not None], self._shared)
         if self.spikes is not None:
@@ -171,6 +169,13 @@ class SpikeGuard:
     def restore(self, state: list[float]) -> None:
         """Go on from ``state``."""
         self._state.copy_(torch.tensor(state))
+
+
+def _extremes(tensors: list[Tensor]) -> Tensor:
+    """Numbers that are finite exactly if all entries are; a sum of squares could overflow."""
+    if tensors[0].device.type == "cpu":  # torch's maximum norm takes fifteen times as long as both extremes there
+        return torch.stack([extreme(x) for x in tensors for extreme in (torch.amax, torch.amin)])
+    return torch.stack(torch._foreach_norm(tensors, torch.inf))
 
 
 def _is_backbone_weight(name: str, p: Tensor) -> bool:

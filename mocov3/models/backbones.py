@@ -15,6 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from mocov3.config.archs import CONV_VITS, check_arch
 from mocov3.errors import UserError, nearest
 from mocov3.models.products import use_fast_products
+from mocov3.models.small_maps import use_whole_maps
 
 if TYPE_CHECKING:
     from mocov3.models.vit import VisionTransformer
@@ -54,6 +55,7 @@ class ResNet(tv.ResNet):
             self.conv1 = nn.Conv2d(in_chans, self.conv1.out_channels, 3, stride=stride, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.maxpool = nn.Identity()
+        use_whole_maps(self)
         self.num_features: int = width * 2 ** (len(layers) - 1) * block.expansion
 
     def _narrow(self, block: type[BasicBlock] | type[Bottleneck], layers: list[int], width: int) -> None:
