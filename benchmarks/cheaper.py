@@ -32,7 +32,9 @@ from mocov3.run import Run
 
 NETWORK = {"embed_dim": 64, "depth": 4, "num_heads": 2}
 FLAGS = [
-    "fashion-mnist", "--recipe", "fashion_mnist", "-a", "vit_tiny", "--patch-size", "4", "--lr", "3e-3",
+    # views weaker than the recipe's now are, as when docs/cheaper.md was measured
+    "fashion-mnist", "--recipe", "fashion_mnist", "--crop-min", ".3", "--brightness", ".4", "--contrast", ".4",
+    "--blur-probability", "0", "--solarize-probability", "0", "-a", "vit_tiny", "--patch-size", "4", "--lr", "3e-3",
     "--warmup-epochs", "1", "--stop-grad-conv1", "--moco-mlp-dim", "256", "-j", "0", "-p", "1000", "--device", "cpu",
     "--quiet", "--checkpoint-every", "1000",
 ]  # fmt: skip

@@ -27,13 +27,17 @@ from mocov3 import models
 from mocov3.distributed import World
 from mocov3.models import MoCo
 from mocov3.models.products import TokenLinear
+from mocov3.models.small_maps import SmallMapConv2d
 from mocov3.optim import build_optimizer
 from mocov3.step import Precision, Step
 
 CASES: dict[str, dict[str, Any]] = {
     "resnet50": {"optimizer": "lars", "temperature": 1.0, "lr": 0.1, "weight_decay": 1e-6},
     "vit_small": {"optimizer": "adamw", "temperature": 0.2, "lr": 1e-4, "weight_decay": 0.1, "stop_grad_conv1": True},
-}
+    "resnet10_w16": {"optimizer": "adamw", "temperature": 0.2, "lr": 4e-3, "weight_decay": 0.05, "dim": 128,
+                     "mlp_dim": 512},
+}  # fmt: skip
+USUAL = ["resnet50", "vit_small"]
 KINDS = {
     "convolution": ("convolution", "conv"),
     "matrix products": ("mm", "linear", "matmul"),
@@ -72,8 +76,9 @@ class Eager:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # timm's own switch
-            if isinstance(module, TokenLinear):
-                module.__class__ = nn.Linear
+            for ours, plain in ((TokenLinear, nn.Linear), (SmallMapConv2d, nn.Conv2d)):
+                if isinstance(module, ours):
+                    module.__class__ = plain
         self.optimizer: Any
         if case["optimizer"] == "lars":
             self.optimizer = EagerLars(model.parameters(), case["weight_decay"])
@@ -148,7 +153,7 @@ class Ours:
 def build(arch: str, case: dict[str, Any], size: int, device: torch.device) -> MoCo:
     """A network, the same at every call."""
     torch.manual_seed(0)
-    settings = {k: v for k, v in case.items() if k in ("temperature", "stop_grad_conv1")}
+    settings = {k: v for k, v in case.items() if k in ("temperature", "stop_grad_conv1", "dim", "mlp_dim")}
     return models.build(arch, image_size=size, **settings).to(device).train()
 
 
@@ -229,7 +234,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archs", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--archs", nargs="+", default=USUAL, choices=list(CASES))
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)

@@ -146,7 +146,7 @@ def _views(made: _Plan, pictures: Pictures, machine: Machine, cpu_side: int) -> 
 def _network(made: _Plan, pictures: Pictures, machine: Machine) -> None:
     n, small, gb = pictures.count, made["image_size"] <= _SMALL_SIDE, machine.memory / GIB
     if machine.device == "cpu":
-        arch, reason = ("resnet10_w32", "trains in minutes on a CPU (the demo's network)")
+        arch, reason = ("resnet10_w32", "trains in minutes on a CPU")
         if made["image_size"] > 40:
             arch, reason = "resnet10_w48", "a CPU trains it in an hour"
     elif n < 5_000 or small:

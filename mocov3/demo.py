@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     if args.resume:
         flags += ["--resume", "auto"]
     config = parse_pretrain(flags, prog="mocov3 demo")
-    config = dataclasses.replace(config, workers=1, checkpoint_every=config.epochs if args.epochs else 10)
+    config = dataclasses.replace(config, workers=1, checkpoint_every=config.epochs if args.epochs else 20)
     code = pretrain(config, script_door=False)
     if code:
         return code

@@ -58,7 +58,7 @@ def test_the_notebook_runs(tmp_path):
     ).execute()
     outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
-    assert "torch.Size([256, 256])" in json.dumps(outputs)
+    assert "torch.Size([256, 128])" in json.dumps(outputs)
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 

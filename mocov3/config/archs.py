@@ -19,7 +19,7 @@ RESNETS = [
 ]
 """torchvision's ResNet family."""
 
-SMALL_RESNETS = ["resnet10", "resnet10_w32", "resnet10_w48", "resnet10_w64"]
+SMALL_RESNETS = ["resnet10", "resnet10_w16", "resnet10_w32", "resnet10_w48", "resnet10_w64"]
 """ResNet-10 (one basic block a stage): torchvision's widths and stem, or narrower with a 3×3 stem (``_wN``)."""
 
 VITS = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]

@@ -136,7 +136,7 @@ _TORCHVISION: dict[str, dict[str, Any]] = {
 _RESNET10: dict[str, Any] = {"block": BasicBlock, "layers": [1, 1, 1, 1], "zero_init_residual": False}
 _SMALL: dict[str, dict[str, Any]] = {
     "resnet10": _RESNET10,
-    **{f"resnet10_w{width}": {**_RESNET10, "width": width, "stem": "small_stride2"} for width in (32, 48, 64)},
+    **{f"resnet10_w{width}": {**_RESNET10, "width": width, "stem": "small_stride2"} for width in (16, 32, 48, 64)},
 }
 _VITS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},  # DeiT's Ti; not in the reference
