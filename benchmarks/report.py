@@ -37,7 +37,11 @@ def main() -> None:
         for _ in range(5):
             page = browser.new_page(viewport={"width": 1280, "height": 800})
             page.goto(f"file://{page_file}")
-            page.wait_for_function("document.documentElement.dataset.ready", timeout=120_000)
+            # not page.wait_for_function: it polls by eval, which the page's Content-Security-Policy forbids
+            end = time.monotonic() + 120
+            while not page.evaluate("document.documentElement.dataset.ready"):
+                assert time.monotonic() < end, "the page was not ready after 120 s"
+                page.wait_for_timeout(50)
             ready.append(int(page.evaluate("document.documentElement.dataset.ready")) / 1000)
             page.close()
         browser.close()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +18,18 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here (Debian: apt-get install chromium)")
 WIDTHS = {"phone": (390, 844), "laptop": (1280, 800), "wide": (2200, 1200)}
 MARKUP = "<img src=x onerror=document.title='broken'>"
+
+
+def until(page, expression, arg=None, seconds=60):
+    """Ask the page again until ``expression`` holds.
+
+    Not ``page.wait_for_function``: where the first answer is no it polls by ``eval`` in the page, which the page's
+    Content-Security-Policy forbids.
+    """
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression, arg):
+        assert time.monotonic() < end, f"after {seconds} s not yet: {expression}"
+        page.wait_for_timeout(50)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +83,7 @@ def opened(browser, run):
         page.on("request", lambda request: None if request.url.startswith("data:") else said.append(request.url))
         file = file or run / "report.html"
         page.goto(f"file://{file}")
-        page.wait_for_function("document.documentElement.dataset.ready", timeout=60_000)
+        until(page, "document.documentElement.dataset.ready")
         assert said == [f"file://{file}"]  # the page itself, and nothing else
         said.clear()
         page.said = said
@@ -117,14 +130,13 @@ def test_hover_and_linked_zoom(opened):
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + box["height"] * 0.45, steps=6)
     page.mouse.up()
-    page.wait_for_function("r => document.getElementById('loss')._fullLayout.xaxis.range[0] > r[0]", arg=before)
+    until(page, "r => document.getElementById('loss')._fullLayout.xaxis.range[0] > r[0]", before)
     zoomed = page.evaluate("document.getElementById('loss')._fullLayout.xaxis.range")
     assert before[0] < zoomed[0] < zoomed[1] < before[1]
     near(page, "gradients")  # drawn now, at the same steps
-    page.wait_for_function("r => Math.abs(document.getElementById('gradients')._fullLayout.xaxis.range[0] - r) < 1e-6",
-                           arg=zoomed[0])  # fmt: skip
+    until(page, "r => Math.abs(document.getElementById('gradients')._fullLayout.xaxis.range[0] - r) < 1e-6", zoomed[0])
     near(page, "loss").dblclick(position={"x": box["width"] / 2, "y": box["height"] / 2})
-    page.wait_for_function("r => document.getElementById('gradients')._fullLayout.xaxis.range[0] < r", arg=zoomed[0])
+    until(page, "r => document.getElementById('gradients')._fullLayout.xaxis.range[0] < r", zoomed[0])
     assert page.said == []
 
 
@@ -142,13 +154,13 @@ def test_keyboard(opened):
     range_of = "document.getElementById('loss')._fullLayout.xaxis.range"
     low = page.evaluate(range_of)[0]
     page.keyboard.press("+")
-    page.wait_for_function(f"low => {range_of}[0] > low", arg=low)
+    until(page, f"low => {range_of}[0] > low", low)
     a, b = page.evaluate(range_of)
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(f"a => {range_of}[0] > a", arg=a)
+    until(page, f"a => {range_of}[0] > a", a)
     assert np.diff(page.evaluate(range_of)) == pytest.approx(b - a)
     page.keyboard.press("0")
-    page.wait_for_function(f"low => Math.abs({range_of}[0] - low) < 1e-9", arg=low)
+    until(page, f"low => Math.abs({range_of}[0] - low) < 1e-9", low)
     page.evaluate("document.getElementById('theme').focus()")
     theme = page.evaluate("document.documentElement.dataset.theme")
     page.keyboard.press("Enter")
@@ -177,7 +189,7 @@ def test_map_shows_thumbnails_on_hover_and_zoom(opened):
     page.mouse.down()
     page.mouse.move(place[0] + 12, place[1] + 12, steps=5)
     page.mouse.up()
-    page.wait_for_function("id => document.getElementById(id).dataset.pictures > 0", arg=id)
+    until(page, "id => document.getElementById(id).dataset.pictures > 0", id)
     shown = page.evaluate("id => document.getElementById(id).layout.images.map(i => i.source.slice(0, 22))", id)
     assert 0 < len(shown) <= 80
     assert set(shown) == {"data:image/jpeg;base64"}
