@@ -57,7 +57,7 @@ usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
   convert    a pre-training checkpoint to DeiT's format
   export     a backbone for timm, torchvision, transformers, ONNX …, verified
   report     one page of a run, or of several: verdict, curves, views, neighbours, a map
-  demo       train on 8,000 embedded pictures (7 minutes on 2 cores) and show what was learned
+  demo       train on 8,000 embedded pictures (5 to 8 minutes on 2 cores) and show what was learned
 
 The reference's commands work too: python main_moco.py …, python main_lincls.py …, python convert_to_deit.py …
 """

@@ -14,13 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from mocov3.config.fields import Parser
+from mocov3.config import PretrainConfig
+from mocov3.config.fields import Parser, read_yaml
 from mocov3.errors import UserError
+from mocov3.recipes import RECIPES
 
 RECIPE = "fashion_mnist"
 LABELS_PER_CLASS, LABEL_DRAWS = 10, 20
 SHIFT, SCALE, BRIGHTNESS = 4.0, (0.8, 1.2), (0.7, 1.3)
 _MOVE_SEED = 2104
+_EPOCHS, _QUICK = RECIPES[RECIPE].settings["epochs"], 10
+_LONGEST = 450.0  # seconds of training: with start and end within 8 minutes
 _SHEET_QUERIES, _SHEET_NEIGHBOURS, _SHEET_SIDE = 10, 8, 48
 
 Rows = dict[str, dict[str, float]]
@@ -45,11 +49,15 @@ def main(argv: Sequence[str]) -> int:
 
     flags = ["fashion-mnist", "--recipe", RECIPE, "--output-dir", str(folder), "--seed", str(args.seed), "-p", "20"]
     if args.epochs:
-        flags += ["--epochs", str(args.epochs), "--warmup-epochs", "0"]
+        flags += ["--epochs", str(args.epochs)]
+        flags += ["--warmup-epochs", "0"] if args.epochs <= _QUICK else []  # no time to warm up
     if args.resume:
         flags += ["--resume", "auto"]
     config = parse_pretrain(flags, prog="mocov3 demo")
-    config = dataclasses.replace(config, workers=1, checkpoint_every=config.epochs if args.epochs else 20)
+    # beside steps that fill all cores a loader process costs more time than it saves (docs/demo.md)
+    config = dataclasses.replace(config, workers=0, checkpoint_every=min(config.epochs, 20))
+    if not args.epochs:
+        config = dataclasses.replace(config, epochs=_epochs_in_time(config, args.resume))
     code = pretrain(config, script_door=False)
     if code:
         return code
@@ -76,7 +84,9 @@ def _parse(argv: Sequence[str]) -> Any:
     parser = Parser(prog="mocov3 demo", description=__doc__, add_help=True)
     parser.add_argument("--output-dir", default="", help="folder of the run (default runs/TIME-demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default 0)")
-    parser.add_argument("--epochs", type=int, default=0, help="fewer epochs, for a quick look")
+    parser.add_argument(
+        "--epochs", type=int, default=0, help=f"epochs (default {_EPOCHS}, or as many as 8 minutes hold)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
     args = parser.parse_args(list(argv))
     if args.epochs < 0:
@@ -84,6 +94,23 @@ def _parse(argv: Sequence[str]) -> Any:
     if args.resume and not args.output_dir:
         raise UserError("--resume: name the run to go on with by --output-dir")
     return args
+
+
+def _epochs_in_time(config: PretrainConfig, resume: bool) -> int:
+    """The recipe's epochs, or as many as 8 minutes hold on this machine; a run that goes on keeps its own."""
+    begun = Path(config.output_dir) / "config.yaml"
+    if resume and begun.is_file():
+        return int(read_yaml(begun, PretrainConfig).get("epochs", config.epochs))
+    from mocov3.data import FashionMnist
+    from mocov3.speed import epoch_seconds
+
+    pictures = FashionMnist("train")
+    seconds = sum(epoch_seconds(config, pictures, len(pictures))[:2])
+    epochs = max(min(config.epochs, int(_LONGEST / seconds)), config.warmup_epochs + 1)
+    if epochs < config.epochs:
+        print(f"This machine trains about {len(pictures) / seconds:.0f} pictures a second: {epochs} epochs instead of "
+              f"{config.epochs}, to end within 8 minutes (--epochs {config.epochs} for all)", flush=True)  # fmt: skip
+    return epochs
 
 
 def compare(bank: Any, test: Any, folder: Path, config: Any) -> tuple[Rows, dict[str, np.ndarray]]:

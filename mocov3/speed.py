@@ -21,7 +21,7 @@ from mocov3.footprint import free_memory
 from mocov3.optim import build_optimizer
 from mocov3.step import Precision, Step, resolve_precision
 
-_STEPS = 3
+_STEPS, _SECONDS = 3, 1.0  # at least
 _LOADED = 32
 _HALF = 0.5
 
@@ -95,8 +95,8 @@ def _step_seconds(config: PretrainConfig, device: torch.device, batch: int) -> f
 
 def _median_seconds(run: Callable[[], None], device: torch.device) -> float:
     run()
-    times = []
-    for _ in range(_STEPS):
+    times: list[float] = []
+    while len(times) < _STEPS or sum(times) < _SECONDS:
         _wait(device)
         began = time.perf_counter()
         run()
