@@ -105,7 +105,7 @@ def _epochs_in_time(config: PretrainConfig, resume: bool) -> int:
     from mocov3.speed import epoch_seconds
 
     pictures = FashionMnist("train")
-    seconds = sum(epoch_seconds(config, pictures, len(pictures))[:2])
+    seconds = sum(epoch_seconds(config, pictures, len(pictures), best=True)[:2])
     epochs = max(min(config.epochs, int(_LONGEST / seconds)), config.warmup_epochs + 1)
     if epochs < config.epochs:
         print(f"This machine trains about {len(pictures) / seconds:.0f} pictures a second: {epochs} epochs instead of "

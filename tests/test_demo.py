@@ -20,7 +20,7 @@ def started(monkeypatch):
 def test_a_slow_machine_trains_as_long_as_8_minutes_hold(
     started, monkeypatch, tmp_path, capsys, training, loading, epochs
 ):
-    monkeypatch.setattr(speed, "epoch_seconds", lambda *_: (training, loading, 128))
+    monkeypatch.setattr(speed, "epoch_seconds", lambda *_, best: (training, loading, 128))
     assert demo.main(["--output-dir", str(tmp_path)]) == 7
     assert started[0].epochs == epochs
     assert started[0].epochs > started[0].warmup_epochs
@@ -29,7 +29,7 @@ def test_a_slow_machine_trains_as_long_as_8_minutes_hold(
 
 
 def test_epochs_can_be_given(started, monkeypatch, tmp_path):
-    monkeypatch.setattr(speed, "epoch_seconds", lambda *_: pytest.fail("measured without need"))
+    monkeypatch.setattr(speed, "epoch_seconds", lambda *_, **__: pytest.fail("measured without need"))
     for asked, warmup in (("3", 0), ("120", 5)):
         demo.main(["--output-dir", str(tmp_path), "--epochs", asked])
         assert started[-1].epochs == int(asked)
@@ -38,7 +38,7 @@ def test_epochs_can_be_given(started, monkeypatch, tmp_path):
 
 def test_a_run_that_goes_on_keeps_its_epochs(started, monkeypatch, tmp_path):
     (tmp_path / "config.yaml").write_text("epochs: 33\n")
-    monkeypatch.setattr(speed, "epoch_seconds", lambda *_: (0.1, 0.1, 128))
+    monkeypatch.setattr(speed, "epoch_seconds", lambda *_, best: (0.1, 0.1, 128))
     demo.main(["--output-dir", str(tmp_path), "--resume"])
     demo.main(["--output-dir", str(tmp_path)])
     assert [config.epochs for config in started] == [33, EPOCHS]
