@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 def main() -> None:
     """Make the page, open it five times, print size and times."""
     from playwright.sync_api import sync_playwright
-    from report_runs import write_long_run
+    from report_runs import until, write_long_run
 
     from mocov3.report.command import write_page
     from mocov3.report.runs import read_run
@@ -37,11 +37,7 @@ def main() -> None:
         for _ in range(5):
             page = browser.new_page(viewport={"width": 1280, "height": 800})
             page.goto(f"file://{page_file}")
-            # not page.wait_for_function: it polls by eval, which the page's Content-Security-Policy forbids
-            end = time.monotonic() + 120
-            while not page.evaluate("document.documentElement.dataset.ready"):
-                assert time.monotonic() < end, "the page was not ready after 120 s"
-                page.wait_for_timeout(50)
+            until(page, "document.documentElement.dataset.ready", seconds=120)
             ready.append(int(page.evaluate("document.documentElement.dataset.ready")) / 1000)
             page.close()
         browser.close()

@@ -44,7 +44,7 @@ def choose(layers: Layers) -> PretrainConfig:
         UserError: for a bad value, before torch is imported; for pictures that can't be read.
     """
     given = {name: value for name, value in layers.given.items() if name != "recipe"}
-    if saved := _saved(layers.merged()):
+    if saved := saved_fields(layers.merged()):
         return PretrainConfig(**{**saved, **given})
     if given.get("config"):  # complete, or the user's own
         return PretrainConfig(**layers.merged())
@@ -147,7 +147,7 @@ def _known(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in _FIELDS}
 
 
-def _saved(values: dict[str, Any]) -> dict[str, Any]:
+def saved_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Fields of the run that is to go on, if its folder tells them."""
     resume = values.get("resume") or ""
     if not resume:

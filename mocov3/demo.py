@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mocov3.config import PretrainConfig
-from mocov3.config.fields import Parser, read_yaml
+from mocov3.config.fields import Parser
 from mocov3.errors import UserError
 from mocov3.recipes import RECIPES
 
@@ -23,7 +23,8 @@ RECIPE = "fashion_mnist"
 LABELS_PER_CLASS, LABEL_DRAWS = 10, 20
 SHIFT, SCALE, BRIGHTNESS = 4.0, (0.8, 1.2), (0.7, 1.3)
 _MOVE_SEED = 2104
-_EPOCHS, _QUICK = RECIPES[RECIPE].settings["epochs"], 10
+_EPOCHS = RECIPES[RECIPE].settings["epochs"]
+_QUICK = 10  # epochs
 _LONGEST = 450.0  # seconds of training: with start and end within 8 minutes
 _SHEET_QUERIES, _SHEET_NEIGHBOURS, _SHEET_SIDE = 10, 8, 48
 
@@ -55,9 +56,9 @@ def main(argv: Sequence[str]) -> int:
         flags += ["--resume", "auto"]
     config = parse_pretrain(flags, prog="mocov3 demo")
     # beside steps that fill all cores a loader process costs more time than it saves (docs/demo.md)
-    config = dataclasses.replace(config, workers=0, checkpoint_every=min(config.epochs, 20))
+    config = dataclasses.replace(config, workers=0, checkpoint_every=20)
     if not args.epochs:
-        config = dataclasses.replace(config, epochs=_epochs_in_time(config, args.resume))
+        config = dataclasses.replace(config, epochs=_epochs_in_time(config))
     code = pretrain(config, script_door=False)
     if code:
         return code
@@ -84,9 +85,7 @@ def _parse(argv: Sequence[str]) -> Any:
     parser = Parser(prog="mocov3 demo", description=__doc__, add_help=True)
     parser.add_argument("--output-dir", default="", help="folder of the run (default runs/TIME-demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default 0)")
-    parser.add_argument(
-        "--epochs", type=int, default=0, help=f"epochs (default {_EPOCHS}, or as many as 8 minutes hold)"
-    )
+    parser.add_argument("--epochs", type=int, default=0, help=f"epochs (default {_EPOCHS}, or what 8 minutes hold)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
     args = parser.parse_args(list(argv))
     if args.epochs < 0:
@@ -96,14 +95,14 @@ def _parse(argv: Sequence[str]) -> Any:
     return args
 
 
-def _epochs_in_time(config: PretrainConfig, resume: bool) -> int:
+def _epochs_in_time(config: PretrainConfig) -> int:
     """The recipe's epochs, or as many as 8 minutes hold on this machine; a run that goes on keeps its own."""
-    begun = Path(config.output_dir) / "config.yaml"
-    if resume and begun.is_file():
-        return int(read_yaml(begun, PretrainConfig).get("epochs", config.epochs))
+    from mocov3.choose import saved_fields
     from mocov3.data import FashionMnist
     from mocov3.speed import epoch_seconds
 
+    if saved := saved_fields(dataclasses.asdict(config)):
+        return int(saved.get("epochs", config.epochs))
     pictures = FashionMnist("train")
     seconds = sum(epoch_seconds(config, pictures, len(pictures), best=True)[:2])
     epochs = max(min(config.epochs, int(_LONGEST / seconds)), config.warmup_epochs + 1)

@@ -53,7 +53,7 @@ def epoch_seconds(
     batch = config.batch_size
     while True:
         try:
-            step = _step_seconds(config, device, batch, best)
+            times = _step_times(config, device, batch)
             break
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -63,12 +63,13 @@ def epoch_seconds(
             batch //= 2
     workers = max(min(config.workers, usable_cores()), 1)
     loading = picture_seconds(config, source) * pictures / workers
+    step = min(times) if best else float(np.median(times))
     return step * max(pictures // batch, 1), loading, batch
 
 
 def images_per_second(config: PretrainConfig, batch: int) -> float:
     """Pictures a second that training steps of ``batch`` take on the device of ``config``."""
-    return batch / _step_seconds(config, pick_device(config.device, config.gpu), batch)
+    return batch / float(np.median(_step_times(config, pick_device(config.device, config.gpu), batch)))
 
 
 def total_seconds(training: float, loading: float, device: str) -> float:
@@ -76,7 +77,7 @@ def total_seconds(training: float, loading: float, device: str) -> float:
     return training + loading / 2 if device == "cpu" else max(training, loading)
 
 
-def _step_seconds(config: PretrainConfig, device: torch.device, batch: int, best: bool = False) -> float:
+def _step_times(config: PretrainConfig, device: torch.device, batch: int) -> list[float]:
     # another generator's draws: measuring must not change the run
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -93,8 +94,7 @@ def _step_seconds(config: PretrainConfig, device: torch.device, batch: int, best
         def run() -> None:
             step(x1, x2, lr=0.0, m=1.0)
 
-        times = _times(run, device)
-        return min(times) if best else float(np.median(times))
+        return _times(run, device)
 
 
 def _times(run: Callable[[], None], device: torch.device) -> list[float]:

@@ -1,6 +1,20 @@
-"""A made-up long run, for the tests of the page and benchmarks/report.py."""
+"""A made-up long run and a wait for its page, for the tests of the page and benchmarks/report.py."""
+
+import time
 
 import numpy as np
+
+
+def until(page, expression, arg=None, seconds=60):
+    """Ask the page again until ``expression`` holds.
+
+    Not ``page.wait_for_function``: where the first answer is no it polls by ``eval`` in the page, which the page's
+    Content-Security-Policy forbids.
+    """
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression, arg):
+        assert time.monotonic() < end, f"after {seconds} s not yet: {expression}"
+        page.wait_for_timeout(50)
 
 
 def write_long_run(folder, points=50_000, epochs=300):

@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import time
 
 import numpy as np
 import pytest
 from conftest import TINY
 from PIL import Image
-from report_runs import write_long_run
+from report_runs import until, write_long_run
 
 from mocov3.commands import parse_pretrain
 
@@ -18,18 +17,6 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here (Debian: apt-get install chromium)")
 WIDTHS = {"phone": (390, 844), "laptop": (1280, 800), "wide": (2200, 1200)}
 MARKUP = "<img src=x onerror=document.title='broken'>"
-
-
-def until(page, expression, arg=None, seconds=60):
-    """Ask the page again until ``expression`` holds.
-
-    Not ``page.wait_for_function``: where the first answer is no it polls by ``eval`` in the page, which the page's
-    Content-Security-Policy forbids.
-    """
-    end = time.monotonic() + seconds
-    while not page.evaluate(expression, arg):
-        assert time.monotonic() < end, f"after {seconds} s not yet: {expression}"
-        page.wait_for_timeout(50)
 
 
 @pytest.fixture(scope="module")
