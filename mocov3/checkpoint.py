@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mocov3.distributed.sharding import like, whole
+from mocov3.distributed.sharding import is_shared, like, whole
 from mocov3.errors import UserError
+from mocov3.optim import in_memory_order
 from mocov3.tensorfiles import read, write
 
-__all__ = ["Position", "check_state", "newest", "pack", "prune", "read", "restore", "write"]
+__all__ = ["Position", "check_state", "newest", "pack", "prune", "read", "restore", "restore_optimizer", "write"]
 
 FORMAT_VERSION = 1
 PREFIX = "module."
@@ -153,7 +154,7 @@ def restore(
     wanted = model.state_dict()
     model.load_state_dict({key: like(value, wanted[key]) for key, value in state.items()})
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(_shared_out(saved, optimizer))
+    restore_optimizer(optimizer, saved)
     for group, ours in zip(optimizer.param_groups, groups, strict=True):
         group.update(ours)
     if scaler.is_enabled() and contents.get("scaler"):
@@ -163,14 +164,25 @@ def restore(
     return Position(epoch, int(own.get("iteration", 0)), int(own.get("step", epoch * iterations)))
 
 
-def _shared_out(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state with its tensors shared out as the parameters are."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load an optimizer's state, shared out and laid out in memory as the parameters are.
+
+    Files of the reference and of sharded runs hold contiguous tensors, ours those of channels-last weights; torch
+    loads either as it stands, and its fused updates then pair entries of different places.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def placed(value: Any, parameter: Tensor) -> Any:
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            return value  # a number, or the count of steps
+        # shared parameters are contiguous, and so is what is shared out of a contiguous tensor
+        return like(value.contiguous(), parameter) if is_shared(parameter) else in_memory_order(value, parameter)
+
     state = {
-        number: {name: like(v, parameters[number]) if isinstance(v, Tensor) else v for name, v in values.items()}
+        number: {name: placed(value, parameters[number]) for name, value in values.items()}
         for number, values in saved["state"].items()
     }
-    return {**saved, "state": state}
+    optimizer.load_state_dict({**saved, "state": state})
 
 
 def check_state(model: nn.Module, state: dict[str, Any], where: str) -> None:

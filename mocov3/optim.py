@@ -64,8 +64,9 @@ class LARS(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
-                if "mu" not in self.state[p]:
-                    self.state[p]["mu"] = torch.zeros_like(p)
+                mu = self.state[p].get("mu")
+                # kept in the memory order of its parameter, whatever file it came from: updates go through memory
+                self.state[p]["mu"] = torch.zeros_like(p) if mu is None else in_memory_order(mu, p)
             if params:
                 self._update(params, group, scale, found_inf)
         return loss
@@ -161,12 +162,19 @@ class _Rows:
         self._buffer.mul_(factors[self._owner].unsqueeze(1))
 
 
+def in_memory_order(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` with its entries in the memory order of ``like``, of the same shape; a copy only where the order differs.
+
+    Fused updates go through weights, gradients and state by place in memory, not by index.
+    """
+    if all(a == b for a, b, n in zip(x.stride(), like.stride(), x.shape, strict=True) if n > 1):
+        return x
+    return torch.empty_like(like, dtype=x.dtype, device=x.device).copy_(x)
+
+
 def _flat(x: Tensor, like: Tensor) -> Tensor:
     """The memory of ``x`` in one dimension, in the order of ``like``'s; a copy only where it lies in another order."""
-    same = all(a == b for a, b, n in zip(x.stride(), like.stride(), x.shape, strict=True) if n > 1)
-    if not same:
-        x = torch.empty_like(like).copy_(x)
-    return x.as_strided((x.numel(),), (1,))
+    return in_memory_order(x, like).as_strided((x.numel(),), (1,))
 
 
 def build_optimizer(

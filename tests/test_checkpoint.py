@@ -10,7 +10,7 @@ from conftest import fill_model, golden
 from mocov3 import checkpoint, models
 from mocov3.checkpoint import Position
 from mocov3.errors import UserError
-from mocov3.optim import build_optimizer
+from mocov3.optim import LARS, build_optimizer
 
 
 def tiny(arch="resnet10_w32", optimizer="lars"):
@@ -125,6 +125,66 @@ def test_a_checkpoint_of_the_reference_resumes(tmp_path):
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
     assert len(optimizer.state) == len(state)
     assert all((s["mu"] == 0.5).all() for s in optimizer.state.values())
+
+
+def in_layout(contents, layout):
+    """An optimizer entry whose tensors of four dimensions lie in another memory order."""
+    state = {
+        number: {k: v.contiguous(memory_format=layout) if getattr(v, "ndim", 0) == 4 else v for k, v in entry.items()}
+        for number, entry in contents["state"].items()
+    }
+    return {**contents, "state": state}
+
+
+@pytest.mark.parametrize("weights", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("optimizer", "on_device"), [("adamw", False), ("lars", False), ("lars", True)])
+def test_states_in_another_memory_order_resume_bit_equal(optimizer, on_device, weights, tmp_path):
+    def update(model, made, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator).to(memory_format=weights if p.ndim == 4 else
+                                                                  torch.contiguous_format)  # fmt: skip
+            p.grad = p.grad if p.requires_grad else None
+        if on_device:  # the path of GPUs
+            made.found_inf, made.grad_scale = torch.zeros(()), None
+        made.param_groups[0]["lr"] = 0.1
+        made.step()
+
+    def build():
+        model = models.build("resnet10_w32", dim=8, mlp_dim=16).to(memory_format=weights)
+        return model, build_optimizer(model.parameters(), optimizer, weight_decay=1e-2, momentum=0.9)
+
+    model, made = build()
+    update(model, made, 1)
+    path = tmp_path / "checkpoint_0000.pth.tar"
+    other = torch.contiguous_format if weights is torch.channels_last else torch.channels_last
+    contents = packed(model, made)
+    checkpoint.write(path, {**contents, "optimizer": in_layout(contents["optimizer"], other)})
+    update(model, made, 2)
+    resumed, fresh = build()
+    restore(path, resumed, fresh)
+    for p, state in fresh.state.items():
+        assert all(v.stride() == p.stride() for v in state.values() if v.shape == p.shape)
+    update(resumed, fresh, 2)
+    assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_lars_takes_states_of_another_memory_order_from_torchs_own_loading():
+    # the public class in a plain loop: nothing of ours restores it
+    weight = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    kept, loaded = (torch.nn.Parameter(weight.clone()) for _ in "12")
+    one, two = LARS([kept], lr=0.1), LARS([loaded], lr=0.1)
+    mu = torch.randn(8, 4, 3, 3)
+    one.load_state_dict({"state": {0: {"mu": mu.to(memory_format=torch.channels_last)}},
+                         "param_groups": one.state_dict()["param_groups"]})  # fmt: skip
+    two.load_state_dict({"state": {0: {"mu": mu}}, "param_groups": one.state_dict()["param_groups"]})
+    for made, p in ((one, kept), (two, loaded)):
+        for _ in "12":
+            p.grad = torch.ones_like(p)
+            made.found_inf, made.grad_scale = torch.zeros(()), None
+            made.step()
+    assert torch.equal(kept, loaded)
+    assert torch.equal(one.state[kept]["mu"], two.state[loaded]["mu"])
 
 
 class Evil:

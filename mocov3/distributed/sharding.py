@@ -100,6 +100,11 @@ def whole(values: Any, *, keep: bool = True) -> Any:
     return values
 
 
+def is_shared(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of ``tensor`` only."""
+    return isinstance(tensor, DTensor)
+
+
 def like(value: Tensor, shared: Tensor) -> Tensor:
     """``value``, the same on every rank, shared out as ``shared`` is."""
     if not isinstance(shared, DTensor) or value.shape != shared.shape:

@@ -131,7 +131,7 @@ def restore(parts: Parts, contents: dict[str, Any], where: str, classes: int) ->
     parts.model.load_state_dict(contents["model"])
     own = contents["mocov3"]
     try:
-        parts.optimizer.load_state_dict(contents["optimizer"])
+        checkpoint.restore_optimizer(parts.optimizer, contents["optimizer"])
         if parts.precision.scaler.is_enabled():
             parts.precision.scaler.load_state_dict(contents["scaler"])
         if parts.ema is not None:
