@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mocov3 import losses, models
 from mocov3.distributed import World, launch, synchronise_batch_norm
+from mocov3.distributed.batch_norm import _SynchronisedNorm
 from mocov3.neighbours import centroid_predict, knn_accuracy, knn_predict
 from mocov3.optim import build_optimizer
 from mocov3.step import Precision, Step, normalise, resolve_precision
@@ -81,6 +82,31 @@ def test_perfect_retrieval_is_counted():
 
 def test_synchronised_batch_norm_is_batch_norm_of_the_whole_batch():
     assert launch(rank_tasks.batch_norm, None, device="cpu", processes=2) == 0
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 5, 7), (4, 5, 3, 6)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_synchronised_batch_norm_asks_torch_for_nothing_it_may_refuse(monkeypatch, shape, affine):
+    """torch 2.11 takes no ``eps`` of 0 in ``batch_norm``; gradients are those of torch's own in any case."""
+    plain = torch.nn.functional.batch_norm
+
+    def strict(*args, eps=1e-5, **kwargs):
+        assert (args[7] if len(args) > 7 else eps) > 0
+        return plain(*args, **({} if len(args) > 7 else {"eps": eps}), **kwargs)
+
+    norm = torch.nn.BatchNorm1d(5, eps=1e-3, affine=affine).double()
+    norm._check_input_dim = lambda x: None
+    x = (3 + 2 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    weights = torch.randn(shape, dtype=torch.float64)
+    if affine:
+        torch.nn.init.normal_(norm.weight)
+    wanted = [x, *norm.parameters()]
+    want = torch.autograd.grad((norm(x) * weights).sum(), wanted)
+    monkeypatch.setattr(torch.nn.functional, "batch_norm", strict)
+    out = _SynchronisedNorm.apply(x, norm.weight, norm.bias, norm.eps)[0]
+    got = torch.autograd.grad((out * weights).sum(), wanted)
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_synchronised_batch_norm_keeps_timms_activation():

@@ -43,8 +43,10 @@ class _SynchronisedNorm(torch.autograd.Function):
         # a·(g − mean(g) − x̂·mean(g·x̂)) with a = weight/σ: linear in x and g, a channel
         factor = inverse if weight is None else inverse * weight
         slope = -factor * inverse * mean_product
-        grad_x = F.batch_norm(x, mean, torch.ones_like(mean), slope, -factor * mean_grad, False, 0.0, 0.0)
-        grad_x.addcmul_(grad, factor.view(1, -1, *[1] * (grad.ndim - 2)))
+        a_channel = (1, -1, *[1] * (grad.ndim - 2))
+        offset = -factor * mean_grad - slope * mean
+        grad_x = torch.addcmul(offset.view(a_channel), x, slope.view(a_channel))
+        grad_x.addcmul_(grad, factor.view(a_channel))
         return (grad_x, None, None, None) if weight is None else (grad_x, grad_weight, grad_bias, None)
 
 
