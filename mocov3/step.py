@@ -222,12 +222,14 @@ def normalise(
 ) -> Float[Tensor, "batch channels height width"]:
     """uint8 pixels (batch, height, width, channels) → normalised channels-last floats on the device, in one place.
 
-    ``parameters`` say what is left of the views to be done on the device (``mocov3.augment``).
+    ``parameters`` say what is left of the views to be done on the device (``mocov3.augment``). The floats are
+    torch's default ones, whatever autocast is around: 16 bits are for networks.
     """
     sent = augment.send(pixels, device).permute(0, 3, 1, 2)
-    x = (sent if parameters is None else augment.apply(sent, parameters)).to(torch.get_default_dtype())
-    offset, scale = _constants(mean, std, device, x.dtype)
-    return x.sub_(offset).mul_(scale)
+    with torch.autocast(device.type, enabled=False):
+        x = (sent if parameters is None else augment.apply(sent, parameters)).to(torch.get_default_dtype())
+        offset, scale = _constants(mean, std, device, x.dtype)
+        return x.sub_(offset).mul_(scale)
 
 
 @functools.lru_cache

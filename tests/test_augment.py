@@ -1,5 +1,7 @@
 """Views on the device against views on the CPU, and what loader processes hand over for them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,13 @@ from conftest import GOLDEN, TINY
 from PIL import Image, ImageFilter
 
 from mocov3 import augment
+from mocov3.cli import main
 from mocov3.config import PRESETS
 from mocov3.data import Loader, TwoViews, open_source
 from mocov3.data.draws import PARAMETERS, Draw, colour_parameters, draw
 from mocov3.data.loader import plan
 from mocov3.data.operations import apply_draw
+from mocov3.step import PixelViews
 
 CHINA = np.asarray(Image.open(GOLDEN / "images" / "china.jpg").convert("RGB"))
 
@@ -70,6 +74,29 @@ def test_blur_kernel(sigma):
     theirs = np.asarray(Image.fromarray(point).filter(ImageFilter.GaussianBlur(sigma)))[50]
     ours = np.convolve(point[50], kernel, mode="same")
     assert np.abs(ours - theirs).max() <= 3  # theirs is rounded six times
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_views_are_made_outside_autocast(dtype):
+    """A network's 16 bits do not reach its views, which are whole numbers up to 255 on the way."""
+    choices = [draw(PRESETS["photos"], 0.08, 640, 427, seed=3, epoch=0, index=i, view=i % 2) for i in range(8)]
+    pixels = np.stack([CHINA[7 * i : 7 * i + 40, 9 * i : 9 * i + 40] for i in range(8)])
+    parameters = np.array([colour_parameters(c) for c in choices], np.float32)
+    view = PixelViews(pixels, torch.device("cpu"), (0.5,) * 3, (0.25,) * 3, parameters)
+    want = view[2:]
+    with torch.autocast("cpu", dtype):
+        got = view[2:]
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("more", [(), ("--micro-batch", "6"), ("-a", "vit_tiny", "--optimizer", "adamw")])
+def test_sixteen_bits_with_views_on_the_device(pictures, tmp_path, more):
+    flags = [str(pictures), *TINY, "--views-on", "device", "--precision", "bf16", "--max-steps", "2", *more]
+    assert main(["pretrain", *flags, "--output-dir", str(tmp_path)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert lines[-1]["skipped"] == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -88,6 +88,30 @@ def test_larger_patches_give_the_tokens_of_enlarged_ones(side):
     assert torch.allclose(token, (weight * patch).sum((1, 2, 3)), atol=1e-9)
 
 
+@pytest.mark.parametrize("side", [8, 16])
+def test_sixteen_bits_are_the_same_in_every_stage(vit, side):
+    """Autocast leaves whole views a residual stream of 32 bits; so it does strips, of any size of patch."""
+    vit.float()
+    streams = []
+    for block in vit.blocks:
+        block.register_forward_hook(lambda module, given, out: streams.append((given[0].dtype, out.dtype)))
+    x = torch.randn(2, 3, 32, 32)
+    packed = strips(x, torch.arange((32 // side) ** 2).expand(2, -1), side, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, cheap = vit.features(x), vit.features(packed)
+    assert set(streams) == {(torch.float32, torch.float32)}
+    if side == 8:  # the same patches at the same places
+        assert torch.allclose(cheap, whole, rtol=0, atol=1e-6)
+
+
+def test_larger_patches_are_not_rounded_twice():
+    weight = torch.randn(5, 3, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = resized_kernel(weight, 8)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, resized_kernel(weight, 8))
+
+
 def test_draws_are_functions_of_the_picture():
     settings = {"seed": 5, "epoch": 2, "view": 0}
     whole = kept_tokens(49, 12, indices=np.arange(400), **settings)

@@ -23,7 +23,8 @@ def resized_kernel(weight: Float[Tensor, "out channels old old"], side: int) -> 
 
     A patch enlarged to ``side`` by bilinear interpolation gives the same token as before.
     """
-    flat = weight.flatten(2) @ _kernel_map(weight.shape[-1], side, weight.device, weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):  # weights are rounded once, by the convolution
+        flat = weight.flatten(2) @ _kernel_map(weight.shape[-1], side, weight.device, weight.dtype)
     return flat.view(*weight.shape[:2], side, side)
 
 

@@ -115,8 +115,9 @@ class VisionTransformer(TimmVisionTransformer):
         if side != weight.shape[-1]:
             weight = resized_kernel(weight, side)
         patches = F.conv2d(x[:, :-2], weight, projection.bias, stride=side).flatten(2).transpose(1, 2)
-        places = sincos_of_places(x[:, -2:, 0, ::side], self.embed_dim).to(patches.dtype)
-        cls = (self.cls_token + self.pos_embed[:, :1]).to(patches.dtype).expand(x.shape[0], -1, -1)
+        # as for whole views: under autocast patches have 16 bits, and the sum with their places has those of the table
+        places = sincos_of_places(x[:, -2:, 0, ::side], self.embed_dim).to(self.pos_embed.dtype)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return self.pos_drop(torch.cat([cls, patches + places], dim=1))
 
     def forward(  # type: ignore[override]  # timm's masks have no use here
