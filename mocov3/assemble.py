@@ -105,6 +105,25 @@ def resolve_micro_batch(config: PretrainConfig, world: World, precision: str) ->
     return smallest if smallest < local else 0
 
 
+def check_micro_batch(size: int, config: PretrainConfig, world: World, model: MoCo) -> None:
+    """Refuse micro-batches in which batch norm would meet one picture, whose statistics may be of a single number.
+
+    Raises:
+        UserError: naming the smallest that serve.
+    """
+    local = config.batch_size // world.size
+
+    def fewest(micro_batch: int) -> int:
+        return local // -(-local // micro_batch) * world.size  # parts are of nearly equal size
+
+    if size and model.views_meet and fewest(size) < 2:
+        enough = next(n for n in range(size, local + 1) if fewest(n) >= 2)
+        raise UserError(
+            f"--micro-batch {config.micro_batch}: cuts the {local} pictures of a process so that the batch norm of "
+            f"{config.arch} meets one at a time; give {'0 (none)' if enough == local else f'{enough} or more'}"
+        )
+
+
 def describe_micro_batch(size: int, config: PretrainConfig, world: World, model: MoCo) -> str:
     """What micro-batches do to this run, in one line."""
     c, local = config, config.batch_size // world.size

@@ -60,15 +60,13 @@ def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
         UserError: as ``choose``.
     """
     fixed = {**layers.recipe, **{name: value for name, value in layers.given.items() if name != "recipe"}}
-    lenient = {"warmup_epochs": 0, "batch_size": 1, "hold_out": 0}
+    lenient = {"warmup_epochs": 0, "batch_size": 2, "hold_out": 0}
     first = PretrainConfig(**{**lenient, **layers.merged()})
     first.check()
     _check_start(first)
     hours = budget(first)
     source, _, order = open_pictures(first)
     order.check()
-    if len(source) < 2:
-        raise UserError(f"data {first.data_title}: one picture cannot be told from others; give two or more")
     pictures = look(source, first, found)
     from mocov3 import speed
 

@@ -13,7 +13,14 @@ import torch
 
 from mocov3 import checkpoint, losses, resume, schedules
 from mocov3.agreement import check_agreement
-from mocov3.assemble import build_model, describe_micro_batch, optimizer_of, resolve_micro_batch, set_determinism
+from mocov3.assemble import (
+    build_model,
+    check_micro_batch,
+    describe_micro_batch,
+    optimizer_of,
+    resolve_micro_batch,
+    set_determinism,
+)
 from mocov3.checkpoint import Position
 from mocov3.config import logger_names, write_yaml
 from mocov3.config.cheap import stage_of, stages
@@ -72,6 +79,7 @@ class Run:
         micro_batch = resolve_micro_batch(c, world, arithmetic)
         torch.manual_seed(self.seed)
         self.model = build_model(c, world)
+        check_micro_batch(micro_batch, c, world, self.model)
         params = parameter_groups(self.model, c.layer_decay, staged=c.freeze_epochs > 0)
         self.optimizer = optimizer_of(self.model, params, c, world)
         self.step = Step(self.model, self.optimizer, world=world, precision=Precision(arithmetic, world.device),

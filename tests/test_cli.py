@@ -241,6 +241,35 @@ def test_bad_values(flags, message, pictures, tmp_path):
     assert message in refused("pretrain", pictures, *TINY, "--output-dir", tmp_path / "out", *flags)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("-b", "1"),
+        ("-b", "1", "--nprocs-per-node", "1"),
+        ("-b", "1", "--world-size", "2", "--rank", "1", "--dist-url", "tcp://127.0.0.1:1"),
+        ("-b", "1", "-a", "vit_tiny", "--micro-batch", "1"),
+    ],
+)
+def test_a_batch_of_one_is_refused_before_the_start(flags, pictures, tmp_path):
+    out = tmp_path / "out"
+    assert "--batch-size must be at least 2" in refused("pretrain", pictures, *TINY, "--output-dir", out, *flags)
+    assert "--batch-size must be at least 2" in refused("plan", *flags[:2], "-a", "resnet18")
+    assert not out.exists()
+
+
+def test_a_batch_of_one_is_never_proposed(pictures, tmp_path):
+    lonely = tmp_path / "lonely"
+    lonely.mkdir()
+    image = next((pictures / "train" / "class0").iterdir())
+    (lonely / image.name).write_bytes(image.read_bytes())
+    out = ("--output-dir", tmp_path / "out")
+    for data in (lonely, f"{pictures}:0.01"):  # a share that leaves one picture
+        for recipe in (TINY, ["--recipe", "auto"]):
+            assert "give two or more" in refused("pretrain", data, *recipe, *out)
+    halves = [lonely, f"{pictures}:0.01"]
+    assert "give --batch-size 2 or less" in refused("pretrain", *halves, *TINY, *out)
+
+
 def test_bad_data(tmp_path, pictures):
     empty, text = tmp_path / "empty", tmp_path / "text"
     empty.mkdir()

@@ -1,6 +1,8 @@
 """Micro-batches: gradients of the whole batch in the memory of a part (gradient caching), compared with one pass."""
 
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,8 +10,11 @@ import torch
 from conftest import TINY
 
 from mocov3 import models
+from mocov3.assemble import check_micro_batch
 from mocov3.cli import main
+from mocov3.config import PretrainConfig
 from mocov3.distributed import World
+from mocov3.errors import UserError
 from mocov3.gradients import MicroBatches, WholeBatch
 from mocov3.optim import build_optimizer
 from mocov3.precision import Precision
@@ -23,6 +28,23 @@ KINDS = {
     "stochastic depth": ("vit_small", {**VIT, "drop_path_rate": 0.4}),
     "timm": ("timm/vit_tiny_patch16_224", {"image_size": 32, "depth": 2}),
 }
+
+
+@pytest.mark.parametrize(("batch", "size", "message"), [
+    (8, 1, "give 2 or more"), (3, 2, "give 0 (none)"), (7, 3, None), (5, 3, None), (11, 2, "give 3 or more"),
+])  # fmt: skip
+def test_batch_norm_never_meets_one_image(batch, size, message):
+    model = build("resnet10_w16", {})
+    config = PretrainConfig(arch="resnet10_w16", batch_size=batch, micro_batch=size)
+    if message is None:
+        check_micro_batch(size, config, ALONE, model)
+        return
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_micro_batch(size, config, ALONE, model)
+    check_micro_batch(0, config, ALONE, model)
+    check_micro_batch(size, config, ALONE, build("vit_tiny", {"image_size": 32}))  # which has none in its backbone
+    many = dataclasses.replace(config, batch_size=2 * batch)  # two ranks' pictures meet in one batch norm
+    check_micro_batch(size, many, World(0, 2, CPU), model)
 
 
 def build(arch, dims, dtype=torch.float64):

@@ -233,11 +233,15 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         self.check_own()
         self.check_scale()
         logger_names(self.logger)
-        positive = ("epochs", "batch_size", "moco_dim", "moco_mlp_dim", "image_size", "patch_size", "print_freq",
+        positive = ("epochs", "moco_dim", "moco_mlp_dim", "image_size", "patch_size", "print_freq",
                     "checkpoint_every")  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
+        if self.batch_size < 2:
+            raise UserError(
+                f"--batch-size must be at least 2, not {self.batch_size}: the loss tells the pictures of a batch apart"
+            )
         not_negative = ("workers", "start_epoch", "lr", "weight_decay", "warmup_epochs", "checkpoint_steps",
                         "max_steps", "max_hours", "knn_every", "report_every", "nprocs_per_node", "momentum", "seed",
                         "keep_last", "keep_every")  # fmt: skip

@@ -64,6 +64,8 @@ class Order:
             raise UserError("--group-by does not go together with shares of folders (DIR:0.3); leave one out")
         if self.iterations:
             return
+        if self.pictures < 2:
+            raise UserError("an epoch holds one picture, which cannot be told from others; give two or more")
         if self.groups is None:
             raise UserError(
                 f"--batch-size {self.batch_size} is larger than the {self.pictures} pictures of an epoch; "
