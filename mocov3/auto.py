@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mocov3.config.archs import is_resnet, is_vit
+from mocov3.config.archs import CONV_VITS, is_resnet, is_vit
 from mocov3.config.presets import PRESETS
 
 GIB = 1 << 30
@@ -122,7 +122,8 @@ def _views(made: _Plan, pictures: Pictures, machine: Machine, cpu_side: int) -> 
     preset = made.choose("view_preset", pictures.preset, pictures.reason)
     short = pictures.short_side
     if short <= _SMALL_SIDE:
-        side = max(short // 4 * 4, 16)
+        patch = 16 if made.values.get("arch") in CONV_VITS else 4
+        side = max(short // patch * patch, 16)
         reason = f"half of the pictures are {short} px or less at their shorter side"
         if machine.device == "cpu" and side > cpu_side:
             side, reason = cpu_side, _CPU_REASONS[cpu_side]
@@ -166,7 +167,7 @@ def _network(made: _Plan, pictures: Pictures, machine: Machine) -> None:
         made.choose("moco_mlp_dim", 512, "the demo's head for this width")
     if is_vit(arch):
         made.choose("stop_grad_conv1", True, "keeps ViTs stable (paper, §4.2)")
-        if made["image_size"] <= _SMALL_SIDE:
+        if made["image_size"] <= _SMALL_SIDE and arch not in CONV_VITS:
             made.choose("patch_size", 4, f"views of {made['image_size']} px")
 
 

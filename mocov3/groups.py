@@ -25,7 +25,7 @@ def parameter_groups(model: MoCo, layer_decay: float, *, staged: bool) -> list[n
     Args:
         model: query encoder, momentum encoder, predictor.
         layer_decay: factor from a block to the one below it; 1: all alike.
-        staged: whether the backbone is to be held at first (``hold_backbone``).
+        staged: whether the backbone is to be held at first (``scale_backbone``).
     """
     if layer_decay == 1 and not staged:
         return list(model.parameters())
@@ -57,11 +57,11 @@ def block_numbers(encoder: Encoder) -> dict[str, int]:
     return numbers
 
 
-def hold_backbone(optimizer: torch.optim.Optimizer, held: bool) -> None:
-    """While ``held``, the backbone's groups have learning rate 0: only heads train."""
+def scale_backbone(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Scale the learning rates of the backbone's groups; by 0 only heads train."""
     for group in optimizer.param_groups:
         if group.get("part") == "backbone":
-            group["lr_scale"] = 0.0 if held else group["full_scale"]
+            group["lr_scale"] = factor * group["full_scale"]
 
 
 def freeze_until(encoder: Encoder, block: str) -> None:

@@ -30,12 +30,9 @@ _VIT: dict[str, Any] = {
 RECIPES: dict[str, Recipe] = {
     "auto": Recipe({}, "chosen for the pictures and the machine; what mocov3 pretrain does unless told otherwise"),
     "adapt": Recipe(
-        {
-            "optimizer": "adamw",
-            "lr": 8e-3,
-            "weight_decay": 0.05,
+        {  # optimizer and learning rate are those of the kind of network, as in auto
             "epochs": 20,
-            "warmup_epochs": 0,
+            "warmup_epochs": 1,
             "freeze_epochs": 1,
             "layer_decay": 0.75,
             "moco_m": 0.996,

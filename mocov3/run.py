@@ -29,7 +29,7 @@ from mocov3.data.loader import Unreadable, plan, usable_cores
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.gradients import Views
-from mocov3.groups import hold_backbone, parameter_groups
+from mocov3.groups import parameter_groups, scale_backbone
 from mocov3.log import RunLog, warn
 from mocov3.machine import note_start
 from mocov3.online import Online
@@ -212,8 +212,10 @@ class Run:
         c = self.config
         # stochastic depth and dropout draw from here, so that they too are a function of (seed, step, rank)
         torch.manual_seed((self.seed * 1_000_003 + self.position.step * 4099 + self.world.rank) % 2**63)
-        hold_backbone(self.optimizer, batch.work.epoch < c.freeze_epochs)
         epoch = batch.work.epoch + batch.work.iteration / self.iterations
+        if c.freeze_epochs:
+            factor = schedules.thaw(epoch, freeze_epochs=c.freeze_epochs, warmup_epochs=c.warmup_epochs)
+            scale_backbone(self.optimizer, factor)
         lr = schedules.learning_rate(epoch, peak=c.peak_lr, warmup_epochs=c.warmup_epochs, epochs=c.epochs)
         return lr, schedules.momentum(epoch, start=c.moco_m, epochs=c.epochs, cosine=c.moco_m_cos)
 

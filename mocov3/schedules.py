@@ -19,6 +19,16 @@ def momentum(epoch: float, *, start: float, epochs: float, cosine: bool) -> floa
     return 1.0 - (1.0 - start) * _half_cosine(epoch / epochs) if cosine else start
 
 
+def thaw(epoch: float, *, freeze_epochs: float, warmup_epochs: float) -> float:
+    """Factor of the backbone's learning rate where only the heads are trained at first: 0, then a warm-up of its own.
+
+    The backbone meets heads that have learned, but its optimizer none of their gradients at full size.
+    """
+    if epoch < freeze_epochs:
+        return 0.0
+    return min((epoch - freeze_epochs) / warmup_epochs, 1.0) if warmup_epochs else 1.0
+
+
 def epoch_cosine(epoch: int, *, initial: float, epochs: int) -> float:
     """Learning rate of linear evaluation: a half cosine that changes once per whole epoch, without warm-up."""
     return initial * _half_cosine(epoch / epochs)

@@ -1,6 +1,7 @@
 """Recipes auto and adapt: plans for machines not at hand, plans that run, starting weights, groups, freezing."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -13,18 +14,20 @@ from conftest import TINY
 from PIL import Image
 from test_cli import refused
 
-from mocov3 import checkpoint, load_backbone, models
+from mocov3 import checkpoint, load_backbone, models, schedules
 from mocov3.auto import GIB, Machine, Pictures, memory_of, parse_budget, plan
 from mocov3.cli import main
 from mocov3.config import PretrainConfig, read_yaml
+from mocov3.config.archs import BUILT_IN_ARCHS
 from mocov3.convert import BackboneWeights, load_into
 from mocov3.data.order import Order
 from mocov3.data.survey import Survey, alikeness, near_pairs, propose, uprightness
 from mocov3.errors import UserError
-from mocov3.groups import block_numbers, freeze_until, hold_backbone, parameter_groups
+from mocov3.groups import block_numbers, freeze_until, parameter_groups, scale_backbone
 from mocov3.models import build_backbone, sincos_position_embedding
 from mocov3.optim import build_optimizer, set_learning_rate
 from mocov3.origin import origin_of
+from mocov3.recipes import RECIPES
 from mocov3.start import arch_of, guess_arch, load_start
 
 MACHINES = {
@@ -250,7 +253,7 @@ def test_held_backbones_and_frozen_blocks_stay():
 
     def trained(held):
         before = {k: v.clone() for k, v in model.base_encoder.named_parameters()}
-        hold_backbone(optimizer, held)
+        scale_backbone(optimizer, 1.0 - held)
         set_learning_rate(optimizer, 0.1)
         optimizer.zero_grad()
         model(*torch.randn(2, 8, 3, 16, 16), 0.9).backward()
@@ -263,6 +266,64 @@ def test_held_backbones_and_frozen_blocks_stay():
     freeze_until(vit, "blocks.3")
     assert not vit.blocks[3].mlp.fc1.weight.requires_grad
     assert vit.blocks[4].mlp.fc1.weight.requires_grad
+
+
+def kind_of(arch):
+    """(optimizer, highest base rate) that the kind of network was pre-trained with."""
+    if arch.startswith(("vit", "timm/")):
+        return "adamw", 1.5e-4  # arXiv 2104.02057, appendix
+    return ("adamw", 8e-3) if arch.startswith("resnet10") else ("lars", 0.3)
+
+
+@pytest.mark.parametrize("arch", [*BUILT_IN_ARCHS, "timm/vit_small_patch16_224", "timm/convnext_atto"])
+def test_adapt_takes_the_rate_of_the_kind_of_network(arch):
+    given = {**RECIPES["adapt"].settings, "arch": arch}
+    optimizer, highest = kind_of(arch)
+    for machine, side in itertools.product(MACHINES.values(), (28, 70, 375)):
+        config, choices = planned(3000, machine, side=side, given=given)
+        config.check()
+        assert config.optimizer == optimizer
+        assert 0 < config.lr <= highest
+        assert choices["lr"].reason
+        assert 0 < config.layer_decay < 1
+        assert config.warmup_epochs > 0
+        assert config.freeze_epochs + config.warmup_epochs < config.epochs
+
+
+def test_adapt_on_a_vit_from_the_command_line(pictures, tmp_path):
+    start = tmp_path / "start.pth.tar"
+    model = models.build("vit_tiny", image_size=32, dim=16, mlp_dim=32)
+    checkpoint.write(start, {"arch": "vit_tiny", "epoch": 1,
+                             "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}})  # fmt: skip
+    out = tmp_path / "out"
+    flags = ["--recipe", "adapt", "--init", start, "-j", "0", "--device", "cpu", "--image-size", "32", "-b", "16",
+             "--max-steps", "1", "--patch-size", "16"]  # fmt: skip
+    assert main(["pretrain", str(pictures), *map(str, flags), "--output-dir", str(out)]) == 0
+    saved = read_yaml(out / "config.yaml", PretrainConfig)
+    assert (saved["optimizer"], saved["lr"], saved["layer_decay"], saved["warmup_epochs"]) == ("adamw", 1.5e-4, 0.75, 1)
+
+
+def test_the_backbone_warms_up_when_it_thaws():
+    def at(epoch, freeze=2, warmup=4):
+        return schedules.thaw(epoch, freeze_epochs=freeze, warmup_epochs=warmup)
+
+    assert [at(e) for e in (0, 1.99, 2, 3, 4.5, 6, 9)] == pytest.approx([0, 0, 0, 0.25, 0.625, 1, 1])
+    assert [at(e, warmup=0) for e in (1.9, 2, 3)] == [0, 1, 1]
+    assert at(0, freeze=0, warmup=0) == 1
+    model = models.build("resnet18", dim=8, mlp_dim=8)
+    optimizer = build_optimizer(parameter_groups(model, 0.5, staged=True), "lars", weight_decay=0, momentum=0.9)
+    for factor in (0.0, 0.25, 1.0):
+        scale_backbone(optimizer, factor)
+        set_learning_rate(optimizer, 2.0)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(
+                2 * group["full_scale"] * (factor if group["part"] == "backbone" else 1)
+            )
+
+
+def test_freezing_must_leave_epochs(pictures, tmp_path):
+    flags = ("--epochs", "2", "--freeze-epochs", "2", "--output-dir", tmp_path / "out")
+    assert "--freeze-epochs 2 leaves none" in refused("pretrain", pictures, *TINY, *flags)
 
 
 def test_adapt_holds_then_trains_and_resumes(pictures, tmp_path):
@@ -280,6 +341,8 @@ def test_adapt_holds_then_trains_and_resumes(pictures, tmp_path):
     key = "module.base_encoder.layer1.0.conv1.weight"
     assert torch.equal(saved[0]["state_dict"][key], model.state_dict()[key.removeprefix("module.")])
     assert not torch.equal(saved[1]["state_dict"][key], saved[0]["state_dict"][key])
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["skipped"] == 0 for line in lines)
     assert saved[0]["mocov3"]["licence"] == "CC-BY-NC 4.0"
     assert "made by hand" in origin_of(saved[0])["origin"]
     for steps in ("5", "12"):

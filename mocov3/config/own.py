@@ -51,7 +51,12 @@ class OwnFlags(ViewFlags):
         group=OWN,
         metavar="REGEX",
     )
-    freeze_epochs: int = flag(0, "epochs at the start in which only the heads are trained", kind=int, group=OWN)
+    freeze_epochs: int = flag(
+        0,
+        "epochs at the start in which only the heads are trained; then the backbone warms up over --warmup-epochs",
+        kind=int,
+        group=OWN,
+    )
     freeze_until: str = flag(
         "", "block up to which the backbone stays as it starts (layer2, blocks.5)", group=OWN, metavar="BLOCK"
     )

@@ -268,6 +268,11 @@ class PretrainConfig(ScaleFlags, CheapFlags):
                 f"--warmup-epochs {self.warmup_epochs} is longer than --epochs {self.epochs}; "
                 "lower the first or raise the second"
             )
+        if self.freeze_epochs >= self.epochs:
+            raise UserError(
+                f"--freeze-epochs {self.freeze_epochs} leaves none of the {self.epochs} epochs for the backbone; "
+                "lower it, or raise --epochs"
+            )
         if is_vit(self.arch) and self.image_size % self.patch_size:
             lower = max(self.image_size // self.patch_size, 1) * self.patch_size
             raise UserError(
