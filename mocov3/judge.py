@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mocov3 import checkpoint
-from mocov3.attention import width_of
+from mocov3.attention import choices, width_of
 from mocov3.config import preset_of
 from mocov3.convert import build_from, find_backbone, load_backbone, trained_with
 from mocov3.data import Source
@@ -65,7 +65,7 @@ def judge_all(
         arch: of files that do not say it.
         heads: attention heads of ViTs, of files that do not tell.
     """
-    told = _told(files, heads)
+    asking = [file for file in files if heads is not None and _asks(file)] or files  # --heads is for those, or for all
     world = World(0, 1, pick_device(device, None))
     rows: list[Row] = []
     beside: set[str] = set()
@@ -73,8 +73,9 @@ def judge_all(
         contents = checkpoint.read(file)
         config = trained_with(contents)
         named = isinstance(contents.get("arch"), str)
-        asked = None if told[file] else heads
-        encoder, settings = build_from(contents, file, arch=None if named else arch, heads=asked)
+        encoder, settings = build_from(
+            contents, file, arch=None if named else arch, heads=heads if file in asking else None
+        )
         size = settings["image_size"]
         setting: dict[str, Any] = {"world": world, "config": config, "size": size, "workers": workers, "whole": whole}
         if f"pixels {size}" not in beside:
@@ -98,27 +99,16 @@ def judge_all(
     return rows
 
 
-def _told(files: Sequence[str], heads: int | None) -> dict[str, bool]:
-    """File → whether it tells its attention heads, or has none; ``heads`` is for those that do not.
-
-    Raises:
-        UserError: if every file tells, and ``heads`` is not what the first does.
-    """
-    told = {}
-    for file in files:
-        weights = find_backbone(checkpoint.read(file), file)
-        told[file] = weights.heads.number is not None or width_of(weights.state) is None
-    if all(told.values()) and files:
-        find_backbone(checkpoint.read(files[0]), files[0], heads=heads)
-    return told
+def _asks(file: str) -> bool:
+    """Whether a file does not tell which of two numbers of attention heads its ViT has."""
+    weights = find_backbone(checkpoint.read(file), file)
+    return weights.heads.number is None and bool(choices(width_of(weights.state)))
 
 
 def _beginning(start: str, settings: dict[str, Any]) -> Any:
     """The network of a run's ``--init``, with the attention heads of the run where the file does not tell."""
-    if not Path(start).is_file():
-        return load_backbone(start, image_size=settings["image_size"])
-    told = _told([start], None)[start]
-    return load_backbone(start, image_size=settings["image_size"], heads=None if told else settings.get("num_heads"))
+    heads = settings.get("num_heads") if Path(start).is_file() and _asks(start) else None
+    return load_backbone(start, image_size=settings["image_size"], heads=heads)
 
 
 def _row(
