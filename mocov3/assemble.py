@@ -1,13 +1,16 @@
 """The model that a configuration describes, on this rank's device."""
 
+import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mocov3 import models
 from mocov3.config import PretrainConfig
-from mocov3.config.archs import is_vit
+from mocov3.config.archs import is_vit, stored_heads
+from mocov3.convert import find_backbone
 from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.distributed.sharding import shares
 from mocov3.errors import UserError
@@ -16,7 +19,7 @@ from mocov3.groups import freeze_until
 from mocov3.models import MoCo, shapes_only
 from mocov3.optim import build_optimizer
 from mocov3.sharded import shard_model, sharded_optimizer
-from mocov3.start import load_start
+from mocov3.start import load_start, starting_weights
 
 
 def build_model(config: PretrainConfig, world: World) -> MoCo:
@@ -24,7 +27,7 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
     c = config
     model = plain_model(c)
     if c.init:
-        load_start(c.init, [model.base_encoder, model.momentum_encoder], c.arch)
+        load_start(c.init, [model.base_encoder, model.momentum_encoder], c.arch, c.heads)
     if c.freeze_until:
         freeze_until(model.base_encoder, c.freeze_until)
     if c.grad_checkpoint:
@@ -45,6 +48,23 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
     return model.train()
 
 
+def with_heads(config: PretrainConfig, found: tuple[Path, dict[str, Any]] | None = None) -> PretrainConfig:
+    """The configuration with its ViT's attention heads: of the checkpoint to go on from, else those of ``--init``.
+
+    Raises:
+        UserError: if nobody says which of two networks these weights are of, or ``--heads`` says another.
+    """
+    c = config
+    if not is_vit(c.arch) or not (found or c.init):
+        return c
+    if found:
+        where, weights = f"--resume {found[0]}", find_backbone(found[1], f"--resume {found[0]}", heads=c.heads)
+    else:
+        where, weights = f"--init {c.init}", starting_weights(c.init, c.heads)
+    heads = weights.sizes(c.arch, where).get("num_heads", c.heads)
+    return dataclasses.replace(c, heads=stored_heads(heads, c.arch, c.heads))
+
+
 def plain_model(c: PretrainConfig) -> MoCo:
     """The model of a configuration as it is initialised, on the current device."""
     return models.build(
@@ -57,6 +77,7 @@ def plain_model(c: PretrainConfig) -> MoCo:
         temperature=c.moco_t,
         stop_grad_conv1=c.stop_grad_conv1,
         small_stem=c.small_stem,
+        **({"num_heads": c.heads} if c.heads is not None else {}),
     )
 
 

@@ -61,7 +61,8 @@ def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
     """
     fixed = {**layers.recipe, **{name: value for name, value in layers.given.items() if name != "recipe"}}
     lenient = {"warmup_epochs": 0, "batch_size": 2, "hold_out": 0}
-    first = PretrainConfig(**{**lenient, **layers.merged()})
+    open_yet = {} if "arch" in fixed else {"heads": None}  # judged with the arch, once that is known
+    first = PretrainConfig(**{**lenient, **layers.merged(), **open_yet})
     first.check()
     _check_start(first)
     hours = budget(first)
@@ -77,6 +78,11 @@ def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
         fixed["arch"] = arch_of(first.init)
         if fixed["arch"] is None:
             raise UserError(f"--init {first.init}: does not say which arch it is; give --arch")
+    if first.init:
+        from mocov3.assemble import with_heads
+
+        arch, heads = fixed.get("arch", first.arch), fixed.get("heads")
+        fixed["heads"] = with_heads(dataclasses.replace(first, arch=arch, heads=heads)).heads
     times = {"training": 0.0, "loading": 0.0}
 
     def measured(values: dict[str, Any]) -> tuple[float, dict[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mocov3.config.archs import check_arch, check_heads
 from mocov3.config.fields import Parser
 from mocov3.data import Source, open_source
 from mocov3.data.labels import Labels, own_labels, read_labels
@@ -36,7 +37,10 @@ def main(argv: Sequence[str]) -> int:
     pictures = whole if unseen is None else unseen
     if len(pictures) < 10:
         raise UserError(f"data {data}: {len(pictures)} pictures are too few to judge by; 10 or more are needed")
-    rows = judge_all(files, pictures, whole, labels, device=args.device, workers=args.workers)
+    rows = judge_all(
+        files, pictures, whole, labels, device=args.device, workers=args.workers, arch=args.arch or None,
+        heads=args.heads,
+    )  # fmt: skip
     if args.json:
         for row in rows:
             print(json.dumps(row))
@@ -49,11 +53,16 @@ def _parse(argv: Sequence[str]) -> Any:
     parser = Parser(prog="mocov3 compare", description=__doc__)
     parser.add_argument("things", nargs="*", metavar="CKPT… DIR", help="weights files, then pictures to judge by; "
                         "best pictures that were not trained on (DIR/val is used where it exists)")  # fmt: skip
+    parser.add_argument("-a", "--arch", default="", help="backbone of files that do not name it")
+    parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT, of files that do not tell")
     parser.add_argument("--labels", default="", metavar="CSV", help="path,label of some pictures (10–100 will do)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device")
     parser.add_argument("--workers", "-j", type=int, default=usable_cores(), help="loading processes (0: none)")
     parser.add_argument("--json", action="store_true", help="print a JSON line a network instead of the table")
     args = parser.parse_args(list(argv))
+    if args.arch:
+        check_arch(args.arch)
+    check_heads(args.heads, args.arch)
     if args.workers < 0:
         raise UserError(f"--workers must be 0 or more, not {args.workers}")
     return args

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mocov3 import checkpoint
+from mocov3 import attention, checkpoint
 from mocov3.config import ViewPreset, preset_of
-from mocov3.config.archs import BUILT_IN_ARCHS, is_resnet, is_vit
+from mocov3.config.archs import BUILT_IN_ARCHS, HEADS, check_heads, is_resnet, is_vit
 from mocov3.errors import UserError, printable
 from mocov3.models.backbones import Encoder, build_backbone
-from mocov3.models.positions import sincos_position_embedding
+from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
 
 # what a file is ← prefix of the encoder's keys in it; the first that occurs decides
 _PREFIXES = {
@@ -35,23 +35,38 @@ class BackboneWeights:
     arch: str | None
     state: dict[str, Tensor]
     dropped: dict[str, str] = field(default_factory=dict)
+    heads: attention.Known = field(default_factory=attention.Known)
+    """Attention heads of a ViT, which shapes do not tell."""
+
+    def sizes(self, arch: str, where: str) -> dict[str, Any]:
+        """What ``build_backbone`` needs to build ``arch`` for these weights beyond its name: ``num_heads`` of a ViT.
+
+        Raises:
+            UserError: if neither the file nor the user says which of two networks it is.
+        """
+        heads = attention.to_build(self.heads, arch, self.state, where)
+        return {} if heads is None else {"num_heads": heads}
 
 
-def find_backbone(contents: dict[str, Any], where: str, *, momentum: bool = False) -> BackboneWeights:
+def find_backbone(
+    contents: dict[str, Any], where: str, *, momentum: bool = False, heads: int | None = None
+) -> BackboneWeights:
     """The backbone in the contents of a weights file: ours, the reference's, DeiT's, timm's or torchvision's.
 
     Args:
         contents: what ``checkpoint.read`` returned.
         where: the file, for messages.
         momentum: take the momentum encoder of a pre-training checkpoint, or the average of a fine-tuned one.
+        heads: attention heads of a ViT, of a file that does not tell.
 
     Raises:
-        UserError: if there is no backbone in it.
+        UserError: if there is no backbone in it, or one of other attention heads than ``heads``.
     """
     arch = contents.get("arch")
     state = contents.get("state_dict", contents.get("model", contents))
     if momentum and isinstance(contents.get("model_ema"), dict) and contents["model_ema"]:
-        return find_backbone({"model": contents["model_ema"], "arch": arch}, where)
+        average = {**contents, "model": contents["model_ema"], "model_ema": None}
+        return find_backbone({k: v for k, v in average.items() if k != "state_dict"}, where, heads=heads)
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{where}: holds no weights (entries: {', '.join(map(str, list(contents)[:6]))})")
     state = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
@@ -72,7 +87,8 @@ def find_backbone(contents: dict[str, Any], where: str, *, momentum: bool = Fals
             kept[name] = value
     if not kept:
         raise UserError(f"{where}: holds no backbone, only {', '.join(list(state)[:3])} …")
-    return BackboneWeights(kind, arch if isinstance(arch, str) else None, kept, dropped)
+    known = attention.settled(attention.told(contents, kind, kept, where), heads, attention.width_of(kept), where)
+    return BackboneWeights(kind, arch if isinstance(arch, str) else None, kept, dropped, known)
 
 
 def find_classifier(contents: dict[str, Any], encoder: Encoder, where: str, *, momentum: bool = False) -> nn.Linear:
@@ -96,8 +112,10 @@ def find_classifier(contents: dict[str, Any], encoder: Encoder, where: str, *, m
     raise UserError(f"{where}: has no classifier; fine-tune it first, or export the backbone without --classifier")
 
 
-def to_deit(contents: dict[str, Any], where: str) -> dict[str, dict[str, Tensor]]:
+def to_deit(contents: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
     """``{"model": encoder without head}``, as DeiT's ``--resume`` reads it; ResNets without ``fc.*``.
+
+    A ViT of other attention heads than MoCo v3's says so in an entry more, since its position table says the opposite.
 
     Raises:
         UserError: if ``contents`` is not a pre-training checkpoint.
@@ -105,7 +123,14 @@ def to_deit(contents: dict[str, Any], where: str) -> dict[str, dict[str, Tensor]
     found = find_backbone(contents, where)
     if not found.kind.startswith("pre-training"):
         raise UserError(f"{where}: is a {found.kind}, not a pre-training checkpoint; nothing to convert")
-    return {"model": found.state}
+    return {"model": found.state, **heads_entry(found.heads.number, found.state)}
+
+
+def heads_entry(heads: int | None, state: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """What a file in DeiT's format holds beside the weights: attention heads that are not MoCo v3's."""
+    width = attention.width_of(state)
+    usual = heads is None or width is None or heads == HEADS.get(width)
+    return {} if usual else {"mocov3": {"config": {"heads": heads}}}
 
 
 def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[str]:
@@ -115,8 +140,10 @@ def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[st
     grid; one that was trained (learned, or by fine-tuning) is interpolated by timm.
 
     Raises:
-        UserError: naming the first key that is missing, unknown or of another shape; nothing is loaded then.
+        UserError: naming the first key that is missing, unknown or of another shape, or the attention heads that
+            differ; nothing is loaded then.
     """
+    attention.check_built(encoder, weights.heads, weights.state, where)
     wanted = encoder.state_dict()
     head = [key for key in wanted if key.startswith(_HEADS)]
     state = dict(weights.state)
@@ -146,10 +173,8 @@ def _position_table(table: Tensor, wanted: Tensor, where: str) -> Tensor:
     prefix, old, new = (_grids(table.shape[1], wanted.shape[1]) if table.ndim == 3 else None) or (0, 0, 0)
     if not old or table.shape[2] != wanted.shape[2]:
         raise UserError(f"{where}: its position table {tuple(table.shape)} does not fit; another arch?")
-    if prefix == 1 and table.shape[2] % 4 == 0:
-        fixed, built = (sincos_position_embedding(side, side, table.shape[2]) for side in (old, new))
-        if (table.float() - fixed).abs().max() < 1e-5:
-            return built.to(table.dtype)
+    if prefix == 1 and is_sincos_position_embedding(table):
+        return sincos_position_embedding(new, new, table.shape[2]).to(table.dtype)
     from timm.layers import resample_abs_pos_embed
 
     resampled = resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=prefix)
@@ -165,21 +190,34 @@ def _grids(old: int, new: int) -> tuple[int, int, int] | None:
     return None
 
 
-def load_backbone(path_or_name: str | Path, *, momentum: bool = False, image_size: int | None = None) -> Encoder:
+def load_backbone(
+    path_or_name: str | Path,
+    *,
+    momentum: bool = False,
+    image_size: int | None = None,
+    arch: str | None = None,
+    heads: int | None = None,
+) -> Encoder:
     """A backbone ready for use, in evaluation mode; its head is the identity, so calling it gives features.
 
     Args:
         path_or_name: a checkpoint (ours or the reference's), or the name of an untrained arch.
         momentum: take the momentum encoder.
         image_size: side of the pictures in pixels; that of pre-training (or 224) unless given.
+        arch: of a file that does not say it.
+        heads: attention heads of a ViT, of a file that does not tell: 12 for MoCo v3's ViT-S, 6 for DeiT's, DINO's
+            and timm's.
 
     Raises:
-        UserError: if the file cannot be read or names no arch.
+        UserError: if the file cannot be read, or arch or heads are not known, or not those of the file.
     """
-    if str(path_or_name) in BUILT_IN_ARCHS or str(path_or_name).startswith("timm/"):
-        encoder = build_backbone(str(path_or_name), image_size=image_size or 224)
-        return _bare(encoder)
-    return build_from(checkpoint.read(path_or_name), str(path_or_name), momentum=momentum, image_size=image_size)[0]
+    name = str(path_or_name)
+    if name in BUILT_IN_ARCHS or name.startswith("timm/"):
+        check_heads(heads, name)
+        dims: dict[str, Any] = {"num_heads": heads} if heads else {}
+        return _bare(build_backbone(name, image_size=image_size or 224, **dims))
+    contents = checkpoint.read(path_or_name)
+    return build_from(contents, name, arch=arch, momentum=momentum, image_size=image_size, heads=heads)[0]
 
 
 def build_from(
@@ -189,6 +227,7 @@ def build_from(
     arch: str | None = None,
     momentum: bool = False,
     image_size: int | None = None,
+    heads: int | None = None,
 ) -> tuple[Encoder, dict[str, Any]]:
     """The backbone of a file's contents, and the settings it was built with (those of ``build_backbone``).
 
@@ -198,11 +237,12 @@ def build_from(
         arch: of a file that does not say it.
         momentum: take the momentum encoder.
         image_size: side of the pictures in pixels; that of training (or 224) unless given.
+        heads: attention heads of a ViT, of a file that does not tell.
 
     Raises:
-        UserError: if there is no backbone, or its arch is not known or differs from ``arch``.
+        UserError: if there is no backbone, or its arch or heads are not known or differ from those given.
     """
-    weights = find_backbone(contents, where, momentum=momentum)
+    weights = find_backbone(contents, where, momentum=momentum, heads=heads)
     if arch and weights.arch and arch != weights.arch:
         raise UserError(f"{where}: is of arch {weights.arch}, not {arch}")
     name = weights.arch or arch
@@ -218,6 +258,7 @@ def build_from(
         "patch_size": patch,
         "small_stem": bool(config.get("small_stem", False)) and is_resnet(name),
         "in_chans": _number(config.get("channels"), 3, where),
+        **weights.sizes(name, where),
     }
     if is_vit(name) and settings["image_size"] % patch:
         raise UserError(f"{where}: pictures of {settings['image_size']} px do not divide into patches of {patch}")
@@ -228,7 +269,8 @@ def build_from(
 
 def trained_with(contents: dict[str, Any]) -> dict[str, Any]:
     """The configuration that a checkpoint of ours was trained with; empty for others' files."""
-    config = (contents.get("mocov3") or {}).get("config", {})
+    own = contents.get("mocov3")
+    config = own.get("config") if isinstance(own, dict) else None
     return config if isinstance(config, dict) else {}
 
 

@@ -63,11 +63,12 @@ def embed(world: Any, config: EmbedConfig) -> int:
     frozen = open_frozen(
         config.model, flag="--model", arch=config.arch, encoder=config.encoder, image_size=config.image_size,
         view_preset=config.view_preset, layer=config.layer, untrained=config.untrained, seed=config.seed,
+        heads=config.heads,
     )  # fmt: skip
     source, preset = pictures(config.data), frozen.preset
     # what makes the features; a pass of other settings is not gone on with
-    key = {"pictures": source.digest, "backbone": frozen.digest(), "arch": frozen.arch, "layer": config.layer,
-           "image_size": frozen.image_size, "mean": list(preset.mean), "std": list(preset.std),
+    key = {"pictures": source.digest, "backbone": frozen.digest(), "arch": frozen.arch, "heads": frozen.heads,
+           "layer": config.layer, "image_size": frozen.image_size, "mean": list(preset.mean), "std": list(preset.std),
            "zoom": preset.evaluation_zoom, "precision": config.precision, "batch": config.batch_size}  # fmt: skip
     frozen.to(world.device)
     precision = Precision(resolve_precision(config.precision, world.device, script_door=False), world.device)

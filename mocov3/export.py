@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
         momentum=args.momentum,
         classifier=args.classifier,
         licence=args.licence,
+        heads=args.heads,
     )
     print(report)
     return 0
@@ -62,6 +63,9 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--to", required=True, choices=tuple(FORMATS), help="format", metavar="FORMAT")
     parser.add_argument("--output", required=True, help="file, or folder for timm and transformers")
     parser.add_argument("-a", "--arch", default="", help="arch of a file that does not say it")
+    parser.add_argument(
+        "--heads", type=int, default=None, help="attention heads of a ViT, of a file that does not tell"
+    )
     parser.add_argument("--image-size", type=int, default=None, help="side of the pictures (default: of training)")
     parser.add_argument("--momentum", action="store_true", help="the momentum encoder, or the average of tuned weights")
     parser.add_argument("--classifier", action="store_true", help="with the classifier of a fine-tuned file")
@@ -73,10 +77,11 @@ def _check(args: Any) -> None:
     """Refuse what cannot work, before torch is imported."""
     if not Path(args.checkpoint).is_file():
         raise UserError(f"{args.checkpoint}: there is no such file")
-    if args.arch:
-        from mocov3.config.archs import check_arch
+    from mocov3.config.archs import check_arch, check_heads
 
+    if args.arch:
         check_arch(args.arch)
+    check_heads(args.heads, args.arch)
     if args.image_size is not None and args.image_size < 1:
         raise UserError(f"--image-size must be at least 1, not {args.image_size}")
     missing = [name for name in _NEEDS.get(args.to, ()) if find_spec(name) is None]

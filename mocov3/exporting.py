@@ -52,6 +52,7 @@ def export(
     momentum: bool = False,
     classifier: bool = False,
     licence: str = "",
+    heads: int | None = None,
 ) -> Report:
     """Export the backbone of a file; nothing is left at ``output`` unless the features agree.
 
@@ -64,12 +65,15 @@ def export(
         momentum: take the momentum encoder, or the average of fine-tuned weights.
         classifier: keep the linear classifier of a fine-tuned file.
         licence: to state in the card, unless what the file says.
+        heads: attention heads of a ViT, of a file that does not tell.
 
     Raises:
         UserError: if the file holds no backbone, the format cannot hold it, or the output cannot be written.
         RuntimeError: if the features of what was written differ from ours; our fault.
     """
-    model = load(path, arch=arch, image_size=image_size, momentum=momentum, classifier=classifier, licence=licence)
+    model = load(
+        path, arch=arch, image_size=image_size, momentum=momentum, classifier=classifier, licence=licence, heads=heads
+    )
     if model.in_chans != 3 and to not in ANY_CHANNELS:
         others = ", ".join(ANY_CHANNELS)
         raise UserError(f"--to {to} is for RGB; {path} takes {model.in_chans} channel(s): use {others}")
@@ -111,10 +115,14 @@ def load(
     momentum: bool = False,
     classifier: bool = False,
     licence: str = "",
+    heads: int | None = None,
 ) -> Exported:
     """The backbone of a file with all that a card says about it."""
     contents = checkpoint.read(path)
-    encoder, settings = convert.build_from(contents, str(path), arch=arch, image_size=image_size, momentum=momentum)
+    encoder, settings = convert.build_from(
+        contents, str(path), arch=arch, image_size=image_size, momentum=momentum, heads=heads
+    )
+    settings.pop("num_heads", None)  # the encoder tells
     names: tuple[str, ...] = ()
     classes = 0
     if classifier:

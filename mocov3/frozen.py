@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mocov3 import checkpoint, models
-from mocov3.config.archs import BUILT_IN_ARCHS, RESNETS, is_vit
+from mocov3 import attention, checkpoint, models
+from mocov3.config.archs import BUILT_IN_ARCHS, RESNETS, check_heads, is_vit, stored_heads
 from mocov3.config.presets import PRESETS, Reading, ViewPreset
-from mocov3.convert import find_backbone, load_into, views_of
+from mocov3.convert import BackboneWeights, find_backbone, load_into, views_of
 from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
@@ -41,6 +41,11 @@ class Frozen:
     def width(self) -> int:
         """Numbers of a picture's feature that linear evaluation uses."""
         return int(self.network.num_features)  # type: ignore[arg-type]
+
+    @property
+    def heads(self) -> int | None:
+        """Attention heads of one of our ViTs, else ``None``."""
+        return attention.heads_of(self.network) if is_vit(self.arch) else None
 
     @property
     def head(self) -> str:
@@ -95,6 +100,7 @@ def open_frozen(
     layer: str = "",
     untrained: bool = False,
     seed: int = 0,
+    heads: int | None = None,
 ) -> Frozen:
     """The backbone that ``model`` names.
 
@@ -109,12 +115,14 @@ def open_frozen(
         layer: which feature, see ``FeatureConfig``.
         untrained: do not take timm's published weights.
         seed: of a fresh initialisation.
+        heads: attention heads of a ViT, of a file that does not tell, or of a fresh one.
 
     Raises:
-        UserError: if the file holds no backbone, or not of this arch (naming those that fit).
+        UserError: if the file holds no backbone, or not of this arch (naming those that fit) or these heads.
     """
     if Path(model).is_file():
-        return _from_file(model, f"{flag} {model}", arch, encoder, image_size, view_preset, layer)
+        return _from_file(model, f"{flag} {model}", arch, encoder, image_size, view_preset, layer, heads)
+    check_heads(heads, model)
     if encoder == "momentum" or layer == "projector":
         what = "momentum encoder" if encoder == "momentum" else "projector"
         raise UserError(f"{flag} {model}: has no {what}; a pre-training checkpoint has")
@@ -126,18 +134,21 @@ def open_frozen(
     if model.startswith("timm/") and not untrained:
         return _published(model, image_size, view_preset, layer)
     size = image_size or 224
-    return _frozen(build_backbone(model, image_size=size), model, size, preset, {"image_size": size},
+    settings: dict[str, Any] = {"image_size": size, **({"num_heads": heads} if heads else {})}
+    return _frozen(build_backbone(model, **settings), model, size, preset, settings,
                    f"{model}, untrained (seed {seed})", layer)  # fmt: skip
 
 
-def _from_file(path: str, where: str, arch: str, encoder: str, image_size: int, view_preset: str, layer: str) -> Frozen:
+def _from_file(
+    path: str, where: str, arch: str, encoder: str, image_size: int, view_preset: str, layer: str, heads: int | None
+) -> Frozen:
     contents = checkpoint.read(path)
-    weights = find_backbone(contents, where, momentum=encoder == "momentum")
+    weights = find_backbone(contents, where, momentum=encoder == "momentum", heads=heads)
     if arch and weights.arch and weights.arch != arch:
         raise UserError(f"{where}: is of arch {weights.arch}, not {arch}; give -a {weights.arch}")
     name = arch or weights.arch
     if not name:
-        raise UserError(f"{where}: does not say which arch it is; {_fits(weights.state)}")
+        raise UserError(f"{where}: does not say which arch it is; {_fits(weights)}")
     own = contents.get("mocov3")
     try:
         config = dict(own["config"]) if isinstance(own, dict) else {}
@@ -145,7 +156,7 @@ def _from_file(path: str, where: str, arch: str, encoder: str, image_size: int, 
         preset = PRESETS[view_preset] if view_preset else _saved_preset(own, config, where)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{where}: its entry 'mocov3' is damaged; give a whole file") from None
-    settings = {"image_size": size, **settings_of(weights.state, name)}
+    settings = {"image_size": size, **settings_of(weights.state, name), **weights.sizes(name, where)}
     if preset.reading.channels != 3:
         settings["in_chans"] = preset.reading.channels
     try:
@@ -153,7 +164,7 @@ def _from_file(path: str, where: str, arch: str, encoder: str, image_size: int, 
             build_backbone(name, **settings))  # fmt: skip
         load_into(network, weights, where)
     except UserError as error:
-        raise UserError(f"{error} ({_fits(weights.state)})") from None
+        raise UserError(f"{error} ({_fits(weights)})") from None
     which = f", {encoder} encoder" if weights.kind.startswith("pre-training") else ""
     about = f"{name} of {path} ({weights.kind}{which})"
     return _frozen(network, name, size, preset, settings, about, layer)
@@ -226,6 +237,8 @@ def _frozen(network: Any, arch: str, size: int, preset: ViewPreset, settings: di
         raise UserError(f"--image-size {size} does not divide into patches of {patch} px; "
                         f"nearest: {max(size // patch, 1) * patch} or {(size // patch + 1) * patch}")  # fmt: skip
     network.eval().requires_grad_(False)
+    if unusual := stored_heads(settings.get("num_heads"), arch, None):
+        about += f", {unusual} attention heads"
     if layer:
         about += f", layer {layer}"
     return Frozen(network, _layer(network, arch, layer), arch, size, preset, settings, about)
@@ -253,13 +266,16 @@ def _layer(network: Any, arch: str, layer: str) -> Callable[[Tensor], Tensor]:
     return patches if layer == "patches" else lambda x: patches(x).mean(1)
 
 
-def _fits(state: dict[str, Tensor]) -> str:
+def _fits(weights: BackboneWeights) -> str:
     """Which built-in archs have a backbone of exactly these keys and shapes, as a hint."""
-    found = []
+    found, state = [], weights.state
     for arch in BUILT_IN_ARCHS:
         with shapes_only():
             wanted = build_backbone(arch, **settings_of(state, arch)).state_dict()
         bare = {k: v for k, v in wanted.items() if not k.startswith(("fc.", "head."))}
         if set(bare) == set(state) and all(v.shape == state[k].shape for k, v in bare.items() if k != "pos_embed"):
             found.append(arch)
-    return f"-a {' or '.join(found)} fits it" if found else "no built-in arch fits it; is it timm/NAME?"
+    if not found:
+        return "no built-in arch fits it; is it timm/NAME?"
+    asked = attention.choices(attention.width_of(state)) if weights.heads.number is None else ""
+    return f"-a {' or '.join(found)} fits it" + (f", with {asked}" if asked else "")

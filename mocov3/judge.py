@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mocov3 import checkpoint
+from mocov3.attention import choices, width_of
 from mocov3.config import preset_of
-from mocov3.convert import build_from, load_backbone, trained_with
+from mocov3.convert import build_from, find_backbone, load_backbone, trained_with
 from mocov3.data import Source
 from mocov3.data.labels import Labels
 from mocov3.data.order import hold_out
@@ -41,7 +43,15 @@ def kept_back(files: Sequence[str], data: str, whole: Source) -> Source | None:
 
 
 def judge_all(
-    files: Sequence[str], pictures: Source, whole: Source, labels: Labels | None, *, device: str, workers: int
+    files: Sequence[str],
+    pictures: Source,
+    whole: Source,
+    labels: Labels | None,
+    *,
+    device: str,
+    workers: int,
+    arch: str | None = None,
+    heads: int | None = None,
 ) -> list[Row]:
     """A row of measures for pixels, for the untrained and starting networks, and for each file.
 
@@ -52,14 +62,20 @@ def judge_all(
         labels: known classes.
         device: as ``--device``.
         workers: loading processes.
+        arch: of files that do not say it.
+        heads: attention heads of ViTs, of files that do not tell.
     """
+    asking = [file for file in files if heads is not None and _asks(file)] or files  # --heads is for those, or for all
     world = World(0, 1, pick_device(device, None))
     rows: list[Row] = []
     beside: set[str] = set()
     for file in files:
         contents = checkpoint.read(file)
         config = trained_with(contents)
-        encoder, settings = build_from(contents, file)
+        named = isinstance(contents.get("arch"), str)
+        encoder, settings = build_from(
+            contents, file, arch=None if named else arch, heads=heads if file in asking else None
+        )
         size = settings["image_size"]
         setting: dict[str, Any] = {"world": world, "config": config, "size": size, "workers": workers, "whole": whole}
         if f"pixels {size}" not in beside:
@@ -74,13 +90,25 @@ def judge_all(
         if start and start not in beside:
             beside.add(start)
             try:
-                before: Any = load_backbone(start, image_size=size)
+                before: Any = _beginning(start, settings)
             except UserError:  # elsewhere by now
                 before = None
             if before is not None:
                 rows.append(_row(f"start: {start}", "start", before, pictures, labels, **setting))
         rows.append(_row(file, "checkpoint", encoder, pictures, labels, **setting))
     return rows
+
+
+def _asks(file: str) -> bool:
+    """Whether a file does not tell which of two numbers of attention heads its ViT has."""
+    weights = find_backbone(checkpoint.read(file), file)
+    return weights.heads.number is None and bool(choices(width_of(weights.state)))
+
+
+def _beginning(start: str, settings: dict[str, Any]) -> Any:
+    """The network of a run's ``--init``, with the attention heads of the run where the file does not tell."""
+    heads = settings.get("num_heads") if Path(start).is_file() and _asks(start) else None
+    return load_backbone(start, image_size=settings["image_size"], heads=heads)
 
 
 def _row(

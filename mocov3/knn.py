@@ -83,6 +83,7 @@ def measure(world: Any, config: KnnConfig) -> int:
     frozen = open_frozen(
         config.model, flag="--model", arch=config.arch, encoder=config.encoder, image_size=config.image_size,
         view_preset=config.view_preset, layer=config.layer, untrained=config.untrained, seed=config.seed,
+        heads=config.heads,
     ).to(world.device)  # fmt: skip
     sources = open_sets(config.data, config.labels)
     bank, labels = _features(world, frozen, config, sources[0])

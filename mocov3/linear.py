@@ -64,7 +64,7 @@ class Evaluation:
         self.digest = self.frozen.digest()
         check_same_run(where, found, c, self.source)
         lrs = c.lrs if c.solver == "sgd" else (0.0,)  # L-BFGS has none
-        specs = [HeadSpec(kind, lr, wd) for kind in c.heads for wd in c.weight_decays for lr in lrs]
+        specs = [HeadSpec(kind, lr, wd) for kind in c.kinds for wd in c.weight_decays for lr in lrs]
         self.heads = Heads(specs, width=self.frozen.width, classes=len(self.source.classes),
                            seed=c.seed or 0, momentum=c.momentum, world=world)  # fmt: skip
         self.results = [HeadResult(s.kind, s.lr, s.weight_decay) for s in specs]

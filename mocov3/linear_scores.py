@@ -126,7 +126,8 @@ def _score(world: World, job: Job, source: Source) -> tuple[HeadResult, dict[str
     own = contents.get("mocov3") or {}
     if isinstance(own.get("classes"), list) and len(own["classes"]) == len(source.classes):
         check_same_classes(own["classes"], list(source.classes), f"{where} and data {c.data}")
-    frozen = open_frozen(path, flag="--resume", arch=c.arch, image_size=c.image_size, view_preset=c.view_preset)
+    frozen = open_frozen(path, flag="--resume", arch=c.arch, image_size=c.image_size, view_preset=c.view_preset,
+                         heads=c.heads)  # fmt: skip
     width = frozen.width
     linear_files.check_shape(found, len(source.classes), width, where)
     heads = Heads([HeadSpec("linear", 0.0, 0.0)], width=width, classes=len(source.classes), seed=0, momentum=0.0,

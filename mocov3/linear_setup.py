@@ -8,6 +8,7 @@ from typing import Any
 from mocov3 import linear_files
 from mocov3.checkpoint import Position
 from mocov3.config import PRESETS, LinclsConfig, changed_fields, logger_names, write_yaml
+from mocov3.config.archs import stored_heads
 from mocov3.config.lincls import numbers
 from mocov3.data import Source
 from mocov3.distributed import World
@@ -54,7 +55,7 @@ def open_backbone(config: LinclsConfig, world: World, path: str, found: Contents
     saved = (found or {}).get("mocov3") or {}
     drawn = secrets.randbelow(2**31) if c.seed is None else c.seed
     seed = saved["seed"] if c.seed is None and isinstance(saved.get("seed"), int) else world.share(drawn)
-    common: dict[str, Any] = {"image_size": c.image_size, "view_preset": c.view_preset, "seed": seed}
+    common: dict[str, Any] = {"image_size": c.image_size, "view_preset": c.view_preset, "seed": seed, "heads": c.heads}
     pretrained = None
     if c.pretrained:
         pretrained = open_frozen(c.pretrained, flag="--pretrained", arch=c.arch, encoder=c.encoder, **common)
@@ -69,7 +70,10 @@ def open_backbone(config: LinclsConfig, world: World, path: str, found: Contents
     else:
         frozen = open_frozen(c.arch, flag="--arch", **common)
     preset = next((name for name, p in PRESETS.items() if p == frozen.preset), c.view_preset)
-    return frozen, dataclasses.replace(c, arch=frozen.arch, seed=seed, image_size=frozen.image_size, view_preset=preset)
+    return frozen, dataclasses.replace(
+        c, arch=frozen.arch, seed=seed, image_size=frozen.image_size, view_preset=preset,
+        heads=stored_heads(frozen.heads, frozen.arch, c.heads),
+    )  # fmt: skip
 
 
 def check_same_run(path: str, found: Contents | None, config: LinclsConfig, source: Source) -> None:
@@ -81,7 +85,7 @@ def check_same_run(path: str, found: Contents | None, config: LinclsConfig, sour
     if found is None:
         return
     own = found.get("mocov3") or {}
-    saved = dict(own.get("config", {}))
+    saved = {k: v for k, v in own.get("config", {}).items() if k != "heads"}  # compared with the backbone already
     for name in ("lr", "weight_decay"):
         if name in saved:
             saved[name] = numbers(saved[name])

@@ -77,7 +77,8 @@ def check_same_run(found: Found, config: PretrainConfig, source: Source) -> None
     """
     path, contents = found
     own = contents.get("mocov3") or {}
-    saved = {k: v for k, v in own.get("config", {}).items() if k != "seed" or config.seed is not None}
+    left_out = {"heads"} | ({"seed"} if config.seed is None else set())  # heads: compared with the weights already
+    saved = {k: v for k, v in own.get("config", {}).items() if k not in left_out}
     if (changed := changed_fields(config, saved)) and not config.allow_config_change:
         raise UserError(
             f"--resume {path}: these fields differ from the checkpoint's: {', '.join(changed)}; "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mocov3 import checkpoint, losses, resume, schedules
+from mocov3 import assemble, checkpoint, losses, resume, schedules
 from mocov3.agreement import check_agreement
 from mocov3.assemble import (
     build_model,
@@ -73,6 +73,7 @@ class Run:
         self.iterations = self.order.iterations
         set_determinism(c)
         found = resume.find(c, world)
+        self.config = c = assemble.with_heads(c, found)
         seed = resume.saved_seed(found)
         self.seed: int = seed if seed is not None else world.share(c.seed if c.seed is not None else _draw_seed())
         arithmetic = resolve_precision(c.precision, world.device, script_door=job.script_door)

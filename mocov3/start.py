@@ -6,37 +6,34 @@ Both encoders start from them; the heads stay fresh.
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from mocov3 import checkpoint
+from mocov3 import attention, checkpoint
 from mocov3.config.archs import BUILT_IN_ARCHS, RESNETS
 from mocov3.convert import BackboneWeights, find_backbone, load_into
 from mocov3.errors import UserError, nearest
 from mocov3.log import warn
 from mocov3.models import Encoder, build_backbone, shapes_only
 
-_TIMM_HEADS = {"vit_small": 6}
-"""Heads of timm's namesakes where they are not ours: the same shapes, another network."""
 
-
-def load_start(init: str, encoders: list[Encoder], arch: str) -> None:
-    """Load the weights of ``--init`` into encoders, their heads left alone.
+def load_start(init: str, encoders: list[Encoder], arch: str, heads: int | None = None) -> None:
+    """Load the weights of ``--init`` into encoders, their projectors left alone.
 
     Raises:
-        UserError: if they cannot be had, or are not of this arch (naming the arch they fit, if it is one of ours).
+        UserError: if they cannot be had, are not of this arch (naming the arch they fit, if it is one of ours), or not
+            of the encoders' attention heads (``heads``: those of a file that does not tell).
     """
     where = f"--init {init}"
-    weights = starting_weights(init)
-    _check_heads(weights, arch, where)
+    weights = starting_weights(init, heads)
     weights = _for_channels(weights, encoders[0], where)
     try:
         for encoder in encoders:
             load_into(encoder, weights, where)
     except UserError as error:
         fits = guess_arch(weights.state) if not (weights.arch or "").startswith("timm/") else None
-        hint = f" (give --arch {fits})" if fits and fits != arch else ""
+        asked = attention.choices(attention.width_of(weights.state)) if weights.heads.number is None else ""
+        hint = f" (give --arch {fits}{f' with {asked}' if asked else ''})" if fits and fits != arch else ""
         raise UserError(f"{error}{hint}") from None
 
 
@@ -60,32 +57,15 @@ def _for_channels(weights: BackboneWeights, encoder: Encoder, where: str) -> Bac
     return dataclasses.replace(weights, state={**state, **changed})
 
 
-def starting_weights(init: str) -> BackboneWeights:
-    """The backbone that ``--init`` names.
+def starting_weights(init: str, heads: int | None = None) -> BackboneWeights:
+    """The backbone that ``--init`` names; ``heads`` as for ``find_backbone``.
 
     Raises:
-        UserError: if there is no such file or model, or it cannot be fetched.
+        UserError: if there is no such file or model, it cannot be fetched, or is of other attention heads.
     """
     if init.startswith("timm/") and not Path(init).is_file():
-        return _from_timm(init)
-    return find_backbone(read_weights(init), f"--init {init}")
-
-
-def read_weights(path: str | Path) -> dict[str, Any]:
-    """Contents of a weights file, torch's or safetensors'. Never runs code.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    if Path(path).suffix != ".safetensors":
-        return checkpoint.read(path)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(str(path)))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is not a whole safetensors file ({type(error).__name__}); fetch it again") from None
+        return _from_timm(init, heads)
+    return find_backbone(checkpoint.read(init), f"--init {init}", heads=heads)
 
 
 def arch_of(init: str) -> str | None:
@@ -93,7 +73,7 @@ def arch_of(init: str) -> str | None:
     if init.startswith("timm/") and not Path(init).is_file():
         name = init.removeprefix("timm/").split(".", 1)[0]
         return name if name in RESNETS else init
-    weights = find_backbone(read_weights(init), f"--init {init}")
+    weights = find_backbone(checkpoint.read(init), f"--init {init}")
     return weights.arch or guess_arch(weights.state)
 
 
@@ -118,7 +98,7 @@ def guess_arch(state: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _from_timm(init: str) -> BackboneWeights:
+def _from_timm(init: str, heads: int | None) -> BackboneWeights:
     import timm
 
     name = init.removeprefix("timm/")
@@ -134,13 +114,6 @@ def _from_timm(init: str) -> BackboneWeights:
         raise UserError(f"--init {init}: its weights could not be fetched ({type(error).__name__}); fetch them on a "
                         "machine with a network and give the file") from None  # fmt: skip
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(("fc.", "head."))}
-    return BackboneWeights("timm model", init, state)
-
-
-def _check_heads(weights: BackboneWeights, arch: str, where: str) -> None:
-    heads = _TIMM_HEADS.get(arch)
-    if heads is None or weights.kind.startswith("pre-training"):
-        return
-    if weights.kind == "timm model":
-        raise UserError(f"{where}: has {heads} attention heads, --arch {arch} has 12; give --arch {weights.arch}")
-    warn(f"{where}: does not tell its attention heads; --arch {arch} takes it for 12, timm's and DeiT's have {heads}")
+    known = attention.Known(attention.heads_of(model), "timm's network")
+    known = attention.settled(known, heads, attention.width_of(state), f"--init {init}")
+    return BackboneWeights("timm model", init, state, heads=known)

@@ -23,6 +23,7 @@ ORDER = [
     "compare", "judge",
     "verdict", "assemble", "footprint", "sharded", "groups",
     "frozen", "features", "strips", "step", "gradients", "depth", "precision", "augment", "origin", "start", "convert",
+    "attention",
     "models", "models.moco", "models.backbones", "models.vit", "models.patches", "models.positions",
     "models.small_maps", "models.products", "models.shapes", "schedules", "losses",
     "neighbours",

@@ -219,16 +219,6 @@ def test_position_tables_of_another_grid():
         table_after(torch.randn(1, 197, 96))
 
 
-def test_six_heads_are_not_twelve():
-    model = models.build("vit_small", image_size=32, dim=8, mlp_dim=8)
-    weights = BackboneWeights("timm model", "timm/vit_small_patch16_224", {})
-    from mocov3.start import _check_heads
-
-    with pytest.raises(UserError, match="6 attention heads"):
-        _check_heads(weights, "vit_small", "x")
-    assert model.base_encoder.blocks[0].attn.num_heads == 12
-
-
 # --- groups, freezing, adapt -------------------------------------------------------------------------------
 
 

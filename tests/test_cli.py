@@ -37,7 +37,7 @@ FROZEN = """
 --vertical-flip-probability --turn-probability --crop-ratio --crop-pad --mean-std --channels --bit-window
 --grad-checkpoint --deterministic
 --allow-config-change --allow-data-change --quiet --json --views-on --micro-batch --fsdp --logger
---token-keep --image-size-schedule --patch-size-schedule
+--token-keep --image-size-schedule --patch-size-schedule --heads
 """
 
 FROZEN_LINCLS = """
@@ -46,7 +46,7 @@ FROZEN_LINCLS = """
 --multiprocessing-distributed --pretrained
 --head --cache-features --solver --encoder --image-size --view-preset --crop-min --output-dir --recipe --config
 --checkpoint-steps --max-steps --max-hours --device --precision --nprocs-per-node --allow-config-change --quiet --json
---logger
+--logger --heads
 """
 
 

@@ -17,7 +17,7 @@ from mocov3.config.archs import BUILT_IN_ARCHS, is_resnet
 from mocov3.errors import UserError
 from mocov3.export import FORMATS as NAMED
 from mocov3.formats import FORMATS, Unfit
-from mocov3.models import build_backbone, shapes_only
+from mocov3.models import backbones, build_backbone, shapes_only
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,43 @@ def test_timm(checkpoints, tmp_path, x, capsys):
     convert.load_into(back, convert.find_backbone(checkpoint.read(tmp_path / "timm.pth"), "f"), "f")
     with torch.no_grad():
         close(back.eval().features(x), ours.features(x), 1e-6)
+
+
+@pytest.mark.parametrize("to", ["deit", "timm", "torchvision", "transformers"])
+def test_six_heads_stay_six(to, tmp_path, x, monkeypatch):
+    """Every library that an export is for gives timm's own features, and is told 6."""
+    depth = 12 if to == "timm" else 1  # timm's name is of 12 blocks; fewer cost less
+    monkeypatch.setitem(backbones._VITS, "vit_small", {**backbones._VITS["vit_small"], "depth": depth})
+    file = tmp_path / "deit.pth"
+    network = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32, depth=depth).eval()
+    torch.save({"model": network.state_dict()}, file)
+    go = ("export", file, "--to", to, "-a", "vit_small", "--image-size", "32", "--output", tmp_path / "out")
+    assert "without a word on its attention heads" in refused(*go)
+    assert main([*map(str, go), "--heads", "6"]) == 0
+    card = (tmp_path / "out.md" if (tmp_path / "out.md").exists() else tmp_path / "out" / "README.md").read_text()
+    if to == "deit":
+        assert "num_heads=6" in card
+        saved = checkpoint.read(tmp_path / "out")
+        assert (saved["mocov3"], set(saved)) == ({"config": {"heads": 6}}, {"model", "mocov3"})
+        found = load_backbone(tmp_path / "out", arch="vit_small", image_size=32)
+    elif to == "timm":
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["model_args"]["num_heads"] == 6
+        found = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+        again = load_backbone(tmp_path / "out" / "model.safetensors")  # ours and timm's names are the same
+        assert again.blocks[0].attn.num_heads == 6
+    elif to == "torchvision":
+        scope = {"torch": torch, "torchvision": __import__("torchvision")}
+        exec(card.split("```python\n")[1].split("```")[0].replace('"out"', repr(str(tmp_path / "out"))), scope)
+        found = scope["model"].eval()
+    else:
+        from transformers import AutoModel
+
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["num_attention_heads"] == 6
+        made = AutoModel.from_pretrained(tmp_path / "out", add_pooling_layer=False).eval()
+        found = lambda x: made(x).last_hidden_state[:, 0]
+    with torch.no_grad():
+        close(found(x), network(x))
 
 
 def test_timm_resnets(checkpoints, tmp_path, x):

@@ -27,6 +27,14 @@ CONV_VITS = ["vit_conv_small", "vit_conv_base"]
 
 BUILT_IN_ARCHS = RESNETS + SMALL_RESNETS + VITS + CONV_VITS
 
+WIDTHS = {"vit_tiny": 192, "vit_small": 384, "vit_base": 768, "vit_large": 1024, "vit_huge": 1280,
+          "vit_conv_small": 384, "vit_conv_base": 768}  # fmt: skip
+"""ViT → width of its tokens."""
+HEADS = {192: 3, 384: 12, 768: 12, 1024: 16, 1280: 16}
+"""Width → attention heads, as MoCo v3 has them (192: DeiT's)."""
+OTHERS_HEADS = {384: 6}
+"""Width → attention heads in DeiT, DINO and timm, where these differ: the same shapes, another network."""
+
 
 def check_arch(arch: str) -> None:
     """Refuse an architecture's name that cannot be built (``timm/…`` names are checked when timm is loaded)."""
@@ -43,3 +51,31 @@ def is_resnet(arch: str) -> bool:
 def is_vit(arch: str) -> bool:
     """Whether ``arch`` is one of our Vision Transformers (their picture side must divide into patches)."""
     return arch in VITS or arch in CONV_VITS
+
+
+def check_heads(heads: int | None, arch: str) -> None:
+    """Refuse a number of attention heads that ``arch`` cannot have; of an arch that is not known yet ('') any above 0.
+
+    Raises:
+        UserError: naming what is allowed.
+    """
+    if heads is None:
+        return
+    if arch and not is_vit(arch):
+        kind = "heads are those of its name" if arch.startswith("timm/") else "it has no attention"
+        raise UserError(f"--heads {heads} is for our ViTs ({', '.join(WIDTHS)}), not {arch}: {kind}; leave it out")
+    if heads < 1:
+        raise UserError(f"--heads must be at least 1, not {heads}")
+    if arch and WIDTHS[arch] % heads:
+        width = WIDTHS[arch]
+        raise UserError(f"--heads {heads} does not divide the width {width} of {arch}; likely: {likely_heads(width)}")
+
+
+def likely_heads(width: int) -> str:
+    """The numbers of heads that ViTs of a width have: of 32 to 128 numbers each."""
+    return ", ".join(str(n) for n in range(1, width + 1) if width % n == 0 and 32 <= width // n <= 128)
+
+
+def stored_heads(heads: int | None, arch: str, asked: int | None) -> int | None:
+    """Attention heads as a configuration keeps them: only where they were asked for or are not the arch's own."""
+    return heads if is_vit(arch) and (asked is not None or heads != HEADS[WIDTHS[arch]]) else None

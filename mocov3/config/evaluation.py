@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mocov3.config.archs import BUILT_IN_ARCHS, check_arch
+from mocov3.config.archs import BUILT_IN_ARCHS, check_arch, check_heads
 from mocov3.config.fields import flag
 from mocov3.config.presets import PRESETS
 from mocov3.errors import UserError, nearest
@@ -13,6 +13,7 @@ from mocov3.errors import UserError, nearest
 MODEL, OUTPUT, PICTURES, RUNNING = "model", "result", "pictures", "running"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+HEADS_HELP = "attention heads of a ViT, of a file that does not tell (ViT-S: 12 in MoCo v3; 6 in DeiT, DINO, timm)"
 LAYERS = ("", "cls", "mean", "patches", "projector")
 KS, TEMPERATURES, RECALLS = (1, 10, 20, 100, 200), (0.07,), (1, 5, 10)
 
@@ -41,6 +42,7 @@ class FeatureConfig:
                       "timm/NAME (timm's published weights), or pixels", "--model", "--pretrained",
                       group=MODEL)  # fmt: skip
     arch: str = flag("", "backbone of a file that does not name it", "-a", "--arch", group=MODEL)
+    heads: int | None = flag(None, HEADS_HELP, kind=int, group=MODEL)
     encoder: str = flag("base", "which encoder of a pre-training checkpoint", choices=("base", "momentum"),
                         group=MODEL)  # fmt: skip
     layer: str = flag("", "cls (token of a ViT), mean (of the patch tokens), patches (all of them), projector (its "
@@ -75,6 +77,7 @@ class FeatureConfig:
             raise UserError(f"--model {self.model!r}: is neither a file nor an arch; {nearest(self.model, names)}")
         if self.arch:
             check_arch(self.arch)
+        check_heads(self.heads, self.arch if Path(self.model).is_file() else self.model)
         at_least(self, 1, ("batch_size",))
         at_least(self, 0, ("workers", "nprocs_per_node", "image_size", "seed"))
         check_model_flags(self)

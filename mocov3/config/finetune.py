@@ -5,7 +5,7 @@ Both doors, ``mocov3 finetune`` and ``transfer/main.py``, parse it.
 
 from dataclasses import dataclass
 
-from mocov3.config.archs import check_arch, is_resnet, is_vit
+from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
 from mocov3.config.fields import flag
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
@@ -63,6 +63,13 @@ class FinetuneConfig:
     )
     patch_size: int = flag(
         0, "side of a ViT's patches in pixels (default: of the weights, else 16)", kind=int, group=MODEL
+    )
+    heads: int | None = flag(
+        None,
+        "attention heads of a ViT (default: of the weights where they tell, else 12 for vit_small as in MoCo v3; DeiT, "
+        "DINO and timm have 6)",
+        kind=int,
+        group=MODEL,
     )
     small_stem: bool | None = flag(
         None, "3×3 stride-1 stem without pooling, for ResNets (default: as the weights)", kind=bool, group=MODEL
@@ -236,6 +243,7 @@ class FinetuneConfig:
 
     def check_model(self) -> None:
         """Refuse a model that cannot be built; again once what was left open is known from the weights."""
+        check_heads(self.heads, known_arch(self.arch))
         arch, size, patch = known_arch(self.arch or "vit_base"), self.image_size or 224, self.patch_size or 16
         if is_vit(arch) and size % patch and (self.image_size or self.arch):
             raise UserError(

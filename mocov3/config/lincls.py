@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from mocov3.config.archs import check_arch
-from mocov3.config.evaluation import DEVICES, MODEL, PRECISIONS, at_least, check_model_flags
+from mocov3.config.archs import check_arch, check_heads
+from mocov3.config.evaluation import DEVICES, HEADS_HELP, MODEL, PRECISIONS, at_least, check_model_flags
 from mocov3.config.fields import flag
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
@@ -16,7 +16,7 @@ from mocov3.config.presets import PRESETS
 from mocov3.errors import UserError
 
 RUN, METHOD, DATA, RANKS = "run and files", "method", "data", "ranks and devices"
-HEADS = ("linear", "bn-linear")
+KINDS = ("linear", "bn-linear")
 
 
 def numbers(given: Any) -> float | tuple[float, ...]:
@@ -77,6 +77,7 @@ class LinclsConfig:
                                 "not the published protocol", kind=bool, group=METHOD)  # fmt: skip
     solver: str = flag("sgd", "with --cache-features: sgd, or lbfgs (full batch to convergence; --lr is not used)",
                        choices=("sgd", "lbfgs"), group=METHOD)  # fmt: skip
+    heads: int | None = flag(None, HEADS_HELP, kind=int, group=MODEL)
     encoder: str = flag("base", "which encoder of a pre-training checkpoint", choices=("base", "momentum"),
                         group=MODEL)  # fmt: skip
     image_size: int = flag(0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int, group=DATA)
@@ -112,8 +113,8 @@ class LinclsConfig:
         return self.weight_decay if isinstance(self.weight_decay, tuple) else (self.weight_decay,)
 
     @property
-    def heads(self) -> tuple[str, ...]:
-        """Kinds of heads, in the order given."""
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of linear heads, in the order given."""
         return tuple(self.head.split(","))
 
     @property
@@ -134,6 +135,7 @@ class LinclsConfig:
         """
         if self.arch and self.arch != "pixels":
             check_arch(self.arch)
+        check_heads(self.heads, self.arch)
         at_least(self, 1, ("epochs", "batch_size", "print_freq"))
         at_least(self, 0, ("workers", "start_epoch", "image_size", "checkpoint_steps", "max_steps", "max_hours",
                            "nprocs_per_node", "momentum", "seed"))  # fmt: skip
@@ -143,9 +145,9 @@ class LinclsConfig:
                     raise UserError(f"{name} must be finite and 0 or more, not {value}")
             if len(set(values)) < len(values):
                 raise UserError(f"{name} names a value twice: {','.join(f'{v:g}' for v in values)}")
-        if unknown := [kind for kind in self.heads if kind not in HEADS]:
-            raise UserError(f"--head {unknown[0]!r} is not known; give {' or '.join(HEADS)}, or both with a comma")
-        if len(set(self.heads)) < len(self.heads):
+        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
+            raise UserError(f"--head {unknown[0]!r} is not known; give {' or '.join(KINDS)}, or both with a comma")
+        if len(set(self.kinds)) < len(self.kinds):
             raise UserError(f"--head names a head twice: {self.head}")
         if self.solver == "lbfgs" and not self.cache_features:
             raise UserError("--solver lbfgs needs --cache-features: it works on all features at once")

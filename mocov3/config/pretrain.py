@@ -5,7 +5,7 @@ Defaults of the reference are recorded in ``tests/golden/f_sched.json``; a test 
 
 from dataclasses import dataclass
 
-from mocov3.config.archs import check_arch, is_resnet, is_vit
+from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
 from mocov3.config.cheap import CheapFlags, stages
 from mocov3.config.fields import flag
 from mocov3.config.loggers import HELP as LOGGER_HELP
@@ -103,6 +103,8 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     precision: str = flag("auto", "arithmetic of the networks", choices=("auto", "fp32", "fp16", "bf16"), group=METHOD)
     image_size: int = flag(224, "side of the views in pixels", kind=int, group=DATA)
     patch_size: int = flag(16, "side of a ViT's patches in pixels", kind=int, group=MODEL)
+    heads: int | None = flag(None, "attention heads of a ViT, new or from an --init that does not tell (ViT-S: 12 in "
+                             "MoCo v3; 6 in DeiT, DINO, timm)", kind=int, group=MODEL)  # fmt: skip
     small_stem: bool = flag(
         False,
         "3×3 stride-1 stem without pooling, for ResNets on pictures of 28–64 px",
@@ -229,6 +231,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
             UserError: naming the first bad field, its value and what is allowed.
         """
         check_arch(self.arch)
+        check_heads(self.heads, self.arch)
         self.check_views()
         self.check_own()
         self.check_scale()

@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 from jaxtyping import Float
 from torch import Tensor
 
+from mocov3.config.archs import is_vit
 from mocov3.models.backbones import Encoder
 
 
@@ -49,6 +50,11 @@ class Exported:
         """Attention heads of a ViT."""
         return int(cast(Any, self.encoder).blocks[0].attn.num_heads)
 
+    @property
+    def dims(self) -> dict[str, Any]:
+        """What one of our ViTs is built with besides its sizes."""
+        return {"num_heads": self.heads} if is_vit(self.arch) else {}
+
     def state(self) -> dict[str, Tensor]:
         """The weights, contiguous."""
         return {k: v.detach().contiguous() for k, v in self.encoder.state_dict().items()}
@@ -64,6 +70,7 @@ class Exported:
                     "patch_size": self.patch_size,
                     "small_stem": self.small_stem,
                     "channels": self.in_chans,
+                    **({"heads": self.heads} if is_vit(self.arch) else {}),
                     "view_preset": self.recipe.get("view_preset", "photos"),
                     "mean_std": self.recipe.get("mean_std", ""),
                 }

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vision_transformer import ConvStemConfig
 
-from mocov3 import checkpoint, foreign
-from mocov3.config.archs import CONV_VITS, RESNETS, is_resnet
+from mocov3 import checkpoint, convert, foreign
+from mocov3.config.archs import CONV_VITS, HEADS, RESNETS, WIDTHS, is_resnet, is_vit
 from mocov3.formats.base import Exported, Unfit
 from mocov3.models.backbones import build_backbone
 
@@ -38,7 +38,8 @@ class Deit:
 
     def write(self, model: Exported, place: Path) -> None:
         """One file of ``torch.save``."""
-        checkpoint.write(place, {"model": model.state()})
+        state = model.state()
+        checkpoint.write(place, {"model": state, **convert.heads_entry(model.dims.get("num_heads"), state)})
 
     def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Read back as any DeiT file is, into a fresh backbone."""
@@ -46,7 +47,7 @@ class Deit:
 
     def usage(self, model: Exported, name: str) -> str:
         """For ``load_state_dict``."""
-        heads = ", num_heads=12" if model.arch == "vit_small" else ""
+        heads = f", num_heads={model.heads}" if is_vit(model.arch) else ""
         return (
             f'state = torch.load("{name}", weights_only=True)["model"]\n'
             f"model.load_state_dict(state, strict=False)  # of the same arch{heads}; only its classifier is missing"
@@ -80,7 +81,7 @@ class Safetensors:
 def _ours(model: Exported, state: dict[str, Any], x: Tensor) -> Tensor:
     encoder = build_backbone(
         model.arch, image_size=model.image_size, patch_size=model.patch_size, small_stem=model.small_stem,
-        in_chans=model.in_chans,
+        in_chans=model.in_chans, **model.dims,
     )  # fmt: skip
     head = nn.Linear(encoder.num_features, model.classes) if model.classes else nn.Identity()
     setattr(encoder, encoder.projector_name, head)
@@ -141,8 +142,8 @@ class Timm:
         if is_resnet(model.arch):
             return model.arch, {}
         args: dict[str, Any] = {}
-        if model.arch == "vit_small":
-            args["num_heads"] = 12
+        if model.arch == "vit_small" or model.heads != HEADS[WIDTHS[model.arch]]:
+            args["num_heads"] = model.heads
         if model.image_size != 224:
             args["img_size"] = model.image_size
         patch = 14 if model.arch == "vit_huge" else 16

@@ -223,7 +223,9 @@ def _beginning(
     title = "at the start" if config.init else "untrained"
     try:
         torch.manual_seed(config.seed or 0)
-        encoder: Any = build_model(dataclasses.replace(config, grad_checkpoint=False), world).base_encoder
+        encoder: Any = build_model(
+            dataclasses.replace(config, grad_checkpoint=False, heads=trained.heads), world
+        ).base_encoder
         frozen = dataclasses.replace(trained, network=encoder.eval(), features=encoder.features)
         return _features(frozen, source, world, most)[0], title
     except (UserError, OSError) as error:

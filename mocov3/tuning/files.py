@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mocov3 import checkpoint, convert
 from mocov3.config import FinetuneConfig, changed_fields
+from mocov3.config.archs import is_vit, stored_heads
 from mocov3.config.finetune import known_arch
 from mocov3.config.presets import PRESETS
 from mocov3.distributed import World
@@ -62,10 +63,10 @@ def find_start(config: FinetuneConfig, world: World) -> Start:
             weights = contents
     if resumed is None and weights is None and config.finetune:
         where, weights = f"--finetune {config.finetune}", checkpoint.read(config.finetune)
-    return Start(_completed(config, resumed or weights), resumed, weights, where)
+    return Start(_completed(config, resumed or weights, where), resumed, weights, where)
 
 
-def _completed(config: FinetuneConfig, contents: dict[str, Any] | None) -> FinetuneConfig:
+def _completed(config: FinetuneConfig, contents: dict[str, Any] | None, where: str) -> FinetuneConfig:
     saved = dict(convert.trained_with(contents)) if contents else {}
     if contents and isinstance(contents.get("arch"), str):
         saved["arch"] = contents["arch"]
@@ -81,6 +82,10 @@ def _completed(config: FinetuneConfig, contents: dict[str, Any] | None) -> Finet
     if not config.mean_std and not config.view_preset and isinstance(saved.get("mean_std"), str):
         values["mean_std"] = saved["mean_std"]  # belongs to the weights' preset
     values["arch"] = known_arch(values["arch"])
+    if contents and is_vit(values["arch"]):
+        found = convert.find_backbone(contents, where, heads=config.heads)
+        heads = found.sizes(values["arch"], where).get("num_heads", config.heads)
+        values["heads"] = stored_heads(heads, values["arch"], config.heads)
     complete = dataclasses.replace(config, **values)
     complete.check()
     if complete.view_preset not in PRESETS:
@@ -91,14 +96,23 @@ def _completed(config: FinetuneConfig, contents: dict[str, Any] | None) -> Finet
 
 
 def start_from(
-    model: Encoder, contents: dict[str, Any], where: str, *, arch: str, classes: int, keep_head: bool
+    model: Encoder,
+    contents: dict[str, Any],
+    where: str,
+    *,
+    arch: str,
+    classes: int,
+    keep_head: bool,
+    heads: int | None = None,
 ) -> list[str]:
     """Load the backbone of a file; with ``keep_head`` its classifier too. Returns the keys that stayed as built.
+
+    ``heads`` are the attention heads of a file that does not tell them.
 
     Raises:
         UserError: if it does not fit, or has no classifier of ``classes`` classes where one is to be kept.
     """
-    found = convert.find_backbone(contents, where)
+    found = convert.find_backbone(contents, where, heads=heads)
     if found.arch is not None and found.arch != arch:
         raise UserError(f"{where}: is of arch {found.arch}, not {arch}")
     left = convert.load_into(model, found, where)
@@ -128,7 +142,8 @@ def check_same_run(start: Start, *, total_batch: int, digest: str, pictures: int
     """
     assert start.resumed is not None
     own = start.resumed["mocov3"]
-    changed = changed_fields(start.config, own.get("config", {}))
+    saved = {k: v for k, v in own.get("config", {}).items() if k != "heads"}  # compared with the weights already
+    changed = changed_fields(start.config, saved)
     if own.get("total_batch") != total_batch:
         before = own.get("total_batch")
         changed.append(f"pictures a step in all ({before} → {total_batch}; --accum-iter makes up for processes)")

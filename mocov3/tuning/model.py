@@ -17,7 +17,14 @@ _RESNET_LAYERS = {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)\.(\d+)"}
 
 
 def build_classifier(
-    arch: str, classes: int, *, image_size: int, patch_size: int, small_stem: bool, drop_path: float
+    arch: str,
+    classes: int,
+    *,
+    image_size: int,
+    patch_size: int,
+    small_stem: bool,
+    drop_path: float,
+    heads: int | None = None,
 ) -> Encoder:
     """A freshly initialised network with a linear classifier, everything trainable.
 
@@ -31,6 +38,8 @@ def build_classifier(
         return layer
 
     sizes: dict[str, Any] = {"image_size": image_size, "patch_size": patch_size, "small_stem": small_stem}
+    if heads is not None:
+        sizes["num_heads"] = heads
     dims = {"drop_path_rate": drop_path} if not is_resnet(arch) and drop_path else {}
     try:
         model = build_encoder(arch, head, **sizes, **dims)

@@ -54,10 +54,13 @@ def build(start: files.Start, classes: int, world: World, *, script_door: bool) 
         patch_size=c.patch_size,
         small_stem=bool(c.small_stem),
         drop_path=c.drop_path,
+        heads=c.heads,
     )
     fresh: list[str] = []
     if start.weights is not None:
-        fresh = files.start_from(model, start.weights, start.where, arch=c.arch, classes=classes, keep_head=c.eval)
+        fresh = files.start_from(
+            model, start.weights, start.where, arch=c.arch, classes=classes, keep_head=c.eval, heads=c.heads
+        )
     if world.size > 1:
         synchronise_batch_norm(model)
     model.to(world.device).train()

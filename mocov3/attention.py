@@ -1,0 +1,134 @@
+"""How many attention heads a ViT's weights are of: decided here, for everything that reads weights.
+
+Shapes do not tell. Any number of heads that divides the width fits the same weights and computes other features: width
+384 has 12 heads in MoCo v3 (arXiv 2104.02057, appendix) and 6 in DeiT, DINO and timm. At other widths all agree.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mocov3.config.archs import HEADS, OTHERS_HEADS, WIDTHS, is_vit, likely_heads
+from mocov3.errors import UserError
+from mocov3.models.positions import is_sincos_position_embedding
+
+
+class Known(NamedTuple):
+    """A number of attention heads, and what tells it; ``None`` where nothing does."""
+
+    number: int | None = None
+    by: str = ""
+
+
+def width_of(state: dict[str, Tensor]) -> int | None:
+    """The width of a ViT's tokens by its weights; ``None`` for other networks, and for ``timm/…`` of ours."""
+    cls, qkv = state.get("cls_token"), state.get("blocks.0.attn.qkv.weight")
+    return int(cls.shape[-1]) if cls is not None and cls.ndim == 3 and qkv is not None else None
+
+
+def told(contents: dict[str, Any], kind: str, state: dict[str, Tensor], where: str) -> Known:
+    """The attention heads that a weights file tells by itself.
+
+    Args:
+        contents: of the file.
+        kind: what ``convert.find_backbone`` calls it.
+        state: the backbone in it.
+        where: the file, for messages.
+
+    Raises:
+        UserError: if it names a number that cannot be.
+    """
+    width, own = width_of(state), contents.get("mocov3")
+    if width is None or str(contents.get("arch", "")).startswith("timm/"):
+        return Known()  # the network of that name has its own
+    if isinstance(own, dict):
+        config = own.get("config")
+        count = config.get("heads") if isinstance(config, dict) else None
+        if count is None:  # as built unless told otherwise
+            return Known(HEADS.get(width), "as mocov3 builds it")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1 or width % count:
+            raise UserError(f"{where}: its configuration is damaged ({str(count)[:40]!r} attention heads of a ViT of "
+                            f"width {width}); use another file")  # fmt: skip
+        return Known(count, "as the file says")
+    if kind.startswith("pre-training"):
+        return Known(HEADS.get(width), "a pre-training checkpoint of MoCo v3")
+    if "patch_embed.proj.0.weight" in state:
+        return Known(HEADS.get(width), "by its convolutional stem, MoCo v3's")
+    table = state.get("pos_embed")  # of a single patch it tells nothing: all rows' and columns' channels look alike
+    if table is not None and table.ndim == 3 and table.shape[1] > 2 and is_sincos_position_embedding(table):
+        return Known(HEADS.get(width), "by its position table, MoCo v3's")
+    return Known()
+
+
+def settled(known: Known, asked: int | None, width: int | None, where: str) -> Known:
+    """What is known, or else what the user asked for.
+
+    Raises:
+        UserError: if the two differ, or no such ViT can be.
+    """
+    if asked is None:
+        return known
+    if width is None:
+        raise UserError(f"{where}: --heads {asked} is for our ViTs, these weights are of another network; leave it out")
+    if asked < 1:
+        raise UserError(f"--heads must be at least 1, not {asked}")
+    if width % asked:
+        raise UserError(f"{where}: --heads {asked} does not divide the width {width}; likely: {likely_heads(width)}")
+    if known.number not in (None, asked):
+        raise UserError(f"{where}: has {known.number} attention heads ({known.by}), not {asked}; leave --heads out, or "
+                        f"give --heads {known.number}")  # fmt: skip
+    return Known(asked, "--heads")
+
+
+def choices(width: int | None) -> str:
+    """The flags to choose from where only the user can know; '' where nothing is to be asked."""
+    if width not in OTHERS_HEADS:
+        return ""
+    return f"--heads {HEADS[width]} (MoCo v3's) or --heads {OTHERS_HEADS[width]} (DeiT's, DINO's, timm's)"
+
+
+def to_build(known: Known, arch: str, state: dict[str, Tensor], where: str) -> int | None:
+    """The heads to build ``arch`` with for a backbone; ``None`` for networks whose name tells all.
+
+    Raises:
+        UserError: if nobody says which of two networks it is.
+    """
+    if not is_vit(arch):
+        return None
+    width = width_of(state)
+    if width != WIDTHS[arch]:  # does not fit at all: loading says where
+        return None
+    if known.number is None and (asked := choices(width)):
+        raise _nobody_says(width, asked, where)
+    return known.number or HEADS[WIDTHS[arch]]
+
+
+def _nobody_says(width: int | None, asked: str, where: str) -> UserError:
+    return UserError(f"{where}: a ViT of width {width} without a word on its attention heads; give {asked}")
+
+
+def heads_of(network: Any) -> int | None:
+    """Attention heads of a network that is built; ``None`` for networks without."""
+    blocks = getattr(getattr(network, "backbone", network), "blocks", None)
+    try:
+        count = getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks is not None else None
+    except (TypeError, IndexError, KeyError):
+        return None
+    return count if isinstance(count, int) else None
+
+
+def check_built(network: Any, known: Known, state: dict[str, Tensor], where: str) -> None:
+    """Refuse weights of other attention heads than the network has that they are to be loaded into.
+
+    Raises:
+        UserError: if they differ, or nobody says which of two networks the weights are of.
+    """
+    built, width = heads_of(network), width_of(state)
+    if built is None or width is None or width != getattr(getattr(network, "backbone", network), "embed_dim", None):
+        return
+    if known.number is None:
+        if not hasattr(network, "backbone") and (asked := choices(width)):  # timm's by name has its own
+            raise _nobody_says(width, asked, where)
+    elif built != known.number:
+        raise UserError(f"{where}: has {known.number} attention heads ({known.by}), the network to load it into has "
+                        f"{built}: the same shapes, other features; take one of our ViTs (--arch)")  # fmt: skip
