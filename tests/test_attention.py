@@ -292,7 +292,7 @@ def test_every_door(door, six, pictures, tmp_path, loaded, capsys):
 def test_adapting_asks(six, pictures, tmp_path):
     """Before anything is measured."""
     go = ("pretrain", pictures, "--recipe", "adapt", "--init", six["deit", SIZE], "-a", "vit_small", "--output-dir",
-          tmp_path, *STEP, *PRETRAIN)  # fmt: skip
+          tmp_path, *STEP, *PRETRAIN, "--epochs", "3")  # fmt: skip
     assert f"a ViT of width 384 {ASKED}" in refused(*go)
 
 
