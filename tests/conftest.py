@@ -12,8 +12,11 @@ from jaxtyping import install_import_hook
 # every annotated shape and type of the package is checked at every call the tests make
 install_import_hook("mocov3", "typecheck.typechecked")
 
-import numpy as np
 import pytest
+
+pytest.register_assert_rewrite("goldens", "golden_runs")
+
+import numpy as np
 import torch
 from goldens import GOLDEN, fill, fill_model, golden, moco_images  # noqa: F401  # for the tests
 from PIL import Image

@@ -1,4 +1,4 @@
-"""A cheap part of the golden runs in float32, for a process of its own (``test_golden_processors.py``)."""
+"""A cheap part of the golden runs, in float32; on its own: for a process with settings of its own."""
 
 import torch
 from golden_runs import fine_tuning, linear_evaluation, trajectory
@@ -6,8 +6,7 @@ from golden_runs import fine_tuning, linear_evaluation, trajectory
 
 def main():
     torch.set_num_threads(1)
-    trajectory("vit_tiny_adamw_mid", "float32", steps=6).check()
-    trajectory("resnet18_lars", "float32", steps=2).check()
+    trajectory("vit_tiny_adamw_mid", "float32", steps=5).check()
     linear_evaluation("resnet18_wd", "float32", epochs=1).check()
     fine_tuning("smoothing", "float32").check()
 
