@@ -9,13 +9,17 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 # test files run beside each other, on at most 4 cores
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(len(getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count()))(0)), 4))")
 
-.PHONY: demo test soak gpu bench-data lint types style flags docs wheel-test check clean
+.PHONY: demo test golden soak gpu bench-data lint types style flags docs wheel-test check clean
 
 demo: $(VENV)/installed
 	$(BIN)/mocov3 demo
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# an hour: every recorded run in both precisions, and in float32 with fewer of the processor's instructions
+golden: $(VENV)/installed-dev
+	$(BIN)/python tools/goldens.py
 
 # hours: the tests of reliability with 300 kills and 10,000 fuzzed inputs, and the table of docs/reliability.md
 soak: $(VENV)/installed-dev

@@ -17,6 +17,7 @@ from mocov3.data.loader import Corrupt, usable_cores
 from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.errors import UserError
+from mocov3.precision import at_least_float32
 from mocov3.step import normalise
 
 _FEW = 2000  # pictures below which starting loader processes takes longer than they save
@@ -27,7 +28,7 @@ class Part(NamedTuple):
 
     indices: np.ndarray
     features: Tensor
-    """float32, on the device, (pictures, …)."""
+    """float32 (float64 of a network in float64), on the device, (pictures, …)."""
     corrupt: list[Corrupt]
     """Pictures that could not be read; their rows hold another's features."""
 
@@ -89,7 +90,7 @@ def stream(
                 x = normalise(batch.pixels[0], device, mean, std)
                 with torch.no_grad(), autocast():
                     found = features(x)
-                yield Part(batch.work.indices, found.float(), batch.corrupt)
+                yield Part(batch.work.indices, at_least_float32(found), batch.corrupt)
     finally:
         network.train(training)
 

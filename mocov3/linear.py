@@ -29,6 +29,7 @@ from mocov3.linear_scores import evaluated, rates, validation_features
 from mocov3.linear_setup import check_same_run, find, open_backbone, open_log, protocol
 from mocov3.log import warn
 from mocov3.logistic import solve
+from mocov3.precision import at_least_float32
 from mocov3.step import Precision, normalise, resolve_precision
 from mocov3.stop import Stop
 
@@ -66,7 +67,8 @@ class Evaluation:
         lrs = c.lrs if c.solver == "sgd" else (0.0,)  # L-BFGS has none
         specs = [HeadSpec(kind, lr, wd) for kind in c.kinds for wd in c.weight_decays for lr in lrs]
         self.heads = Heads(specs, width=self.frozen.width, classes=len(self.source.classes),
-                           seed=c.seed or 0, momentum=c.momentum, world=world)  # fmt: skip
+                           seed=c.seed or 0, momentum=c.momentum, world=world,
+                           dtype=torch.get_default_dtype())  # fmt: skip
         self.results = [HeadResult(s.kind, s.lr, s.weight_decay) for s in specs]
         self.position = Position(c.start_epoch, 0, c.start_epoch * self.iterations)
         self._zero_counts()
@@ -153,7 +155,7 @@ class Evaluation:
                 return torch.empty(0, self.frozen.width, device=self.world.device), self.labels[:0]
             pixels = normalise(batch.pixels[0], self.world.device, self.frozen.preset.mean, self.frozen.preset.std)
             with self.precision.autocast():
-                x = self.frozen.features(pixels).float()
+                x = at_least_float32(self.frozen.features(pixels))
         if bad:
             x, indices = x[torch.from_numpy(keep).to(x.device)], indices[keep]
         refuse_not_finite(x, indices, self.source)

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mocov3.precision import at_least_float32
+
 
 def logits(
     q: Float[Tensor, "batch dim"], k: Float[Tensor, "keys dim"], temperature: float
 ) -> Float[Tensor, "batch keys"]:
     """Cosine similarities of queries and keys divided by the temperature, in at least float32."""
     with torch.autocast(q.device.type, enabled=False):
-        q, k = _at_least_float32(q), _at_least_float32(k)
+        q, k = at_least_float32(q), at_least_float32(k)
         return F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / temperature
 
 
@@ -42,7 +44,3 @@ def loss_floor(temperature: float, batch: int) -> float:
     """Loss when positives agree fully (cosine 1) and negatives are orthogonal (cosine 0)."""
     # ln(e^(1/τ) + N − 1) − 1/τ, written so that small τ does not overflow
     return 4 * temperature * math.log1p((batch - 1) * math.exp(-1 / temperature))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

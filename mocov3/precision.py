@@ -4,6 +4,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """What a network gave, in float32, or in float64 where the network computes in that."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Precision:

@@ -1,7 +1,5 @@
 """Shared by all tests: shape and type checks of the whole package, thread counts, golden numbers, tiny pictures."""
 
-import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -14,42 +12,19 @@ from jaxtyping import install_import_hook
 # every annotated shape and type of the package is checked at every call the tests make
 install_import_hook("mocov3", "typecheck.typechecked")
 
-import numpy as np
 import pytest
+
+pytest.register_assert_rewrite("goldens", "golden_runs")
+
+import numpy as np
 import torch
+from goldens import GOLDEN, fill, fill_model, golden, moco_images  # noqa: F401  # for the tests
 from PIL import Image
 from trials import passed
 
 from mocov3.data import native
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def _fill():
-    spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fill = sys.modules.setdefault("fill", _fill())
-
-
-def golden(name):
-    """A JSON file of golden numbers."""
-    return json.loads((GOLDEN / name).read_text())
-
-
-def fill_model(model, dtype=torch.float32):
-    """Give every parameter and buffer its value by the fill rule."""
-    state = model.state_dict()
-    for key, value in state.items():
-        new = fill.fill_value(key, tuple(value.shape))
-        if new is not fill.KEEP:
-            value.copy_(torch.from_numpy(np.asarray(new)))
-    return model.to(dtype).train()
-
 
 BACKENDS = [
     "pillow",
@@ -70,10 +45,6 @@ def pytest_collection_modifyitems(items):
     done = passed()
     items[:] = [item for item in items if item.nodeid not in done]
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
-
-def moco_images(case, step, view, batch, size):
-    return torch.from_numpy(fill.images(case, step, view, batch, size))
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mocov3.distributed import World
-from mocov3.step import Precision
+from mocov3.precision import Precision, at_least_float32
 
 Micro = tuple[Tensor, Tensor, Any]
 """Pictures (batch, 3, height, width), targets (classes or soft), and what to call before their forward pass."""
@@ -88,7 +88,7 @@ class TuneStep:
         with self.precision.autocast():
             scores = self.network(x)
         # autocast is left: the loss is computed in at least float32
-        return self.criterion(scores if scores.dtype == torch.float64 else scores.float(), target)
+        return self.criterion(at_least_float32(scores), target)
 
     def _update(self, ok: bool, before: list[Tensor]) -> None:
         scaler = self.precision.scaler
