@@ -355,10 +355,10 @@ DEIT_FLAGS = """
 --num_workers --pin-mem --world_size --dist_url --finetune --eval-freq
 """
 OURS = """
--a --arch --image-size --patch-size --small-stem --view-preset --mean-std --fraction --output-dir -b --accum-iter
---layer-decay --transfer-transform -j --workers -p --print-freq --checkpoint-steps --max-steps --max-hours --recipe
---config --precision --nprocs-per-node --world-size --dist-url --deterministic --allow-config-change --quiet --json
---logger
+-a --arch --image-size --patch-size --heads --small-stem --view-preset --mean-std --fraction --output-dir -b
+--accum-iter --layer-decay --transfer-transform -j --workers -p --print-freq --checkpoint-steps --max-steps
+--max-hours --recipe --config --precision --nprocs-per-node --world-size --dist-url --deterministic
+--allow-config-change --quiet --json --logger
 """
 
 
