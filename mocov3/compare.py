@@ -13,8 +13,10 @@ from mocov3.config.fields import Parser
 from mocov3.data import Source, open_source
 from mocov3.data.labels import Labels, own_labels, read_labels
 from mocov3.data.loader import usable_cores
+from mocov3.data.sources import has_unseen
 from mocov3.errors import UserError, printable
 from mocov3.intervals import rank_correlation
+from mocov3.log import warn_left_out
 
 _CORRELATE_FROM = 8
 
@@ -29,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
         if not Path(file).is_file():
             raise UserError(f"{file}: there is no such checkpoint file")
     whole, separate = _pictures(data)
+    warn_left_out(whole)
     labels = read_labels(Path(args.labels), whole) if args.labels else own_labels(whole)
     from mocov3.judge import judge_all, kept_back
 
@@ -61,10 +64,7 @@ def _parse(argv: Sequence[str]) -> Any:
 
 def _pictures(data: str) -> tuple[Source, bool]:
     """Pictures to judge on, and whether they are a part of their own (DIR/val)."""
-    try:
-        return open_source(data, "val"), True
-    except UserError:
-        return open_source(data), False
+    return (open_source(data, "val"), True) if has_unseen(data) else (open_source(data), False)
 
 
 _COLUMNS = {"retrieval": ("found %", ".1f"), "rankme": ("RankMe", ".1f"), "alpha": ("α-ReQ", ".2f"),

@@ -1,5 +1,7 @@
 """Features of every picture of a folder: ``mocov3 embed --model FILE DIR --output NAME.parquet``.
 
+As for training, these are the pictures of its training part where it has parts; name DIR/val for those of the other.
+
 Features are written as they come; a stopped pass goes on where it stood when the same command is given again.
 """
 
@@ -12,9 +14,9 @@ from typing import Any
 
 from mocov3.config import EmbedConfig
 from mocov3.data import Source, open_source
-from mocov3.data.embedded import BUILT_IN
-from mocov3.data.sources import scan
+from mocov3.data.sources import has_unseen
 from mocov3.errors import UserError, printable
+from mocov3.log import warn, warn_left_out
 
 
 def main(config: EmbedConfig) -> int:
@@ -29,7 +31,9 @@ def main(config: EmbedConfig) -> int:
         raise UserError("--output: parquet needs pyarrow; pip install 'mocov3[parquet]', or name a .npy file")
     if output.exists() and not config.overwrite:
         raise UserError(f"--output {output}: exists; name another, or give --overwrite")
-    pictures(config.data)
+    warn_left_out(open_source(config.data))
+    if os.path.isdir(config.data) and has_unseen(config.data):
+        warn(f"data: {config.data}: its training part is embedded; for the validation part, name that folder")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.parent / f".mocov3-{os.getpid()}"
@@ -40,15 +44,6 @@ def main(config: EmbedConfig) -> int:
     from mocov3.distributed import launch
 
     return launch(embed, config, device=config.device, processes=config.nprocs_per_node)
-
-
-def pictures(data: str) -> Source:
-    """Every picture below a folder (``train`` and ``val`` included), or the training part of the built-in set."""
-    if data.partition(":")[0] == BUILT_IN and not Path(data).exists():
-        return open_source(data, "train")
-    if not data or not Path(data).is_dir():
-        return open_source(data)  # which says what is wrong
-    return scan(Path(data))
 
 
 def embed(world: Any, config: EmbedConfig) -> int:
@@ -64,7 +59,7 @@ def embed(world: Any, config: EmbedConfig) -> int:
         config.model, flag="--model", arch=config.arch, encoder=config.encoder, image_size=config.image_size,
         view_preset=config.view_preset, layer=config.layer, untrained=config.untrained, seed=config.seed,
     )  # fmt: skip
-    source, preset = pictures(config.data), frozen.preset
+    source, preset = open_source(config.data), frozen.preset
     # what makes the features; a pass of other settings is not gone on with
     key = {"pictures": source.digest, "backbone": frozen.digest(), "arch": frozen.arch, "layer": config.layer,
            "image_size": frozen.image_size, "mean": list(preset.mean), "std": list(preset.std),
@@ -98,8 +93,6 @@ def embed(world: Any, config: EmbedConfig) -> int:
         _say(f"{where}: {len(source)} pictures × {'×'.join(map(str, shape))} of {frozen.about}"
              + (f"; {rate:.0f} pictures/s" if done else ""))  # fmt: skip
         if errors:
-            from mocov3.log import warn
-
             first = min(errors)
             warn(f"{len(errors)} unreadable pictures have NaN features, first: {source.name(first)}: {errors[first]}")
         if config.duplicates:
