@@ -303,6 +303,25 @@ def test_odd_folders(tmp_path):
     assert open_source(str(tmp_path / "numbered")).classes == ["train1", "train2"]
 
 
+def test_what_else_is_said(tmp_path):
+    tree(tmp_path / "deep", "chest/train/a/1.jpg", "chest/val/a/2.jpg")
+    source = open_source(str(tmp_path / "deep"))
+    assert len(source) == 2
+    assert "chest/train/, chest/val/ are used alike" in said(source)
+    tree(tmp_path / "left", "train/n1/1.jpg", "val/n1/2.jpg")  # archives that were unpacked where they lie
+    tar(tmp_path / "left" / "train" / "n1.tar", "1.jpg")
+    assert "left out, beside archives or tables: n1/ (1 image)" in said(open_source(str(tmp_path / "left")))
+    tree(tmp_path / "repo", "assets/1.jpg")
+    tar(tmp_path / "repo" / "data" / "train-0.tar", "2.jpg", "3.jpg")
+    assert "1 archives or tables in data/" in said(open_source(str(tmp_path / "repo")))
+    for name in ("0.tar", "val-1.tar"):
+        tar(tmp_path / "mixed" / "train" / name, f"{name}.jpg")
+    tree(tmp_path / "mixed", "test/1.jpg")
+    source = open_source(str(tmp_path / "mixed"))
+    assert names(source) == ["0.tar/0.tar.jpg"]
+    assert "left out: 1 validation" in said(source)
+
+
 # --- (d) one rule for all commands ------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ _WORDS = {
 _LETTERS = re.compile(r"[^\W\d_]+")
 _ABOUT_IMAGES = {"annotation", "annotations", "mask", "masks", "label", "labels", "segmentation", "segmentations"}
 _NAMED = 3
+_MOST_ASKED = 100
 
 
 @dataclass(frozen=True)
@@ -177,11 +178,13 @@ def _inside(folder: str, name: str, kind: str, said: list[str]) -> Part:
     """A subfolder that is a part: all of it, but for files that are named for another."""
     place = os.path.join(folder, name)
     contents = look(place)
-    files = _by_part(contents.packed).get(kind, contents.packed)
+    parts = _by_part(contents.packed)
+    files = parts.get(kind) or parts.get("") or contents.packed
     if rest := [file for file in contents.packed if file not in files]:
         said = [*said, f"{place}: {len(files)} of {len(contents.packed)} files are used; left out: "
                        f"{_counted(_by_part(rest))}"]  # fmt: skip
-    return Part(place, tuple(files), (), (*said, *(_beside(place, [], contents, within=True) if files else ())))
+    others = [inner for inner in contents.folders if files and holds(place, inner)]
+    return Part(place, tuple(files), (), (*said, *(_beside(place, others, contents, within=True) if files else ())))
 
 
 def _beside(folder: str, others: list[str], top: Contents, *, within: bool = False) -> list[str]:
@@ -212,12 +215,29 @@ def _whole(folder: str, split: str, top: Contents) -> Part | None:
     if top.packed:
         others = [name for name in top.folders if not split_of_folder(name) and holds(folder, name)]
         return _of_files(folder, split, top.packed, _beside(folder, others, top, within=True))
-    if "data" in top.folders and not top.images:
+    said = []
+    if "data" in top.folders:
         inner = os.path.join(folder, "data")
         contents = look(inner)
-        if contents.packed and not any(holds(folder, name) for name in top.folders if name != "data"):
-            return _whole(inner, split, contents)
-    return Part(folder) if split == "train" else None
+        if contents.packed:
+            if not top.images and not any(holds(folder, name) for name in top.folders if name != "data"):
+                return _whole(inner, split, contents)
+            said = [
+                f"{folder}: left out: {len(contents.packed)} archives or tables in data/; to use them, name {inner}"
+            ]
+    return Part(folder, (), (), (*said, *_deeper(folder, top))) if split == "train" else None
+
+
+def _deeper(folder: str, top: Contents) -> list[str]:
+    """A line where parts lie a level deeper, as of an unpacked archive with a folder of its own: they are not told."""
+    for name in top.folders[:_MOST_ASKED]:
+        words = [
+            word for word in _WORDS if any(os.path.isdir(os.path.join(folder, name, w)) for w in (word, word.title()))
+        ]
+        if len({_WORDS[word] for word in words}) > 1:
+            parts = _listed(f"{name}/{word}/" for word in words)
+            return [f"{folder}: {parts} are used alike; for the training part alone, name {os.path.join(folder, name)}"]
+    return []
 
 
 def _of_files(folder: str, split: str, files: list[str], said: list[str]) -> Part | None:
