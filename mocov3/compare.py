@@ -31,7 +31,6 @@ def main(argv: Sequence[str]) -> int:
         if not Path(file).is_file():
             raise UserError(f"{file}: there is no such checkpoint file")
     whole, separate = _pictures(data)
-    warn_left_out(whole)
     labels = read_labels(Path(args.labels), whole) if args.labels else own_labels(whole)
     from mocov3.judge import judge_all, kept_back
 
@@ -39,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     pictures = whole if unseen is None else unseen
     if len(pictures) < 10:
         raise UserError(f"data {data}: {len(pictures)} pictures are too few to judge by; 10 or more are needed")
+    warn_left_out(whole)
     rows = judge_all(files, pictures, whole, labels, device=args.device, workers=args.workers)
     if args.json:
         for row in rows:

@@ -31,9 +31,7 @@ def main(config: EmbedConfig) -> int:
         raise UserError("--output: parquet needs pyarrow; pip install 'mocov3[parquet]', or name a .npy file")
     if output.exists() and not config.overwrite:
         raise UserError(f"--output {output}: exists; name another, or give --overwrite")
-    warn_left_out(open_source(config.data))
-    if os.path.isdir(config.data) and has_unseen(config.data):
-        warn(f"data: {config.data}: its training part is embedded; for the validation part, name that folder")
+    source = open_source(config.data)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.parent / f".mocov3-{os.getpid()}"
@@ -41,9 +39,16 @@ def main(config: EmbedConfig) -> int:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output {output}: its folder cannot be written ({error.strerror})") from None
+    # remarks come last: a refusal is one line
+    warn_left_out(source)
     from mocov3.distributed import launch
 
     return launch(embed, config, device=config.device, processes=config.nprocs_per_node)
+
+
+def other_part(data: str) -> str:
+    """What to add where a folder has a part that is not embedded."""
+    return "; its training part, the validation part is not in it" if os.path.isdir(data) and has_unseen(data) else ""
 
 
 def embed(world: Any, config: EmbedConfig) -> int:
@@ -91,7 +96,7 @@ def embed(world: Any, config: EmbedConfig) -> int:
         errors = spool.finish(source, frozen.about)
         where = printable(config.output)
         _say(f"{where}: {len(source)} pictures × {'×'.join(map(str, shape))} of {frozen.about}"
-             + (f"; {rate:.0f} pictures/s" if done else ""))  # fmt: skip
+             + (f"; {rate:.0f} pictures/s" if done else "") + other_part(config.data))  # fmt: skip
         if errors:
             first = min(errors)
             warn(f"{len(errors)} unreadable pictures have NaN features, first: {source.name(first)}: {errors[first]}")

@@ -61,12 +61,13 @@ def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:
             raise UserError(f"--{name} {file}: there is no such file")
     pair = open_pair(config.data_set, config.data_path)
     if config.eval:
+        warn_left_out(pair.test)
         return config
     if os.environ.get("RANK", "0") != "0":
         return config  # the main rank checks the folder for all
-    warn_left_out(pair.train, pair.test)
     folder = Path(config.output_dir)
     check_writable(folder, "--output_dir")
     if not script_door and not config.resume and (folder / LAST).exists():
         raise UserError(f"--output_dir {folder}: holds a former run; go on with --resume auto, or name another")
+    warn_left_out(pair.train, pair.test)
     return config

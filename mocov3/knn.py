@@ -27,8 +27,8 @@ def main(config: KnnConfig) -> int:
     """
     config.check()
     bank, queries = open_sets(config.data, config.labels)
-    warn_left_out(bank, queries)
     limits(config, len(bank) - (queries is None))
+    warn_left_out(bank, queries)
     from mocov3.distributed import launch
 
     return launch(measure, config, device=config.device, processes=config.nprocs_per_node)

@@ -62,7 +62,6 @@ def check(config: LinclsConfig, *, script_door: bool) -> None:
         warn_left_out(open_source(config.data, "val"))
         return
     train, val = open_labelled(config.data)
-    warn_left_out(train, val)
     if not (config.arch or config.pretrained or config.resume):
         raise UserError("no backbone: give --pretrained FILE, or -a ARCH for an untrained one")
     check_writable(folder, "--output-dir")
@@ -70,6 +69,7 @@ def check(config: LinclsConfig, *, script_door: bool) -> None:
         raise UserError(
             f"--output-dir {folder}: holds a former linear evaluation; go on with --resume auto, or name another"
         )
+    warn_left_out(train, val)
 
 
 def verify(file: str, folder: str, **settings: Any) -> int:

@@ -397,8 +397,8 @@ def test_commands_say_it(tmp_path, capsys, monkeypatch):
     tree(d, "val/bus/1.jpg")
     assert cli.main(["pretrain", str(d), "--recipe", "defaults", "-b", "999", "--output-dir", str(tmp_path / "o")]) == 2
     assert "left out, as of no part: bus/ (4 images)" in capsys.readouterr().err
-    assert embed.main(EmbedConfig(model="resnet10_w16", data=str(d), output=str(tmp_path / "e.npy"))) == 0
-    assert "its training part is embedded" in capsys.readouterr().err
+    assert "the validation part is not in it" in embed.other_part(str(d))
+    assert embed.other_part(str(d / "bus")) == ""
 
 
 # --- what must not change ---------------------------------------------------------------------------------------
