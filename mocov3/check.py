@@ -57,6 +57,7 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
     rows = write_sheet(Path(args.sheet), source, proposal.config)
     if as_json:
         print(json.dumps({"survey": asdict(found), "settings": asdict(proposal.config), "sheet": args.sheet,
+                          "left_out": getattr(source, "skipped", []),
                           "training_seconds": proposal.training, "loading_seconds": proposal.loading}))  # fmt: skip
         return 0
     print(f"\nSettings that mocov3 pretrain would take ({proposal.machine.name}):")
@@ -75,6 +76,9 @@ def _facts(source: Source, found: Survey, values: dict[str, Any]) -> list[str]:
         if Path(folder).is_dir():
             lines += [f"  folder that cannot be read: {printable(name)} ({why})"
                       for name, why in unreadable_folders(Path(folder))[:_LISTED]]  # fmt: skip
+    left_out = getattr(source, "skipped", [])
+    lines += [f"  {printable(line)}" for line in left_out[:_LISTED]]
+    lines += [f"  {len(left_out) - _LISTED} more such lines"] if len(left_out) > _LISTED else []
     if source.classes:
         lines.append(f"  class folders    {len(source.classes)}")
     if found.readable:

@@ -14,8 +14,10 @@ from mocov3.config.fields import Parser
 from mocov3.data import Source, open_source
 from mocov3.data.labels import Labels, own_labels, read_labels
 from mocov3.data.loader import usable_cores
+from mocov3.data.sources import has_unseen
 from mocov3.errors import UserError, printable
 from mocov3.intervals import rank_correlation
+from mocov3.log import warn_left_out
 
 _CORRELATE_FROM = 8
 
@@ -37,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     pictures = whole if unseen is None else unseen
     if len(pictures) < 10:
         raise UserError(f"data {data}: {len(pictures)} pictures are too few to judge by; 10 or more are needed")
+    warn_left_out(whole)
     rows = judge_all(
         files, pictures, whole, labels, device=args.device, workers=args.workers, arch=args.arch or None,
         heads=args.heads,
@@ -70,10 +73,7 @@ def _parse(argv: Sequence[str]) -> Any:
 
 def _pictures(data: str) -> tuple[Source, bool]:
     """Pictures to judge on, and whether they are a part of their own (DIR/val)."""
-    try:
-        return open_source(data, "val"), True
-    except UserError:
-        return open_source(data), False
+    return (open_source(data, "val"), True) if has_unseen(data) else (open_source(data), False)
 
 
 _COLUMNS = {"retrieval": ("found %", ".1f"), "rankme": ("RankMe", ".1f"), "alpha": ("α-ReQ", ".2f"),

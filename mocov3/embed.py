@@ -1,5 +1,7 @@
 """Features of every picture of a folder: ``mocov3 embed --model FILE DIR --output NAME.parquet``.
 
+As for training, these are the pictures of its training part where it has parts; name DIR/val for those of the other.
+
 Features are written as they come; a stopped pass goes on where it stood when the same command is given again.
 """
 
@@ -12,9 +14,9 @@ from typing import Any
 
 from mocov3.config import EmbedConfig
 from mocov3.data import Source, open_source
-from mocov3.data.embedded import BUILT_IN
-from mocov3.data.sources import scan
+from mocov3.data.sources import has_unseen
 from mocov3.errors import UserError, printable
+from mocov3.log import warn, warn_left_out
 
 
 def main(config: EmbedConfig) -> int:
@@ -29,7 +31,7 @@ def main(config: EmbedConfig) -> int:
         raise UserError("--output: parquet needs pyarrow; pip install 'mocov3[parquet]', or name a .npy file")
     if output.exists() and not config.overwrite:
         raise UserError(f"--output {output}: exists; name another, or give --overwrite")
-    pictures(config.data)
+    source = open_source(config.data)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.parent / f".mocov3-{os.getpid()}"
@@ -37,18 +39,16 @@ def main(config: EmbedConfig) -> int:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output {output}: its folder cannot be written ({error.strerror})") from None
+    # remarks come last: a refusal is one line
+    warn_left_out(source)
     from mocov3.distributed import launch
 
     return launch(embed, config, device=config.device, processes=config.nprocs_per_node)
 
 
-def pictures(data: str) -> Source:
-    """Every picture below a folder (``train`` and ``val`` included), or the training part of the built-in set."""
-    if data.partition(":")[0] == BUILT_IN and not Path(data).exists():
-        return open_source(data, "train")
-    if not data or not Path(data).is_dir():
-        return open_source(data)  # which says what is wrong
-    return scan(Path(data))
+def other_part(data: str) -> str:
+    """What to add where a folder has a part that is not embedded."""
+    return "; its training part, the validation part is not in it" if os.path.isdir(data) and has_unseen(data) else ""
 
 
 def embed(world: Any, config: EmbedConfig) -> int:
@@ -65,7 +65,7 @@ def embed(world: Any, config: EmbedConfig) -> int:
         view_preset=config.view_preset, layer=config.layer, untrained=config.untrained, seed=config.seed,
         heads=config.heads,
     )  # fmt: skip
-    source, preset = pictures(config.data), frozen.preset
+    source, preset = open_source(config.data), frozen.preset
     # what makes the features; a pass of other settings is not gone on with
     key = {"pictures": source.digest, "backbone": frozen.digest(), "arch": frozen.arch, "heads": frozen.heads,
            "layer": config.layer, "image_size": frozen.image_size, "mean": list(preset.mean), "std": list(preset.std),
@@ -97,10 +97,8 @@ def embed(world: Any, config: EmbedConfig) -> int:
         errors = spool.finish(source, frozen.about)
         where = printable(config.output)
         _say(f"{where}: {len(source)} pictures × {'×'.join(map(str, shape))} of {frozen.about}"
-             + (f"; {rate:.0f} pictures/s" if done else ""))  # fmt: skip
+             + (f"; {rate:.0f} pictures/s" if done else "") + other_part(config.data))  # fmt: skip
         if errors:
-            from mocov3.log import warn
-
             first = min(errors)
             warn(f"{len(errors)} unreadable pictures have NaN features, first: {source.name(first)}: {errors[first]}")
         if config.duplicates:

@@ -13,6 +13,7 @@ from mocov3.config import FinetuneConfig
 from mocov3.config.fields import check_writable
 from mocov3.data.transfer import open_pair
 from mocov3.errors import UserError
+from mocov3.log import warn_left_out
 
 LAST = "checkpoint.pth"
 
@@ -58,8 +59,9 @@ def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:
         file = getattr(config, name)
         if file and not (name == "resume" and file == "auto") and not Path(file).is_file():
             raise UserError(f"--{name} {file}: there is no such file")
-    open_pair(config.data_set, config.data_path)
+    pair = open_pair(config.data_set, config.data_path)
     if config.eval:
+        warn_left_out(pair.test)
         return config
     if os.environ.get("RANK", "0") != "0":
         return config  # the main rank checks the folder for all
@@ -67,4 +69,5 @@ def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:
     check_writable(folder, "--output_dir")
     if not script_door and not config.resume and (folder / LAST).exists():
         raise UserError(f"--output_dir {folder}: holds a former run; go on with --resume auto, or name another")
+    warn_left_out(pair.train, pair.test)
     return config

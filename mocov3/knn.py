@@ -1,7 +1,7 @@
 """k-NN evaluation (Wu et al. 2018; Caron et al. 2021): ``mocov3 knn --model FILE DIR``.
 
-With DIR/train and DIR/val the first is the bank and the second is asked; one folder of classes is asked against
-itself, each picture left out in turn; so are the few pictures that ``--labels some.csv`` names.
+With a training and a validation part (DIR/train, DIR/val) the first is the bank and the second is asked; one folder of
+classes is asked against itself, each picture left out in turn; so are the few that ``--labels some.csv`` names.
 """
 
 import json
@@ -11,11 +11,12 @@ from typing import Any
 from mocov3.config import KnnConfig
 from mocov3.config.evaluation import KS, RECALLS
 from mocov3.data import Source, open_source
-from mocov3.data.embedded import BUILT_IN
 from mocov3.data.labelled import check_same_classes
 from mocov3.data.labels import Labelled, read_labels
+from mocov3.data.sources import has_unseen
 from mocov3.errors import UserError
 from mocov3.intervals import interval
+from mocov3.log import warn_left_out
 
 
 def main(config: KnnConfig) -> int:
@@ -27,6 +28,7 @@ def main(config: KnnConfig) -> int:
     config.check()
     bank, queries = open_sets(config.data, config.labels)
     limits(config, len(bank) - (queries is None))
+    warn_left_out(bank, queries)
     from mocov3.distributed import launch
 
     return launch(measure, config, device=config.device, processes=config.nprocs_per_node)
@@ -41,8 +43,7 @@ def open_sets(data: str, labels: str = "") -> tuple[Source, Source | None]:
     bank = open_source(data, "train")
     if labels:
         return Labelled(bank, read_labels(Path(labels), bank)), None
-    two = (Path(data) / "val").is_dir() or (data.partition(":")[0] == BUILT_IN and not Path(data).exists())
-    queries = open_source(data, "val") if two else None
+    queries = open_source(data, "val") if has_unseen(data) else None
     for part, pictures in (("bank", bank), ("val", queries)):
         if pictures is not None and (pictures.labels is None or len(pictures.classes) < 2):
             raise UserError(

@@ -10,8 +10,9 @@ from typing import Any
 from mocov3.config import LinclsConfig
 from mocov3.config.fields import check_writable
 from mocov3.data import open_source
-from mocov3.data.labelled import open_labelled
+from mocov3.data.labelled import open_evaluated, open_labelled
 from mocov3.errors import UserError
+from mocov3.log import warn_left_out
 
 SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Learning rates that ``mocov3 lincls`` trains side by side unless told otherwise."""
@@ -58,9 +59,9 @@ def check(config: LinclsConfig, *, script_door: bool) -> None:
     if config.evaluate:
         if config.resume == "auto" and not (folder / "checkpoint.pth.tar").is_file():
             raise UserError(f"--resume auto: there is no checkpoint.pth.tar in {folder}; name the file")
-        open_source(config.data, "val")
+        warn_left_out(open_source(config.data, "val"))
         return
-    open_labelled(config.data)
+    train, val = open_labelled(config.data)
     if not (config.arch or config.pretrained or config.resume):
         raise UserError("no backbone: give --pretrained FILE, or -a ARCH for an untrained one")
     check_writable(folder, "--output-dir")
@@ -68,6 +69,7 @@ def check(config: LinclsConfig, *, script_door: bool) -> None:
         raise UserError(
             f"--output-dir {folder}: holds a former linear evaluation; go on with --resume auto, or name another"
         )
+    warn_left_out(train, val)
 
 
 def verify(file: str, folder: str, **settings: Any) -> int:
@@ -76,12 +78,10 @@ def verify(file: str, folder: str, **settings: Any) -> int:
     Returns:
         0 if it agrees within 0.15 points (or there is no published figure), else 1.
     """
-    path = Path(folder)
-    where = str(path / "val") if (path / "val").is_dir() else folder
-    config = LinclsConfig(data=where, resume=file, evaluate=True, arch="", **settings)
+    config = LinclsConfig(data=folder, resume=file, evaluate=True, arch="", **settings)
     config.check()
-    open_source(where, "train")
+    warn_left_out(open_evaluated(folder))
     from mocov3.distributed import launch_as
     from mocov3.linear_scores import verify_file
 
-    return launch_as(config, verify_file, Job(config, True, where))
+    return launch_as(config, verify_file, Job(config, True, folder))

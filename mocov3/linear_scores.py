@@ -11,9 +11,8 @@ from torch import Tensor
 
 from mocov3 import linear_files
 from mocov3.data import Source, open_source
-from mocov3.data.labelled import check_same_classes
+from mocov3.data.labelled import check_same_classes, open_evaluated
 from mocov3.data.loader import usable_cores
-from mocov3.data.sources import scan
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.evaluation_log import EvaluationLog, HeadResult
@@ -97,7 +96,7 @@ def evaluate_file(world: World, job: Job) -> int:
 
 def verify_file(world: World, job: Job) -> int:
     """The accuracy of a published linear file beside the published figure; 0 if they agree, else 1."""
-    result, contents, _ = _score(world, job, scan(Path(job.val_folder)))
+    result, contents, _ = _score(world, job, open_evaluated(job.val_folder))
     if not world.main:
         return 0
     arch, claimed = str(contents["arch"]), linear_files.best_acc1(contents)

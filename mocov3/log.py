@@ -26,6 +26,17 @@ def warn(text: str) -> None:
     print(f"mocov3: {printable(text)}", file=sys.stderr, flush=True)
 
 
+def warn_left_out(*sources: object, said: object = None, most: int = 10) -> None:
+    """Say what is left out of ``sources`` or remarkable: their lines ``skipped``, once, but for those of ``said``."""
+    before = getattr(said, "skipped", [])
+    lines = [line for source in sources for line in getattr(source, "skipped", []) if line not in before]
+    lines = list(dict.fromkeys(lines))
+    for line in lines[:most]:
+        warn(f"data: {line}")
+    if len(lines) > most:
+        warn(f"data: {len(lines) - most} more such lines")
+
+
 class RunLog:
     """Output of a training run. On ranks that do not write, every call does nothing.
 

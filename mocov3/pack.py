@@ -1,7 +1,8 @@
 """``mocov3 pack DIR --out SHARDS``: pictures into tar archives that can be read fast and moved as a few files.
 
 The archives are WebDataset's: ``folder/name.jpg`` beside ``folder/name.cls`` (number of the class, where there are
-classes). DIR/train and DIR/val become SHARDS/train and SHARDS/val. ``mocov3 pretrain SHARDS`` reads them.
+classes). The training and validation part of DIR become SHARDS/train and SHARDS/val. ``mocov3 pretrain SHARDS`` reads
+them.
 """
 
 import io
@@ -21,8 +22,9 @@ from mocov3.data.decode import DecodeError, Picture
 from mocov3.data.loader import usable_cores
 from mocov3.data.scan import EXTENSIONS
 from mocov3.data.shards import CLASSES_FILE
+from mocov3.data.splits import parts_of
 from mocov3.errors import UserError, printable
-from mocov3.log import warn
+from mocov3.log import warn, warn_left_out
 
 _LISTED = 10  # unreadable pictures named one by one
 _AHEAD = 8  # pictures a thread that are prepared ahead
@@ -33,14 +35,13 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     data, out = args.data, Path(args.out)
     folder = Path(data)
-    parts = [p for p in ("train", "val") if (folder / p).is_dir()]
-    if parts == ["val"]:
-        parts = []
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there already and not empty; name a new folder")
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--out {out}: lies in {folder}; name a folder outside")
+    parts = parts_of(data) if folder.is_dir() else []
     sources = [(open_source(data, part or "train"), out / part) for part in parts or [""]]
+    warn_left_out(*(source for source, _ in sources))
     for source, place in sources:
         _pack(source, place, args)
     return 0

@@ -11,10 +11,10 @@ from pathlib import Path
 from mocov3.config import PretrainConfig
 from mocov3.config.fields import check_writable
 from mocov3.data import Source, native, open_source
-from mocov3.data.order import Order, hold_out
-from mocov3.data.sources import group_numbers, shares
+from mocov3.data.order import Order, group_numbers, hold_out
+from mocov3.data.sources import open_unseen, shares
 from mocov3.errors import UserError
-from mocov3.log import warn
+from mocov3.log import warn, warn_left_out
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
     """
     config.check()
     source, _, order = open_pictures(config)
-    warn_skipped(source)
+    warn_left_out(source)
     order.check()
     if config.nprocs_per_node > 1:
         check_divides(config.batch_size, config.nprocs_per_node * max(config.world_size, 1))
     if config.knn_every:
-        open_validation(config, source)
+        warn_left_out(open_validation(config, source), said=source)
     if config.quality_every:
-        unseen_pictures(config)
+        warn_left_out(unseen_pictures(config), said=source)
     if config.report_every and importlib.util.find_spec("plotly") is None:
         raise UserError(
             "--report-every draws its charts by plotly, which is not installed; pip install 'mocov3[report]'"
@@ -79,15 +79,6 @@ def restarted_by_torchrun() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
-def warn_skipped(source: Source, most: int = 10) -> None:
-    """Say what archives hold that cannot be used."""
-    skipped: list[str] = getattr(source, "skipped", [])
-    for line in skipped[:most]:
-        warn(f"skipped: {line}")
-    if len(skipped) > most:
-        warn(f"skipped: {len(skipped) - most} more")
-
-
 def open_pictures(config: PretrainConfig) -> tuple[Source, Source | None, Order]:
     """Pictures to train on, pictures kept from training (``--hold-out``), and the order of the first.
 
@@ -104,7 +95,7 @@ def open_pictures(config: PretrainConfig) -> tuple[Source, Source | None, Order]
 
 
 def unseen_pictures(config: PretrainConfig) -> Source:
-    """Pictures for the quality without labels: those held out, else DIR/val.
+    """Pictures for the quality without labels: those held out, else the validation part (DIR/val).
 
     Raises:
         UserError: if there are none.
@@ -113,10 +104,11 @@ def unseen_pictures(config: PretrainConfig) -> Source:
     if held_out is not None:
         return held_out
     try:
-        return open_source(config.data, "val")
-    except UserError:
+        return open_unseen(config.data)
+    except UserError as error:
         raise UserError(
-            f"--quality-every needs pictures that are not trained on: give --hold-out N, or {config.data_title}/val"
+            f"--quality-every needs pictures that are not trained on: give --hold-out N, or {config.data_title}/val "
+            f"({error})"
         ) from None
 
 
@@ -129,13 +121,13 @@ def check_divides(batch_size: int, ranks: int) -> None:
 
 
 def open_validation(config: PretrainConfig, source: Source) -> Source:
-    """The labelled pictures of DIR/val for the k-NN evaluation.
+    """The labelled pictures of the validation part (DIR/val) for the k-NN evaluation.
 
     Raises:
         UserError: if they or their classes do not fit those of training.
     """
     try:
-        validation = open_source(config.data, "val")
+        validation = open_unseen(config.data)
     except UserError as error:
         raise UserError(f"--knn-every needs labelled pictures in {config.data_title}/val: {error}") from None
     for part, pictures in (("train", source), ("val", validation)):

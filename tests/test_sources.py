@@ -19,8 +19,8 @@ from mocov3.data import index as index_module
 from mocov3.data.draws import draw, permutation
 from mocov3.data.index import recall
 from mocov3.data.loader import plan
-from mocov3.data.order import Order
-from mocov3.data.sources import Roots, Subset, group_numbers, scan, shares
+from mocov3.data.order import Order, group_numbers
+from mocov3.data.sources import Roots, Subset, scan, shares
 from mocov3.errors import UserError
 from mocov3.pretrain import open_pictures
 

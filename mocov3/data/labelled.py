@@ -1,5 +1,6 @@
 """Labelled pictures for supervised training: the plain training view, and epochs that leave no picture out."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,8 @@ from mocov3.config.presets import RGB, Reading, ViewPreset
 from mocov3.data.decode import Picture
 from mocov3.data.draws import draw, permutation
 from mocov3.data.loader import Work
-from mocov3.data.sources import Source, open_source
+from mocov3.data.sources import Source, open_source, open_unseen
+from mocov3.data.splits import choose
 from mocov3.data.views import Pixels, apply_draw, written
 from mocov3.errors import UserError
 
@@ -78,17 +80,26 @@ def plan_all(
 
 
 def open_labelled(data: str) -> tuple[Source, Source]:
-    """The class folders DATA/train and DATA/val, or the built-in ``fashion-mnist[:ROOT]``.
+    """The training and validation part of DATA (DATA/train and DATA/val), or of the built-in ``fashion-mnist[:ROOT]``.
 
     Raises:
         UserError: if one is missing, empty or without classes, or their classes differ.
     """
-    train, val = open_source(data, "train"), open_source(data, "val")
+    train, val = open_source(data, "train"), open_unseen(data)
     for part, pictures in (("train", train), ("val", val)):
         if pictures.labels is None or len(pictures.classes) < 2:
             raise UserError(f"data {data} ({part}): needs two or more class folders with pictures, {part}/CLASS/…")
     check_same_classes(train.classes, val.classes, f"data {data}")
     return train, val
+
+
+def open_evaluated(folder: str) -> Source:
+    """The validation part of a folder, or the whole where it has none: the folder of that part was named itself.
+
+    Raises:
+        UserError: if it is missing or holds no picture.
+    """
+    return open_source(folder, "val" if os.path.isdir(folder) and choose(folder, "val") else "train")
 
 
 def check_same_classes(train: list[str], val: list[str], where: str) -> None:

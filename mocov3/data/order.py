@@ -5,13 +5,15 @@ Groups keep pictures that are almost the same (frames of one film, views of one 
 where they would be false negatives.
 """
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mocov3.data.draws import permutation
-from mocov3.data.sources import Source, Subset, group_numbers
+from mocov3.data.sources import Source, Subset
 from mocov3.errors import UserError
 
 _HOLD_OUT_SEED = 2104_02057
@@ -127,3 +129,25 @@ def hold_out(whole: Source, count: int, group_by: str) -> tuple[Source, Source]:
     if kept_back.all():
         raise UserError("--hold-out: all pictures are of one group of --group-by")
     return Subset(whole, np.flatnonzero(~kept_back)), Subset(whole, np.flatnonzero(kept_back))
+
+
+def group_numbers(source: Source, pattern: str) -> np.ndarray:
+    """int32 group of every picture by its name: those with the same match of ``pattern`` (its first bracket, where it
+    has one) belong together; a picture without a match is a group of its own.
+
+    Raises:
+        UserError: if the pattern is no regular expression, or puts all pictures into one group.
+    """
+    try:
+        expression = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"--group-by {pattern!r}: is not a regular expression ({error})") from None
+    seen: dict[str, int] = {}
+    numbers = np.empty(len(source), np.int32)
+    for i in range(len(source)):
+        match = expression.search(source.name(i).replace(os.sep, "/"))
+        key = f"={i}" if match is None else "~" + (match[1] or "" if expression.groups else match[0])
+        numbers[i] = seen.setdefault(key, len(seen))
+    if len(seen) < 2:
+        raise UserError(f"--group-by {pattern!r}: puts all pictures into one group; a batch holds one picture of each")
+    return numbers

@@ -31,6 +31,7 @@ class Parquet:
 
     def __init__(self, files: list[str]) -> None:
         self.files = files
+        self.skipped: list[str] = []
         pq = _pyarrow()
         self._groups: list[tuple[int, int]] = []
         ends, labels, name_hash = [], [], hashlib.sha256()
@@ -55,6 +56,9 @@ class Parquet:
         if not len(self):
             raise UserError(f"data {files[0]}: holds no row")
         self.labels = _as_labels(np.concatenate(labels)) if labels else None
+        if labels and self.labels is None:
+            self.skipped.append(f"{files[0]}: column {self._label} does not hold numbers from 0 on in every row: "
+                                "no classes are used")  # fmt: skip
         self.classes = [] if self.labels is None else [str(i) for i in range(int(self.labels.max()) + 1)]
         if self.labels is not None:
             name_hash.update(self.labels.tobytes())

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,20 +25,22 @@ _THREADS = 16  # waiting for disks or the network, not computing
 
 
 @dataclass
-class _Listing:
-    """What one folder holds. Names of pictures are kept joined where there is no subfolder to sort among them."""
+class Listing:
+    """What one folder holds."""
 
     changed_ns: int = 0
     pictures: list[bytes] = field(default_factory=list)
     folders: list[bytes] = field(default_factory=list)
+    others: list[bytes] = field(default_factory=list)
+    """Files of further endings that were asked for."""
     error: OSError | None = None
 
 
-def scan_tree(folder: Path) -> tuple[str, Index, list[str]]:
+def scan_tree(folder: Path, without: Sequence[str] = ()) -> tuple[str, Index, list[str]]:
     """Root, index of every picture below ``folder`` sorted by path, and its classes (its subfolders).
 
-    Hidden folders and files that macOS and NAS systems add are passed over. Links to folders are followed, but never
-    back into a folder they lie in.
+    Subfolders named in ``without`` are left out; hidden folders and files that macOS and NAS systems add are passed
+    over. Links to folders are followed, but never back into a folder they lie in.
 
     Raises:
         UserError: if the folder is missing, unreadable, or holds no picture.
@@ -46,11 +48,13 @@ def scan_tree(folder: Path) -> tuple[str, Index, list[str]]:
     if not folder.is_dir():
         raise UserError(f"data {folder}: there is no such folder")
     root = os.fsencode(folder)
-    known = recall(root, _SETTINGS)
+    out = frozenset(map(os.fsencode, without))
+    settings = "\0".join([_SETTINGS, *sorted(without)])
+    known = recall(root, settings)
     if known is not None:
         return os.fsdecode(root), *known
     began = time.time_ns()
-    listings = _list_all(root)
+    listings = _list_all(root, out)
     chunks, heads = _assembled(listings)
     failed = [(path, listing.error) for path, listing in listings.items() if listing.error is not None]
     if not chunks:
@@ -63,7 +67,7 @@ def scan_tree(folder: Path) -> tuple[str, Index, list[str]]:
     index = Index.of_chunks(labelled)
     names = [os.fsdecode(c) for c in classes]
     if not failed:
-        remember(root, _SETTINGS, began, {p: e.changed_ns for p, e in listings.items()}, names, index)
+        remember(root, settings, began, {p: e.changed_ns for p, e in listings.items()}, names, index)
     return os.fsdecode(root), index, names
 
 
@@ -73,34 +77,48 @@ def unreadable_folders(folder: Path) -> list[tuple[str, str]]:
     return [(os.fsdecode(p), e.error.strerror or "?") for p, e in sorted(listings.items()) if e.error is not None]
 
 
-def _list_all(root: bytes) -> dict[bytes, _Listing]:
+def _list_all(root: bytes, without: frozenset[bytes] = frozenset()) -> dict[bytes, Listing]:
     """Listings by folder, relative to ``root`` (b"" is the root itself)."""
-    found: dict[bytes, _Listing] = {}
+    found: dict[bytes, Listing] = {}
     todo: deque[bytes] = deque([b""])
-    running: dict[Future[_Listing], bytes] = {}
+    running: dict[Future[Listing], bytes] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         while todo or running:
             while todo and len(running) < 4 * _THREADS:
                 relative = todo.popleft()
-                running[pool.submit(_list, root, relative)] = relative
+                running[pool.submit(list_folder, root, relative)] = relative
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 relative = running.pop(done)
                 listing = found[relative] = done.result()
+                if not relative:
+                    listing.folders = [name for name in listing.folders if name not in without]
                 todo.extend(relative + b"/" + name if relative else name for name in listing.folders)
     return found
 
 
-def _list(root: bytes, relative: bytes) -> _Listing:
+def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = (), *, first: bool = False) -> Listing:
+    """What lies directly in a folder, less what a scan passes over.
+
+    Args:
+        root: folder of the tree.
+        relative: path below it.
+        also: endings of further files to list.
+        first: stop at the first file that is found.
+    """
     place = os.path.join(root, relative) if relative else root
-    listing = _Listing()
+    listing = Listing()
+    endings = _ENDINGS + also
     try:
         listing.changed_ns = os.stat(place).st_mtime_ns
         with os.scandir(place) as entries:
             for entry in entries:
                 name = entry.name
                 try:
-                    if name.lower().endswith(_ENDINGS) and not name.startswith(b"._") and entry.is_file():
-                        listing.pictures.append(name)
+                    lower = name.lower()
+                    if lower.endswith(endings) and not name.startswith(b"._") and entry.is_file():
+                        (listing.pictures if lower.endswith(_ENDINGS) else listing.others).append(name)
+                        if first:
+                            break
                     elif _wanted(entry, place):
                         listing.folders.append(name)
                 except OSError:  # a link to nowhere
@@ -113,9 +131,20 @@ def _list(root: bytes, relative: bytes) -> _Listing:
 
 def _wanted(entry: "os.DirEntry[bytes]", place: bytes) -> bool:
     name = entry.name
-    if not entry.is_dir() or name.startswith(b".") or name.lower() in _SKIPPED:
+    if not entry.is_dir() or _hidden(name):
         return False
     return not (entry.is_symlink() and _leads_back(place, name))
+
+
+def _hidden(folder: bytes) -> bool:
+    return folder.startswith(b".") or folder.lower() in _SKIPPED
+
+
+def passed_over(parts: Sequence[str]) -> bool:
+    """Whether a member of an archive, given as the parts of its path, is one that a folder's scan passes over."""
+    *folders, base = parts or ("",)
+    ways = (".", "..", "/")  # no hidden folders
+    return base.startswith("._") or any(_hidden(os.fsencode(f)) for f in folders if f not in ways)
 
 
 def _leads_back(place: bytes, name: bytes) -> bool:
@@ -123,7 +152,7 @@ def _leads_back(place: bytes, name: bytes) -> bool:
     return here == target or here.startswith(target.rstrip(b"/") + b"/")
 
 
-def _assembled(listings: dict[bytes, _Listing]) -> tuple[list[Chunk], list[bytes]]:
+def _assembled(listings: dict[bytes, Listing]) -> tuple[list[Chunk], list[bytes]]:
     """Pictures in the order of their whole paths, and the first folder of each chunk."""
     chunks: list[Chunk] = []
     heads: list[bytes] = []
@@ -136,7 +165,7 @@ def _assembled(listings: dict[bytes, _Listing]) -> tuple[list[Chunk], list[bytes
     return chunks, heads
 
 
-def _runs(listings: dict[bytes, _Listing]) -> Iterator[tuple[bytes, list[bytes]]]:
+def _runs(listings: dict[bytes, Listing]) -> Iterator[tuple[bytes, list[bytes]]]:
     """(folder, names of its pictures that follow each other) so that whole paths are sorted."""
     stack: list[tuple[bytes, list[bytes] | None]] = [(b"", None)]
     while stack:

@@ -11,18 +11,16 @@ import hashlib
 import json
 import os
 import re
-import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
 from mocov3.data.index import cache_folder
+from mocov3.data.members import Remarks, read_members
 from mocov3.data.scan import EXTENSIONS
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError
 
 CLASSES_FILE = "classes.txt"
 """Beside the archives: names of the classes, a line each."""
@@ -30,7 +28,7 @@ CLASSES_FILE = "classes.txt"
 _ENDINGS = (".tar",)
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MOST_FILES = 100_000
-_LABEL_BYTES = 20
+_VERSION = "2"  # of the index: it grows when other members or classes are found in the same archives
 _SHARE_FROM = 8 << 20  # bytes of index from which processes share memory-mapped files
 _RECORD = np.dtype([("archive", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("name_end", "<i8")])
 
@@ -86,7 +84,7 @@ class Shards:
     names: np.ndarray
     """uint8: the members' names, one after the other."""
     skipped: list[str]
-    """What could not be used, a line each."""
+    """What is left out or remarkable, a line each."""
     classes: list[str]
     file: str | None = None
 
@@ -150,7 +148,7 @@ def open_shards(files: list[str]) -> Shards:
                 f"data {file}: is compressed; pictures in it cannot be reached one by one: unpack it to .tar"
             )
     stamps = [(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-    key = hashlib.sha256(json.dumps(["1", stamps]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([_VERSION, stamps]).encode()).hexdigest()[:32]
     base = str(cache_folder() / f"shards-{key}")
     try:
         records, names = _mapped(base)
@@ -161,6 +159,9 @@ def open_shards(files: list[str]) -> Shards:
     if not len(records):
         why = f" ({skipped[0]})" if skipped else ""
         raise UserError(f"data {files[0]}: holds no picture ({', '.join(EXTENSIONS)}){why}")
+    labels = records["label"]
+    if missing := int((labels < 0).sum()) if labels.max() >= 0 else 0:
+        skipped = [*skipped, f"{files[0]}: {missing} of {len(labels)} images have no class beside them: none is used"]
     shared = records.nbytes + names.nbytes >= _SHARE_FROM and os.path.exists(base + ".json")
     if not shared:
         records, names = np.array(records), np.array(names)
@@ -203,82 +204,12 @@ def _keep(base: str, records: np.ndarray, names: np.ndarray, skipped: list[str])
 def _index(files: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     rows: list[tuple[int, int, int, int, int]] = []
     names: list[bytes] = []
-    skipped: list[str] = []
+    remarks = Remarks()
     length = 0
     for number, file in enumerate(files):
-        found, problems = read_members(file)
-        skipped += problems
+        found, _ = read_members(file, remarks)
         for member in found:
             length += len(member.name)
             names.append(member.name)
             rows.append((number, member.label, member.offset, member.size, length))
-    return np.array(rows, dtype=_RECORD), np.frombuffer(b"".join(names), np.uint8), skipped
-
-
-@dataclass
-class Member:
-    """A picture in an archive."""
-
-    name: bytes
-    offset: int
-    size: int
-    label: int = -1
-
-
-def read_members(file: str) -> tuple[list[Member], list[str]]:
-    """Pictures of one archive, with the classes beside them; and what could not be used, a line each."""
-    found: list[Member] = []
-    labels: dict[str, int] = {}
-    problems: list[str] = []
-    others: Counter[str] = Counter()
-    where = printable(os.path.basename(file))
-    try:
-        length = os.path.getsize(file)
-        with open(file, "rb") as raw, tarfile.open(fileobj=raw, mode="r:") as archive:
-            for info in _members(archive):
-                name = printable(info.name)
-                ending = PurePosixPath(info.name).suffix.lower()
-                if info.isdir():
-                    continue
-                if not info.isreg() or info.issparse():
-                    problems.append(f"{where}: {name}: is no plain file")
-                elif ".." in PurePosixPath(info.name).parts or info.name.startswith(("/", "\\")):
-                    problems.append(f"{where}: {name}: its name leads out of the archive")
-                elif info.offset_data + info.size > length:
-                    problems.append(f"{where}: {name}: is cut off")
-                elif ending in EXTENSIONS:
-                    found.append(Member(os.fsencode(info.name), info.offset_data, info.size))
-                elif ending == ".cls" and info.size <= _LABEL_BYTES:
-                    raw.seek(info.offset_data)
-                    text = raw.read(info.size).strip()
-                    if text.isdigit() and int(text) < 2**31:
-                        labels[_key(info.name)] = int(text)
-                    else:
-                        problems.append(f"{where}: {name}: is no number")
-                else:
-                    others[ending or "without ending"] += 1
-    except (tarfile.TarError, OSError, ValueError, RecursionError, OverflowError, MemoryError) as error:
-        problems.append(f"{where}: {error or type(error).__name__}; {len(found)} pictures before that are used")
-    if others:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
-        problems.append(f"{where}: {sum(others.values())} members are no pictures ({printable(kinds)})")
-    for member in found:
-        member.label = labels.get(_key(os.fsdecode(member.name)), -1)
-    return found, problems
-
-
-def _members(archive: Any) -> Iterator[tarfile.TarInfo]:
-    """Members in order; a header that leads backwards ends it (older Pythons go round for ever)."""
-    place = -1
-    while (info := archive.next()) is not None:
-        archive.members = []  # all of them would be kept
-        if archive.offset <= place or info.size < 0:
-            raise tarfile.ReadError(f"the header of {printable(info.name)} leads backwards")
-        place = archive.offset
-        yield info
-
-
-def _key(name: str) -> str:
-    """WebDataset's key: the path up to the first dot of its last part."""
-    folder, _, base = name.rpartition("/")
-    return f"{folder}/{base.split('.', 1)[0]}"
+    return np.array(rows, dtype=_RECORD), np.frombuffer(b"".join(names), np.uint8), remarks.all()

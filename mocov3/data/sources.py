@@ -19,6 +19,7 @@ from mocov3.data.embedded import BUILT_IN, FashionMnist
 from mocov3.data.index import Index
 from mocov3.data.lists import ENDINGS, read_list
 from mocov3.data.scan import EXTENSIONS, scan_tree
+from mocov3.data.splits import apart, choose, no_part
 from mocov3.errors import UserError
 
 SEPARATOR = "\n"
@@ -56,7 +57,8 @@ def open_source(data: str, split: str = "train") -> Source:
     or the built-in ``fashion-mnist[:ROOT]``; or several, a line each, with the share of their pictures that an epoch
     uses: ``DIR1``, ``DIR2:0.3``.
 
-    For a folder, ``train`` is DIR/train where it exists, else DIR itself; ``val`` is DIR/val.
+    Which images of a folder are its ``train`` and its ``val`` part, ``mocov3.data.splits`` decides: DIR/train and
+    DIR/val where they are. What is left out or remarkable is said in ``source.skipped``, a line each.
 
     Raises:
         UserError: if one is missing, unreadable, or holds no picture.
@@ -69,6 +71,28 @@ def open_source(data: str, split: str = "train") -> Source:
     if len(parts) == 1 and parts[0][1] == 1:
         return sources[0]
     return Roots(sources, [share for _, share in parts])
+
+
+def has_unseen(data: str) -> bool:
+    """Whether every source named by ``data`` has validation images that are not those of its ``train`` part."""
+    return all(_has_unseen(_share(name)[0]) for name in data.split(SEPARATOR) if name)
+
+
+def _has_unseen(data: str) -> bool:
+    return apart(data) if os.path.isdir(data) else data.partition(":")[0] == BUILT_IN
+
+
+def open_unseen(data: str) -> Source:
+    """The ``val`` part of ``data``, where it is not what ``train`` gives (as of a folder with a test part only).
+
+    Raises:
+        UserError: if there is none.
+    """
+    source = open_source(data, "val")
+    if not has_unseen(data):
+        raise UserError(f"data {data.replace(SEPARATOR, ' ')}: has one part only, so there are no other images to "
+                        "validate on; name a folder that holds train/ and val/")  # fmt: skip
+    return source
 
 
 def _share(name: str) -> tuple[str, float]:
@@ -92,12 +116,12 @@ def _open_one(data: str, split: str) -> Source:
         return FashionMnist(split, root or None)
     place = Path(data)
     # os.path answers no for a name that is too long or holds a zero byte, where Path raises
-    is_folder, is_file = os.path.isdir(data), os.path.isfile(data)
-    if is_file and place.suffix.lower() in ENDINGS:
+    is_folder = os.path.isdir(data)
+    if os.path.isfile(data) and place.suffix.lower() in ENDINGS:
         if split == "val":
             raise UserError(f"data {data}: is a list and has no val part; name a folder that holds train and val")
         return Folder(*read_list(place))
-    from mocov3.data.packed import open_packed
+    from mocov3.data.packed import open_files, open_packed
 
     if packed := open_packed(data, split):
         return packed
@@ -107,9 +131,12 @@ def _open_one(data: str, split: str) -> Source:
             hint = "name the folder that holds the pictures" if picture else f"a list ends in {', '.join(ENDINGS)}"
             raise UserError(f"data {data}: is not a folder; {hint}")
         raise UserError(f"data {data}: there is no such folder; name a folder of pictures, or fashion-mnist")
-    if split == "val" or (place / split).is_dir():
-        place = place / split
-    return scan(place)
+    part = choose(data, split)
+    if part is None:
+        raise no_part(data, split)
+    if part.files:
+        return open_files(list(part.files), list(part.remarks))
+    return Folder(*scan_tree(Path(part.place), part.without), list(part.remarks))
 
 
 def scan(folder: Path) -> "Folder":
@@ -128,6 +155,8 @@ class Folder:
     root: str
     index: Index
     classes: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """What is left out or remarkable, a line each."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -192,7 +221,7 @@ class Roots:
 
     @property
     def skipped(self) -> list[str]:
-        """What archives among the parts hold that cannot be used."""
+        """What is left out of the parts or remarkable, a line each."""
         return [line for part in self.parts for line in getattr(part, "skipped", [])]
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -237,7 +266,7 @@ class Subset:
 
     @property
     def skipped(self) -> list[str]:
-        """What archives of the whole hold that cannot be used."""
+        """What is left out of the whole or remarkable, a line each."""
         return list(getattr(self.whole, "skipped", []))
 
     def read(self, index: int) -> bytes | np.ndarray:
@@ -257,25 +286,3 @@ def shares(source: Source) -> list[tuple[int, float]]:
         counts = np.diff(np.searchsorted(source.indices, source.whole._ends, side="left"), prepend=0)
         return list(zip(counts.tolist(), source.whole.shares, strict=True))
     return [(len(source), 1.0)]
-
-
-def group_numbers(source: Source, pattern: str) -> np.ndarray:
-    """int32 group of every picture by its name: those with the same match of ``pattern`` (its first bracket, where it
-    has one) belong together; a picture without a match is a group of its own.
-
-    Raises:
-        UserError: if the pattern is no regular expression, or puts all pictures into one group.
-    """
-    try:
-        expression = re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"--group-by {pattern!r}: is not a regular expression ({error})") from None
-    seen: dict[str, int] = {}
-    numbers = np.empty(len(source), np.int32)
-    for i in range(len(source)):
-        match = expression.search(source.name(i).replace(os.sep, "/"))
-        key = f"={i}" if match is None else "~" + (match[1] or "" if expression.groups else match[0])
-        numbers[i] = seen.setdefault(key, len(seen))
-    if len(seen) < 2:
-        raise UserError(f"--group-by {pattern!r}: puts all pictures into one group; a batch holds one picture of each")
-    return numbers

@@ -13,7 +13,8 @@ import numpy as np
 
 from mocov3.data.embedded import FashionMnist
 from mocov3.data.index import Index
-from mocov3.data.sources import Folder, Source, scan
+from mocov3.data.sources import Folder, Source, open_source
+from mocov3.data.splits import apart, parts_of
 from mocov3.errors import UserError, printable
 
 
@@ -31,7 +32,7 @@ def open_pair(data_set: str, path: str) -> Pair:
 
     Args:
         data_set: ``cifar10 cifar100 flowers pets fashion-mnist``; ``folder`` or ``IMNET`` for PATH/train/CLASS and
-            PATH/val/CLASS.
+            PATH/val/CLASS, or what else ``mocov3.data.splits`` takes for these parts.
         path: where it lies.
 
     Raises:
@@ -53,13 +54,10 @@ def open_pair(data_set: str, path: str) -> Pair:
 
 
 def _folders(root: Path) -> tuple[Source, Source]:
-    splits = []
-    for names in (("train",), ("val", "test")):
-        found = next((root / name for name in names if (root / name).is_dir()), None)
-        if found is None:
-            raise UserError(f"--data-path {root}: misses the folder {' or '.join(names)}, which holds a folder a class")
-        splits.append(scan(found))
-    train, test = splits
+    if not apart(str(root)):
+        missing = "val or test" if parts_of(str(root)) else "train"
+        raise UserError(f"--data-path {root}: misses the folder {missing}, which holds a folder a class")
+    train, test = open_source(str(root), "train"), open_source(str(root), "val")
     for part, name in ((train, "train"), (test, "val")):
         if part.labels is None:
             raise UserError(f"--data-path {root}: {name} holds pictures outside of class folders; give each a class")

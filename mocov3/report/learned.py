@@ -19,7 +19,7 @@ from mocov3.config import PretrainConfig
 from mocov3.config.presets import Reading
 from mocov3.data import Source, open_source
 from mocov3.data.decode import DecodeError, Picture
-from mocov3.data.sources import Subset
+from mocov3.data.sources import Subset, has_unseen
 from mocov3.data.survey import scattered
 from mocov3.distributed import World
 from mocov3.distributed.launch import pick_device
@@ -36,6 +36,7 @@ from mocov3.sheet import shown
 from mocov3.step import normalise
 from mocov3.watch import BEST
 
+_MOST_REMARKS = 10
 SECONDS = 60.0
 """A network reads no more pictures once it has taken so long, but for ``FEWEST``."""
 FEWEST = 100
@@ -102,6 +103,7 @@ def look(run: Run, *, pictures: int, device: str) -> Found:
         return found
     try:
         found.source, held_out, _ = open_pictures(config)
+        found.remarks += getattr(found.source, "skipped", [])[:_MOST_REMARKS]
     except (UserError, OSError) as error:
         found.remarks.append(f"the pictures are not at hand: {error}")
     try:
@@ -144,10 +146,8 @@ def _facts(name: str, contents: dict[str, Any]) -> dict[str, Any]:
 
 def _pool(config: PretrainConfig, source: Source, held_out: Source | None) -> tuple[Source, str]:
     """Pictures that were not trained on, if there are some; else those that were."""
-    try:
+    if has_unseen(config.data):
         return open_source(config.data, "val"), "validation pictures (not trained on)"
-    except UserError:
-        pass
     if held_out is not None and len(held_out) >= FEWEST:
         return held_out, "pictures held out from training"
     return source, "pictures that were trained on (none were kept back)"
