@@ -121,9 +121,11 @@ class _Plan:
 def _views(made: _Plan, pictures: Pictures, machine: Machine, cpu_side: int) -> None:
     preset = made.choose("view_preset", pictures.preset, pictures.reason)
     short = pictures.short_side
+    arch = made.values.get("arch", "")
+    # views of ViTs divide into patches: those of the starting weights or the stem, else the smallest chosen below
+    patch = made.values.get("patch_size", 16 if arch in CONV_VITS else 4) if is_vit(arch) else 4
     if short <= _SMALL_SIDE:
-        patch = 16 if made.values.get("arch") in CONV_VITS else 4
-        side = max(short // patch * patch, 16)
+        side = max(short // 4 * 4, 16)
         reason = f"half of the pictures are {short} px or less at their shorter side"
         if machine.device == "cpu" and side > cpu_side:
             side, reason = cpu_side, _CPU_REASONS[cpu_side]
@@ -133,7 +135,7 @@ def _views(made: _Plan, pictures: Pictures, machine: Machine, cpu_side: int) -> 
         side, reason = 128, f"pictures of about {short} px"
     else:
         side, reason = 224, "the size of the paper"
-    made.choose("image_size", side, reason)
+    made.choose("image_size", max(side // patch, 1) * patch, reason)
     if preset == "gray":
         made.choose("crop_min", 0.3, "did better than 0.2 and 0.5 in the demo")
     elif preset == "photos":

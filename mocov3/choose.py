@@ -80,9 +80,13 @@ def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
             raise UserError(f"--init {first.init}: does not say which arch it is; give --arch")
     if first.init:
         from mocov3.assemble import with_heads
+        from mocov3.convert import settings_of
+        from mocov3.start import starting_weights
 
         arch, heads = fixed.get("arch", first.arch), fixed.get("heads")
         fixed["heads"] = with_heads(dataclasses.replace(first, arch=arch, heads=heads)).heads
+        # patch size and stem are the weights' own, whatever the pictures' size would suggest
+        fixed = {**settings_of(starting_weights(first.init, heads).state, arch), **fixed}
     times = {"training": 0.0, "loading": 0.0}
 
     def measured(values: dict[str, Any]) -> tuple[float, dict[str, Any]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mocov3 import attention, checkpoint
 from mocov3.config import ViewPreset, preset_of
-from mocov3.config.archs import BUILT_IN_ARCHS, HEADS, check_heads, is_resnet, is_vit
+from mocov3.config.archs import BUILT_IN_ARCHS, HEADS, RESNETS, check_heads, is_resnet, is_vit
 from mocov3.errors import UserError, printable
 from mocov3.models.backbones import Encoder, build_backbone
 from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
@@ -265,6 +265,16 @@ def build_from(
     encoder = build_backbone(**settings)
     load_into(encoder, weights, where)
     return _bare(encoder), settings
+
+
+def settings_of(state: dict[str, Tensor], arch: str) -> dict[str, Any]:
+    """The settings of ``build_backbone`` that the shapes of a backbone's weights tell: patch size, small stem."""
+    settings: dict[str, Any] = {}
+    if (patches := state.get("patch_embed.proj.weight")) is not None and patches.ndim == 4 and patches.shape[-1] > 1:
+        settings["patch_size"] = int(patches.shape[-1])
+    if (stem := state.get("conv1.weight")) is not None and arch in [*RESNETS, "resnet10"]:
+        settings["small_stem"] = stem.shape[-1] == 3
+    return settings
 
 
 def trained_with(contents: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mocov3 import attention, checkpoint, models
-from mocov3.config.archs import BUILT_IN_ARCHS, RESNETS, check_heads, is_vit, stored_heads
+from mocov3.config.archs import BUILT_IN_ARCHS, check_heads, is_vit, stored_heads
 from mocov3.config.presets import PRESETS, Reading, ViewPreset
 from mocov3.convert import BackboneWeights, find_backbone, load_into, views_of
 from mocov3.data import CentreView
@@ -180,16 +180,6 @@ def _saved_preset(own: Any, config: dict[str, Any], where: str) -> ViewPreset:
         preset, mean=tuple(view["mean"]), std=tuple(view["std"]), evaluation_zoom=float(view["zoom"]),
         reading=Reading(int(view.get("channels", 3)), tuple(view.get("window", ())) or None),
     )  # fmt: skip
-
-
-def settings_of(state: dict[str, Tensor], arch: str) -> dict[str, Any]:
-    """The settings of ``build_backbone`` that the shapes of a backbone's weights tell: patch size, small stem."""
-    settings: dict[str, Any] = {}
-    if (patches := state.get("patch_embed.proj.weight")) is not None and patches.ndim == 4 and patches.shape[-1] > 1:
-        settings["patch_size"] = int(patches.shape[-1])
-    if (stem := state.get("conv1.weight")) is not None and arch in [*RESNETS, "resnet10"] and stem.shape[-1] == 3:
-        settings["small_stem"] = True
-    return settings
 
 
 def _with_projector(contents: dict[str, Any], arch: str, encoder: str, settings: dict[str, Any], where: str) -> Encoder:

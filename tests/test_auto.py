@@ -14,14 +14,18 @@ from conftest import TINY
 from PIL import Image
 from test_cli import refused
 
-from mocov3 import checkpoint, load_backbone, models, schedules
+from mocov3 import checkpoint, load_backbone, models, schedules, speed
+from mocov3.assemble import build_model
 from mocov3.auto import GIB, Machine, Pictures, memory_of, parse_budget, plan
+from mocov3.choose import propose_settings
 from mocov3.cli import main
+from mocov3.commands import read_pretrain
 from mocov3.config import PretrainConfig, read_yaml
 from mocov3.config.archs import BUILT_IN_ARCHS
 from mocov3.convert import BackboneWeights, load_into
 from mocov3.data.order import Order
 from mocov3.data.survey import Survey, alikeness, near_pairs, propose, uprightness
+from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.groups import block_numbers, freeze_until, parameter_groups, scale_backbone
 from mocov3.models import build_backbone, sincos_position_embedding
@@ -342,3 +346,29 @@ def test_adapt_holds_then_trains_and_resumes(pictures, tmp_path):
     ended = torch.load(parts / "checkpoint_0002.pth.tar", weights_only=True)["state_dict"]
     assert all(torch.equal(v, ended[k]) for k, v in saved[2]["state_dict"].items())
     assert load_backbone(parts / "best_unlabelled.pth.tar")
+
+
+@pytest.mark.parametrize(("arch", "flags", "kept"), [
+    ("vit_tiny", {"patch_size": 8}, {"patch_size": 8, "image_size": 24}),
+    ("vit_tiny", {"patch_size": 16}, {"patch_size": 16, "image_size": 16}),
+    ("resnet18", {}, {"small_stem": False, "image_size": 28}),
+    ("resnet18", {"small_stem": True}, {"small_stem": True, "image_size": 28}),
+])  # fmt: skip
+def test_adapting_keeps_the_shapes_of_its_weights_on_small_images(arch, flags, kept, tmp_path, monkeypatch):
+    """What is chosen for images of 28 px, of any network, are not the patches and the stem that weights came with."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (28, 30, 3), dtype=np.uint8)).save(tmp_path / "data" / f"{i}.png")
+    start = tmp_path / "start.pth.tar"
+    model = models.build(arch, image_size=32, dim=16, mlp_dim=32, **flags)
+    checkpoint.write(start, {"arch": arch, "epoch": 1,
+                             "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}})  # fmt: skip
+    monkeypatch.setattr(speed, "epoch_seconds", lambda config, source, count: (1.0, 0.1, config.batch_size))
+    layers = read_pretrain(
+        [str(tmp_path / "data"), "--recipe", "adapt", "--init", str(start), "--device", "cpu"], "x", None
+    )
+    config = propose_settings(layers).config
+    config.check()
+    assert {name: getattr(config, name) for name in kept} == kept
+    build_model(dataclasses.replace(config, moco_dim=8, moco_mlp_dim=8), World(0, 1, torch.device("cpu")))
