@@ -322,6 +322,16 @@ def test_what_else_is_said(tmp_path):
     assert "left out: 1 validation" in said(source)
 
 
+def test_a_list_with_labels_missing_says_so(tmp_path):
+    tree(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    (tmp_path / "l.csv").write_text("path,label\n1.jpg,a\n2.jpg,\n3.jpg,b\n")
+    source = open_source(str(tmp_path / "l.csv"))
+    assert source.labels is None
+    assert "1 of 3 images have no label" in said(source)
+    (tmp_path / "m.csv").write_text("path\n1.jpg\n2.jpg\n")
+    assert open_source(str(tmp_path / "m.csv")).skipped == []
+
+
 # --- (d) one rule for all commands ------------------------------------------------------------------------------
 
 

@@ -20,8 +20,8 @@ _LABEL_COLUMNS = ("label", "class", "target", "category", "y")
 _PROBED = 50  # paths asked for before training: all missing means the list is meant for another folder
 
 
-def read_list(file: Path) -> tuple[str, Index, list[str]]:
-    """Folder, index and classes of a list.
+def read_list(file: Path) -> tuple[str, Index, list[str], list[str]]:
+    """Folder, index and classes of a list, and remarks on it.
 
     Raises:
         UserError: if it cannot be read, names nothing, or none of the files it names is there.
@@ -38,7 +38,11 @@ def read_list(file: Path) -> tuple[str, Index, list[str]]:
     classes = sorted(set(labels)) if all(labels) else []
     number = {name: i for i, name in enumerate(classes)}
     numbers = np.array([number[label] for label in labels], np.int32) if classes else None
-    return os.fsdecode(root), Index.build(paths, numbers), classes
+    missing = sum(not label for label in labels)
+    partly = (
+        [f"{file}: {missing} of {len(labels)} images have no label: none is used"] if 0 < missing < len(labels) else []
+    )
+    return os.fsdecode(root), Index.build(paths, numbers), classes, partly
 
 
 def read_rows(file: Path) -> list[tuple[bytes, str]]:
