@@ -36,7 +36,8 @@ BACKENDS = [
 """Ways to make views; ``fast`` is ``native`` where the kernel was built, else ``library``."""
 
 
-LONG = ("test_killing", "test_faults", "test_golden_step", "test_runs", "test_lincls", "test_finetune", "test_ranks")
+LONG = ("test_killing", "test_faults", "test_golden_step", "test_golden_training", "test_runs", "test_lincls",
+        "test_finetune", "test_ranks")  # fmt: skip
 """Files that take longest: they come first, so that none is left alone at the end."""
 
 

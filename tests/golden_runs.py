@@ -55,8 +55,8 @@ STEP64 = {
     "loss": 1e-12, "features": 1e-3, "gradient l2": 1e-11, "gradient dot": 1e-11, "gradient samples": 1e-11,
     "zero gradient": 1e-11, "momentum encoder": 1.2e-7, "buffer l2": 1e-5, "buffer dot": 4e-5, "zero buffer": 1e-11,
 }  # fmt: skip
-STEP32 = {"loss": 1e-4, "features": 1e-3, "gradient l2": 5e-2, "momentum encoder": 1.2e-7, "buffer l2": 1e-5,
-          "buffer dot": 4e-5}  # fmt: skip
+STEP32 = {"loss": 1e-4, "features": 1e-3, "momentum encoder": 1.2e-7, "buffer l2": 1e-5, "buffer dot": 1.5e-4}
+GRADIENT32 = {"vit_small": 1e-3, "vit_conv_small": 1e-3, "resnet18": 1.5e-2, "resnet50": 5e-2}
 
 
 def step_groups(world):
@@ -111,7 +111,8 @@ def one_step(names, dtype, world=HERE, whole=False):
 
 def _step_deviations(name, dtype, rank, model, loss, outputs, grads):
     recorded, exact = C[name]["ranks"][rank], C[name]["float64"][rank]
-    got = Deviations(f"C {name} rank {rank} {dtype}", STEP64 if dtype == "float64" else STEP32)
+    bounds = STEP64 if dtype == "float64" else {**STEP32, "gradient l2": GRADIENT32[C[name]["arch"]]}
+    got = Deviations(f"C {name} rank {rank} {dtype}", bounds)
     got.note("loss", (loss - exact["loss"]) / exact["loss"])
     stored = np.load(GOLDEN / "c_features.npz")
     for feature, value in outputs.items():
@@ -167,16 +168,18 @@ def _step_deviations(name, dtype, rank, model, loss, outputs, grads):
 # A ResNet agrees to rounding; a ViT to what its position table, rounded to float32 from another formula, leaves
 TRAJECTORY64 = {
     "resnet18_lars": {"loss": 1e-12, "weights l2": 1e-11, "weights dot": 1e-11, "moved": 1e-11, "buffers": 5e-3},
-    "vit": {"loss": 4e-8, "weights l2": 5e-9, "weights dot": 1e-7, "moved": 1e-6, "buffers": 8e-2},
+    "vit": {"loss": 6e-8, "weights l2": 3e-8, "weights dot": 1e-7, "moved": 1e-7, "buffers": 8e-2},
 }
 # (first step, bound on the loss from there on)
 LOSSES32 = {
-    "resnet18_lars": [(0, 1e-4), (4, 5e-4), (6, 2.5e-3), (9, 2e-2)],
+    "resnet18_lars": [(0, 1.5e-4), (4, 8e-4), (6, 4e-3), (9, 3e-2)],
     "vit_tiny_adamw_mid": [(0, 1e-5), (6, 2e-4), (9, 2e-2)],
     "vit_tiny_adamw_readme_lr": [(0, 1e-5), (5, 4e-3)],
     "vit_tiny_adamw": [(0, 2e-5), (3, 0.2)],
 }
-TRAJECTORY32 = {"loss": 1.0, "weights l2, median": 2e-5, "moved, median": 2.5e-2, "buffers": 8e-2}
+TRAJECTORY32 = {"loss": 1.0, "weights l2, median": 2e-5, "moved, median": 2.5e-2, "buffers": 0.15}
+WILD = {"vit_tiny_adamw": 20.0}
+"""How much wider the medians' bounds are where a high learning rate makes most of rounding."""
 
 
 def trajectory(name, dtype, *, steps=20, micro_batch=0, by_convolution=False):
@@ -244,7 +247,10 @@ def _trajectory(name, dtype, steps, micro_batch):
     assert sorted(next(iter(state["state"].values()))) == sorted(recorded["optimizer_state_keys"])
     if steps == 20:
         assert list(final) == list(exact["final_param_l2"])
-        (_exact_weights if dtype == "float64" else _rough_weights)(got, final, start, exact, c["optimizer"])
+        if dtype == "float64":
+            _exact_weights(got, final, start, exact, c["optimizer"])
+        else:
+            _rough_weights(got, final, start, exact, c["optimizer"], WILD.get(name, 1.0))
         for key, buffer in model.named_buffers():
             if key.endswith("num_batches_tracked"):
                 assert int(buffer) == 40
@@ -264,14 +270,14 @@ def _exact_weights(got, final, start, exact, optimizer):
             got.note("moved", moved / exact["moved_l2"][key] - 1, key)
 
 
-def _rough_weights(got, final, start, exact, optimizer):
+def _rough_weights(got, final, start, exact, optimizer, wild):
     size, moved = [], []
     for key, p in final.items():
         if p.requires_grad and not (optimizer == "adamw" and key.endswith((*ZERO, "qkv.bias"))):
             size.append(abs(p.detach().double().norm().item() / exact["final_param_l2"][key] - 1))
             moved.append(abs((p.detach() - start[key]).double().norm().item() / exact["moved_l2"][key] - 1))
-    got.note("weights l2, median", np.median(size))
-    got.note("moved, median", np.median(moved))
+    got.note("weights l2, median", np.median(size), scale=wild)
+    got.note("moved, median", np.median(moved), scale=wild)
 
 
 # --- what L and M are fed ---------------------------------------------------------------------------------------------
