@@ -1,7 +1,7 @@
 """Golden L and M: the reference's linear evaluation and DeiT's fine-tuning, through the loops that the programs run.
 
-What the suite leaves out for time, and ``make golden`` does not: of ViT-Small, whose backbone C holds, all but the first
-epoch in float32.
+What the suite leaves out for time, and ``make golden`` does not: of ViT-Small, whose backbone C holds, all but the
+first epoch in float32.
 """
 
 import pytest
