@@ -34,8 +34,8 @@ CASES = {
     # take minutes
     "suite": [("resnet18_lars", "float64", {"steps": 4}), ("resnet18_lars", "float32", {}),
               ("vit_tiny_adamw_mid", "float64", {}), ("vit_tiny_adamw_mid", "float64", {"micro_batch": 6, "steps": 6}),
-              ("vit_tiny_adamw", "float64", {"micro_batch": 8, "steps": 12}),
-              ("vit_tiny_adamw_readme_lr", "float64", {"by_convolution": True, "steps": 12}),
+              ("vit_tiny_adamw", "float64", {"micro_batch": 8, "steps": 7}),
+              ("vit_tiny_adamw_readme_lr", "float64", {"by_convolution": True, "steps": 7}),
               ("vit_tiny_adamw_readme_lr", "float32", {"by_convolution": True})],
     "float32": [case for case in PLAIN + OTHER if case[1] == "float32"],
     "all": PLAIN + OTHER,
