@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mocov3 import attention, checkpoint, models
 from mocov3.config.archs import BUILT_IN_ARCHS, check_heads, is_vit, stored_heads
 from mocov3.config.presets import PRESETS, Reading, ViewPreset
-from mocov3.convert import BackboneWeights, find_backbone, load_into, views_of
+from mocov3.convert import BackboneWeights, find_backbone, load_into, settings_of, views_of
 from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
