@@ -56,8 +56,10 @@ class Stop:
         late = self._seconds and time.monotonic() - self._began > self._seconds
         if not self._reason and (late or self.steps_done(step)):
             self._reason = _LIMIT
-        self._reason = world.any(self._reason)
-        return bool(self._reason)
+        agreed = world.any(self._reason)
+        if agreed:  # else a signal that came during the call would be overwritten; it is told at the next step
+            self._reason = agreed
+        return bool(agreed)
 
     @property
     def signal(self) -> int:

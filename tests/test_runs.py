@@ -18,6 +18,7 @@ from PIL import Image
 from mocov3 import load_backbone, losses
 from mocov3.cli import main
 from mocov3.metrics import MetricsLine
+from mocov3.stop import Stop
 
 VOLATILE = ("images_per_second", "data_wait", "resumed")
 
@@ -168,6 +169,30 @@ def long_whole(pictures, tmp_path_factory):
 def lines_written(folder):
     file = folder / "metrics.jsonl"
     return file.exists() and len(file.read_text().splitlines()) > 6
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_ranks_agree_is_not_lost(number):
+    """Ranks spend most of a short step waiting for each other: there a signal is likely to come."""
+    stop = Stop(max_steps=0, max_hours=0)
+
+    class Waiting:
+        came = False
+
+        def any(self, reason):
+            if not self.came:
+                self.came = True
+                signal.raise_signal(number)  # its handler runs before the call returns
+            return reason
+
+    world = Waiting()
+    try:
+        assert not stop.agreed(world, 1)  # the others were not told
+        assert stop.agreed(world, 2)
+        assert stop._reason == number
+    finally:
+        stop.close()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
