@@ -65,7 +65,7 @@ check: test lint style types docs
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: pyproject.toml setup.py constraints.txt mocov3/data/native/views.c | $(VENV)/bin/python
+$(VENV)/installed: pyproject.toml setup.py constraints.txt mocov3/data/views/native/views.c | $(VENV)/bin/python
 	$(PIP) --editable ".[report]"
 	touch $@
 

@@ -8,8 +8,8 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "mocov3.data.native._views",
-            ["mocov3/data/native/views.c"],
+            "mocov3.data.views.native._views",
+            ["mocov3/data/views/native/views.c"],
             # no contraction: the same pixels on every processor; no trapping or errno: loops become vector instructions
             extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],
             optional=True,

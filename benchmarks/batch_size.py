@@ -29,13 +29,14 @@ from torch import Tensor
 from mocov3 import models, schedules
 from mocov3.config.presets import PRESETS
 from mocov3.data import CentreView, FashionMnist, Loader, TwoViews
-from mocov3.data.loader import plan
+from mocov3.data.device.pixels import PixelViews, Views
+from mocov3.data.loading.loader import plan
 from mocov3.distributed import World
-from mocov3.features import extract
-from mocov3.gradients import Views
-from mocov3.neighbours import knn_accuracy
+from mocov3.evaluation.features import extract
+from mocov3.evaluation.neighbours import knn_accuracy
+from mocov3.models.precision import Precision
 from mocov3.optim import build_optimizer
-from mocov3.step import PixelViews, Precision, Step
+from mocov3.pretraining.step import Step
 
 MICRO = 64
 RUNS = [("small batch", 64), ("exact", 256), ("accumulated", 256), ("exact", 1024), ("accumulated", 1024)]

@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from mocov3.cli import parse_pretrain
+from mocov3.config.command_lines import parse_pretrain
 from mocov3.data import CentreView, open_source
 from mocov3.distributed import World
-from mocov3.features import extract
+from mocov3.evaluation.features import extract
+from mocov3.evaluation.neighbours import knn_accuracy
 from mocov3.models import backbones
-from mocov3.neighbours import knn_accuracy
-from mocov3.pretrain import Job
-from mocov3.run import Run
+from mocov3.pretraining.inputs import Job
+from mocov3.pretraining.loop import Run
 
 NETWORK = {"embed_dim": 64, "depth": 4, "num_heads": 2}
 FLAGS = [

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
-from mocov3 import checkpoint, models, tensorfiles
-from mocov3.checkpoint import Position
+from mocov3 import models
 from mocov3.distributed import World
+from mocov3.models.precision import Precision
 from mocov3.optim import build_optimizer
-from mocov3.step import Precision, Step
-from mocov3.writer import Writer
+from mocov3.pretraining.step import Step
+from mocov3.weights import checkpoint, tensorfiles
+from mocov3.weights.checkpoint import Position
+from mocov3.weights.writer import Writer
 
 
 def main() -> None:

@@ -30,9 +30,9 @@ from PIL import Image
 
 from benchmarks import peers, pictures
 from mocov3.data import Loader, TwoViews, open_source
-from mocov3.data import native as kernel
-from mocov3.data.decode import Picture, decode
-from mocov3.data.loader import plan
+from mocov3.data.loading.loader import plan
+from mocov3.data.views import native as kernel
+from mocov3.data.views.decode import Picture, decode
 
 MARKS = "<!-- bench-data -->", "<!-- /bench-data -->"
 CROP_MIN = 0.08

@@ -22,10 +22,10 @@ from PIL import Image
 
 from mocov3.config import EmbedConfig
 from mocov3.distributed import World
-from mocov3.embed import embed as run_embed
-from mocov3.frozen import open_frozen
-from mocov3.heads import Heads, HeadSpec
-from mocov3.neighbours import nearest
+from mocov3.evaluation.embed import embed as run_embed
+from mocov3.evaluation.frozen import open_frozen
+from mocov3.evaluation.linear.heads import Heads, HeadSpec
+from mocov3.evaluation.neighbours import nearest
 
 HERE = World(0, 1, torch.device("cpu"))
 

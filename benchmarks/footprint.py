@@ -36,9 +36,11 @@ def measured(arch: str, side: int, batch: int, micro_batch: int, optimizer: str)
     import torch
 
     from mocov3 import models
+    from mocov3.data.device.pixels import PixelViews
     from mocov3.distributed import World
+    from mocov3.models.precision import Precision
     from mocov3.optim import build_optimizer
-    from mocov3.step import PixelViews, Precision, Step
+    from mocov3.pretraining.step import Step
 
     torch.set_num_threads(1)
     device = torch.device("cpu")
@@ -67,7 +69,7 @@ def _resident() -> int:
 def counted(arch: str, side: int, batch: int, micro_batch: int, optimizer: str) -> float:
     """The same, counted."""
     from mocov3 import models
-    from mocov3.footprint import footprint
+    from mocov3.pretraining.footprint import footprint
 
     return footprint(lambda: models.build(arch, image_size=side), side, optimizer=optimizer).peak(batch, micro_batch)
 

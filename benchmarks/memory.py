@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import pictures
 from mocov3.data import Loader, TwoViews, open_source
-from mocov3.data.loader import plan
+from mocov3.data.loading.loader import plan
 
 GROWTH = 1.05
 

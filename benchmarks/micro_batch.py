@@ -33,9 +33,11 @@ def measure(arch: str, side: int, batch: int, micro_batch: int) -> dict[str, flo
     import torch
 
     from mocov3 import models
+    from mocov3.data.device.pixels import PixelViews
     from mocov3.distributed import World
+    from mocov3.models.precision import Precision
     from mocov3.optim import build_optimizer
-    from mocov3.step import PixelViews, Precision, Step
+    from mocov3.pretraining.step import Step
 
     torch.set_num_threads(1)
     device = torch.device("cpu")

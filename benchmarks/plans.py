@@ -7,7 +7,7 @@ Photographs of 500×375 px, no limit of time (epochs are then cut to the time th
 
 from typing import Any
 
-from mocov3.auto import GIB, Machine, Pictures, memory_of, plan
+from mocov3.planning.auto import GIB, Machine, Pictures, memory_of, plan
 
 _COUNTS = {"50": 50, "500": 500, "5 k": 5_000, "50 k": 50_000, "1.3 M": 1_281_167}
 _MACHINES = {

@@ -9,10 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mocov3.assemble import count_memory, count_norms
 from mocov3.config import PretrainConfig
-from mocov3.footprint import KEPT_FREE
-from mocov3.plan import GIB, LIBRARIES, step_seconds, traffic
+from mocov3.planning.plan import GIB, LIBRARIES, step_seconds, traffic
+from mocov3.pretraining.assemble import count_memory, count_norms
+from mocov3.pretraining.footprint import KEPT_FREE
 
 ARCHS = {"resnet50": ("lars", 224, 16), "vit_small": ("adamw", 224, 16), "vit_base": ("adamw", 224, 16),
          "vit_large": ("adamw", 224, 16), "vit_huge": ("adamw", 224, 14)}  # fmt: skip

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from mocov3.data import open_source
-from mocov3.data.index import Chunk, Index
-from mocov3.data.order import Order
-from mocov3.data.sources import Folder
+from mocov3.data.loading.order import Order
+from mocov3.data.sources.index import Chunk, Index
+from mocov3.data.sources.opening import Folder
 
 _PROCESSES = 16
 
@@ -84,8 +84,8 @@ def paths(count: int) -> None:
 
 
 def _read(source: Folder, number: int, results: "multiprocessing.Queue[int]", go: "multiprocessing.Event") -> None:  # type: ignore[valid-type]
-    import mocov3.data.loader
-    import mocov3.data.views  # noqa: F401  (what a loader process loads)
+    import mocov3.data.loading.loader
+    import mocov3.data.views.two_views  # noqa: F401  (what a loader process loads)
 
     # every path is read by some process, as in an epoch
     results.put(sum(len(source.index.path(i)) for i in range(number, len(source), _PROCESSES * 7)))

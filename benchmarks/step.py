@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from mocov3 import models
 from mocov3.distributed import World
 from mocov3.models import MoCo
+from mocov3.models.precision import Precision
 from mocov3.models.products import TokenLinear
 from mocov3.models.small_maps import SmallMapConv2d
 from mocov3.optim import build_optimizer
-from mocov3.step import Precision, Step
+from mocov3.pretraining.step import Step
 
 CASES: dict[str, dict[str, Any]] = {
     "resnet50": {"optimizer": "lars", "temperature": 1.0, "lr": 0.1, "weight_decay": 1e-6},

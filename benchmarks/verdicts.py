@@ -83,9 +83,10 @@ def train(name: str, data: Path, out: Path, more: Sequence[str]) -> None:
     """Train one run in this process."""
     from torch import nn
 
-    from mocov3 import assemble, models
-    from mocov3.commands import parse_pretrain
-    from mocov3.pretrain import main
+    from mocov3 import models
+    from mocov3.config.command_lines import parse_pretrain
+    from mocov3.pretraining import assemble
+    from mocov3.pretraining.task import main
 
     flags = RUNS[name][1]
     build: Any = models.build

@@ -5,14 +5,17 @@
 
 from typing import Any
 
+from mocov3.moved import install
 from mocov3.version import __version__
 
 __all__ = ["__version__", "load_backbone"]
 
+install()
+
 
 def __getattr__(name: str) -> Any:
     if name == "load_backbone":
-        from mocov3.convert import load_backbone
+        from mocov3.weights.convert import load_backbone
 
         return load_backbone
     raise AttributeError(f"module 'mocov3' has no attribute {name!r}")

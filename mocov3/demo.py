@@ -16,8 +16,8 @@ import numpy as np
 
 from mocov3.config import PretrainConfig
 from mocov3.config.fields import Parser
+from mocov3.config.recipes import RECIPES
 from mocov3.errors import UserError
-from mocov3.recipes import RECIPES
 
 RECIPE = "fashion_mnist"
 LABELS_PER_CLASS, LABEL_DRAWS = 10, 20
@@ -44,9 +44,9 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-demo")
     began = time.monotonic()
     print(f"Pre-training on 8,000 pictures without labels, then comparing features; files in {folder}", flush=True)
-    from mocov3.cli import parse_pretrain
+    from mocov3.config.command_lines import parse_pretrain
     from mocov3.data import FashionMnist
-    from mocov3.pretrain import main as pretrain
+    from mocov3.pretraining.task import main as pretrain
 
     flags = ["fashion-mnist", "--recipe", RECIPE, "--output-dir", str(folder), "--seed", str(args.seed), "-p", "20"]
     if args.epochs:
@@ -97,9 +97,9 @@ def _parse(argv: Sequence[str]) -> Any:
 
 def _epochs_in_time(config: PretrainConfig) -> int:
     """The recipe's epochs, or as many as 8 minutes hold on this machine; a run that goes on keeps its own."""
-    from mocov3.choose import saved_fields
     from mocov3.data import FashionMnist
-    from mocov3.speed import epoch_seconds
+    from mocov3.planning.choose import saved_fields
+    from mocov3.planning.speed import epoch_seconds
 
     if saved := saved_fields(dataclasses.asdict(config)):
         return int(saved.get("epochs", config.epochs))
@@ -116,10 +116,10 @@ def compare(bank: Any, test: Any, folder: Path, config: Any) -> tuple[Rows, dict
     """Accuracies of all features, and the nearest bank pictures of the sheet's queries by network."""
     import torch
 
-    from mocov3 import checkpoint, convert
-    from mocov3.assemble import build_model
     from mocov3.distributed import World
-    from mocov3.features import extract
+    from mocov3.evaluation.features import extract
+    from mocov3.pretraining.assemble import build_model
+    from mocov3.weights import checkpoint, convert
 
     world = World(0, 1, torch.device("cpu"))
     moved = move(test.images, _MOVE_SEED)
@@ -214,7 +214,7 @@ def few_labels(bank: Any, labels: Any, queries: Any, answers: Any) -> float:
     """Accuracy in % of the nearest centroid with ten labelled bank pictures a class, over twenty draws."""
     import torch
 
-    from mocov3.neighbours import centroid_predict
+    from mocov3.evaluation.neighbours import centroid_predict
 
     centre, y = bank.mean(0), labels.numpy()
     hits = 0
@@ -229,7 +229,7 @@ def few_labels(bank: Any, labels: Any, queries: Any, answers: Any) -> float:
 
 
 def _knn(*args: Any) -> float:
-    from mocov3.neighbours import knn_accuracy
+    from mocov3.evaluation.neighbours import knn_accuracy
 
     return knn_accuracy(*args)
 

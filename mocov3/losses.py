@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mocov3.precision import at_least_float32
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """What a network gave, in float32, or in float64 where the network computes in that."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def logits(

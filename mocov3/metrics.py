@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 SCHEMA_VERSION = 1
 QUALITY = "quality.jsonl"
-"""Judgements without labels of a run, by epoch (``mocov3.watch``)."""
+"""Judgements without labels of a run, by epoch (``mocov3.pretraining.label_free_evaluation``)."""
 
 
 @dataclass

@@ -18,13 +18,13 @@ from PIL import Image
 
 from mocov3.config.fields import Parser
 from mocov3.data import Source, open_source
-from mocov3.data.decode import DecodeError, Picture
-from mocov3.data.loader import usable_cores
-from mocov3.data.scan import EXTENSIONS
-from mocov3.data.shards import CLASSES_FILE
-from mocov3.data.splits import parts_of
+from mocov3.data.loading.loader import usable_cores
+from mocov3.data.sources.archives import CLASSES_FILE
+from mocov3.data.sources.scan import EXTENSIONS
+from mocov3.data.sources.splits import parts_of
+from mocov3.data.views.decode import DecodeError, Picture
 from mocov3.errors import UserError, printable
-from mocov3.log import warn, warn_left_out
+from mocov3.output.log import warn, warn_left_out
 
 _LISTED = 10  # unreadable pictures named one by one
 _AHEAD = 8  # pictures a thread that are prepared ahead

@@ -22,7 +22,7 @@ from goldens import GOLDEN, fill, fill_model, golden, moco_images  # noqa: F401 
 from PIL import Image
 from trials import passed
 
-from mocov3.data import native
+from mocov3.data.views import native
 
 ROOT = Path(__file__).parent.parent
 

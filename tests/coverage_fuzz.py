@@ -13,9 +13,9 @@ except ImportError:
 
 with atheris.instrument_imports(include=["mocov3", "PIL", "zipfile", "pickletools"]):
     from mocov3.data import TwoViews
-    from mocov3.data.decode import DecodeError
+    from mocov3.data.views.decode import DecodeError
     from mocov3.errors import UserError
-    from mocov3.vetting import vet
+    from mocov3.weights.vetting import vet
 
 FILE = Path(tempfile.mkdtemp()) / "file"
 VIEWS = TwoViews(16)

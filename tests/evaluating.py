@@ -5,8 +5,9 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import torch
 
-from mocov3 import checkpoint, models
+from mocov3 import models
 from mocov3.cli import main
+from mocov3.weights import checkpoint
 
 ARCH = "resnet10_w32"
 

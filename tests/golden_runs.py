@@ -20,19 +20,23 @@ import torch
 from goldens import GOLDEN, Deviations, fill, fill_model, golden, moco_images
 from torch import nn
 
-from mocov3 import features, linear, linear_scores, models, schedules
+from mocov3 import models, schedules
 from mocov3.config import FinetuneConfig, LinclsConfig
 from mocov3.data import Batch, Work
-from mocov3.data.transfer import Pair
+from mocov3.data.sources.transfer import Pair
 from mocov3.distributed import World
-from mocov3.finetune import Job as FinetuneJob
-from mocov3.lincls import Job as LinclsJob
+from mocov3.evaluation import features
+from mocov3.evaluation.linear import loop as linear
+from mocov3.evaluation.linear import scores
+from mocov3.evaluation.linear.inputs import Job as LinclsJob
+from mocov3.finetuning import loop, setup
+from mocov3.finetuning.evaluate import evaluate
+from mocov3.finetuning.inputs import Job as FinetuneJob
 from mocov3.models import products
 from mocov3.models.backbones import build_backbone
+from mocov3.models.precision import Precision
 from mocov3.optim import build_optimizer
-from mocov3.step import Precision, Step
-from mocov3.tuning import loop, setup
-from mocov3.tuning.evaluate import evaluate
+from mocov3.pretraining.step import Step
 
 C = golden("c_step.json")["cases"]
 D = golden("d_traj.json")["recipes"]
@@ -363,7 +367,7 @@ LINEAR32 = {"lr": 1e-14, "loss": 2e-5, "weights": 1e-5, "momentum": 1e-4, "valid
 
 
 def linear_evaluation(name, dtype, epochs=0):
-    """A case of L through ``mocov3.linear.train``, as ``main_lincls.py`` runs it, and the accuracy it prints.
+    """A case of L through ``mocov3.evaluation.linear.loop``, as ``main_lincls.py`` runs it, and the accuracy it prints.
 
     Args:
         name: of the case.
@@ -412,7 +416,7 @@ def linear_evaluation(name, dtype, epochs=0):
         for place, attribute, value in (
             (linear, "Evaluation", Watched), (linear, "open_labelled", lambda _: (train, val)), (linear, "Loader", Fed),
             (linear, "normalise", _as_it_is), (features, "Loader", Fed), (features, "normalise", _as_it_is),
-            (linear_scores, "grid", lambda *_: np.split(np.arange(len(val)), val.starts[1:-1])),
+            (scores, "grid", lambda *_: np.split(np.arange(len(val)), val.starts[1:-1])),
         ):  # fmt: skip
             stack.enter_context(patch.object(place, attribute, value))
         pretrained = Path(folder) / "pretrained.pth.tar"
@@ -494,7 +498,7 @@ TUNING32 = {"lr": 1e-14, "loss": 1e-5, "weights": 1e-5, "average": 5e-5}
 
 
 def fine_tuning(name, dtype):
-    """A case of M through ``mocov3.tuning.loop.tune``, as ``transfer/main.py`` runs it, with the recorded mixes."""
+    """A case of M through ``mocov3.finetuning.loop.tune``, as ``transfer/main.py`` runs it, with the recorded mixes."""
     c, exact = M[name]["config"], M[name]["float64"]
     got = Deviations(f"M {name} {dtype}", TUNING64 if dtype == "float64" else TUNING32)
     steps = c["iters_per_epoch"] * c["epochs"]

@@ -4,10 +4,11 @@ import sys
 
 import torch
 
-from mocov3.cli import guarded, parse_pretrain
+from mocov3.cli import guarded
+from mocov3.config.command_lines import parse_pretrain
 from mocov3.distributed import launch
-from mocov3.pretrain import Job, check
-from mocov3.run import train
+from mocov3.pretraining.inputs import Job, check
+from mocov3.pretraining.loop import train
 
 
 def train64(world, job):

@@ -45,8 +45,9 @@ def few_steps(world, payload):
     """Four steps of a model (two in float32) on this rank's part of fixed batches; rank 0 saves what came of it."""
     from mocov3 import models
     from mocov3.distributed.sharding import shares, whole
-    from mocov3.sharded import shard_model, sharded_optimizer
-    from mocov3.step import Precision, Step
+    from mocov3.models.precision import Precision
+    from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
+    from mocov3.pretraining.step import Step
 
     arch, dims, optimizer, dtype, lr, mode, path = payload
     torch.manual_seed(3)
@@ -93,8 +94,9 @@ def each(world, payloads):
 def bad_on_one_rank(world, _):
     """A NaN in one rank's pictures: no rank's weights move, and all count the step."""
     from mocov3 import models
+    from mocov3.models.precision import Precision
     from mocov3.optim import build_optimizer
-    from mocov3.step import Precision, Step
+    from mocov3.pretraining.step import Step
 
     torch.manual_seed(3)
     model = synchronise_batch_norm(models.build("resnet10_w32", dim=8, mlp_dim=16)).train()
@@ -116,7 +118,7 @@ def bad_on_one_rank(world, _):
 
 def heads(world, path):
     """Ten steps of heads in float64 on this rank's uneven parts, one batch smaller than the ranks; rank 0 saves."""
-    from mocov3.heads import Heads, HeadSpec
+    from mocov3.evaluation.linear.heads import Heads, HeadSpec
 
     specs = [HeadSpec(kind, lr, 1e-3) for kind in ("linear", "bn-linear") for lr in (0.1, 1.0)]
     made = Heads(specs, width=6, classes=3, seed=1, momentum=0.9, world=world, dtype=torch.float64)
@@ -134,8 +136,8 @@ def heads(world, path):
 
 def differing(world, _):
     """Ranks of another flag, other pictures, or the same but for what may differ."""
-    from mocov3.agreement import check_agreement
     from mocov3.config import PretrainConfig
+    from mocov3.distributed.agreement import check_agreement
     from mocov3.errors import UserError
 
     second = world.rank == 1

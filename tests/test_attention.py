@@ -10,16 +10,18 @@ import timm
 import torch
 from test_cli import refused
 
-from mocov3 import attention, checkpoint, convert, frozen, judge, load_backbone, models, start
+from mocov3 import load_backbone, models
 from mocov3.cli import main
 from mocov3.config import PretrainConfig, read_yaml
 from mocov3.config.archs import CONV_VITS, HEADS, VITS, WIDTHS, check_heads
-from mocov3.convert import build_from, find_backbone, load_into
 from mocov3.errors import UserError
-from mocov3.inspect import describe
+from mocov3.evaluation import frozen, network_scores
 from mocov3.models import backbones, build_backbone
 from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
-from mocov3.tensorfiles import read
+from mocov3.weights import attention_heads, checkpoint, convert, start
+from mocov3.weights.convert import build_from, find_backbone, load_into
+from mocov3.weights.inspect import describe
+from mocov3.weights.tensorfiles import read
 
 SIZE = 32
 ASKED = "without a word on its attention heads; give --heads 12 (MoCo v3's) or --heads 6 (DeiT's, DINO's, timm's)"
@@ -130,7 +132,7 @@ def test_what_tells(case):
         find_backbone(contents, "file", heads=8)
     if arch == "vit_small":
         encoder, settings = build_from(contents, "file", arch=arch, image_size=SIZE)
-        assert (attention.heads_of(encoder), settings["num_heads"]) == (heads, heads)
+        assert (attention_heads.heads_of(encoder), settings["num_heads"]) == (heads, heads)
         with pytest.raises(UserError, match="the same shapes, other features"):
             load_into(build_backbone(arch, image_size=SIZE, num_heads=8), weights, "file")
 
@@ -146,7 +148,7 @@ def test_what_does_not_tell(case):
         load_into(mocos(), find_backbone(contents, "file"), "file")
     for heads in (12, 6, 3):
         encoder, _ = build_from(contents, "file", arch="vit_small", image_size=SIZE, heads=heads)
-        assert attention.heads_of(encoder) == heads
+        assert attention_heads.heads_of(encoder) == heads
 
 
 @pytest.mark.parametrize("heads", ["6", 6.0, True, 0, -6, 5, 768, [6]])
@@ -178,7 +180,7 @@ def test_the_tables_of_archs_are_those_built():
         kin = arch.replace("conv_", "") + ("_patch14_224" if arch == "vit_huge" else "_patch16_224")
         with models.shapes_only():
             other = timm.create_model(kin, depth=1).blocks[0].attn.num_heads
-        assert other == attention.OTHERS_HEADS.get(WIDTHS[arch], HEADS[WIDTHS[arch]]), kin
+        assert other == attention_heads.OTHERS_HEADS.get(WIDTHS[arch], HEADS[WIDTHS[arch]]), kin
 
 
 def test_other_tables_are_not_ours():
@@ -199,7 +201,7 @@ def test_networks_whose_heads_all_agree_on_are_not_asked_for(tmp_path):
     torch.save(bare(network), file)
     with torch.no_grad():
         assert torch.allclose(load_backbone(file, arch="vit_tiny", image_size=SIZE)(x), network(x), atol=1e-5)
-    assert attention.heads_of(load_backbone(file, arch="vit_tiny", image_size=SIZE, heads=6)) == 6
+    assert attention_heads.heads_of(load_backbone(file, arch="vit_tiny", image_size=SIZE, heads=6)) == 6
     assert "likely: 2, 3, 4, 6" in refused("embed", "--model", file, "-a", "vit_tiny", "--heads", "5", "-o", "x.npy")
 
 
@@ -252,7 +254,7 @@ def loaded(monkeypatch):
     for module in (convert, frozen, start):
         monkeypatch.setattr(module, "load_into", spy)
     # what compare would judge by at 224 px
-    monkeypatch.setattr(judge, "features_of_views", lambda _, source, *a, **k: torch.randn(len(source), 4, 8))
+    monkeypatch.setattr(network_scores, "features_of_views", lambda _, source, *a, **k: torch.randn(len(source), 4, 8))
     return found
 
 
@@ -338,7 +340,7 @@ def test_its_files_need_no_word(run, pictures, tmp_path, loaded):
     folder, _ = run
     file, out = newest(folder), tmp_path
     encoder = load_backbone(file)
-    assert attention.heads_of(encoder) == attention.heads_of(load_backbone(file, momentum=True)) == 6
+    assert attention_heads.heads_of(encoder) == attention_heads.heads_of(load_backbone(file, momentum=True)) == 6
     x = images(SIZE)
     with torch.no_grad():
         expected = encoder(x)
@@ -385,7 +387,7 @@ def test_the_average_of_tuned_weights_knows(tmp_path):
     own_entry = {"config": {"heads": 6}, "task": "finetune"}
     file = tmp_path / "tuned.pth"
     torch.save({"model": bare(theirs()), "model_ema": bare(theirs()), "arch": "vit_small", "mocov3": own_entry}, file)
-    assert attention.heads_of(load_backbone(file, momentum=True, image_size=SIZE)) == 6
+    assert attention_heads.heads_of(load_backbone(file, momentum=True, image_size=SIZE)) == 6
     with pytest.raises(UserError, match="not 12"):
         load_backbone(file, momentum=True, image_size=SIZE, heads=12)
 
@@ -422,7 +424,7 @@ def test_a_new_network_of_other_heads(pictures, tmp_path):
         assert find_backbone(checkpoint.read(path), path).heads == (6, "as the file says")
     model = frozen.open_frozen("vit_small", flag="--model", heads=6, image_size=SIZE)
     assert (model.heads, model.about) == (6, "vit_small, untrained (seed 0), 6 attention heads")
-    assert attention.heads_of(load_backbone("vit_small", heads=3, image_size=SIZE)) == 3
+    assert attention_heads.heads_of(load_backbone("vit_small", heads=3, image_size=SIZE)) == 3
     with pytest.raises(UserError, match="likely"):
         load_backbone("vit_small", heads=5)
 

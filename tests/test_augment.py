@@ -8,14 +8,14 @@ import torch
 from conftest import GOLDEN, TINY
 from PIL import Image, ImageFilter
 
-from mocov3 import augment
 from mocov3.cli import main
 from mocov3.config import PRESETS
 from mocov3.data import Loader, TwoViews, open_source
-from mocov3.data.draws import PARAMETERS, Draw, colour_parameters, draw
-from mocov3.data.loader import plan
-from mocov3.data.operations import apply_draw
-from mocov3.step import PixelViews
+from mocov3.data.device import colours
+from mocov3.data.device.pixels import PixelViews
+from mocov3.data.loading.loader import plan
+from mocov3.data.views.draws import PARAMETERS, Draw, colour_parameters, draw
+from mocov3.data.views.operations import apply_draw
 
 CHINA = np.asarray(Image.open(GOLDEN / "images" / "china.jpg").convert("RGB"))
 
@@ -23,7 +23,7 @@ CHINA = np.asarray(Image.open(GOLDEN / "images" / "china.jpg").convert("RGB"))
 def on_device(pixels, choices):
     x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
     parameters = np.array([colour_parameters(c) for c in choices], np.float32)
-    return augment.apply(x, parameters).permute(0, 2, 3, 1).numpy()
+    return colours.apply(x, parameters).permute(0, 2, 3, 1).numpy()
 
 
 def differences(pixels, choices, size):
@@ -65,7 +65,7 @@ def test_nothing_to_do_changes_nothing():
 
 @pytest.mark.parametrize("sigma", [0.1, 0.9, 1.5, 2.0, 6.0])
 def test_blur_kernel(sigma):
-    kernel = augment.box_blur_kernel(sigma)
+    kernel = colours.box_blur_kernel(sigma)
     places = np.arange(len(kernel)) - len(kernel) // 2
     assert abs(kernel.sum() - 1) < 1e-12
     assert abs((kernel * places**2).sum() - sigma**2) < 1e-9  # box blurs of exactly this variance together
@@ -115,7 +115,7 @@ def test_loader_hands_over_what_is_left(pictures, workers):
         assert parameters.shape == (2, 17, PARAMETERS)
         for view in range(2):
             x = torch.from_numpy(crops[view]).permute(0, 3, 1, 2)
-            got = augment.apply(x, parameters[view]).permute(0, 2, 3, 1).numpy()
+            got = colours.apply(x, parameters[view]).permute(0, 2, 3, 1).numpy()
             assert np.abs(got - want[view]).mean((1, 2, 3)).max() <= 2
         assert not np.array_equal(crops, want)
 

@@ -14,25 +14,27 @@ from conftest import TINY
 from PIL import Image
 from test_cli import refused
 
-from mocov3 import checkpoint, load_backbone, models, schedules, speed
-from mocov3.assemble import build_model
-from mocov3.auto import GIB, Machine, Pictures, memory_of, parse_budget, plan
-from mocov3.choose import propose_settings
+from mocov3 import load_backbone, models, schedules
 from mocov3.cli import main
-from mocov3.commands import read_pretrain
 from mocov3.config import PretrainConfig, read_yaml
 from mocov3.config.archs import BUILT_IN_ARCHS
-from mocov3.convert import BackboneWeights, load_into
-from mocov3.data.order import Order
-from mocov3.data.survey import Survey, alikeness, near_pairs, propose, uprightness
+from mocov3.config.command_lines import read_pretrain
+from mocov3.config.recipes import RECIPES
+from mocov3.data.loading.order import Order
+from mocov3.data.sources.survey import Survey, alikeness, near_pairs, propose, uprightness
 from mocov3.distributed import World
 from mocov3.errors import UserError
-from mocov3.groups import block_numbers, freeze_until, parameter_groups, scale_backbone
 from mocov3.models import build_backbone, sincos_position_embedding
 from mocov3.optim import build_optimizer, set_learning_rate
-from mocov3.origin import origin_of
-from mocov3.recipes import RECIPES
-from mocov3.start import arch_of, guess_arch, load_start
+from mocov3.planning import speed
+from mocov3.planning.auto import GIB, Machine, Pictures, memory_of, parse_budget, plan
+from mocov3.planning.choose import propose_settings
+from mocov3.pretraining.assemble import build_model
+from mocov3.pretraining.groups import block_numbers, freeze_until, parameter_groups, scale_backbone
+from mocov3.weights import checkpoint
+from mocov3.weights.convert import BackboneWeights, load_into
+from mocov3.weights.origin import origin_of
+from mocov3.weights.start import arch_of, guess_arch, load_start
 
 MACHINES = {
     "cpu": Machine("cpu", 8 * GIB, 8),

@@ -14,11 +14,11 @@ from mocov3 import load_backbone
 from mocov3.cli import parse_script
 from mocov3.config.presets import PRESETS, Reading
 from mocov3.data import CentreView, TwoViews
-from mocov3.data.decode import DecodeError, Picture
-from mocov3.data.draws import draw
+from mocov3.data.views.decode import DecodeError, Picture
+from mocov3.data.views.draws import draw
 from mocov3.errors import UserError
 from mocov3.models import build_backbone
-from mocov3.start import load_start
+from mocov3.weights.start import load_start
 
 RNG = np.random.Generator(np.random.PCG64(5))
 DEEP = RNG.integers(0, 4096, (40, 52), dtype=np.uint16)

@@ -6,15 +6,15 @@ import torch
 from conftest import TINY
 
 from mocov3 import models
-from mocov3.checkpoint import read
 from mocov3.cli import main
 from mocov3.config import PretrainConfig
 from mocov3.config.cheap import Stage, stages
 from mocov3.data import Work
-from mocov3.data.draws import kept_tokens
+from mocov3.data.device.token_strips import cheaper, strips
+from mocov3.data.views.draws import kept_tokens
 from mocov3.models.patches import resized_kernel, sincos_of_places
 from mocov3.models.positions import sincos_position_embedding
-from mocov3.strips import cheaper, strips
+from mocov3.weights.checkpoint import read
 
 VIT = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "dim": 8, "mlp_dim": 16}
 

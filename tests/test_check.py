@@ -12,13 +12,14 @@ from conftest import TINY
 from PIL import Image
 from test_cli import refused
 
-from mocov3 import checkpoint, models
+from mocov3 import models
 from mocov3.cli import main
 from mocov3.config import PretrainConfig, read_yaml
-from mocov3.convert import to_deit
 from mocov3.data import open_source
-from mocov3.data.facts import examine
-from mocov3.data.survey import sample, scattered
+from mocov3.data.sources.facts import examine
+from mocov3.data.sources.survey import sample, scattered
+from mocov3.weights import checkpoint
+from mocov3.weights.convert import to_deit
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import fill_model, golden
 
-from mocov3 import checkpoint, models
-from mocov3.checkpoint import Position
+from mocov3 import models
 from mocov3.errors import UserError
 from mocov3.optim import LARS, build_optimizer
+from mocov3.weights import checkpoint
+from mocov3.weights.checkpoint import Position
 
 
 def tiny(arch="resnet10_w32", optimizer="lars"):

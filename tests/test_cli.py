@@ -16,11 +16,13 @@ import torch
 from conftest import ROOT, TINY
 from PIL import Image
 
-from mocov3 import checkpoint, models
-from mocov3.cli import main, parse_embed, parse_knn, parse_pretrain, parse_script
+from mocov3 import models
+from mocov3.cli import main, parse_script
 from mocov3.config import BUILT_IN_ARCHS, FinetuneConfig, LinclsConfig, PretrainConfig, read_yaml, write_yaml
+from mocov3.config.command_lines import parse_embed, parse_knn, parse_pretrain
+from mocov3.config.recipes import RECIPES
 from mocov3.errors import UserError, printable
-from mocov3.recipes import RECIPES
+from mocov3.weights import checkpoint
 
 COMMANDS = Path(__file__).parent / "data" / "commands.txt"
 

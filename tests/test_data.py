@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mocov3.config import PRESETS, ViewPreset
-from mocov3.data import CentreView, FashionMnist, Loader, TwoViews, Work, embedded, open_source
-from mocov3.data import index as index_module
-from mocov3.data.decode import DecodeError, decode
-from mocov3.data.draws import draw, permutation, replacement
-from mocov3.data.index import Index
-from mocov3.data.loader import Unreadable, plan
-from mocov3.data.sources import scan
+from mocov3.data import CentreView, FashionMnist, Loader, TwoViews, Work, open_source
+from mocov3.data.loading.loader import Unreadable, plan
+from mocov3.data.sources import embedded
+from mocov3.data.sources import index as index_module
+from mocov3.data.sources.index import Index
+from mocov3.data.sources.opening import scan
+from mocov3.data.views.decode import DecodeError, decode
+from mocov3.data.views.draws import draw, permutation, replacement
 from mocov3.errors import UserError
 
 

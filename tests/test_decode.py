@@ -8,7 +8,7 @@ import pytest
 from conftest import GOLDEN
 from PIL import Image, ImageOps
 
-from mocov3.data.decode import DecodeError, Picture, _by_pillow, decode
+from mocov3.data.views.decode import DecodeError, Picture, _by_pillow, decode
 
 RNG = np.random.Generator(np.random.PCG64(0))
 COLOURS = np.asarray(Image.open(GOLDEN / "images" / "china.jpg").convert("RGB"))[100:161, 200:283]

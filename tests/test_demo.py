@@ -2,8 +2,10 @@
 
 import pytest
 
-from mocov3 import demo, pretrain, speed
-from mocov3.recipes import RECIPES
+from mocov3 import demo
+from mocov3.config.recipes import RECIPES
+from mocov3.planning import speed
+from mocov3.pretraining import inputs
 
 EPOCHS = RECIPES[demo.RECIPE].settings["epochs"]
 
@@ -12,7 +14,7 @@ EPOCHS = RECIPES[demo.RECIPE].settings["epochs"]
 def started(monkeypatch):
     """Configurations of the runs that were started, none of which trains."""
     configs = []
-    monkeypatch.setattr(pretrain, "main", lambda config, script_door: configs.append(config) or 7)
+    monkeypatch.setattr(inputs, "main", lambda config, script_door: configs.append(config) or 7)
     return configs
 
 
@@ -46,7 +48,7 @@ def test_a_run_that_goes_on_keeps_its_epochs(started, monkeypatch, tmp_path):
 
 def test_the_speed_is_measured(tmp_path):
     """A real measurement: an epoch of the demo takes seconds, not milliseconds or hours."""
-    from mocov3.cli import parse_pretrain
+    from mocov3.config.command_lines import parse_pretrain
     from mocov3.data import FashionMnist
 
     config = parse_pretrain(["fashion-mnist", "--recipe", demo.RECIPE, "--output-dir", str(tmp_path)], prog="t")

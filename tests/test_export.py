@@ -11,13 +11,15 @@ from conftest import ROOT
 from PIL import Image
 from test_cli import refused
 
-from mocov3 import checkpoint, convert, exporting, foreign, load_backbone, models
+from mocov3 import load_backbone, models
 from mocov3.cli import main
 from mocov3.config.archs import BUILT_IN_ARCHS, is_resnet
 from mocov3.errors import UserError
-from mocov3.export import FORMATS as NAMED
-from mocov3.formats import FORMATS, Unfit
+from mocov3.export import write
+from mocov3.export.formats import FORMATS, Unfit
+from mocov3.export.places import FORMATS as NAMED
 from mocov3.models import backbones, build_backbone, shapes_only
+from mocov3.weights import checkpoint, convert, key_tables
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_tables_account_for_every_key(arch, tmp_path):
     encoder = meta(arch)
     setattr(encoder, encoder.projector_name, torch.nn.Identity())
     state = encoder.state_dict()
-    model = exporting.Exported(
+    model = write.Exported(
         encoder, arch, 224, 16, False, (0.5,) * 3, (0.5,) * 3, 1.0, "f", "0", {}, None, "", "", False
     )
     shapes = lambda s: {k: tuple(v.shape) for k, v in s.items()}
@@ -85,10 +87,10 @@ def test_tables_account_for_every_key(arch, tmp_path):
                 theirs, ours = timm.create_model(name, num_classes=0, **args).state_dict(), state
             elif to == "torchvision":
                 theirs = FORMATS[to].build(model).state_dict()
-                ours = state if is_resnet(arch) else foreign.translate(state, foreign.VIT_TORCHVISION)
+                ours = state if is_resnet(arch) else key_tables.translate(state, key_tables.VIT_TORCHVISION)
             else:
-                rows = foreign.RESNET_TRANSFORMERS if is_resnet(arch) else foreign.VIT_TRANSFORMERS
-                ours = foreign.translate(state, rows)
+                rows = key_tables.RESNET_TRANSFORMERS if is_resnet(arch) else key_tables.VIT_TRANSFORMERS
+                ours = key_tables.translate(state, rows)
                 theirs = _transformers_on_disk(FORMATS[to].config(model), tmp_path)
         assert shapes(ours) == shapes(theirs), to
     wanted = {"resnet10": 3, "vit_conv_small": 1, "vit_conv_base": 1}.get(
@@ -112,7 +114,7 @@ def _transformers_on_disk(config, tmp_path):
 def test_a_table_with_a_gap_is_refused():
     state = {"cls_token": torch.zeros(1), "unknown.weight": torch.zeros(1)}
     with pytest.raises(KeyError, match=r"unknown\.weight: 0 rows"):
-        foreign.translate(state, foreign.VIT_TORCHVISION)
+        key_tables.translate(state, key_tables.VIT_TORCHVISION)
 
 
 def test_timm(checkpoints, tmp_path, x, capsys):
@@ -459,11 +461,11 @@ def test_grey_networks(to, tmp_path):
     checkpoint.write(file, {"arch": "resnet10_w32", "epoch": 1, "state_dict": state, "mocov3": {"config": config}})
     if to == "deit":
         with pytest.raises(UserError, match="takes 1 channel"):
-            exporting.export(file, to, tmp_path / "out")
+            write.export(file, to, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return
     out = tmp_path / "out.safetensors"
-    exporting.export(file, to, out)
+    write.export(file, to, out)
     if to == "safetensors":
         x = torch.rand(2, 1, 32, 32)
         torch.testing.assert_close(load_backbone(out)(x), model.eval().base_encoder.features(x))

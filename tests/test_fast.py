@@ -10,16 +10,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mocov3 import models
-from mocov3.assemble import build_model
 from mocov3.config import PretrainConfig
 from mocov3.data import Batch, Work
+from mocov3.data.device.pixels import normalise
 from mocov3.distributed import World
 from mocov3.errors import UserError
-from mocov3.log import RunLog
 from mocov3.models import MoCo
+from mocov3.models.precision import Precision
 from mocov3.optim import LARS, build_optimizer
-from mocov3.recorder import Counters, Recorder
-from mocov3.step import Precision, Step, normalise
+from mocov3.output.log import RunLog
+from mocov3.pretraining.assemble import build_model
+from mocov3.pretraining.recorder import Counters, Recorder
+from mocov3.pretraining.step import Step
 
 CPU = torch.device("cpu")
 VIT = {"image_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "dim": 8, "mlp_dim": 16}

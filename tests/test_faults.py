@@ -16,14 +16,16 @@ from conftest import TINY
 from killing import Process, assert_same_run, steady
 from trials import record, trials
 
-from mocov3 import checkpoint, models
+from mocov3 import models
 from mocov3.cli import main
 from mocov3.distributed import World, free_loopback_address, launch
-from mocov3.log import LineFile
+from mocov3.distributed.stop import Stop
+from mocov3.models.precision import Precision
 from mocov3.optim import build_optimizer
-from mocov3.step import Precision, SpikeGuard, Step
-from mocov3.stop import Stop
-from mocov3.writer import Writer
+from mocov3.output.log import LineFile
+from mocov3.pretraining.step import SpikeGuard, Step
+from mocov3.weights import checkpoint
+from mocov3.weights.writer import Writer
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits and signals")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux: prlimit and /proc")

@@ -17,14 +17,17 @@ from killing import Process, assert_same_run, kill_until_done
 from test_cli import COMMANDS, commands, refused
 from test_transfer_sets import write_cifar, write_flowers, write_pets
 
-from mocov3 import checkpoint, convert, exporting, load_backbone, models
-from mocov3.cli import main, parse_finetune, parse_script
+from mocov3 import load_backbone, models
+from mocov3.cli import main, parse_script
 from mocov3.config import FinetuneConfig
+from mocov3.config.command_lines import parse_finetune
+from mocov3.config.recipes import FINETUNE_RECIPES
 from mocov3.distributed import World, free_loopback_address
 from mocov3.errors import UserError
-from mocov3.frozen import open_frozen
-from mocov3.recipes import FINETUNE_RECIPES
-from mocov3.tuning.files import find_start
+from mocov3.evaluation.frozen import open_frozen
+from mocov3.export import write
+from mocov3.finetuning.files import find_start
+from mocov3.weights import checkpoint, convert
 
 SMALL = ["-a", "resnet10_w32", "--image-size", "32", "-b", "8", "--epochs", "2", "--warmup-epochs", "1", "-j", "0",
          "-p", "1", "--device", "cpu", "--seed", "3"]  # fmt: skip
@@ -336,14 +339,14 @@ def test_normalisation_is_that_of_the_weights(tmp_path, pretrained):
     for flags, expected in (([], "0.3,0.4"), (["--view-preset", "photos"], ""), (["--mean-std", "0.5,0.2"], "0.5,0.2")):
         config = parse_finetune(["--finetune", str(file), *flags], prog="mocov3 finetune")
         assert find_start(config, world).config.mean_std == expected
-    for preset in (open_frozen(str(file), flag="--model").preset, exporting.load(file)):
+    for preset in (open_frozen(str(file), flag="--model").preset, write.load(file)):
         assert (preset.mean, preset.std) == ((0.3,) * 3, (0.4,) * 3)
     config = parse_finetune(["--finetune", str(file), "--mean-std", "auto"], prog="mocov3 finetune")
     with pytest.raises(UserError, match="measured in pre-training"):
         config.check()
     contents["mocov3"]["config"]["mean_std"] = "much"
     torch.save(contents, file)
-    for load in (exporting.load, lambda f: open_frozen(str(f), flag="--model")):
+    for load in (write.load, lambda f: open_frozen(str(f), flag="--model")):
         with pytest.raises(UserError, match="damaged"):
             load(file)
 

@@ -23,12 +23,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from trials import record, trials
 
-from mocov3 import checkpoint, models
-from mocov3.cli import main, parse_pretrain
+from mocov3 import models
+from mocov3.cli import main
 from mocov3.config import PretrainConfig, read_yaml
+from mocov3.config.command_lines import parse_pretrain
 from mocov3.data import CentreView, TwoViews
-from mocov3.data.decode import DecodeError
+from mocov3.data.views.decode import DecodeError
 from mocov3.errors import UserError
+from mocov3.weights import checkpoint
 
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 

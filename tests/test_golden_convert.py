@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import GOLDEN, fill, fill_model, golden
 
-from mocov3 import checkpoint, convert, models
+from mocov3 import models
 from mocov3.cli import main
 from mocov3.config import LinclsConfig
+from mocov3.weights import checkpoint, convert
 
 G = golden("g_convert.json")
 TABLE = np.load(GOLDEN / "b_pos_embed.npz")["vit_small_224"]

@@ -10,8 +10,8 @@ from goldens import RUNS
 from mocov3 import models, schedules
 from mocov3.cli import parse_script
 from mocov3.config import LinclsConfig, PretrainConfig
+from mocov3.config.recipes import RECIPES
 from mocov3.optim import LARS, build_optimizer
-from mocov3.recipes import RECIPES
 
 F = golden("f_sched.json")
 

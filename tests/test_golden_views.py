@@ -11,8 +11,8 @@ from PIL import Image
 
 from mocov3.config.presets import IMAGENET_MEAN, IMAGENET_STD, PRESETS
 from mocov3.data import TwoViews
-from mocov3.data.draws import Draw, draw
-from mocov3.data.operations import apply_draw
+from mocov3.data.views.draws import Draw, draw
+from mocov3.data.views.operations import apply_draw
 
 TRACES = golden("h_traces.json")["traces"]
 CELLS = golden("h_aug.json")["pipelines"]

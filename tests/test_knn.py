@@ -11,15 +11,15 @@ from evaluating import ARCH, refused, write_pretrained
 from killing import Process
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from mocov3 import neighbours
 from mocov3.cli import main
 from mocov3.config import EmbedConfig, KnnConfig
-from mocov3.data.sources import scan
-from mocov3.data.views import CentreView
-from mocov3.embeddings import duplicate_groups
-from mocov3.features import grid
-from mocov3.frozen import open_frozen
-from mocov3.neighbours import nearest, recalled, vote
+from mocov3.data.sources.opening import scan
+from mocov3.data.views.two_views import CentreView
+from mocov3.evaluation import neighbours
+from mocov3.evaluation.embeddings import duplicate_groups
+from mocov3.evaluation.features import grid
+from mocov3.evaluation.frozen import open_frozen
+from mocov3.evaluation.neighbours import nearest, recalled, vote
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,10 @@ def test_embedding_goes_on_after_a_kill(pictures, pretrained, tmp_path, capsys):
     for i in range(12):
         shutil.copytree(pictures / "train", data / str(i))
     flags = ["embed", str(data), "--model", str(pretrained), "--device", "cpu", "-j", "0", "-b", "8"]
-    code = "import sys, mocov3.embeddings as e; e._FLUSH_SECONDS = 0; from mocov3.cli import main; sys.exit(main())"
+    code = (
+        "import sys, mocov3.evaluation.embeddings as e; e._FLUSH_SECONDS = 0; "
+        "from mocov3.cli import main; sys.exit(main())"
+    )
     process = Process([sys.executable, "-c", code, *flags, "-o", str(tmp_path / "killed.npy")])
     marks = tmp_path / ".killed.npy.done"
     process.wait_until(lambda: marks.exists() and sum(marks.read_bytes()) >= 3, pause=0.001)

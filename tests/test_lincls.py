@@ -18,15 +18,15 @@ from sklearn.metrics import top_k_accuracy_score
 
 from mocov3 import models
 from mocov3.cli import main
-from mocov3.data.decode import decode
-from mocov3.data.draws import permutation
-from mocov3.data.labelled import CropView, open_labelled, plan_all
-from mocov3.data.sources import scan
-from mocov3.data.views import CentreView
+from mocov3.data.loading.labelled import CropView, open_labelled, plan_all
+from mocov3.data.sources.opening import scan
+from mocov3.data.views.decode import decode
+from mocov3.data.views.draws import permutation
+from mocov3.data.views.two_views import CentreView
 from mocov3.distributed import World, launch
-from mocov3.evaluation_log import HeadResult, best_of, edges, table
-from mocov3.heads import FeatureNorm, Heads, HeadSpec
-from mocov3.logistic import fit
+from mocov3.evaluation.linear.heads import FeatureNorm, Heads, HeadSpec
+from mocov3.evaluation.linear.lbfgs import fit
+from mocov3.evaluation.linear.log import HeadResult, best_of, edges, table
 from mocov3.metrics import correct_at
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -304,9 +304,9 @@ def test_verify(pictures, run, capsys, monkeypatch):
     assert main(["verify", file, val, "--device", "cpu"]) == 0
     assert "no figure" in capsys.readouterr().out
     best = torch.load(file, weights_only=True)["best_acc1"]
-    monkeypatch.setattr("mocov3.linear_scores._IMAGENET", 4)
+    monkeypatch.setattr("mocov3.evaluation.linear.scores._IMAGENET", 4)
     for figure, code, word in ((best + 0.1, 0, "agrees"), (best - 1, 1, "differs: +1.000")):
-        monkeypatch.setattr("mocov3.linear_scores.PUBLISHED", {ARCH: {1: figure}})
+        monkeypatch.setattr("mocov3.evaluation.linear.scores.PUBLISHED", {ARCH: {1: figure}})
         assert main(["verify", file, str(pictures), "--device", "cpu"]) == code
         assert word in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ from conftest import TINY
 from mocov3.cli import main
 from mocov3.config import logger_names
 from mocov3.errors import UserError
-from mocov3.loggers import _OPEN, Loggers, _run_id
+from mocov3.output.loggers import _OPEN, Loggers, _run_id
 
 PICTURE = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
 

@@ -18,9 +18,9 @@ from mocov3.distributed import free_loopback_address, launch
 from mocov3.distributed.meeting import largest_dividing
 from mocov3.distributed.sharding import ON_CPU
 from mocov3.errors import UserError
-from mocov3.footprint import KEPT_FREE, footprint
 from mocov3.models import build, shapes_only
-from mocov3.plan import Traffic, step_seconds, traffic
+from mocov3.planning.plan import Traffic, step_seconds, traffic
+from mocov3.pretraining.footprint import KEPT_FREE, footprint
 
 
 def test_ranks_that_differ_are_refused_by_name():

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mocov3 import losses, models
+from mocov3.data.device.pixels import normalise
 from mocov3.distributed import World, launch, synchronise_batch_norm
 from mocov3.distributed.batch_norm import _SynchronisedNorm
-from mocov3.neighbours import centroid_predict, knn_accuracy, knn_predict
+from mocov3.evaluation.neighbours import centroid_predict, knn_accuracy, knn_predict
+from mocov3.models.precision import Precision, resolve_precision
 from mocov3.optim import build_optimizer
-from mocov3.step import Precision, Step, normalise, resolve_precision
+from mocov3.pretraining.step import Step
 
 CPU = torch.device("cpu")
 

@@ -10,15 +10,16 @@ import torch
 from conftest import TINY
 
 from mocov3 import models
-from mocov3.assemble import check_micro_batch
 from mocov3.cli import main
 from mocov3.config import PretrainConfig
+from mocov3.data.device.pixels import PixelViews, normalise
 from mocov3.distributed import World
 from mocov3.errors import UserError
-from mocov3.gradients import MicroBatches, WholeBatch
+from mocov3.models.precision import Precision
 from mocov3.optim import build_optimizer
-from mocov3.precision import Precision
-from mocov3.step import PixelViews, Step, normalise
+from mocov3.pretraining.assemble import check_micro_batch
+from mocov3.pretraining.gradients import MicroBatches, WholeBatch
+from mocov3.pretraining.step import Step
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)

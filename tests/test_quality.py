@@ -10,13 +10,14 @@ import torch
 from conftest import TINY
 from test_cli import refused
 
-from mocov3 import load_backbone, quality
+from mocov3 import load_backbone
 from mocov3.cli import main
 from mocov3.data import CentreView, open_source
-from mocov3.data.probes import ProbeViews
-from mocov3.intervals import interval, rank_correlation
-from mocov3.judge import leave_one_out
-from mocov3.verdict import judge
+from mocov3.data.views.probes import ProbeViews
+from mocov3.evaluation import quality
+from mocov3.evaluation.intervals import interval, rank_correlation
+from mocov3.evaluation.label_free import judge
+from mocov3.evaluation.network_scores import leave_one_out
 
 
 def gaussian(*shape, seed=0):

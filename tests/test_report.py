@@ -14,13 +14,13 @@ from conftest import ROOT, TINY
 from report_runs import write_long_run
 from sklearn.decomposition import PCA
 
-from mocov3 import quality
 from mocov3.cli import main
-from mocov3.commands import parse_pretrain
+from mocov3.config.command_lines import parse_pretrain
 from mocov3.errors import UserError
-from mocov3.log import RunLog
+from mocov3.evaluation import quality
 from mocov3.models import build_backbone
-from mocov3.pages import Pages
+from mocov3.output.log import RunLog
+from mocov3.pretraining.report_process import Pages
 from mocov3.report import curves, geometry
 from mocov3.report.diagnosis import diagnose
 from mocov3.report.runs import read_run
@@ -294,7 +294,7 @@ def test_charts_hold_the_metrics(trained):
 def test_neighbours_and_map_are_of_the_checkpoint(trained, pictures):
     from mocov3 import load_backbone
     from mocov3.data import CentreView, open_source
-    from mocov3.step import normalise
+    from mocov3.data.device.pixels import normalise
 
     page = (trained / "report.html").read_text()
     found = data_of(page)
@@ -429,7 +429,8 @@ def test_refusals(argv, said, tmp_path, monkeypatch, capsys):
 
 
 def test_without_plotly_a_line_says_so(trained, monkeypatch, capsys):
-    from mocov3 import demo, pretrain
+    from mocov3 import demo
+    from mocov3.pretraining import inputs
     from mocov3.report.page import packed_plotly
 
     packed_plotly.cache_clear()
@@ -438,9 +439,9 @@ def test_without_plotly_a_line_says_so(trained, monkeypatch, capsys):
     assert "pip install 'mocov3[report]'" in capsys.readouterr().err
     demo._write_page(trained)
     assert "pip install 'mocov3[report]'" in capsys.readouterr().out
-    monkeypatch.setattr(pretrain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="report"):
-        pretrain.check(parse_pretrain(["fashion-mnist", *TINY, "--report-every", "1"], prog="t"), script_door=True)
+        inputs.check(parse_pretrain(["fashion-mnist", *TINY, "--report-every", "1"], prog="t"), script_door=True)
     packed_plotly.cache_clear()
 
 

@@ -10,7 +10,7 @@ from conftest import TINY
 from PIL import Image
 from report_runs import until, write_long_run
 
-from mocov3.commands import parse_pretrain
+from mocov3.config.command_lines import parse_pretrain
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -30,7 +30,7 @@ def browser():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The page of a short run of a ViT on 120 labelled pictures, one class named as markup."""
-    from mocov3.pretrain import main
+    from mocov3.pretraining.task import main
     from mocov3.report.command import write_page
     from mocov3.report.runs import read_run
 

@@ -14,9 +14,9 @@ from killing import Process, assert_same_run, kill_until_done
 
 from mocov3 import cli
 from mocov3.data import Loader, TwoViews, open_source
-from mocov3.data import shards as shards_module
-from mocov3.data.loader import plan
-from mocov3.data.shards import expand, open_shards, read_members
+from mocov3.data.loading.loader import plan
+from mocov3.data.sources import archives as shards_module
+from mocov3.data.sources.archives import expand, open_shards, read_members
 from mocov3.errors import UserError
 
 
@@ -69,7 +69,7 @@ def test_packing_is_reproducible_and_splits(pictures, tmp_path, capsys):
         assert cli.main(["pack", str(pictures), *flags]) == 0
     a, b = ((tmp_path / n / "train" / "shard-000000.tar").read_bytes() for n in "ab")
     assert a == b
-    from mocov3.data.decode import Picture
+    from mocov3.data.views.decode import Picture
 
     source = open_source(str(tmp_path / "a"))
     sizes = {min(Picture(source.read(i)).width, Picture(source.read(i)).height) for i in range(len(source))}

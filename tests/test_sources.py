@@ -15,14 +15,14 @@ from test_cli import refused
 from mocov3.cli import parse_script
 from mocov3.config import PRESETS, PretrainConfig, preset_of, read_yaml, write_yaml
 from mocov3.data import TwoViews, open_source
-from mocov3.data import index as index_module
-from mocov3.data.draws import draw, permutation
-from mocov3.data.index import recall
-from mocov3.data.loader import plan
-from mocov3.data.order import Order, group_numbers
-from mocov3.data.sources import Roots, Subset, scan, shares
+from mocov3.data.loading.loader import plan
+from mocov3.data.loading.order import Order, group_numbers
+from mocov3.data.sources import index as index_module
+from mocov3.data.sources.index import recall
+from mocov3.data.sources.opening import Roots, Subset, scan, shares
+from mocov3.data.views.draws import draw, permutation
 from mocov3.errors import UserError
-from mocov3.pretrain import open_pictures
+from mocov3.pretraining.inputs import open_pictures
 
 
 def tree(root, *names):
@@ -75,7 +75,7 @@ def test_the_index_is_remembered_until_the_tree_changes(tmp_path, monkeypatch):
         os.utime(folder, (old, old))
     first = scan(data)
     calls = []
-    monkeypatch.setattr("mocov3.data.scan._list_all", lambda root: calls.append(root))
+    monkeypatch.setattr("mocov3.data.sources.scan._list_all", lambda root: calls.append(root))
     again = scan(data)  # nothing is listed
     assert (names(again), again.classes, again.digest) == (names(first), first.classes, first.digest)
     assert not calls

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocov3 import cli, compare, embed, knn
+from mocov3 import cli
 from mocov3.config import EmbedConfig, PretrainConfig
 from mocov3.data import open_source
-from mocov3.data.labelled import open_evaluated, open_labelled
-from mocov3.data.sources import has_unseen, open_unseen
-from mocov3.data.splits import choose, split_of_file, split_of_folder
-from mocov3.data.transfer import open_pair
+from mocov3.data.loading.labelled import open_evaluated, open_labelled
+from mocov3.data.sources.opening import has_unseen, open_unseen
+from mocov3.data.sources.splits import choose, split_of_file, split_of_folder
+from mocov3.data.sources.transfer import open_pair
 from mocov3.errors import UserError
-from mocov3.pretrain import open_pictures
+from mocov3.evaluation import compare, embed, knn
+from mocov3.pretraining.inputs import open_pictures
 
 
 @pytest.fixture(autouse=True)

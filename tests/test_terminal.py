@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY
 
-from mocov3.terminal import Clock, Terminal, duration, fit
+from mocov3.output.terminal import Clock, Terminal, duration, fit
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
 SGR_COLOUR = re.compile(r"\x1b\[[\d;]*(?:3\d|4\d|9\d)(?:;[\d;]*)?m")
@@ -16,7 +16,7 @@ SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 
 SHOWS = """
 import sys, time
-from mocov3.terminal import Terminal
+from mocov3.output.terminal import Terminal
 terminal = Terminal("bar", epochs=100, iterations=50, done=1000)
 terminal.say("pictures and settings")
 for step in range(1000, 1003):

@@ -13,9 +13,9 @@ from scipy.io import savemat
 from test_cli import refused
 
 from mocov3.data import Loader, Work
-from mocov3.data.decode import decode
-from mocov3.data.labelled import CropView
-from mocov3.data.transfer import Cifar, open_pair
+from mocov3.data.loading.labelled import CropView
+from mocov3.data.sources.transfer import Cifar, open_pair
+from mocov3.data.views.decode import decode
 from mocov3.errors import UserError
 
 

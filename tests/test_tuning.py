@@ -19,14 +19,14 @@ from torch.utils.data import DistributedSampler
 from torchvision.transforms.functional import InterpolationMode, resized_crop
 
 from mocov3.data import FashionMnist
-from mocov3.data.draws import draw, permutation
-from mocov3.data.labelled import _PLAIN, CropView
-from mocov3.data.supervised import TRANSFER_CROP, DeitAugment, Repeated, key, seeded, stratified
+from mocov3.data.loading.labelled import _PLAIN, CropView
+from mocov3.data.loading.supervised import TRANSFER_CROP, DeitAugment, Repeated, key, seeded, stratified
+from mocov3.data.views.draws import draw, permutation
 from mocov3.distributed import World, launch
-from mocov3.step import Precision
-from mocov3.tuning.evaluate import Accuracy, count
-from mocov3.tuning.mixing import Depth, Mixer, erase
-from mocov3.tuning.model import (
+from mocov3.finetuning.batches import group_order, iterations, plan
+from mocov3.finetuning.evaluate import Accuracy, count
+from mocov3.finetuning.mixing import Depth, Mixer, erase
+from mocov3.finetuning.model import (
     build_classifier,
     build_criterion,
     build_optimizer,
@@ -34,8 +34,8 @@ from mocov3.tuning.model import (
     parameter_groups,
     set_epoch,
 )
-from mocov3.tuning.plan import group_order, iterations, plan
-from mocov3.tuning.step import TuneStep
+from mocov3.finetuning.step import TuneStep
+from mocov3.models.precision import Precision
 
 WORLD = World(0, 1, torch.device("cpu"))
 

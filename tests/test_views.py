@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mocov3.config import PRESETS, ViewPreset
-from mocov3.data import TwoViews, native
-from mocov3.data.draws import Draw, draw
-from mocov3.data.operations import apply_draw
+from mocov3.data import TwoViews
+from mocov3.data.views import native
+from mocov3.data.views.draws import Draw, draw
+from mocov3.data.views.operations import apply_draw
 
 CHINA = np.asarray(Image.open(GOLDEN / "images" / "china.jpg").convert("RGB"))
 PLAIN = Draw(0, 0, 224, 224, None, False, None, False, False)
@@ -229,11 +230,13 @@ def test_building(compiler, tmp_path):
     for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "mocov3/version.py"):
         (tmp_path / part).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / part, tmp_path / part)
-    shutil.copytree(ROOT / "mocov3/data/native", tmp_path / "mocov3/data/native", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(
+        ROOT / "mocov3/data/views/native", tmp_path / "mocov3/data/views/native", ignore=shutil.ignore_patterns("*.so")
+    )
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "CC": compiler},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    made = native._load(str(tmp_path / "mocov3/data/native"))
+    made = native._load(str(tmp_path / "mocov3/data/views/native"))
     assert (made is not None) == (compiler == "cc"), done.stderr

@@ -10,11 +10,11 @@ def tune_steps(world, payload):
     import numpy as np
     from timm.utils import ModelEmaV3
 
-    from mocov3.step import Precision
-    from mocov3.tuning.mixing import Depth, Mixer, erase
-    from mocov3.tuning.model import build_classifier, build_criterion, build_optimizer, parameter_groups
-    from mocov3.tuning.plan import plan
-    from mocov3.tuning.step import TuneStep
+    from mocov3.finetuning.batches import plan
+    from mocov3.finetuning.mixing import Depth, Mixer, erase
+    from mocov3.finetuning.model import build_classifier, build_criterion, build_optimizer, parameter_groups
+    from mocov3.finetuning.step import TuneStep
+    from mocov3.models.precision import Precision
 
     accumulate = 2 // world.size
     torch.manual_seed(3)

@@ -11,7 +11,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Reading:
-    """How the samples of a file become the channels of a picture; the rules are in ``mocov3.data.decode``."""
+    """How the samples of a file become the channels of a picture; the rules are in ``mocov3.data.views.decode``."""
 
     channels: int = 3
     """1: grey; 3: RGB; any other number: the file's own samples, which must be as many."""

@@ -1,7 +1,8 @@
 """From files to batches of views. Nothing in this package imports torch, so that loader processes start at once."""
 
-from mocov3.data.loader import Batch, Loader, Work
-from mocov3.data.sources import FashionMnist, Source, open_source
-from mocov3.data.views import CentreView, TwoViews
+from mocov3.data.loading.loader import Batch, Loader, Work
+from mocov3.data.sources.embedded import FashionMnist
+from mocov3.data.sources.opening import Source, open_source
+from mocov3.data.views.two_views import CentreView, TwoViews
 
 __all__ = ["Batch", "CentreView", "FashionMnist", "Loader", "Source", "TwoViews", "Work", "open_source"]

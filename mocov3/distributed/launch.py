@@ -16,7 +16,7 @@ import torch
 from mocov3.distributed.meeting import largest_dividing, stand_by, tell_done
 from mocov3.distributed.world import World, start
 from mocov3.errors import RankLost, UserError
-from mocov3.log import warn
+from mocov3.output.log import warn
 
 Task = Callable[["World", Any], int]
 """What ``launch`` runs on every rank: (world, payload) → exit code."""

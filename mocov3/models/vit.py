@@ -91,7 +91,7 @@ class VisionTransformer(TimmVisionTransformer):
                 nn.init.zeros_(projection.bias)
 
     def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
-        """The cls token after the last norm, of pictures or of strips (``mocov3.strips``)."""
+        """The cls token after the last norm, of pictures or of strips (``mocov3.data.device.token_strips``)."""
         if self._is_strip(x):
             tokens = self._tokens_of_strip(x)
         else:

@@ -13,28 +13,29 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mocov3 import checkpoint, quality
-from mocov3.assemble import build_model
 from mocov3.config import PretrainConfig
 from mocov3.config.presets import Reading
 from mocov3.data import Source, open_source
-from mocov3.data.decode import DecodeError, Picture
-from mocov3.data.sources import Subset, has_unseen
-from mocov3.data.survey import scattered
+from mocov3.data.device.pixels import normalise
+from mocov3.data.sources.opening import Subset, has_unseen
+from mocov3.data.sources.survey import scattered
+from mocov3.data.views.decode import DecodeError, Picture
 from mocov3.distributed import World
 from mocov3.distributed.launch import pick_device
 from mocov3.errors import UserError
-from mocov3.features import stream
-from mocov3.frozen import Frozen, open_frozen
-from mocov3.neighbours import TEMPERATURE, K, nearest, vote
-from mocov3.origin import origin_of
-from mocov3.pretrain import open_pictures
+from mocov3.evaluation import quality
+from mocov3.evaluation.features import stream
+from mocov3.evaluation.frozen import Frozen, open_frozen
+from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
+from mocov3.output.sheet import shown
+from mocov3.pretraining.assemble import build_model
+from mocov3.pretraining.inputs import open_pictures
+from mocov3.pretraining.label_free_evaluation import BEST
 from mocov3.report.geometry import cls_attention, flat_map, spectrum
 from mocov3.report.images import THUMB, encoded, heated, sprite, thumbnail
 from mocov3.report.runs import Run
-from mocov3.sheet import shown
-from mocov3.step import normalise
-from mocov3.watch import BEST
+from mocov3.weights import checkpoint
+from mocov3.weights.origin import origin_of
 
 _MOST_REMARKS = 10
 SECONDS = 60.0

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from mocov3.config import PretrainConfig
+from mocov3.config.recipes import RECIPES
 from mocov3.errors import UserError
-from mocov3.recipes import RECIPES
 from mocov3.report import sections
 from mocov3.report.charts import Chart
 from mocov3.report.curves import BUCKETS, spikes

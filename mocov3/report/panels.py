@@ -10,11 +10,11 @@ from PIL import Image
 
 from mocov3.config import PretrainConfig
 from mocov3.data import Source
-from mocov3.data.draws import Draw, pad_pixels
+from mocov3.data.views.draws import Draw, pad_pixels
+from mocov3.output.sheet import Seen, seen
 from mocov3.report.charts import Chart, chart, numbers, plain
 from mocov3.report.html_parts import figures, notes, text, thumb
 from mocov3.report.images import THUMB, boxed, encoded
-from mocov3.sheet import Seen, seen
 
 _PICTURES, _EPOCHS, _SIDE = 6, 2, 128
 _BOXES = ("#e07b00", "#00a3c4")

@@ -12,9 +12,9 @@ import numpy as np
 from mocov3.config import PretrainConfig
 from mocov3.config.fields import read_yaml
 from mocov3.errors import UserError
-from mocov3.log import CORRUPT, METRICS, SKIPPED
-from mocov3.machine import MACHINE
 from mocov3.metrics import QUALITY, MetricsLine
+from mocov3.output.log import CORRUPT, METRICS, SKIPPED
+from mocov3.output.machine import MACHINE
 
 _NUMBERS = tuple(f.name for f in dataclasses.fields(MetricsLine) if f.name not in ("knn", "version"))
 _NEEDED = ("step", "epoch", "loss")

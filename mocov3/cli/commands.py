@@ -1,0 +1,195 @@
+"""The commands: what each one's command line means, and the task that it starts.
+
+Nothing here imports torch before a task starts, so help and refusals come at once.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from mocov3.config import PretrainConfig
+from mocov3.config.command_lines import (
+    merged,
+    parse_convert,
+    parse_embed,
+    parse_finetune,
+    parse_knn,
+    parse_lincls,
+    parse_pretrain,
+    read_pretrain,
+)
+from mocov3.config.fields import Layers, Parser
+from mocov3.errors import UserError, printable
+
+
+def chosen(layers: Layers) -> PretrainConfig:
+    """The configuration of pre-training, with what is left to be chosen or measured on pictures and machine."""
+    config = _by_recipe(layers)
+    if config.mean_std == "auto":
+        from mocov3.planning.choose import measured_normalisation
+
+        return measured_normalisation(config)
+    return config
+
+
+def _by_recipe(layers: Layers) -> PretrainConfig:
+    if layers.merged().get("recipe") in ("auto", "adapt"):
+        from mocov3.planning.choose import choose
+
+        return choose(layers)
+    return merged(layers)
+
+
+def _pretrain(argv: list[str]) -> int:
+    layers = read_pretrain(argv, "mocov3 pretrain", {"output_dir": "", "recipe": "auto"})
+    values = layers.merged()
+    if values.get("resume") == "auto" and not values["output_dir"]:
+        raise UserError("--resume auto: name the run to go on with by --output-dir")
+    config = chosen(layers)
+    if not config.output_dir:
+        folder = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.arch.replace('/', '-')}"
+        config = dataclasses.replace(config, output_dir=folder)
+    from mocov3.pretraining.task import main
+
+    return main(config, script_door=False)
+
+
+def _check(argv: list[str]) -> int:
+    from mocov3.planning.check import main, parse
+
+    args, rest = parse(argv)
+    return main(args, read_pretrain(rest, "mocov3 check", {"recipe": "auto"}))
+
+
+def _plan(argv: list[str]) -> int:
+    from mocov3.planning.plan import main, parse
+
+    args, rest = parse(argv)
+    config = parse_pretrain(rest, prog="mocov3 plan", defaults={"recipe": "defaults"})
+    if config.recipe in ("auto", "adapt"):
+        raise UserError(f"--recipe {config.recipe} looks at pictures and machine; name another to plan for others")
+    return main(args, config)
+
+
+def _inspect(argv: list[str]) -> int:
+    from mocov3.weights.inspect import main
+
+    return main(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from mocov3.evaluation.compare import main
+
+    return main(argv)
+
+
+def _finetune(argv: list[str]) -> int:
+    config = parse_finetune(argv, prog="mocov3 finetune")
+    from mocov3.finetuning.task import main
+
+    return main(config, script_door=False)
+
+
+def _lincls(argv: list[str]) -> int:
+    from mocov3.evaluation.linear.inputs import SWEEP
+    from mocov3.evaluation.linear.task import main
+
+    config = parse_lincls(argv, prog="mocov3 lincls", defaults={"arch": "", "lr": SWEEP, "output_dir": ""})
+    if not config.output_dir:
+        if config.resume == "auto":
+            raise UserError("--resume auto: name the run to go on with by --output-dir")
+        folder = "." if config.evaluate else f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
+        config = dataclasses.replace(config, output_dir=folder)
+    return main(config, script_door=False)
+
+
+def _knn(argv: list[str]) -> int:
+    from mocov3.evaluation.knn import main
+
+    return main(parse_knn(argv, prog="mocov3 knn"))
+
+
+def _embed(argv: list[str]) -> int:
+    from mocov3.evaluation.embed import main
+
+    return main(parse_embed(argv, prog="mocov3 embed"))
+
+
+def _verify(argv: list[str]) -> int:
+    parser = Parser(prog="mocov3 verify", description="The accuracy of a published linear file of the reference on "
+                    "ImageNet's validation set, beside the published figure.")  # fmt: skip
+    parser.add_argument("file", help="linear file, for example linear-vit-s-300ep.pth.tar")
+    parser.add_argument("folder", help="validation folder with 1,000 class folders, or the folder that holds it as val")
+    parser.add_argument("-j", "--workers", type=int, default=32, help="data loading processes (default 32)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device")
+    args = parser.parse_args(argv)
+    from mocov3.evaluation.linear.task import verify
+
+    return verify(args.file, args.folder, workers=args.workers, device=args.device)
+
+
+def convert(argv: list[str], prog: str = "mocov3 convert") -> int:
+    """Convert a checkpoint to DeiT's format."""
+    args = parse_convert(argv, prog=prog)
+    from pathlib import Path
+
+    from mocov3.weights import checkpoint
+    from mocov3.weights.convert import to_deit
+
+    output = Path(args.output)
+    if output.exists() and output.resolve() == Path(args.input).resolve():
+        raise UserError(f"--output {output}: is the checkpoint itself; name another file")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file")
+    converted = to_deit(checkpoint.read(args.input), args.input)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write(output, converted)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
+    print(f"{printable(str(output))}: {len(converted['model'])} keys of the encoder, without its head")
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    from mocov3.export.task import main
+
+    return main(argv)
+
+
+def _demo(argv: list[str]) -> int:
+    from mocov3.demo import main
+
+    return main(argv)
+
+
+def _report(argv: list[str]) -> int:
+    from mocov3.report.command import main
+
+    return main(argv)
+
+
+def _pack(argv: list[str]) -> int:
+    from mocov3.pack import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "pretrain": _pretrain,
+    "check": _check,
+    "plan": _plan,
+    "inspect": _inspect,
+    "compare": _compare,
+    "finetune": _finetune,
+    "lincls": _lincls,
+    "knn": _knn,
+    "embed": _embed,
+    "verify": _verify,
+    "convert": convert,
+    "export": _export,
+    "report": _report,
+    "demo": _demo,
+    "pack": _pack,
+}
+"""Name of a command → what runs it; returns the exit code."""

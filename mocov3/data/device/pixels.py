@@ -1,0 +1,79 @@
+"""Pixels of views as the loader gives them → what networks are given: normalised floats on the device."""
+
+import functools
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mocov3.data.device import colours
+
+
+@runtime_checkable
+class Views(Protocol):
+    """One view of every picture of a batch: a tensor, or what makes parts of one when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Tensor: ...
+
+
+class PixelViews:
+    """One view of a batch as the loader gives it; parts are brought to the device and normalised when asked for.
+
+    Args:
+        pixels: uint8, (batch, height, width, 3).
+        device: of the parts.
+        mean: of the normalisation.
+        std: of the normalisation.
+        parameters: what is left of the views to be done on the device, (batch, …).
+    """
+
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        device: torch.device,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        parameters: np.ndarray | None = None,
+    ) -> None:
+        self._pixels, self._parameters = pixels, parameters
+        self._settings = (device, mean, std)
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        left = self._parameters[part] if self._parameters is not None else None
+        return normalise(self._pixels[part], *self._settings, left)
+
+
+def normalise(
+    pixels: np.ndarray,
+    device: torch.device,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    parameters: np.ndarray | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """uint8 pixels (batch, height, width, channels) → normalised channels-last floats on the device, in one place.
+
+    ``parameters`` say what is left of the views to be done on the device (``mocov3.data.device.colours``). The floats
+    are torch's default ones, whatever autocast is around: 16 bits are for networks.
+    """
+    sent = colours.send(pixels, device).permute(0, 3, 1, 2)
+    with torch.autocast(device.type, enabled=False):
+        x = (sent if parameters is None else colours.apply(sent, parameters)).to(torch.get_default_dtype())
+        offset, scale = _constants(mean, std, device, x.dtype)
+        return x.sub_(offset).mul_(scale)
+
+
+@functools.lru_cache
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    # sent once: sending waits for the device
+    shape = (1, -1, 1, 1)
+    offset = torch.tensor(mean, device=device, dtype=dtype).view(shape) * 255
+    return offset, 1 / (torch.tensor(std, device=device, dtype=dtype).view(shape) * 255)

@@ -1,0 +1,112 @@
+"""Labelled pictures for supervised training: the plain training view, and epochs that leave no picture out."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mocov3.config.presets import RGB, Reading, ViewPreset
+from mocov3.data.loading.loader import Work
+from mocov3.data.sources.opening import Source, open_source, open_unseen
+from mocov3.data.sources.splits import choose
+from mocov3.data.views.decode import Picture
+from mocov3.data.views.draws import draw, permutation
+from mocov3.data.views.two_views import Pixels, apply_draw, written
+from mocov3.errors import UserError
+
+_PLAIN = ViewPreset(
+    jitter_probability=0.0, gray_probability=0.0, blur_probability=(0.0, 0.0), solarize_probability=(0.0, 0.0)
+)
+
+
+@dataclass(frozen=True)
+class CropView:
+    """Random resized crop (bilinear, antialiased) and flip: the training view of linear evaluation and of transfer.
+
+    Args:
+        image_size: side of the view in pixels.
+        crop_min: smallest crop as a share of the picture's area.
+        reading: channels of the picture, and window of deep samples.
+    """
+
+    image_size: int = 224
+    crop_min: float = 0.08
+    reading: Reading = RGB
+    count: int = field(default=1, init=False)
+
+    def __call__(
+        self,
+        data: bytes | np.ndarray,
+        *,
+        seed: int,
+        epoch: int,
+        index: int,
+        out: Sequence[Pixels] | np.ndarray | None = None,
+    ) -> tuple[Pixels]:
+        """The view of the picture in ``data``, a function of (seed, epoch, index), written to ``out`` if given.
+
+        Raises:
+            DecodeError: if the picture cannot be read.
+        """
+        picture = Picture(data, self.reading)
+        choice = draw(_PLAIN, self.crop_min, picture.width, picture.height, seed=seed, epoch=epoch, index=index, view=0)
+        pixels = apply_draw(picture.pixels()[0], choice, self.image_size, "fast")
+        written([pixels], out)
+        return (pixels,)
+
+
+def plan_all(
+    n: int,
+    *,
+    seed: int,
+    batch_size: int,
+    rank: int,
+    ranks: int,
+    start: tuple[int, int] = (0, 0),
+    epochs: int,
+) -> Iterator[Work]:
+    """The batches of this rank from ``start`` (epoch, iteration) on; the last part batch of an epoch is kept.
+
+    The global batch of a step does not depend on the number of ranks. Ranks may get parts that differ by one, or
+    (of a small last batch) none.
+    """
+    epoch, iteration = start
+    for e in range(epoch, epochs):
+        order = permutation(seed, e, n)
+        for i in range(iteration if e == epoch else 0, -(-n // batch_size)):
+            batch = order[i * batch_size : (i + 1) * batch_size]
+            yield Work(e, i, np.array_split(batch, ranks)[rank])
+
+
+def open_labelled(data: str) -> tuple[Source, Source]:
+    """The training and validation part of DATA (DATA/train and DATA/val), or of the built-in ``fashion-mnist[:ROOT]``.
+
+    Raises:
+        UserError: if one is missing, empty or without classes, or their classes differ.
+    """
+    train, val = open_source(data, "train"), open_unseen(data)
+    for part, pictures in (("train", train), ("val", val)):
+        if pictures.labels is None or len(pictures.classes) < 2:
+            raise UserError(f"data {data} ({part}): needs two or more class folders with pictures, {part}/CLASS/…")
+    check_same_classes(train.classes, val.classes, f"data {data}")
+    return train, val
+
+
+def open_evaluated(folder: str) -> Source:
+    """The validation part of a folder, or the whole where it has none: the folder of that part was named itself.
+
+    Raises:
+        UserError: if it is missing or holds no picture.
+    """
+    return open_source(folder, "val" if os.path.isdir(folder) and choose(folder, "val") else "train")
+
+
+def check_same_classes(train: list[str], val: list[str], where: str) -> None:
+    """Refuse two sets of classes that differ, naming the first that one of them lacks."""
+    if train == val:
+        return
+    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    first = f"val lacks {only_train[0]!r}" if only_train else f"train lacks {only_val[0]!r}"
+    raise UserError(f"{where}: train has {len(train)} classes, val {len(val)}, and they differ: {first}; "
+                    "numbers of classes would not mean the same")  # fmt: skip

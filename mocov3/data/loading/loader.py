@@ -1,0 +1,269 @@
+"""Loader processes that write uint8 views into shared slots.
+
+Which pictures are in a batch, and how each is cut and coloured, is decided by the plan and by (seed, epoch, index);
+processes only do the work, so their number changes nothing. Processes are spawned (as on macOS and Windows), import
+no torch, and talk to this one over a pipe each: there is no lock that a killed process could leave held.
+"""
+
+import ctypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from mocov3.config.presets import RGB
+from mocov3.data.loading.order import Order
+from mocov3.data.loading.slots import Batch, Corrupt, Layout, Slot, Work
+from mocov3.data.sources.opening import Source
+from mocov3.data.views.decode import DecodeError
+from mocov3.data.views.draws import replacement
+from mocov3.errors import printable
+
+_LARGE_SLOT = 256 << 20  # bytes above which one batch less is prepared ahead
+_ATTEMPTS = 20
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Bytes of a picture → ``count`` views, written to ``out``."""
+
+    @property
+    def count(self) -> int:
+        """Views of a picture."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the views in pixels."""
+
+    def __call__(self, data: Any, /, *, seed: int, epoch: int, index: int, out: Any = None) -> Any:
+        """Make the views.
+
+        A transform with an attribute ``parameters`` above 0 is also given ``parameters``, float32 (count, that many),
+        to write beside the pixels what is left to do with them; one whose ``reading`` is not RGB says so.
+        """
+
+
+class Unreadable(Exception):
+    """No readable picture was found in place of an unreadable one."""
+
+
+def plan(
+    n: int,
+    *,
+    seed: int,
+    batch_size: int,
+    rank: int,
+    ranks: int,
+    start: tuple[int, int],
+    epochs: int,
+    order: Order | None = None,
+) -> Iterator[Work]:
+    """The batches of this rank from ``start`` (epoch, iteration) on: its part of every global batch.
+
+    The global batch of a step does not depend on the number of ranks. The last part batch is dropped. ``order``
+    says which pictures an epoch holds; all ``n`` unless given.
+    """
+    local = batch_size // ranks
+    epoch, iteration = start
+    order = order or Order(n, batch_size)
+    for e in range(epoch, epochs):
+        indices = order.epoch(seed, e)
+        for i in range(iteration if e == epoch else 0, order.iterations):
+            first = i * batch_size + rank * local
+            yield Work(e, i, indices[first : first + local])
+
+
+class Loader:
+    """Makes batches by ``workers`` processes (0: in this one).
+
+    Args:
+        source: the pictures.
+        transform: what is made of each.
+        batch_size: largest number of pictures of a batch of this rank.
+        seed: seed of the draws.
+        workers: number of processes.
+    """
+
+    def __init__(self, source: Source, transform: Transform, *, batch_size: int, seed: int, workers: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+        beside, channels = getattr(transform, "parameters", 0), getattr(transform, "reading", RGB).channels
+        layout = Layout(transform.count, batch_size, transform.image_size, beside, channels)
+        self._processes: list[Any] = []
+        self._pipes: list[multiprocessing.connection.Connection] = []
+        if workers == 0:
+            self._slots = layout.slots(bytearray(layout.bytes))
+            return
+        context = multiprocessing.get_context("spawn")
+        # an unlinked memory-mapped file: falls back from /dev/shm where that is small, leaves nothing when killed
+        memory: Any = context.RawArray(ctypes.c_uint8, (3 if layout.bytes < _LARGE_SLOT else 2) * layout.bytes)
+        self._slots = layout.slots(memory)
+        for _ in range(min(workers, batch_size)):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, memory, layout, source, transform, seed), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=2)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._pipes = [], []
+
+    def run(self, works: Iterable[Work]) -> Iterator[Batch]:
+        """The batches of ``works``, in order, prepared ahead.
+
+        Raises:
+            Unreadable: if a picture and all its replacements cannot be read.
+            RuntimeError: if a loader process died or failed.
+        """
+        return self._run_here(works) if not self._processes else self._run_in_processes(works)
+
+    def _run_here(self, works: Iterable[Work]) -> Iterator[Batch]:
+        slot = self._slots[0]
+        for work in works:
+            corrupt: list[Corrupt] = []
+            for place, index in enumerate(work.indices.tolist()):
+                corrupt += _fill(slot, place, self.source, self.transform, self.seed, work.epoch, index)
+            yield slot.batch(work, corrupt)
+
+    def _run_in_processes(self, works: Iterable[Work]) -> Iterator[Batch]:
+        coming = iter(works)
+        free = deque(range(len(self._slots)))
+        ahead: deque[int] = deque()  # slots in the order of their batches
+        state: dict[int, tuple[Work, list[int], list[Corrupt]]] = {}
+        done = False
+        while True:
+            while free and not done:
+                work = next(coming, None)
+                if work is None:
+                    done = True
+                    break
+                slot = free.popleft()
+                ahead.append(slot)
+                state[slot] = (work, [self._send(slot, work)], [])
+            if not ahead:
+                return
+            work, missing, corrupt = state[ahead[0]]
+            while missing[0]:
+                for answered, bad in self._answers():
+                    state[answered][1][0] -= 1
+                    state[answered][2].extend(bad)
+            slot = ahead.popleft()
+            yield self._slots[slot].batch(work, sorted(corrupt, key=lambda c: c.index))
+            free.append(slot)
+
+    def _send(self, slot: int, work: Work) -> int:
+        parts = np.array_split(np.arange(len(work.indices)), len(self._pipes))
+        sent = 0
+        for number, (pipe, part) in enumerate(zip(self._pipes, parts, strict=True)):
+            if len(part):
+                try:
+                    pipe.send((slot, work.epoch, int(part[0]), work.indices[part].tolist()))
+                except OSError:
+                    self._died(number)
+                sent += 1
+        return sent
+
+    def _answers(self) -> Iterator[tuple[int, list[Corrupt]]]:
+        ready: Any = multiprocessing.connection.wait(self._pipes)
+        for pipe in ready:
+            try:
+                kind, slot, corrupt = pipe.recv()
+            except (EOFError, OSError):
+                self._died(self._pipes.index(pipe))
+            if kind == "unreadable":
+                raise Unreadable(corrupt)
+            if kind == "failed":
+                raise RuntimeError(f"a loader process failed:\n{corrupt}")
+            yield slot, corrupt
+
+    def _died(self, number: int) -> None:
+        process = self._processes[number]
+        process.join(timeout=5)
+        code = process.exitcode
+        how = f"was killed by signal {-code} (out of memory?)" if code and code < 0 else f"ended with code {code}"
+        raise RuntimeError(f"loader process {number} (pid {process.pid}) {how}")
+
+
+def _serve(
+    pipe: multiprocessing.connection.Connection,
+    memory: Any,
+    layout: Layout,
+    source: Source,
+    transform: Transform,
+    seed: int,
+) -> None:
+    """Body of a loader process: fills parts of slots until the pipe closes."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # the main process decides when to stop
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    import cv2
+
+    cv2.setNumThreads(0)  # one process a core already
+    slots = layout.slots(memory)
+    while True:
+        try:
+            slot, epoch, first, indices = pipe.recv()
+        except (EOFError, OSError):
+            return
+        answer: tuple[Any, ...]
+        try:
+            corrupt: list[Corrupt] = []
+            for place, index in enumerate(indices, first):
+                corrupt += _fill(slots[slot], place, source, transform, seed, epoch, index)
+            answer = ("done", slot, corrupt)
+        except Unreadable as error:
+            answer = ("unreadable", slot, str(error))
+        except Exception:
+            answer = ("failed", slot, traceback.format_exc())
+        try:
+            pipe.send(answer)
+        except OSError:
+            return
+
+
+def _fill(
+    slot: Slot, place: int, source: Source, transform: Transform, seed: int, epoch: int, index: int
+) -> list[Corrupt]:
+    """Write one picture's views; an unreadable picture is replaced by one that (seed, epoch, index) decides."""
+    corrupt: list[Corrupt] = []
+    tried = index
+    left = {"parameters": slot.parameters[:, place]} if slot.parameters.size else {}
+    for attempt in range(_ATTEMPTS):
+        try:
+            transform(source.read(tried), seed=seed, epoch=epoch, index=tried, out=slot.pixels[:, place], **left)
+            return corrupt
+        except (DecodeError, OSError) as error:
+            reason = printable(str(error))[:200]
+            following = replacement(seed, epoch, index, attempt, len(source))
+            corrupt.append(Corrupt(tried, printable(source.name(tried)), reason, following))
+            tried = following
+    raise Unreadable(f"{corrupt[0].name} and {_ATTEMPTS - 1} pictures in its place cannot be read: {corrupt[0].reason}")
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,221 @@
+"""Labelled pictures for fine-tuning: subsets, repeated pictures, and DeiT's training transform.
+
+``DeitAugment`` imports torch, in the loader processes too (the others do not): RandAugment and its ranges are timm's,
+and timm needs torch (about 3 s at the start of each process). What is drawn is a function of (seed, epoch, picture,
+repetition) all the same: the global generators that timm draws from are seeded for every picture.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mocov3.data.sources.opening import Source
+from mocov3.data.views.decode import decode
+from mocov3.data.views.draws import permutation
+from mocov3.data.views.two_views import Pixels, written
+from mocov3.errors import UserError
+
+_AUGMENT = 8  # a stream of the seed; 0 to 3 are those of draws.py
+_SUBSET_SEED = 20210405
+TRANSFER_CROP = 0.05
+"""Smallest crop of the reference's transfer runs, as a share of the picture."""
+_PADDED_UP_TO = 32  # DeiT crops pictures of at most this side out of a border of 4 instead of resizing them
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some pictures of a source."""
+
+    source: Source
+    chosen: np.ndarray
+    """Indices, ascending."""
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Their classes."""
+        labels = self.source.labels
+        return None if labels is None else labels[self.chosen]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of all classes of the source."""
+        return self.source.classes
+
+    @property
+    def digest(self) -> str:
+        """The source's, and how many were chosen."""
+        return f"{self.source.digest}/{len(self.chosen)}"
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """As the source."""
+        return self.source.read(int(self.chosen[index]))
+
+    def name(self, index: int) -> str:
+        """As the source."""
+        return self.source.name(int(self.chosen[index]))
+
+
+def stratified(source: Source, fraction: float) -> Source:
+    """``fraction`` of the pictures of every class (rounded, at least one): always the same ones, whatever the seed.
+
+    A smaller fraction is contained in a larger one.
+    """
+    if fraction >= 1:
+        return source
+    labels = source.labels
+    assert labels is not None
+    order = permutation(_SUBSET_SEED, 0, len(source))
+    chosen = []
+    for label in np.unique(labels):
+        of_class = order[labels[order] == label]
+        chosen.append(of_class[: max(round(fraction * len(of_class)), 1)])
+    return Subset(source, np.sort(np.concatenate(chosen)))
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Every picture ``repeats`` times: picture i, repetition r has index ``i · repeats + r``."""
+
+    source: Source
+    repeats: int
+
+    def __len__(self) -> int:
+        return len(self.source) * self.repeats
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class of every repetition."""
+        labels = self.source.labels
+        return None if labels is None else np.repeat(labels, self.repeats)
+
+    @property
+    def classes(self) -> list[str]:
+        """As the source."""
+        return self.source.classes
+
+    @property
+    def digest(self) -> str:
+        """As the source."""
+        return self.source.digest
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """As the source."""
+        return self.source.read(index // self.repeats)
+
+    def name(self, index: int) -> str:
+        """As the source."""
+        return self.source.name(index // self.repeats)
+
+
+def key(seed: int, stream: int, epoch: int, index: int) -> int:
+    """63 random bits that belong to (seed, stream, epoch, index) alone."""
+    bits = np.random.Philox(key=[seed, stream], counter=[0, 0, index, epoch])
+    return int(bits.random_raw()) >> 1
+
+
+@contextlib.contextmanager
+def seeded(value: int) -> Iterator[None]:
+    """Python's, numpy's and torch's (CPU) global generators seeded with ``value``; afterwards they are as before."""
+    import torch
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.default_generator.manual_seed(value)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@dataclass(frozen=True)
+class DeitAugment:
+    """DeiT's training transform without random erasing (Touvron et al. 2021, table 9), by timm's factory.
+
+    Args:
+        image_size: side of the view in pixels. Pictures that have this side already, up to 32 px, are cropped out of
+            a border of 4, as in DeiT.
+        auto_augment: timm's name of the policy, '' for none.
+        color_jitter: strength where there is no policy.
+        interpolation: of the crop and the policy.
+        mean: what is outside of a turned picture, 0–1.
+    """
+
+    image_size: int = 224
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.4
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    count: int = field(default=1, init=False)
+
+    def check(self) -> None:
+        """Refuse a policy that timm does not know.
+
+        Raises:
+            UserError: naming it.
+        """
+        try:
+            _pipeline(self, False)
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise UserError(
+                f"--aa {self.auto_augment!r}: timm has no such policy ({error}); as rand-m9-mstd0.5-inc1, or none"
+            ) from None
+
+    def __call__(
+        self,
+        data: bytes | np.ndarray,
+        *,
+        seed: int,
+        epoch: int,
+        index: int,
+        out: Sequence[Pixels] | np.ndarray | None = None,
+    ) -> tuple[Pixels]:
+        """The view of the picture in ``data``, written to ``out`` if given; as ``TwoViews``."""
+        image = decode(data)
+        small = self.image_size <= _PADDED_UP_TO and image.size == (self.image_size, self.image_size)
+        with seeded(key(seed, _AUGMENT, epoch, index)):
+            pixels = np.asarray(_pipeline(self, small)(image))  # an array or a tensor, by timm's version
+        view = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        written([view], out)
+        return (view,)
+
+
+@lru_cache(maxsize=4)
+def _pipeline(of: DeitAugment, padded: bool) -> Any:
+    from timm.data import create_transform
+    from torchvision.transforms import RandomCrop
+
+    made = create_transform(
+        input_size=of.image_size,
+        is_training=True,
+        color_jitter=of.color_jitter,
+        auto_augment=of.auto_augment or None,
+        interpolation=of.interpolation,
+        mean=of.mean,
+        use_prefetcher=True,  # ends in uint8, (3, height, width)
+    )
+    if padded:
+        made.transforms[0] = RandomCrop(of.image_size, padding=4)
+    for step in made.transforms:
+        for operation in [*getattr(step, "ops", []), *(o for part in getattr(step, "policy", []) for o in part)]:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+    return made
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    # timm's ranges reach 0 bits, which Pillow refuses since 12; before, and in DeiT's runs, such a picture went black
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, bits) if bits < 8 else image

@@ -1,0 +1,215 @@
+"""Pictures in tar archives, as WebDataset keeps them: ``key.jpg`` beside ``key.cls`` (its class, a number).
+
+An archive is read once for an index of its members (archive, offset, size), which is kept in the cache folder; then
+any picture is one read at its place. So an epoch's order, its split over ranks and processes, and a resume are what
+they are for a folder. Nothing is ever unpacked, so no name can lead out of anywhere; what cannot be used is skipped
+and listed.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mocov3.data.sources.index import cache_folder
+from mocov3.data.sources.members import Remarks, read_members
+from mocov3.data.sources.scan import EXTENSIONS
+from mocov3.errors import UserError
+
+CLASSES_FILE = "classes.txt"
+"""Beside the archives: names of the classes, a line each."""
+
+_ENDINGS = (".tar",)
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_MOST_FILES = 100_000
+_VERSION = "2"  # of the index: it grows when other members or classes are found in the same archives
+_SHARE_FROM = 8 << 20  # bytes of index from which processes share memory-mapped files
+_RECORD = np.dtype([("archive", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("name_end", "<i8")])
+
+
+def is_shards(data: str) -> bool:
+    """Whether ``data`` names archives: ``x.tar``, a glob, or a brace list of them."""
+    return data.lower().endswith((*_ENDINGS, *_COMPRESSED))
+
+
+def expand(pattern: str) -> list[str]:
+    """Files meant by a pattern with brace lists (``{000..127}``, ``{a,b}``) and globs, in order.
+
+    Raises:
+        UserError: if one is missing, or they are too many.
+    """
+    files: list[str] = []
+    for name in _braces(pattern):
+        found = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else [name]
+        if not found:
+            raise UserError(f"data {pattern}: no file is called {name}")
+        files += found
+        if len(files) > _MOST_FILES:
+            raise UserError(f"data {pattern}: means more than {_MOST_FILES} files")
+    for name in files:
+        if not os.path.isfile(name):
+            raise UserError(f"data {pattern}: there is no file {name}")
+    return files
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found or os.path.exists(pattern):
+        yield pattern
+        return
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if numbers:
+        first, last = int(numbers[1]), int(numbers[2])
+        if last < first or last - first >= _MOST_FILES:
+            raise UserError(f"data {pattern}: {{{found[1]}}} must rise, over at most {_MOST_FILES} numbers")
+        choices = [str(i).zfill(len(numbers[1])) for i in range(first, last + 1)]
+    else:
+        choices = found[1].split(",")
+    for choice in choices:
+        yield from _braces(pattern[: found.start()] + choice + pattern[found.end() :])
+
+
+@dataclass
+class Shards:
+    """Pictures in archives."""
+
+    archives: list[str]
+    records: np.ndarray
+    names: np.ndarray
+    """uint8: the members' names, one after the other."""
+    skipped: list[str]
+    """What is left out or remarkable, a line each."""
+    classes: list[str]
+    file: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 class of every picture, or ``None`` unless all have one."""
+        labels = self.records["label"]
+        return None if not len(labels) or labels.min() < 0 else np.ascontiguousarray(labels)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over names, sizes and labels, in order."""
+        parts = (self.names, self.records["size"], self.records["label"])
+        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+
+    def read(self, index: int) -> bytes:
+        """The member's bytes.
+
+        Raises:
+            OSError: if the archive is gone or has become shorter.
+        """
+        record = self.records[index]
+        size = int(record["size"])
+        with open(self.archives[record["archive"]], "rb") as file:
+            file.seek(int(record["offset"]))
+            data = file.read(size)
+        if len(data) != size:
+            raise OSError("the archive has become shorter than its index")
+        return data
+
+    def name(self, index: int) -> str:
+        """The archive's name and the member's."""
+        begin = int(self.records["name_end"][index - 1]) if index else 0
+        member = self.names[begin : int(self.records["name_end"][index])].tobytes()
+        return f"{os.path.basename(self.archives[self.records['archive'][index]])}/{os.fsdecode(member)}"
+
+    def __getstate__(self) -> dict[str, object]:
+        state = dict(self.__dict__)
+        if self.file:
+            state["records"] = state["names"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        if self.file:
+            self.records, self.names = _mapped(self.file)
+
+
+def open_shards(files: list[str]) -> Shards:
+    """The pictures in ``files``, by their index, made now or found in the cache folder.
+
+    Raises:
+        UserError: if there is no picture, or an archive is compressed.
+    """
+    for file in files:
+        if file.lower().endswith(_COMPRESSED):
+            raise UserError(
+                f"data {file}: is compressed; pictures in it cannot be reached one by one: unpack it to .tar"
+            )
+    stamps = [(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+    key = hashlib.sha256(json.dumps([_VERSION, stamps]).encode()).hexdigest()[:32]
+    base = str(cache_folder() / f"shards-{key}")
+    try:
+        records, names = _mapped(base)
+        skipped = json.loads(Path(base + ".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        records, names, skipped = _index(files)
+        _keep(base, records, names, skipped)
+    if not len(records):
+        why = f" ({skipped[0]})" if skipped else ""
+        raise UserError(f"data {files[0]}: holds no picture ({', '.join(EXTENSIONS)}){why}")
+    labels = records["label"]
+    if missing := int((labels < 0).sum()) if labels.max() >= 0 else 0:
+        skipped = [*skipped, f"{files[0]}: {missing} of {len(labels)} images have no class beside them: none is used"]
+    shared = records.nbytes + names.nbytes >= _SHARE_FROM and os.path.exists(base + ".json")
+    if not shared:
+        records, names = np.array(records), np.array(names)
+    return Shards(files, records, names, skipped, _classes(files[0], records["label"]), base if shared else None)
+
+
+def _classes(first: str, labels: np.ndarray) -> list[str]:
+    if labels.min() < 0:
+        return []
+    try:
+        found = (Path(first).parent / CLASSES_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        found = []
+    return found if len(found) > labels.max() else [str(i) for i in range(int(labels.max()) + 1)]
+
+
+def _mapped(base: str) -> tuple[np.ndarray, np.ndarray]:
+    records = np.load(base + "-records.npy", mmap_mode="r")
+    names = np.load(base + "-names.npy", mmap_mode="r")
+    if records.dtype != _RECORD or (len(records) and records["name_end"][-1] != len(names)):
+        raise ValueError("not an index")
+    return records, names
+
+
+def _keep(base: str, records: np.ndarray, names: np.ndarray, skipped: list[str]) -> None:
+    for ending, write in (
+        ("-records.npy", lambda file: np.save(file, records)),
+        ("-names.npy", lambda file: np.save(file, names)),
+        (".json", lambda file: file.write(json.dumps(skipped).encode())),
+    ):
+        partial = f"{base}{ending}.{os.getpid()}.partial"
+        try:
+            with open(partial, "wb") as file:
+                write(file)
+            os.replace(partial, base + ending)
+        except OSError:  # no cache: the next start reads the archives again
+            return
+
+
+def _index(files: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    rows: list[tuple[int, int, int, int, int]] = []
+    names: list[bytes] = []
+    remarks = Remarks()
+    length = 0
+    for number, file in enumerate(files):
+        found, _ = read_members(file, remarks)
+        for member in found:
+            length += len(member.name)
+            names.append(member.name)
+            rows.append((number, member.label, member.offset, member.size, length))
+    return np.array(rows, dtype=_RECORD), np.frombuffer(b"".join(names), np.uint8), remarks.all()

@@ -1,0 +1,143 @@
+"""What can be measured on pictures without a network: sizes, formats, colours, fingerprints, and why one can't be read.
+
+``examine`` reads pictures by several processes; ``mocov3.data.sources.survey`` adds the facts up.
+"""
+
+import hashlib
+import io
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from mocov3.config.presets import RGB, Reading
+from mocov3.data.sources.opening import Source
+from mocov3.data.views.bands import Unfit, deep_samples
+from mocov3.data.views.decode import MAX_PIXELS, DecodeError, Picture
+from mocov3.errors import printable
+
+THUMB = 16
+"""Side of the thumbnails that fingerprints are made of."""
+_GRAY_SPREAD = 8  # largest difference of colour channels that JPEG leaves in a grey picture
+_STATISTICS_SIDE = 64
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One picture."""
+
+    index: int
+    error: str = ""
+    """Why it cannot be read; nothing below holds then."""
+    format: str = ""
+    mode: str = ""
+    """As Pillow names them, of the file."""
+    width: int = 0
+    height: int = 0
+    file_bytes: int = 0
+    digest: bytes = b""
+    """Of the file's bytes: equal for copies."""
+    gray: bool = False
+    turned: bool = False
+    """Whether EXIF says that it is shown turned."""
+    deep: tuple[float, float] | None = None
+    """Smallest and largest value (but for a thousandth each) of a picture of more than 8 bits."""
+    thumb: np.ndarray | None = None
+    """uint8, (16, 16, 3)."""
+    sums: tuple[float, ...] = ()
+    """Of a small version's pixels: per channel the mean of x and of x², x in 0–1."""
+
+
+def examine(source: Source, indices: Sequence[int], *, workers: int, reading: Reading = RGB) -> Iterator[Fact]:
+    """Facts of the pictures ``indices``, in order, as they are read by ``reading``."""
+    chunks = [list(indices[i : i + _CHUNK]) for i in range(0, len(indices), _CHUNK)]
+    if workers < 2 or len(chunks) < 2 * workers:
+        for chunk in chunks:
+            yield from _examine_chunk(source, chunk, reading)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_keep, initargs=(source, reading)) as pool:
+        for facts in pool.map(_examine_kept, chunks):
+            yield from facts
+
+
+_kept: list[tuple[Source, Reading]] = []
+
+
+def _keep(source: Source, reading: Reading) -> None:
+    _kept[:] = [(source, reading)]
+
+
+def _examine_kept(indices: list[int]) -> list[Fact]:
+    source, reading = _kept[0]
+    return _examine_chunk(source, indices, reading)
+
+
+def _examine_chunk(source: Source, indices: list[int], reading: Reading) -> list[Fact]:
+    return [_fact(source, index, reading) for index in indices]
+
+
+def _fact(source: Source, index: int, reading: Reading) -> Fact:
+    try:
+        data = source.read(index)
+        pixels = Picture(data, reading).pixels()[0]
+    except (DecodeError, OSError) as error:
+        return Fact(index, error=printable(str(error.strerror if isinstance(error, OSError) and error.strerror
+                                               else error))[:200])  # fmt: skip
+    height, width, count = pixels.shape
+    kind, mode, turned, size, deep = "pixels", f"{count} × 8 bits", False, height * width, None
+    if isinstance(data, bytes):
+        size = len(data)
+        kind, mode, turned = _header(data, count)
+        deep = _deep(data)
+    planes = [Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(count)]
+    small = np.stack([np.asarray(p.resize((_STATISTICS_SIDE,) * 2, Image.Resampling.BOX)) for p in planes], 2)
+    scaled = small.reshape(-1, count) / 255.0
+    small = small[..., np.arange(3) % count]  # as RGB
+    channels = small.astype(np.int16)
+    spread = channels.max(2) - channels.min(2)
+    return Fact(
+        index,
+        format=kind,
+        mode=mode,
+        width=width,
+        height=height,
+        file_bytes=size,
+        digest=hashlib.blake2b(data if isinstance(data, bytes) else data.tobytes(), digest_size=16).digest(),
+        gray=bool(np.percentile(spread, 99) <= _GRAY_SPREAD),
+        turned=turned,
+        deep=deep,
+        thumb=small.reshape(THUMB, _STATISTICS_SIDE // THUMB, THUMB, -1, 3).mean((1, 3)).astype(np.uint8),
+        sums=(*scaled.mean(0).tolist(), *(scaled**2).mean(0).tolist()),
+    )
+
+
+def _header(data: bytes, count: int) -> tuple[str, str, bool]:
+    """Format and mode by Pillow's names, and whether EXIF says that it is shown turned."""
+    try:
+        with Image.open(io.BytesIO(data)) as header:
+            return header.format or "?", header.mode, _turned(header)
+    except Exception:  # of more channels than Pillow knows: the picture itself was read
+        return "TIFF", f"{count} channels", False
+
+
+def _deep(data: bytes) -> tuple[float, float] | None:
+    try:
+        values = deep_samples(data, MAX_PIXELS)
+    except Unfit:  # Pillow read it
+        return None
+    if values is None:
+        return None
+    low, high = np.nanpercentile(values, [0.1, 99.9]).tolist()
+    return float(low), float(high)
+
+
+def _turned(header: Image.Image) -> bool:
+    try:
+        return header.getexif().get(0x0112, 1) not in (0, 1)
+    except Exception:  # malformed EXIF makes Pillow stumble in many ways; the picture itself was read
+        return False

@@ -1,0 +1,311 @@
+"""Where pictures come from: folders, lists, several of them with shares, or the embedded Fashion-MNIST.
+
+Reading is by index. What is found on disk is one array (``mocov3.data.sources.index``), shared by all processes.
+"""
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from mocov3.data.sources import archives, tables
+from mocov3.data.sources.embedded import BUILT_IN, FashionMnist
+from mocov3.data.sources.index import Index
+from mocov3.data.sources.lists import ENDINGS, read_list
+from mocov3.data.sources.scan import EXTENSIONS, scan_tree
+from mocov3.data.sources.splits import apart, choose, no_part, remark_on_mix
+from mocov3.errors import UserError
+
+SEPARATOR = "\n"
+"""Between several sources in one text."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Pictures by index. Sent to loader processes, so it must pickle to something small."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 class of every picture, or ``None``."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; empty without labels."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 over names and labels: tells whether a resumed run sees the same pictures."""
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """File bytes or uint8 pixels of a picture. Raises OSError if the file is gone."""
+
+    def name(self, index: int) -> str:
+        """What to call the picture in messages."""
+
+
+def open_source(data: str, split: str = "train") -> Source:
+    """The pictures named by ``data``: a folder, a list, archives, tables, or the built-in ``fashion-mnist[:ROOT]``; or
+    several, a line each, with the share of their pictures that an epoch uses: ``DIR1``, ``DIR2:0.3``.
+
+    Which images of a folder are its ``train`` and its ``val`` part, ``mocov3.data.sources.splits`` decides: DIR/train
+    and DIR/val where they are. What is left out or remarkable is said in ``source.skipped``, a line each.
+
+    Raises:
+        UserError: if one is missing, unreadable, or holds no picture.
+    """
+    names = [name for name in data.split(SEPARATOR) if name]
+    if not names:
+        raise UserError("no data: name a folder of pictures, or fashion-mnist")
+    parts = [_share(name) for name in names]
+    sources = [_open_one(name, split) for name, _ in parts]
+    if len(parts) == 1 and parts[0][1] == 1:
+        return sources[0]
+    return Roots(sources, [share for _, share in parts])
+
+
+def has_unseen(data: str) -> bool:
+    """Whether every source named by ``data`` has validation images that are not those of its ``train`` part."""
+    return all(_has_unseen(_share(name)[0]) for name in data.split(SEPARATOR) if name)
+
+
+def _has_unseen(data: str) -> bool:
+    return apart(data) if os.path.isdir(data) else data.partition(":")[0] == BUILT_IN
+
+
+def open_unseen(data: str) -> Source:
+    """The ``val`` part of ``data``, where it is not what ``train`` gives (as of a folder with a test part only).
+
+    Raises:
+        UserError: if there is none.
+    """
+    source = open_source(data, "val")
+    if not has_unseen(data):
+        raise UserError(f"data {data.replace(SEPARATOR, ' ')}: has one part only, so there are no other images to "
+                        "validate on; name a folder that holds train/ and val/")  # fmt: skip
+    return source
+
+
+def _share(name: str) -> tuple[str, float]:
+    """``DIR:0.3`` → (DIR, 0.3); a name that exists as it stands has share 1."""
+    head, _, tail = name.rpartition(":")
+    if not head or os.path.exists(name) or not re.fullmatch(r"[-+.\d][-+.\deE]*", tail):
+        return name, 1.0
+    try:
+        share = float(tail)
+    except ValueError:
+        return name, 1.0
+    if not 0 < share <= 1:
+        raise UserError(f"data {name}: the share of a folder's pictures in an epoch is above 0 and at most 1, "
+                        f"not {tail}; to raise one folder, lower the others")  # fmt: skip
+    return head, share
+
+
+def _open_one(data: str, split: str) -> Source:
+    name, _, root = data.partition(":")
+    if name == BUILT_IN and not os.path.exists(data):
+        return FashionMnist(split, root or None)
+    place = Path(data)
+    # os.path answers no for a name that is too long or holds a zero byte, where Path raises
+    is_folder = os.path.isdir(data)
+    if os.path.isfile(data) and place.suffix.lower() in ENDINGS:
+        if split == "val":
+            raise UserError(f"data {data}: is a list and has no val part; name a folder that holds train and val")
+        return Folder(*read_list(place))
+    if packed := open_packed(data, split):
+        return packed
+    if not is_folder:
+        if os.path.exists(data):
+            picture = place.suffix.lower() in EXTENSIONS
+            hint = "name the folder that holds the pictures" if picture else f"a list ends in {', '.join(ENDINGS)}"
+            raise UserError(f"data {data}: is not a folder; {hint}")
+        raise UserError(f"data {data}: there is no such folder; name a folder of pictures, or fashion-mnist")
+    part = choose(data, split)
+    if part is None:
+        raise no_part(data, split)
+    if part.files:
+        return open_files(list(part.files), list(part.remarks))
+    return Folder(*scan_tree(Path(part.place), part.without), list(part.remarks))
+
+
+def scan(folder: Path) -> "Folder":
+    """Every picture below ``folder``, sorted by path; its subfolders are the classes.
+
+    Raises:
+        UserError: if the folder is missing, unreadable, or holds no picture.
+    """
+    return Folder(*scan_tree(folder))
+
+
+@dataclass
+class Folder:
+    """Pictures below a folder."""
+
+    root: str
+    index: Index
+    classes: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """What is left out or remarkable, a line each."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class of every picture, or ``None``."""
+        return self.index.labels
+
+    @property
+    def digest(self) -> str:
+        """sha256 over names and labels."""
+        return self.index.digest
+
+    def path(self, index: int) -> bytes:
+        """The file, as the system names it."""
+        return os.path.join(os.fsencode(self.root), self.index.path(index))
+
+    def read(self, index: int) -> bytes:
+        """The file's bytes."""
+        path = self.path(index)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever, a device never end
+            raise OSError("is not a regular file")
+        with open(path, "rb") as file:
+            return file.read()
+
+    def name(self, index: int) -> str:
+        """The path below the folder."""
+        return os.fsdecode(self.index.path(index))
+
+
+class Roots:
+    """Several sources after each other; an epoch uses a share of each one's pictures, drawn anew each time.
+
+    Labels are kept where every part has the same classes.
+    """
+
+    def __init__(self, parts: Sequence[Source], shares: Sequence[float]) -> None:
+        self.parts, self.shares = list(parts), list(shares)
+        self._ends = np.cumsum([len(p) for p in self.parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, if all parts have the same."""
+        first = self.parts[0].classes
+        return list(first) if all(p.classes == first for p in self.parts) else []
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """Class of every picture, or ``None``."""
+        labels = [p.labels for p in self.parts]
+        return np.concatenate(labels) if self.classes else None  # type: ignore[arg-type]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the parts and their shares."""
+        text = "\n".join(f"{p.digest} {share}" for p, share in zip(self.parts, self.shares, strict=True))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def skipped(self) -> list[str]:
+        """What is left out of the parts or remarkable, a line each."""
+        return [line for part in self.parts for line in getattr(part, "skipped", [])]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return part, index - (int(self._ends[part - 1]) if part else 0)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """Bytes or pixels of a picture."""
+        part, place = self._place(index)
+        return self.parts[part].read(place)
+
+    def name(self, index: int) -> str:
+        """The part's number and the picture's name in it."""
+        part, place = self._place(index)
+        return f"{part + 1}:{self.parts[part].name(place)}"
+
+
+class Subset:
+    """Some pictures of a source, by increasing index."""
+
+    def __init__(self, whole: Source, indices: np.ndarray) -> None:
+        self.whole, self.indices = whole, np.asarray(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return self.whole.classes
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class of every picture, or ``None``."""
+        return None if self.whole.labels is None else self.whole.labels[self.indices]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the whole and which of it."""
+        chosen = np.ascontiguousarray(self.indices.astype(np.int64))
+        return hashlib.sha256(self.whole.digest.encode() + chosen.tobytes()).hexdigest()
+
+    @property
+    def skipped(self) -> list[str]:
+        """What is left out of the whole or remarkable, a line each."""
+        return list(getattr(self.whole, "skipped", []))
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """Bytes or pixels of a picture."""
+        return self.whole.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        """The picture's name in the whole."""
+        return self.whole.name(int(self.indices[index]))
+
+
+def shares(source: Source) -> list[tuple[int, float]]:
+    """(pictures, share an epoch uses) of each part of a source, in order."""
+    if isinstance(source, Roots):
+        return [(len(p), share) for p, share in zip(source.parts, source.shares, strict=True)]
+    if isinstance(source, Subset) and isinstance(source.whole, Roots):
+        counts = np.diff(np.searchsorted(source.indices, source.whole._ends, side="left"), prepend=0)
+        return list(zip(counts.tolist(), source.whole.shares, strict=True))
+    return [(len(source), 1.0)]
+
+
+def open_packed(data: str, split: str) -> Source | None:
+    """Pictures in ``data`` if it names archives or tables, one, by a glob or by braces: all of them, as named.
+
+    Raises:
+        UserError: if they cannot be used, or the validation part is wanted.
+    """
+    if os.path.isdir(data) or not (archives.is_shards(data) or tables.is_parquet(data)):
+        return None
+    if split == "val":
+        raise UserError(f"data {data}: has no val part; name a folder that holds train/ and val/")
+    files = archives.expand(data)
+    return open_files(files, remark_on_mix(data, files))
+
+
+def open_files(files: list[str], remarks: list[str]) -> Source:
+    """Pictures in archives or in tables; ``remarks`` come before those on the files.
+
+    Raises:
+        UserError: if they cannot be used.
+    """
+    source = tables.Parquet(files) if tables.is_parquet(files[0]) else archives.open_shards(files)
+    source.skipped = [*remarks, *source.skipped]
+    return source

@@ -1,0 +1,523 @@
+/* One augmented view in one call: crop, antialiased resize, flip, colour jitter, grey, blur, solarise.
+
+   The operations are Pillow's (triangle filter, blends of the enhancers, its HSV, Gaussian blur by three box blurs),
+   arranged so that a compiler turns every loop into vector instructions: planes instead of interleaved pixels, 16-bit
+   fixed point where Pillow keeps 8 bits between passes, no branches in loops. Integer arithmetic and float arithmetic
+   without contraction give the same pixels on every machine. Loaded by ctypes (mocov3/data/views/native/__init__.py): needs
+   no Python header. Where it cannot be built, mocov3/data/views/operations.py does the same by OpenCV and
+   Pillow. One file, longer than the house's others, so that the compiler makes both versions of a loop with all inlined. */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#error "written for GCC and clang; without them the package uses OpenCV and Pillow"
+#endif
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define FAST __attribute__((target_clones("avx2", "default"))) /* chosen when loaded, by the processor */
+#else
+#define FAST
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum {
+    BLOCK = 16,  /* rows that are resized together */
+    REACH = 128, /* a blur reaches less far */
+};
+
+INLINE int rounded_up(int n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
+INLINE uint16_t high(uint32_t a, uint32_t b) { return (uint16_t)((uint16_t)a * (uint32_t)(uint16_t)b >> 16); }
+INLINE uint16_t plus(uint16_t a, uint16_t b) { return (uint16_t)(a + b); }
+INLINE int smaller(int a, int b) { return a < b ? a : b; }
+
+/* --- resize ------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int taps;         /* room for this many weights an output pixel */
+    int *start, *count;
+    uint16_t *weight; /* 0.16 fixed point; those of an output pixel sum to 65535 */
+} Axis;
+
+static int taps_of(double extent, int out) { return 2 * (int)ceil(extent > out ? extent / out : 1.0) + 2; }
+
+INLINE double falling(double distance, double slope) {
+    double w = 1 - fabs(distance) * slope;
+    return w > 0 ? w : 0;
+}
+
+/* Pillow's triangle filter, widened by the scale where the picture shrinks: `out` pixels from `extent` input pixels that
+   begin at `begin`, which may be fractions; no pixel outside 0 … in − 1 is touched. */
+static void fill_axis(Axis *axis, int in, double begin, double extent, int out) {
+    double scale = extent / out, support = scale > 1 ? scale : 1, slope = 1 / support;
+    for (int i = 0; i < out; i++) {
+        double centre = begin + (i + 0.5) * scale - 0.5, sum = 0, passed = 0;
+        int low = (int)(centre - support + 1), end = (int)(centre + support + 1), before = 0;
+        if (centre - support + 1 < 0) low = 0;
+        if (end > in) end = in;
+        if (low >= end) low = smaller(low, in - 1), end = low + 1; /* a sliver at the edge */
+        axis->start[i] = low;
+        axis->count[i] = end - low;
+        uint16_t *weight = axis->weight + (ptrdiff_t)i * axis->taps;
+        for (int j = low; j < end; j++) sum += falling(j - centre, slope);
+        if (!(sum > 0)) { /* only a sliver: its one pixel */
+            weight[0] = 65535;
+            continue;
+        }
+        sum = 65535 / sum;
+        for (int j = low; j < end; j++) { /* differences of the rounded running sum: the parts sum to the whole */
+            passed += falling(j - centre, slope);
+            int now = (int)(passed * sum + 0.5);
+            weight[j - low] = (uint16_t)(now - before);
+            before = now;
+        }
+    }
+}
+
+/* Half a unit a product makes good for what `high` cuts off; bounded, so that white cannot overflow. */
+INLINE uint16_t lift(int products) { return (uint16_t)smaller(products / 2, 48); }
+
+INLINE void add_rows(uint16_t *restrict to, const uint8_t *restrict s, ptrdiff_t stride, const uint16_t *restrict w, int k,
+                     int n, int first, uint16_t bias) {
+    const uint8_t *s0 = s, *s1 = s + stride, *s2 = s + 2 * stride, *s3 = s + 3 * stride;
+    uint16_t w0 = w[0], w1 = k > 1 ? w[1] : 0, w2 = k > 2 ? w[2] : 0, w3 = k > 3 ? w[3] : 0;
+    for (int x = 0; x < n; x++) {
+        uint16_t sum = (uint16_t)((first ? bias : to[x]) + high(s0[x] << 8, w0));
+        if (k > 1) sum = (uint16_t)(sum + high(s1[x] << 8, w1));
+        if (k > 2) sum = (uint16_t)(sum + high(s2[x] << 8, w2));
+        if (k > 3) sum = (uint16_t)(sum + high(s3[x] << 8, w3));
+        to[x] = sum;
+    }
+}
+
+/* One output row, at the width of the crop: weighted sum of input rows, in 8.8 fixed point. */
+INLINE void vertical(uint16_t *to, const uint8_t *s, ptrdiff_t stride, const uint16_t *w, int count, int n) {
+    uint16_t bias = lift(count);
+    int first = 1;
+    for (int left = count; left > 0; left -= 4, s += 4 * stride, w += 4, first = 0) {
+        if (first) {
+            switch (left) {
+            case 1: add_rows(to, s, stride, w, 1, n, 1, bias); break;
+            case 2: add_rows(to, s, stride, w, 2, n, 1, bias); break;
+            case 3: add_rows(to, s, stride, w, 3, n, 1, bias); break;
+            default: add_rows(to, s, stride, w, 4, n, 1, bias);
+            }
+        } else {
+            switch (left) {
+            case 1: add_rows(to, s, stride, w, 1, n, 0, 0); break;
+            case 2: add_rows(to, s, stride, w, 2, n, 0, 0); break;
+            case 3: add_rows(to, s, stride, w, 3, n, 0, 0); break;
+            default: add_rows(to, s, stride, w, 4, n, 0, 0);
+            }
+        }
+    }
+}
+
+typedef uint16_t Words __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define LOW16(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH16(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define LOW8(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH8(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#else
+#define LOW16(a, b) __builtin_shuffle(a, b, (Words){0, 8, 1, 9, 2, 10, 3, 11})
+#define HIGH16(a, b) __builtin_shuffle(a, b, (Words){4, 12, 5, 13, 6, 14, 7, 15})
+#define LOW8(a, b) __builtin_shuffle(a, b, (Bytes){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23})
+#define HIGH8(a, b) __builtin_shuffle(a, b, (Bytes){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
+#endif
+
+/* 8×8 words turned over: log2(8) rounds of riffling rows i and i + 4. */
+INLINE void turn_words(uint16_t *to, ptrdiff_t to_stride, const uint16_t *from, ptrdiff_t from_stride) {
+    Words a[8], b[8];
+    for (int i = 0; i < 8; i++) memcpy(&a[i], from + i * from_stride, 16);
+    for (int round = 0; round < 3; round++) {
+        for (int i = 0; i < 4; i++) {
+            b[2 * i] = LOW16(a[i], a[i + 4]);
+            b[2 * i + 1] = HIGH16(a[i], a[i + 4]);
+        }
+        memcpy(a, b, sizeof a);
+    }
+    for (int i = 0; i < 8; i++) memcpy(to + i * to_stride, &a[i], 16);
+}
+
+/* 16×16 bytes turned over. */
+INLINE void turn_bytes(uint8_t *to, ptrdiff_t to_stride, const uint8_t *from, ptrdiff_t from_stride) {
+    Bytes a[16], b[16];
+    for (int i = 0; i < 16; i++) memcpy(&a[i], from + i * from_stride, 16);
+    for (int round = 0; round < 4; round++) {
+        for (int i = 0; i < 8; i++) {
+            b[2 * i] = LOW8(a[i], a[i + 8]);
+            b[2 * i + 1] = HIGH8(a[i], a[i + 8]);
+        }
+        memcpy(a, b, sizeof a);
+    }
+    for (int i = 0; i < 16; i++) memcpy(to + i * to_stride, &a[i], 16);
+}
+
+/* The next `k` (a constant) input pixels' share of an output pixel, all BLOCK rows of three channels at once. */
+INLINE void add_columns(uint16_t *restrict sum, const uint16_t *restrict s, const uint16_t *restrict w, int k) {
+    for (int i = 0; i < 3 * BLOCK; i++) {
+        uint16_t all = (uint16_t)(sum[i] + high(s[i], w[0]));
+        if (k > 1) all = (uint16_t)(all + high(s[i + 3 * BLOCK], w[1]));
+        if (k > 2) all = (uint16_t)(all + high(s[i + 6 * BLOCK], w[2]));
+        if (k > 3) all = (uint16_t)(all + high(s[i + 9 * BLOCK], w[3]));
+        sum[i] = all;
+    }
+}
+
+INLINE void put_columns(uint8_t *restrict to, ptrdiff_t stride, const uint16_t *restrict s, const uint16_t *restrict w,
+                        int k, uint16_t bias) {
+    for (int c = 0; c < 3; c++)
+        for (int i = 0; i < BLOCK; i++) {
+            const uint16_t *in = s + c * BLOCK + i;
+            uint16_t all = (uint16_t)(bias + high(in[0], w[0]));
+            if (k > 1) all = (uint16_t)(all + high(in[3 * BLOCK], w[1]));
+            if (k > 2) all = (uint16_t)(all + high(in[6 * BLOCK], w[2]));
+            if (k > 3) all = (uint16_t)(all + high(in[9 * BLOCK], w[3]));
+            if (k > 4) all = (uint16_t)(all + high(in[12 * BLOCK], w[4]));
+            to[c * stride + i] = (uint8_t)(all >> 8);
+        }
+}
+
+/* Output pixels of BLOCK rows from columns of words (pixel, channel, row) to bytes (channel, pixel, row). */
+INLINE void horizontal(uint8_t *to, const uint16_t *columns, const Axis *axis, int size, int flip) {
+    ptrdiff_t stride = (ptrdiff_t)rounded_up(size) * BLOCK;
+    for (int x = 0; x < size; x++) {
+        uint16_t sum[3 * BLOCK], bias = (uint16_t)(lift(axis->count[x]) + 128);
+        const uint16_t *s = columns + (ptrdiff_t)axis->start[x] * 3 * BLOCK, *w = axis->weight + x * axis->taps;
+        uint8_t *place = to + (ptrdiff_t)(flip ? size - 1 - x : x) * BLOCK;
+        switch (axis->count[x]) {
+        case 1: put_columns(place, stride, s, w, 1, bias); continue;
+        case 2: put_columns(place, stride, s, w, 2, bias); continue;
+        case 3: put_columns(place, stride, s, w, 3, bias); continue;
+        case 4: put_columns(place, stride, s, w, 4, bias); continue;
+        case 5: put_columns(place, stride, s, w, 5, bias); continue;
+        default: break;
+        }
+        for (int i = 0; i < 3 * BLOCK; i++) sum[i] = bias;
+        int left = axis->count[x];
+        for (; left >= 4; left -= 4, s += 12 * BLOCK, w += 4) add_columns(sum, s, w, 4);
+        for (; left > 0; left--, s += 3 * BLOCK, w++) add_columns(sum, s, w, 1);
+        for (int c = 0; c < 3; c++)
+            for (int i = 0; i < BLOCK; i++) place[c * stride + i] = (uint8_t)(sum[c * BLOCK + i] >> 8);
+    }
+}
+
+/* Crop (height × width RGB pixels) to three planes of size × size, rows padded to a multiple of BLOCK. */
+FAST static void resize(uint8_t *planes, const uint8_t *crop, ptrdiff_t stride, int width, int size, int flip,
+                        const Axis *down, const Axis *across, uint16_t *rows, uint16_t *columns, uint8_t *turned) {
+    int pitch = rounded_up(size), n = 3 * width, room = (n + 7) / 8 * 8;
+    memset(turned, 0, 3 * (size_t)pitch * BLOCK);
+    for (int y = 0; y < size; y += BLOCK) {
+        for (int i = 0; i < BLOCK && y + i < size; i++)
+            vertical(rows + (ptrdiff_t)i * room, crop + down->start[y + i] * stride, stride,
+                     down->weight + (y + i) * down->taps, down->count[y + i], n);
+        for (int x = 0; x < room; x += 8)
+            for (int half = 0; half < BLOCK; half += 8)
+                turn_words(columns + (ptrdiff_t)x * BLOCK + half, BLOCK, rows + (ptrdiff_t)half * room + x, room);
+        horizontal(turned, columns, across, size, flip);
+        for (int c = 0; c < 3; c++)
+            for (int x = 0; x < pitch; x += BLOCK)
+                turn_bytes(planes + ((ptrdiff_t)c * pitch + y) * pitch + x, pitch,
+                           turned + ((ptrdiff_t)c * pitch + x) * BLOCK, BLOCK);
+    }
+}
+
+/* --- colour ------------------------------------------------------------------------------------------------- */
+
+INLINE int luma(int r, int g, int b) { /* ITU-R 601, as Pillow's but for a unit in one pixel of some hundreds */
+    return (uint16_t)(high(r << 8, 19595) + high(g << 8, 38470) + high(b << 8, 7471) + 129) >> 8;
+}
+
+/* Pillow's blend, clipped, fractions cut off: factor · value + (1 − factor) · from, in 10.6 fixed point. */
+typedef struct {
+    int beyond;              /* factor > 1: leads away from `from` */
+    uint16_t factor, rest;   /* 2.14 fixed point */
+} Blend;
+
+static Blend blend_of(double factor) {
+    int beyond = factor > 1;
+    return (Blend){beyond, (uint16_t)ceil(factor * 16384), (uint16_t)(fabs(1 - factor) * 16384 + 0.5)};
+}
+
+INLINE uint8_t blended(uint16_t value, uint16_t other, int beyond) {
+    value++; /* makes good for what `high` cut off twice, so that equal values stay what they are */
+    uint16_t v = beyond ? (uint16_t)((value > other ? value : other) - other) : (uint16_t)(value + other);
+    v = v >> 6;
+    return (uint8_t)(v > 255 ? 255 : v);
+}
+
+FAST static void blend_constant(uint8_t *plane, int n, int from, Blend blend) {
+    uint16_t other = high(from << 8, blend.rest);
+    if (from == 0)
+        for (int i = 0; i < n; i++) {
+            uint16_t v = high(plane[i] << 8, blend.factor) >> 6;
+            plane[i] = (uint8_t)(v > 255 ? 255 : v);
+        }
+    else if (blend.beyond)
+        for (int i = 0; i < n; i++) plane[i] = blended(high(plane[i] << 8, blend.factor), other, 1);
+    else
+        for (int i = 0; i < n; i++) plane[i] = blended(high(plane[i] << 8, blend.factor), other, 0);
+}
+
+INLINE void saturate_all(uint8_t *restrict r, uint8_t *restrict g, uint8_t *restrict b, int n, Blend blend,
+                         int beyond) {
+    for (int i = 0; i < n; i++) {
+        uint16_t other = high(luma(r[i], g[i], b[i]) << 8, blend.rest);
+        r[i] = blended(high(r[i] << 8, blend.factor), other, beyond);
+        g[i] = blended(high(g[i] << 8, blend.factor), other, beyond);
+        b[i] = blended(high(b[i] << 8, blend.factor), other, beyond);
+    }
+}
+
+FAST static void saturate(uint8_t *restrict r, uint8_t *restrict g, uint8_t *restrict b, int n, Blend blend) {
+    if (blend.beyond)
+        saturate_all(r, g, b, n, blend, 1);
+    else
+        saturate_all(r, g, b, n, blend, 0);
+}
+
+FAST static int mean_luma(const uint8_t *r, const uint8_t *g, const uint8_t *b, int size, int pitch) {
+    uint64_t sum = 0;
+    for (int y = 0; y < size; y++) {
+        uint32_t line = 0;
+        for (int x = y * pitch; x < y * pitch + size; x++) line += (uint32_t)luma(r[x], g[x], b[x]);
+        sum += line;
+    }
+    return (int)((double)sum / ((double)size * size) + 0.5);
+}
+
+FAST static void make_gray(uint8_t *restrict r, const uint8_t *restrict g, const uint8_t *restrict b, int n) {
+    for (int i = 0; i < n; i++) r[i] = (uint8_t)luma(r[i], g[i], b[i]);
+}
+
+INLINE float within(float v, float low, float top) {
+    v = v < low ? low : v;
+    return v > top ? top : v;
+}
+
+/* RGB → Pillow's 8-bit HSV, hue + shift (mod 256), → RGB. */
+FAST static void turn_hue(uint8_t *restrict r, uint8_t *restrict g, uint8_t *restrict b, int n, int shift) {
+    for (int i = 0; i < n; i++) {
+        float ri = r[i], gi = g[i], bi = b[i];
+        float most = ri > gi ? ri : gi, least = ri < gi ? ri : gi;
+        most = most > bi ? most : bi;
+        least = least < bi ? least : bi;
+        float chroma = most - least;
+        float difference = most == gi ? bi - ri : ri - gi, sector = most == gi ? 85.0f : 170.0f;
+        difference = most == ri ? gi - bi : difference;
+        sector = most == ri ? 0.0f : sector;
+        /* the small number stands for what Pillow's double arithmetic loses just below whole numbers */
+        float hue = sector + 42.5f * difference / (chroma > 1 ? chroma : 1.0f) - 1e-4f;
+        hue += hue < -2e-4f ? 255.0f : 0.0f;
+        hue = hue < 0 ? 0 : hue;
+        int turned = ((int)hue + shift) & 255;
+        int saturation = (int)(chroma * 255.0f / (most > 1 ? most : 1.0f));
+        float six = (float)turned * (6.0f / 255.0f), loss = most * ((float)saturation * (1.0f / 255.0f));
+        /* the share of the loss that each channel bears goes up and down a ramp along the hue */
+        r[i] = (uint8_t)(int)(most - loss * within(2 - fabsf(six - 3), 0, 1) + 0.5f);
+        g[i] = (uint8_t)(int)(most - loss * within(fabsf(six - 2) - 1, 0, 1) + 0.5f);
+        b[i] = (uint8_t)(int)(most - loss * within(fabsf(six - 4) - 1, 0, 1) + 0.5f);
+    }
+}
+
+/* --- blur --------------------------------------------------------------------------------------------------- */
+
+static double box_radius(double sigma) { /* extended box whose third convolution has this variance */
+    double s = sigma * sigma / 3, l = floor((sqrt(12 * s + 1) - 1) / 2);
+    return l + (2 * l + 1) * (l * (l + 1) - 3 * s) / (6 * (s - (l + 1) * (l + 1)));
+}
+
+/* Half of the kernel of three box blurs, middle first, in 0.16 fixed point; returns its radius. */
+static int fill_blur(uint16_t *half, double sigma, double *work) {
+    double radius = box_radius(sigma);
+    int l = (int)radius, reach = 3 * (l + 1), width = 2 * reach + 1, sum = 0;
+    if (!(reach < REACH)) return -1;
+    double inner = 1 / (2 * radius + 1), outer = (1 - (2 * l + 1) * inner) / 2;
+    double *a = work, *b = work + width;
+    memset(work, 0, 2 * (size_t)width * sizeof *work);
+    a[reach] = 1;
+    for (int pass = 0; pass < 3; pass++) {
+        for (int i = 0; i < width; i++) {
+            b[i] = 0;
+            for (int j = -l - 1; j <= l + 1; j++)
+                if (i + j >= 0 && i + j < width) b[i] += a[i + j] * (j == -l - 1 || j == l + 1 ? outer : inner);
+        }
+        double *swap = a;
+        a = b;
+        b = swap;
+    }
+    for (int i = reach; i > 0; i--) sum += 2 * (half[i] = (uint16_t)(65535 * a[reach + i] + 0.5));
+    half[0] = (uint16_t)(65535 - sum);
+    return reach;
+}
+
+/* Three neighbours on both sides, weighted: reaches from 1 to 3 and from 4 to 6 are one and two calls. */
+#define SIDES(start, at) plus(plus(plus(start, high(at(1), h1)), high(at(2), h2)), high(at(3), h3))
+#define MORE_SIDES(start, at) plus(plus(plus(start, high(at(4), h4)), high(at(5), h5)), high(at(6), h6))
+
+/* One row of the vertical pass, in 9.7 fixed point. */
+INLINE void blur_down(uint16_t *restrict to, const uint8_t *restrict from, int y, int size, int pitch,
+                      const uint16_t *restrict half, int reach, uint16_t bias) {
+    const uint16_t h0 = half[0], h1 = half[1], h2 = half[2], h3 = half[3];
+#define ROW(t) (from + (ptrdiff_t)((t) < 0 ? 0 : (t) >= size ? size - 1 : (t)) * pitch)
+#define ABOVE_BELOW(t) ((a##t[x] + b##t[x]) << 7)
+    const uint8_t *restrict s = ROW(y), *restrict a1 = ROW(y - 1), *restrict b1 = ROW(y + 1), *restrict a2 = ROW(y - 2),
+                  *restrict b2 = ROW(y + 2), *restrict a3 = ROW(y - 3), *restrict b3 = ROW(y + 3);
+    for (int x = 0; x < pitch; x++) to[x] = SIDES(plus(bias, high(s[x] << 7, h0)), ABOVE_BELOW);
+    if (reach == 3) return;
+    const uint16_t h4 = half[4], h5 = half[5], h6 = half[6];
+    const uint8_t *restrict a4 = ROW(y - 4), *restrict b4 = ROW(y + 4), *restrict a5 = ROW(y - 5),
+                  *restrict b5 = ROW(y + 5), *restrict a6 = ROW(y - 6), *restrict b6 = ROW(y + 6);
+    for (int x = 0; x < pitch; x++) to[x] = MORE_SIDES(to[x], ABOVE_BELOW);
+    for (int t = 7; t <= reach; t++) {
+        const uint8_t *restrict above = ROW(y - t), *restrict below = ROW(y + t);
+        for (int x = 0; x < pitch; x++) to[x] = (uint16_t)(to[x] + high((above[x] + below[x]) << 7, half[t]));
+    }
+}
+
+INLINE void blur_across(uint8_t *restrict to, uint16_t *restrict sum, const uint16_t *restrict mid, int pitch,
+                        const uint16_t *restrict half, int reach, uint16_t bias) {
+    const uint16_t h0 = half[0];
+    for (int x = 0; x < pitch; x++) sum[x] = plus(bias, high(mid[x], h0));
+    for (int t = 1; t <= reach; t++) { /* one pair a loop: GCC makes vectors of no more at once */
+        const uint16_t *restrict a = mid - t, *restrict b = mid + t;
+        const uint16_t h = half[t];
+        for (int x = 0; x < pitch; x++) sum[x] = plus(sum[x], high((uint16_t)(a[x] + b[x]), h));
+    }
+    for (int x = 0; x < pitch; x++) to[x] = (uint8_t)(sum[x] >> 7);
+}
+
+INLINE void blur_rows(uint8_t *to, const uint8_t *from, int size, int pitch, const uint16_t *half, int reach,
+                      uint16_t *row) {
+    uint16_t bias = (uint16_t)smaller((reach + 1) / 2, 31); /* bounded, so that white cannot overflow */
+    uint16_t *mid = row + reach, *sum = row + 2 * reach + pitch;
+    for (int y = 0; y < size; y++) {
+        blur_down(mid, from, y, size, pitch, half, reach, bias);
+        for (int t = 1; t <= reach; t++) mid[-t] = mid[0], mid[size - 1 + t] = mid[size - 1];
+        blur_across(to + (ptrdiff_t)y * pitch, sum, mid, pitch, half, reach, (uint16_t)(bias + 64));
+    }
+}
+
+/* One plane, edges repeated. `row` has room for the padded row and a sum. A reach is a multiple of three. */
+FAST static void blur(uint8_t *to, const uint8_t *from, int size, int pitch, const uint16_t *half, int reach,
+                      uint16_t *row) {
+    if (reach == 3)
+        blur_rows(to, from, size, pitch, half, 3, row);
+    else
+        blur_rows(to, from, size, pitch, half, reach, row);
+}
+
+/* --- the view ----------------------------------------------------------------------------------------------- */
+
+#if defined(__clang__)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (Bytes){__VA_ARGS__})
+#endif
+
+INLINE uint8_t solarized(uint8_t v) { return v < 128 ? v : (uint8_t)(255 - v); }
+
+/* Planes to interleaved pixels; the vectors are first those of two channels, then the third put in. */
+FAST static void interleave(uint8_t *to, const uint8_t *r, const uint8_t *g, const uint8_t *b, int size, int pitch,
+                            int solarize) {
+    const Bytes half = {128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128};
+    for (int y = 0; y < size; y++, to += 3 * (ptrdiff_t)size, r += pitch, g += pitch, b += pitch) {
+        int x = 0;
+        for (; x + 16 <= size; x += 16) {
+            Bytes v[3], w[3];
+            memcpy(&v[0], r + x, 16), memcpy(&v[1], g + x, 16), memcpy(&v[2], b + x, 16);
+            if (solarize) /* the smaller of v and 255 − v, which is its complement */
+                for (int c = 0; c < 3; c++) v[c] = (v[c] & (Bytes)(v[c] < half)) | (~v[c] & (Bytes)(v[c] >= half));
+            w[0] = PICK(v[0], v[1], 0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5);
+            w[1] = PICK(v[0], v[1], 21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26);
+            w[2] = PICK(v[0], v[1], 0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0);
+            w[0] = PICK(w[0], v[2], 0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12, 13, 20, 15);
+            w[1] = PICK(w[1], v[2], 0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11, 12, 25, 14, 15);
+            w[2] = PICK(w[2], v[2], 26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10, 11, 30, 13, 14, 31);
+            memcpy(to + 3 * x, w, 48);
+        }
+        for (; x < size; x++) {
+            to[3 * x] = solarize ? solarized(r[x]) : r[x];
+            to[3 * x + 1] = solarize ? solarized(g[x]) : g[x];
+            to[3 * x + 2] = solarize ? solarized(b[x]) : b[x];
+        }
+    }
+}
+
+static void jitter(uint8_t *planes, int size, int pitch, const int *order, const double *factors) {
+    int n = size * pitch;
+    uint8_t *r = planes, *g = r + (ptrdiff_t)pitch * pitch, *b = g + (ptrdiff_t)pitch * pitch;
+    for (int i = 0; i < 4; i++) {
+        double factor = factors[order[i]];
+        if (order[i] == 3) {
+            turn_hue(r, g, b, n, (int)(factor * 255) & 255); /* rounds hues to 8 bits, at no shift too */
+        } else if (order[i] == 2) {
+            saturate(r, g, b, n, blend_of(factor));
+        } else {
+            int from = order[i] == 1 ? mean_luma(r, g, b, size, pitch) : 0;
+            for (int c = 0; c < 3; c++) blend_constant(planes + (ptrdiff_t)c * pitch * pitch, n, from, blend_of(factor));
+        }
+    }
+}
+
+/* Write the view of a crop to `out`, (size, size, 3) bytes.
+
+   crop: RGB pixels, height rows of width, `stride` bytes apart.
+   box: top, left, height, width of what is seen, in pixels of the crop; fractions where a picture was decoded smaller.
+   what: flip, jitter, grey, solarise (0 or 1), then the order of the four jitter operations.
+   how: the four jitter factors (of brightness, contrast, saturation: 0 ≤ factor < 4), then the blur's standard
+   deviation in pixels (0: none).
+   Returns 0, or 1 where memory is short or the blur too wide. */
+#ifdef _WIN32
+__declspec(dllexport)
+#else
+__attribute__((visibility("default")))
+#endif
+int mocov3_view(const uint8_t *crop, ptrdiff_t stride, int height, int width, const double *box, uint8_t *out, int size,
+                const int *what, const double *how) {
+    int pitch = rounded_up(size), room = (3 * width + 7) / 8 * 8, failed = 1;
+    size_t plane = (size_t)pitch * pitch;
+    Axis down = {.taps = taps_of(box[2], size)}, across = {.taps = taps_of(box[3], size)};
+    size_t sizes[] = {3 * plane, 3 * plane, 3 * (size_t)pitch * BLOCK, 4 * (size_t)size * sizeof(int),
+                      (size_t)size * (size_t)(down.taps + across.taps) * 2, 2 * (size_t)room * BLOCK,
+                      2 * (size_t)room * BLOCK, 4 * (size_t)pitch + 1024, 8192};
+    enum { PARTS = sizeof sizes / sizeof *sizes };
+    uint8_t *part[PARTS];
+    size_t total = 64;
+    for (int i = 0; i < PARTS; i++) total += sizes[i] = (sizes[i] + 63) / 64 * 64;
+    uint8_t *memory = malloc(total);
+    if (!memory) return 1;
+    part[0] = memory + (64 - (uintptr_t)memory % 64);
+    for (int i = 1; i < PARTS; i++) part[i] = part[i - 1] + sizes[i - 1];
+    down.start = (int *)part[3], down.count = down.start + size;
+    across.start = down.count + size, across.count = across.start + size;
+    down.weight = (uint16_t *)part[4], across.weight = down.weight + (ptrdiff_t)size * down.taps;
+    fill_axis(&down, height, box[0], box[2], size);
+    fill_axis(&across, width, box[1], box[3], size);
+    resize(part[0], crop, stride, width, size, what[0], &down, &across, (uint16_t *)part[5], (uint16_t *)part[6],
+           part[2]);
+    if (what[1]) jitter(part[0], size, pitch, what + 4, how);
+    uint8_t *planes[3] = {part[0], part[0] + plane, part[0] + 2 * plane};
+    if (what[2]) {
+        make_gray(planes[0], planes[1], planes[2], size * pitch);
+        planes[1] = planes[2] = planes[0];
+    }
+    if (how[4] > 0) {
+        uint16_t half[REACH];
+        int reach = fill_blur(half, how[4], (double *)part[8]);
+        if (reach < 0) goto end;
+        for (int c = 0; c < (what[2] ? 1 : 3); c++)
+            blur(part[1] + c * plane, planes[c], size, pitch, half, reach, (uint16_t *)part[7]);
+        for (int c = 0; c < 3; c++) planes[c] = part[1] + (what[2] ? 0 : c * plane);
+    }
+    interleave(out, planes[0], planes[1], planes[2], size, pitch, what[3]);
+    failed = 0;
+end:
+    free(memory);
+    return failed;
+}

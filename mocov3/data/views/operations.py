@@ -1,0 +1,187 @@
+"""Draw → pixels of one view, in three ways that give the same picture.
+
+``pillow`` applies the reference's own operations and is the standard. ``native`` is the compiled kernel, ``library``
+the same draws by Pillow's resize, OpenCV and look-up tables, where the kernel was not built; the tests hold both to
+the standard. ``fast`` is the better of the two here.
+"""
+
+import cv2
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from mocov3.data.views import native
+from mocov3.data.views.draws import Draw
+
+Pixels = np.ndarray
+"""uint8, (height, width, 3), RGB."""
+
+_FARTHEST = 40
+"""Crops this many times larger than the view are resized by Pillow: the kernel's 16-bit sums are for fewer terms."""
+
+
+def apply_draw(
+    pixels: Pixels | Image.Image,
+    choice: Draw,
+    size: int,
+    backend: str = "pillow",
+    shrink: int = 1,
+    out: Pixels | None = None,
+) -> Pixels:
+    """One view of a (padded) picture, as (size, size, channels), written to ``out`` if given.
+
+    Pictures of other than three channels know no saturation, hue or grey; their contrast is about the mean of all
+    channels.
+
+    Args:
+        pixels: of the picture, ``shrink`` times smaller than what the draw was made for.
+        choice: what happens.
+        size: side of the view in pixels.
+        backend: ``fast``, ``native``, ``library`` or ``pillow``.
+        shrink: 1, or by how much the picture was decoded smaller.
+        out: contiguous, (size, size, channels).
+    """
+    if isinstance(pixels, Image.Image):
+        pixels = np.asarray(pixels)
+    if pixels.shape[2] != 3:
+        return _put(_without_colours(pixels, choice, size, backend, shrink), out)
+    box: tuple[float, float, float, float] = (
+        choice.top / shrink,
+        choice.left / shrink,
+        choice.height / shrink,
+        choice.width / shrink,
+    )
+    if backend in ("fast", "native") and native.available() and _kernel_takes(choice):
+        view = np.empty((size, size, 3), np.uint8)
+        if out is not None and out.flags.c_contiguous and not (choice.flip_vertical or choice.turns):
+            view = out
+        if max(box[2], box[3]) > _FARTHEST * size:
+            pixels, box = np.asarray(_resized(pixels, box, size)), (0, 0, size, size)
+        native.view(
+            pixels,
+            box,
+            view,
+            flip=choice.flip,
+            jitter=choice.jitter,
+            gray=choice.gray,
+            blur=choice.blur_sigma or 0.0,
+            solarize=choice.solarize,
+        )
+    elif backend == "pillow":
+        view = _by_pillow(_resized(pixels, box, size), choice)
+    else:
+        view = _by_library(np.asarray(_resized(pixels, box, size)), choice)
+    return _put(turned(view, choice), out)
+
+
+def _put(view: Pixels, out: Pixels | None) -> Pixels:
+    if out is None or view is out:
+        return view
+    out[...] = view
+    return out
+
+
+def _without_colours(pixels: Pixels, choice: Draw, size: int, backend: str, shrink: int) -> Pixels:
+    """A view of a picture of one channel, or of many."""
+    if choice.jitter:
+        order, brightness, contrast, *_ = choice.jitter
+        choice = choice._replace(jitter=(order, brightness, contrast, 1.0, 0.0))
+    if pixels.shape[2] == 1:  # as the grey picture that it is, in colour
+        rgb = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+        return apply_draw(rgb, choice._replace(gray=False), size, backend, shrink)[..., :1]
+    top, left, height, width = (v / shrink for v in (choice.top, choice.left, choice.height, choice.width))
+    planes = [np.asarray(_resized(pixels[..., c], (top, left, height, width), size)) for c in range(pixels.shape[2])]
+    return turned(_by_library(np.stack(planes, 2), choice._replace(gray=False)), choice)
+
+
+def turned(pixels: Pixels, choice: Draw) -> Pixels:
+    """The last part of a draw, the same for every backend: upside down, then quarter turns of the square view."""
+    if choice.flip_vertical:
+        pixels = pixels[::-1]
+    return np.rot90(pixels, choice.turns) if choice.turns else pixels
+
+
+def _kernel_takes(choice: Draw) -> bool:
+    return native.takes(choice.jitter[1:4] if choice.jitter else (1.0, 1.0, 1.0), choice.blur_sigma or 0.0)
+
+
+def _resized(pixels: Pixels, box: tuple[float, float, float, float], size: int) -> Image.Image:
+    top, left, height, width = box
+    first, begin = int(top), int(left)
+    last, end = -int(-(top + height) // 1), -int(-(left + width) // 1)
+    crop = Image.fromarray(pixels[first:last, begin:end])  # no pixel outside is looked at, as when a crop is resized
+    inner = (left - begin, top - first, left - begin + width, top - first + height)
+    return crop.resize((size, size), Image.Resampling.BILINEAR, box=inner)
+
+
+# --- the standard: Pillow ---------------------------------------------------------------------------------
+
+
+def _by_pillow(image: Image.Image, choice: Draw) -> Pixels:
+    if choice.jitter:
+        order, brightness, contrast, saturation, hue = choice.jitter
+        for operation in order:
+            if operation == 0:
+                image = ImageEnhance.Brightness(image).enhance(brightness)
+            elif operation == 1:
+                image = ImageEnhance.Contrast(image).enhance(contrast)
+            elif operation == 2:
+                image = ImageEnhance.Color(image).enhance(saturation)
+            else:
+                image = _turn_hue(image, hue)
+    if choice.gray:
+        image = Image.merge("RGB", [image.convert("L")] * 3)
+    if choice.blur_sigma is not None:
+        image = image.filter(ImageFilter.GaussianBlur(choice.blur_sigma))
+    if choice.solarize:
+        image = ImageOps.solarize(image, 128)
+    if choice.flip:
+        image = ImageOps.mirror(image)
+    return np.asarray(image)
+
+
+def _turn_hue(image: Image.Image, factor: float) -> Image.Image:
+    h, s, v = image.convert("HSV").split()
+    turned = np.asarray(h) + np.uint8(int(factor * 255) % 256)  # wraps around, as hues do
+    return Image.merge("HSV", (Image.fromarray(turned), s, v)).convert("RGB")
+
+
+# --- the same draws by OpenCV and look-up tables ----------------------------------------------------------
+
+_LEVELS = np.arange(256, dtype=np.float64)
+_SOLARIZED = np.where(_LEVELS < 128, _LEVELS, 255 - _LEVELS).astype(np.uint8)
+
+
+def _by_library(pixels: Pixels, choice: Draw) -> Pixels:
+    if choice.jitter:
+        order, brightness, contrast, saturation, hue = choice.jitter
+        for operation in order:
+            if operation == 0 and brightness != 1:
+                pixels = cv2.LUT(pixels, _table(_LEVELS * brightness))
+            elif operation == 1 and contrast != 1:
+                gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY) if pixels.shape[2] == 3 else pixels
+                mean = int(float(gray.mean()) + 0.5)
+                pixels = cv2.LUT(pixels, _table(mean + contrast * (_LEVELS - mean)))
+            elif operation == 2 and saturation != 1:
+                # Pillow cuts fractions off where OpenCV rounds
+                pixels = cv2.addWeighted(pixels, saturation, _gray(pixels), 1 - saturation, -0.5)
+            elif operation == 3 and (shift := int(hue * 255) % 256):
+                hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+                hsv[..., 0] += np.uint8(shift)
+                pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+    if choice.gray:
+        pixels = _gray(pixels)
+    if choice.blur_sigma is not None:
+        pixels = cv2.GaussianBlur(pixels, (0, 0), choice.blur_sigma, borderType=cv2.BORDER_REPLICATE)
+    if choice.solarize:
+        pixels = cv2.LUT(pixels, _SOLARIZED)
+    if choice.flip:
+        pixels = cv2.flip(pixels, 1)
+    return pixels
+
+
+def _table(levels: np.ndarray) -> np.ndarray:
+    return np.clip(levels, 0, 255).astype(np.uint8)  # Pillow cuts fractions off too
+
+
+def _gray(pixels: Pixels) -> Pixels:
+    return cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)

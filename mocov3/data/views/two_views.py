@@ -1,0 +1,159 @@
+"""Bytes → views: the two augmented views of a picture (BYOL's augmentations, as MoCo v3 uses them), and the centre.
+
+A picture is decoded once for both views, smaller where no crop needs the whole size; ``operations`` applies the draws.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from mocov3.config.presets import PRESETS, RGB, Reading, ViewPreset
+from mocov3.data.views.decode import SHRINKS, Picture
+from mocov3.data.views.draws import PARAMETERS, Draw, colour_parameters, draw, pad_pixels, without_colour
+from mocov3.data.views.operations import Pixels, apply_draw
+
+_SHARPNESS = 1.5
+"""A JPEG is decoded smaller only where every crop still has this many times the pixels of the view, a side."""
+
+
+@dataclass(frozen=True)
+class TwoViews:
+    """Two augmented views of a picture.
+
+    Args:
+        image_size: side of the views in pixels.
+        crop_min: smallest crop as a share of the picture's area.
+        preset: strengths and probabilities; a name of ``mocov3.config.PRESETS`` or a ``ViewPreset``.
+        backend: ``fast``, or ``pillow`` for the reference's operations (``native`` and ``library``: see
+            ``mocov3.data.views.operations``).
+        crop_only: stop after crop, resize and flip; what is left is written to ``parameters``, for
+            ``mocov3.data.device.colours`` to do on a device.
+    """
+
+    image_size: int = 224
+    crop_min: float = 0.08
+    preset: str | ViewPreset = "photos"
+    backend: str = "fast"
+    crop_only: bool = False
+    count: int = field(default=2, init=False)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that go with a view."""
+        return PARAMETERS if self.crop_only else 0
+
+    @property
+    def reading(self) -> Reading:
+        """How pictures are read, by the preset."""
+        return self._preset.reading
+
+    @property
+    def _preset(self) -> ViewPreset:
+        return PRESETS[self.preset] if isinstance(self.preset, str) else self.preset
+
+    def __call__(
+        self,
+        data: bytes | np.ndarray,
+        *,
+        seed: int,
+        epoch: int,
+        index: int,
+        out: Sequence[Pixels] | np.ndarray | None = None,
+        parameters: np.ndarray | None = None,
+    ) -> tuple[Pixels, Pixels]:
+        """The views of the picture in ``data`` (file bytes or uint8 pixels), written to ``out`` if given.
+
+        With ``crop_only``, what is left to do is written to ``parameters``, float32 (2, ``PARAMETERS``).
+
+        Raises:
+            DecodeError: if the picture cannot be read.
+        """
+        preset = self._preset
+        picture = Picture(data, preset.reading)
+        width, height = picture.width, picture.height
+        choices = [
+            draw(preset, self.crop_min, width, height, seed=seed, epoch=epoch, index=index, view=view)
+            for view in range(2)
+        ]
+        if self.crop_only:
+            if parameters is not None:
+                parameters[:] = [colour_parameters(choice) for choice in choices]
+            choices = [without_colour(choice) for choice in choices]
+        pad = pad_pixels(preset, width, height)
+        whole = pad or self.backend == "pillow"
+        pixels, shrink = picture.pixels(1 if whole else _shrink(choices, self.image_size))
+        if pad:
+            pixels = _padded(pixels, pad)
+        a, b = (
+            apply_draw(pixels, choice, self.image_size, self.backend, shrink, None if out is None else out[view])
+            for view, choice in enumerate(choices)
+        )
+        return a, b
+
+
+def written(views: Sequence[Pixels], out: Sequence[Pixels] | np.ndarray | None) -> None:
+    """Write views to ``out``, if there is one."""
+    if out is not None:
+        for place, view in zip(out, views, strict=True):
+            place[...] = view
+
+
+def _padded(pixels: Pixels, pad: int) -> Pixels:
+    if pixels.shape[2] == 3:  # ten times as fast on small pictures
+        return cv2.copyMakeBorder(pixels, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=0)
+    return np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)))
+
+
+def _shrink(choices: Sequence[Draw], size: int) -> int:
+    a, b = choices
+    smallest = min(a.height, a.width, b.height, b.width)
+    if smallest < 2 * size * _SHARPNESS:
+        return 1
+    return next(shrink for shrink in SHRINKS if smallest >= shrink * size * _SHARPNESS)
+
+
+@dataclass(frozen=True)
+class CentreView:
+    """The evaluation view: shorter side resized to ``round(image_size · zoom)``, then the centre cut out."""
+
+    image_size: int = 224
+    zoom: float = 256 / 224
+    resample: Image.Resampling = Image.Resampling.BILINEAR
+    reading: Reading = RGB
+    count: int = field(default=1, init=False)
+
+    def __call__(
+        self,
+        data: bytes | np.ndarray,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        index: int = 0,
+        out: Sequence[Pixels] | np.ndarray | None = None,
+    ) -> tuple[Pixels]:
+        """The view of the picture in ``data``; seed, epoch and index are accepted and change nothing."""
+        pixels = Picture(data, self.reading).pixels()[0]
+        channels = self.reading.channels
+        if channels == 3:
+            pixels = self._of(Image.fromarray(pixels))
+        else:
+            planes = [self._of(Image.fromarray(np.ascontiguousarray(pixels[..., c]))) for c in range(channels)]
+            pixels = np.stack(planes, 2)
+        written([pixels], out)
+        return (pixels,)
+
+    def _of(self, image: Image.Image) -> Pixels:
+        side = round(self.image_size * self.zoom)
+        width, height = image.size
+        short = min(width, height)
+        if short != side:
+            image = image.resize(
+                (max(side * width // short, side), max(side * height // short, side)),
+                self.resample,
+            )
+        width, height = image.size
+        left, top = round((width - self.image_size) / 2), round((height - self.image_size) / 2)
+        return np.asarray(image.crop((left, top, left + self.image_size, top + self.image_size)))

@@ -1,0 +1,110 @@
+"""Judge networks side by side, without labels or with few: ``mocov3 compare CKPT… DIR``.
+
+Every checkpoint is shown beside the same network untrained, the weights it started from where they are at hand, and
+plain pixels. Measures: ``mocov3.evaluation.quality``; which to trust: ``docs/own-pictures.md``.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mocov3.config.archs import check_arch, check_heads
+from mocov3.config.fields import Parser
+from mocov3.data import Source, open_source
+from mocov3.data.loading.loader import usable_cores
+from mocov3.data.sources.labels import Labels, own_labels, read_labels
+from mocov3.data.sources.opening import has_unseen
+from mocov3.errors import UserError, printable
+from mocov3.evaluation.intervals import rank_correlation
+from mocov3.output.log import warn_left_out
+
+_CORRELATE_FROM = 8
+
+
+def main(argv: Sequence[str]) -> int:
+    """Judge every network, print the table; returns the exit code."""
+    args = _parse(argv)
+    if len(args.things) < 2:
+        raise UserError("compare takes checkpoints and then the folder of pictures: mocov3 compare CKPT… DIR")
+    *files, data = args.things
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"{file}: there is no such checkpoint file")
+    whole, separate = _pictures(data)
+    labels = read_labels(Path(args.labels), whole) if args.labels else own_labels(whole)
+    from mocov3.evaluation.network_scores import judge_all, kept_back
+
+    unseen = None if separate else kept_back(files, data, whole)
+    pictures = whole if unseen is None else unseen
+    if len(pictures) < 10:
+        raise UserError(f"data {data}: {len(pictures)} pictures are too few to judge by; 10 or more are needed")
+    warn_left_out(whole)
+    rows = judge_all(
+        files, pictures, whole, labels, device=args.device, workers=args.workers, arch=args.arch or None,
+        heads=args.heads,
+    )  # fmt: skip
+    if args.json:
+        for row in rows:
+            print(json.dumps(row))
+        return 0
+    _print(rows, labels, args.labels, kept=unseen is not None)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> Any:
+    parser = Parser(prog="mocov3 compare", description=__doc__)
+    parser.add_argument("things", nargs="*", metavar="CKPT… DIR", help="weights files, then pictures to judge by; "
+                        "best pictures that were not trained on (DIR/val is used where it exists)")  # fmt: skip
+    parser.add_argument("-a", "--arch", default="", help="backbone of files that do not name it")
+    parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT, of files that do not tell")
+    parser.add_argument("--labels", default="", metavar="CSV", help="path,label of some pictures (10–100 will do)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device")
+    parser.add_argument("--workers", "-j", type=int, default=usable_cores(), help="loading processes (0: none)")
+    parser.add_argument("--json", action="store_true", help="print a JSON line a network instead of the table")
+    args = parser.parse_args(list(argv))
+    if args.arch:
+        check_arch(args.arch)
+    check_heads(args.heads, args.arch)
+    if args.workers < 0:
+        raise UserError(f"--workers must be 0 or more, not {args.workers}")
+    return args
+
+
+def _pictures(data: str) -> tuple[Source, bool]:
+    """Pictures to judge on, and whether they are a part of their own (DIR/val)."""
+    return (open_source(data, "val"), True) if has_unseen(data) else (open_source(data), False)
+
+
+_COLUMNS = {"retrieval": ("found %", ".1f"), "rankme": ("RankMe", ".1f"), "alpha": ("α-ReQ", ".2f"),
+            "lidar": ("LiDAR", ".1f"), "alignment": ("align.", ".2f"), "uniformity": ("unif.", ".2f")}  # fmt: skip
+_NAME = 34
+
+
+def _print(rows: list[dict[str, Any]], labels: Labels | None, file: str, *, kept: bool) -> None:
+    trained = [row for row in rows if row["kind"] == "checkpoint"]
+    best = max(row["retrieval"] for row in trained)
+    which = " that these runs kept back (--hold-out)" if kept else ""
+    print(f"{rows[0]['pictures']} pictures{which}, by views of kinds not trained on; *: finds most again\n")
+    heads = [f"{title:>7}" for title, _ in _COLUMNS.values()] + (["k-NN % (95 %)"] if labels is not None else [])
+    print(f"  {'network':<{_NAME}}" + " ".join(heads))
+    for row in rows:
+        cells = [f"{row[name]:>7{form}}" for name, (_, form) in _COLUMNS.items()]
+        if labels is not None:
+            cells.append(f"{row['knn']:.1f} ({row['knn_low']:.1f}–{row['knn_high']:.1f})")
+        name = printable(row["name"])
+        name = name if len(name) < _NAME else "…" + name[2 - _NAME :]
+        mark = "*" if row["kind"] == "checkpoint" and row["retrieval"] == best else " "
+        print(f"{mark} {name:<{_NAME}}" + " ".join(cells))
+    print("\nBetter: more found, higher RankMe and LiDAR, lower alignment and uniformity. The share found")
+    print("again goes along with k-NN best (docs/own-pictures.md). Compare on the same pictures only.")
+    if labels is not None:
+        counted = f"{len(labels.indices)} labelled pictures of {len(labels.classes)} classes"
+        print(f"k-NN: each of {counted} judged by the others (k 20, τ .07){' of ' + file if file else ''}; "
+              "where intervals overlap, the labels can't tell networks apart.")  # fmt: skip
+        if len(trained) >= _CORRELATE_FROM:
+            parts = []
+            for name, (title, _) in _COLUMNS.items():
+                value = rank_correlation([row[name] for row in trained], [row["knn"] for row in trained])
+                parts.append(f"{title} {value:+.2f}")
+            print(f"Rank correlation with k-NN over {len(trained)} checkpoints: {', '.join(parts)}")

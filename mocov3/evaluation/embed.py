@@ -1,0 +1,128 @@
+"""Features of every picture of a folder: ``mocov3 embed --model FILE DIR --output NAME.parquet``.
+
+As for training, these are the pictures of its training part where it has parts; name DIR/val for those of the other.
+
+Features are written as they come; a stopped pass goes on where it stood when the same command is given again.
+"""
+
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from mocov3.config import EmbedConfig
+from mocov3.data import Source, open_source
+from mocov3.data.sources.opening import has_unseen
+from mocov3.errors import UserError, printable
+from mocov3.output.log import warn, warn_left_out
+
+
+def main(config: EmbedConfig) -> int:
+    """Check, start the ranks, embed.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    config.check()
+    output = Path(config.output)
+    if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError("--output: parquet needs pyarrow; pip install 'mocov3[parquet]', or name a .npy file")
+    if output.exists() and not config.overwrite:
+        raise UserError(f"--output {output}: exists; name another, or give --overwrite")
+    source = open_source(config.data)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        probe = output.parent / f".mocov3-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output {output}: its folder cannot be written ({error.strerror})") from None
+    # remarks come last: a refusal is one line
+    warn_left_out(source)
+    from mocov3.distributed import launch
+
+    return launch(embed, config, device=config.device, processes=config.nprocs_per_node)
+
+
+def other_part(data: str) -> str:
+    """What to add where a folder has a part that is not embedded."""
+    return "; its training part, the validation part is not in it" if os.path.isdir(data) and has_unseen(data) else ""
+
+
+def embed(world: Any, config: EmbedConfig) -> int:
+    """Embed this rank's batches; the main rank finishes the files."""
+    import torch
+
+    from mocov3.evaluation.embeddings import Spool
+    from mocov3.evaluation.features import loader_workers, refuse_not_finite, stream
+    from mocov3.evaluation.frozen import open_frozen
+    from mocov3.models.precision import Precision, resolve_precision
+
+    frozen = open_frozen(
+        config.model, flag="--model", arch=config.arch, encoder=config.encoder, image_size=config.image_size,
+        view_preset=config.view_preset, layer=config.layer, untrained=config.untrained, seed=config.seed,
+        heads=config.heads,
+    )  # fmt: skip
+    source, preset = open_source(config.data), frozen.preset
+    # what makes the features; a pass of other settings is not gone on with
+    key = {"pictures": source.digest, "backbone": frozen.digest(), "arch": frozen.arch, "heads": frozen.heads,
+           "layer": config.layer, "image_size": frozen.image_size, "mean": list(preset.mean), "std": list(preset.std),
+           "zoom": preset.evaluation_zoom, "precision": config.precision, "batch": config.batch_size}  # fmt: skip
+    frozen.to(world.device)
+    precision = Precision(resolve_precision(config.precision, world.device, script_door=False), world.device)
+    side = frozen.image_size
+    with torch.no_grad(), precision.autocast():
+        shape = tuple(frozen.features(torch.zeros(1, 3, side, side, device=world.device)).shape[1:])
+    spool = Spool(Path(config.output), key, pictures=len(source), shape=shape, batch=config.batch_size, world=world)
+    if world.main and spool.found:
+        _say(f"going on: {spool.found} of {spool.batches} batches are there")
+    mine = spool.todo()
+    began, done = time.perf_counter(), 0
+    for part in stream(
+        frozen.network, frozen.features, source, frozen.view, mine, device=world.device, mean=preset.mean,
+        std=preset.std, workers=loader_workers(config.workers, sum(map(len, mine)), world),
+        autocast=precision.autocast,
+    ):  # fmt: skip
+        refuse_not_finite(part.features, part.indices, source)
+        met = set(part.indices.tolist())
+        bad = {c.index: c.reason for c in part.corrupt if c.index in met}
+        spool.put(part.indices, part.features.cpu().numpy(), bad)
+        done += len(part.indices)
+    spool.flush()
+    world.barrier()
+    if world.main:
+        rate = world.size * done / max(time.perf_counter() - began, 1e-9)
+        errors = spool.finish(source, frozen.about)
+        where = printable(config.output)
+        _say(f"{where}: {len(source)} pictures × {'×'.join(map(str, shape))} of {frozen.about}"
+             + (f"; {rate:.0f} pictures/s" if done else "") + other_part(config.data))  # fmt: skip
+        if errors:
+            first = min(errors)
+            warn(f"{len(errors)} unreadable pictures have NaN features, first: {source.name(first)}: {errors[first]}")
+        if config.duplicates:
+            _duplicates(config, source, errors)
+    world.barrier()
+    return 0
+
+
+def _duplicates(config: EmbedConfig, source: Source, errors: dict[int, str]) -> None:
+    from mocov3.evaluation.embeddings import duplicate_groups, load
+
+    groups = duplicate_groups(load(Path(config.output)), config.duplicates, leave_out=set(errors))
+    file = Path(config.output).with_suffix(".duplicates.jsonl")
+    with file.open("w", encoding="utf-8") as out:
+        for least, members in groups:
+            out.write(json.dumps({"least_cosine": round(least, 6), "pictures": [source.name(i) for i in members]})
+                      + "\n")  # fmt: skip
+    extra = sum(len(members) - 1 for _, members in groups)
+    _say(f"{len(groups)} groups of pictures with cosine ≥ {config.duplicates:g}, {extra} beyond the first of each: "
+         f"{printable(str(file))}")  # fmt: skip
+    for least, members in groups[:5]:
+        _say(f"  {least:.4f}  " + "  ".join(printable(source.name(i)) for i in members[:4])
+             + (f"  and {len(members) - 4} more" if len(members) > 4 else ""))  # fmt: skip
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

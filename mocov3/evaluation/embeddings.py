@@ -1,0 +1,215 @@
+"""Files of embeddings: a spool that a stopped pass goes on with, the finished ``.npy`` or ``.parquet``, duplicates.
+
+The spool lies beside the output: ``.NAME.spool.npy`` (features), ``.NAME.done`` (a byte a batch), ``.NAME.key.json``
+(what made them) and ``.NAME.errors.jsonl`` (unreadable pictures).
+"""
+
+import json
+import os
+import time
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from mocov3.data import Source
+from mocov3.distributed import World
+from mocov3.errors import UserError
+from mocov3.evaluation.neighbours import nearest
+
+_FLUSH_SECONDS = 5.0
+_ROW_GROUP = 16384
+_NEIGHBOURS = 20  # looked at for duplicates; larger groups are joined by their members
+
+
+class Spool:
+    """Features as they come, by all ranks of one machine.
+
+    Args:
+        output: the file that is to be.
+        key: what makes the features; a spool of another key is begun afresh.
+        pictures: how many.
+        shape: of one picture's features.
+        batch: pictures a batch.
+        world: this rank.
+    """
+
+    def __init__(
+        self, output: Path, key: dict[str, Any], *, pictures: int, shape: tuple[int, ...], batch: int, world: World
+    ) -> None:
+        self.output, self.world, self.batch, self.pictures = output, world, batch, pictures
+        self.batches = -(-pictures // batch)
+        names = ("spool.npy", "done", "key.json", "errors.jsonl")
+        self._features_file, self._done_file, self._key_file, self._errors_file = (
+            output.with_name(f".{output.name}.{name}") for name in names
+        )
+        if world.main:
+            self._prepare({**key, "shape": list(shape), "pictures_n": pictures}, shape)
+        world.barrier()
+        self._features: Any = np.load(self._features_file, mmap_mode="r+")
+        self._done: Any = np.memmap(self._done_file, dtype=np.uint8, mode="r+", shape=(self.batches,))
+        self.found = int(self._done.sum())
+        self._pending: list[int] = []
+        self._flushed = time.monotonic()
+
+    def _prepare(self, key: dict[str, Any], shape: tuple[int, ...]) -> None:
+        try:
+            saved = json.loads(self._key_file.read_text())
+        except (OSError, ValueError):
+            saved = None
+        whole = self._features_file.exists() and self._done_file.exists()
+        if saved == key and whole and self._done_file.stat().st_size == self.batches:
+            return
+        for file in (self._key_file, self._done_file, self._features_file, self._errors_file):
+            file.unlink(missing_ok=True)
+        try:
+            made = np.lib.format.open_memmap(
+                self._features_file, mode="w+", dtype=np.float32, shape=(self.pictures, *shape)
+            )
+            del made
+            self._done_file.write_bytes(bytes(self.batches))
+            self._key_file.write_text(json.dumps(key))  # last: without it the others do not count
+        except OSError as error:
+            raise UserError(f"--output {self.output}: cannot be written ({error.strerror or error})") from None
+
+    def todo(self) -> list[np.ndarray]:
+        """This rank's part of the batches that are not there yet."""
+        missing = np.flatnonzero(self._done == 0)
+        self.world.barrier()  # before anyone marks one
+        mine = np.array_split(missing, self.world.size)[self.world.rank]
+        return [np.arange(b * self.batch, min((b + 1) * self.batch, self.pictures)) for b in mine.tolist()]
+
+    def put(self, indices: np.ndarray, features: np.ndarray, errors: dict[int, str]) -> None:
+        """Write a batch; unreadable pictures get NaN."""
+        first = int(indices[0])
+        self._features[first : first + len(indices)] = features
+        if errors:
+            self._features[list(errors)] = np.nan
+            with self._errors_file.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps([i, reason]) + "\n" for i, reason in errors.items()))
+        self._pending.append(first // self.batch)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Features reach the disk before their batches count as done."""
+        self._features.flush()
+        self._done[self._pending] = 1
+        self._done.flush()
+        self._pending.clear()
+        self._flushed = time.monotonic()
+
+    def finish(self, source: Source, about: str) -> dict[int, str]:
+        """Make the output, remove the spool; returns the unreadable pictures: index → reason."""
+        errors = self._errors()
+        del self._features, self._done
+        if self.output.suffix == ".parquet":
+            _write_parquet(self.output, self._features_file, source, about, errors)
+            self._features_file.unlink()
+        else:
+            rows = self.output.with_suffix(".jsonl")
+            partial = rows.with_name(f".{rows.name}.partial")
+            with partial.open("w", encoding="utf-8") as table:
+                for i in range(len(source)):
+                    error = {"error": errors[i]} if i in errors else {}
+                    table.write(json.dumps({"path": source.name(i), "class": class_of(source, i), **error}) + "\n")
+            os.replace(partial, rows)
+            os.replace(self._features_file, self.output)
+        for file in (self._key_file, self._done_file, self._errors_file):
+            file.unlink(missing_ok=True)
+        return errors
+
+    def _errors(self) -> dict[int, str]:
+        if not self._errors_file.exists():
+            return {}
+        found = {}
+        for line in self._errors_file.read_text(encoding="utf-8").splitlines():
+            try:
+                index, reason = json.loads(line)
+                found[int(index)] = str(reason)
+            except ValueError:  # cut short by a kill; its batch was not done and came again
+                continue
+        return found
+
+
+def class_of(source: Source, index: int) -> str:
+    """Name of the picture's class: of its label for the built-in set, else of the folder it lies in."""
+    if not hasattr(source, "root") or not hasattr(source, "index"):
+        return source.classes[int(source.labels[index])] if source.labels is not None else ""
+    return PurePosixPath(source.name(index).replace(os.sep, "/")).parent.name
+
+
+def _write_parquet(output: Path, spool: Path, source: Source, about: str, errors: dict[int, str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = np.load(spool, mmap_mode="r")
+    width = int(np.prod(features.shape[1:]))
+    schema = pa.schema(
+        [("path", pa.string()), ("class", pa.string()), ("error", pa.string()),
+         ("feature", pa.list_(pa.float32(), width))],
+        metadata={"backbone": about, "shape": json.dumps(list(features.shape[1:])), "made_by": "mocov3 embed"},
+    )  # fmt: skip
+    partial = output.with_name(f".{output.name}.partial")
+    with pq.ParquetWriter(partial, schema) as writer:
+        for start in range(0, len(features), _ROW_GROUP):
+            numbers = range(start, min(start + _ROW_GROUP, len(features)))
+            values = pa.array(np.ascontiguousarray(features[start : numbers.stop]).reshape(-1))
+            columns = [
+                pa.array([_utf8(source.name(i)) for i in numbers]),
+                pa.array([_utf8(class_of(source, i)) for i in numbers]),
+                pa.array([errors.get(i) for i in numbers], pa.string()),
+                pa.FixedSizeListArray.from_arrays(values, width),
+            ]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+    del features
+    os.replace(partial, output)
+
+
+def _utf8(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def load(path: Path) -> torch.Tensor:
+    """Features of a finished file, (pictures, …)."""
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["feature"])
+    column = table.column("feature").combine_chunks()
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(values.reshape(len(table), -1).copy())
+
+
+def duplicate_groups(features: torch.Tensor, threshold: float, *, leave_out: set[int]) -> list[tuple[float, list[int]]]:
+    """Groups of pictures joined by a cosine of at least ``threshold``: (least cosine of a joining pair, members).
+
+    Largest groups first. A picture is compared with its 20 nearest.
+    """
+    kept = torch.tensor([i for i in range(len(features)) if i not in leave_out], dtype=torch.long)
+    if len(kept) < 2:
+        return []
+    x = features[kept] if leave_out else features
+    found = nearest(x, x, min(_NEIGHBOURS, len(x) - 1), own=torch.arange(len(x)))
+    parent = list(range(len(x)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    near = (found.similarity >= threshold).nonzero().tolist()
+    for i, place in near:
+        parent[root(int(found.index[i, place]))] = root(i)
+    groups: dict[int, list[int]] = {}
+    least: dict[int, float] = {}
+    for i, place in near:
+        r = root(i)
+        least[r] = min(least.get(r, 1.0), float(found.similarity[i, place]))
+    for i in sorted({i for i, _ in near} | {int(found.index[i, place]) for i, place in near}):
+        groups.setdefault(root(i), []).append(int(kept[i]))
+    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[1][0]))
+    return [(least[r], members) for r, members in ordered]

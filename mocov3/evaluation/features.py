@@ -1,0 +1,163 @@
+"""Features of a frozen backbone over a set of pictures, in evaluation mode, split over ranks.
+
+Pictures are taken in batches of a fixed grid, which ranks share out; so features do not depend on the number of
+ranks, nor on where a stopped pass goes on.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mocov3.data import CentreView, Loader, Source, Work
+from mocov3.data.device.pixels import normalise
+from mocov3.data.loading.loader import Corrupt, usable_cores
+from mocov3.distributed import World
+from mocov3.distributed.sharding import gathered
+from mocov3.errors import UserError
+from mocov3.losses import at_least_float32
+
+_FEW = 2000  # pictures below which starting loader processes takes longer than they save
+
+
+class Part(NamedTuple):
+    """Features of one batch."""
+
+    indices: np.ndarray
+    features: Tensor
+    """float32 (float64 of a network in float64), on the device, (pictures, …)."""
+    corrupt: list[Corrupt]
+    """Pictures that could not be read; their rows hold another's features."""
+
+
+class Collected(NamedTuple):
+    """Features of all pictures of a source, in order, on the CPU of every rank."""
+
+    features: Tensor
+    corrupt: dict[int, str]
+    """Unreadable pictures, whose rows hold another's features: index → reason."""
+
+
+def grid(n: int, batch_size: int, world: World) -> list[np.ndarray]:
+    """This rank's batches of ``n`` pictures: consecutive ones, of ``batch_size`` but the last of all."""
+    starts = np.array_split(np.arange(0, n, batch_size), world.size)[world.rank]
+    return [np.arange(s, min(s + batch_size, n)) for s in starts.tolist()]
+
+
+def loader_workers(workers: int, pictures: int, world: World) -> int:
+    """Loader processes of this rank: at most its share of the usable cores, none for few pictures."""
+    return min(workers, max(usable_cores() // world.local_size, 1)) if pictures > _FEW else 0
+
+
+@torch.no_grad()
+def stream(
+    network: nn.Module,
+    features: Callable[[Tensor], Tensor],
+    source: Source,
+    view: CentreView,
+    batches: Sequence[np.ndarray],
+    *,
+    device: torch.device,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    workers: int = 0,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[Part]:
+    """Features of ``batches`` of pictures, one batch after the other.
+
+    Args:
+        network: put in evaluation mode for the time and back.
+        features: its call for features.
+        source: the pictures.
+        view: the evaluation view.
+        batches: indices of the pictures of each batch.
+        device: where the network is.
+        mean: of the normalisation.
+        std: of the normalisation.
+        workers: loading processes.
+        autocast: context of the arithmetic.
+    """
+    works = [Work(0, i, indices) for i, indices in enumerate(batches)]
+    largest = max((len(b) for b in batches), default=1)
+    training = network.training
+    network.eval()
+    try:
+        with gathered(network), Loader(source, view, batch_size=largest, seed=0, workers=workers) as loader:
+            for batch in loader.run(works):
+                x = normalise(batch.pixels[0], device, mean, std)
+                with torch.no_grad(), autocast():
+                    found = features(x)
+                yield Part(batch.work.indices, at_least_float32(found), batch.corrupt)
+    finally:
+        network.train(training)
+
+
+def collect(
+    network: nn.Module,
+    features: Callable[[Tensor], Tensor],
+    source: Source,
+    view: CentreView,
+    *,
+    world: World,
+    batch_size: int = 256,
+    check: bool = True,
+    **settings: Any,
+) -> Collected:
+    """Features of every picture of ``source``, and which could not be read; each rank computes a part.
+
+    Args:
+        network: see ``stream``, as the other settings.
+        features: its call for features.
+        source: the pictures.
+        view: the evaluation view.
+        world: this rank.
+        batch_size: pictures a pass.
+        check: refuse features that are not finite.
+        **settings: of ``stream``.
+
+    Raises:
+        UserError: if features are not finite, naming the pictures.
+    """
+    mine = grid(len(source), batch_size, world)
+    own, filled = torch.empty(0), 0
+    corrupt: dict[int, str] = {}
+    for part in stream(network, features, source, view, mine, device=world.device, **settings):
+        if check:
+            refuse_not_finite(part.features, part.indices, source)
+        if not filled:
+            own = torch.empty(sum(map(len, mine)), *part.features.shape[1:])
+        own[filled : filled + len(part.indices)] = part.features.cpu()
+        filled += len(part.indices)
+        met = set(part.indices.tolist())
+        corrupt.update({c.index: c.reason for c in part.corrupt if c.index in met})
+    everyone = world.gather((own, corrupt))
+    if world.size == 1:
+        return Collected(own, corrupt)
+    together = {i: reason for _, bad in everyone for i, reason in bad.items()}
+    return Collected(torch.cat([part for part, _ in everyone if part.numel()]), together)
+
+
+def extract(network: nn.Module, features: Callable[[Tensor], Tensor], source: Source, view: CentreView,
+            **settings: Any) -> Tensor:  # fmt: skip
+    """Features of every picture of ``source``, in order, on the CPU of every rank, as float32 (pictures, width).
+
+    An unreadable picture gets another's features, as in training. Settings are those of ``collect``.
+    """
+    return collect(network, features, source, view, check=False, **settings).features
+
+
+def refuse_not_finite(x: Tensor, indices: np.ndarray, source: Source) -> None:
+    """Refuse features that are NaN or infinite.
+
+    Raises:
+        UserError: naming the first pictures.
+    """
+    if bool(torch.isfinite(x).all()):
+        return
+    rows = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
+    names = ", ".join(source.name(int(indices[row])) for row in rows[:5])
+    more = f" and {len(rows) - 5} more of this batch" if len(rows) > 5 else ""
+    raise UserError(f"features are not finite for {names}{more}; the weights, or --precision, are not fit")

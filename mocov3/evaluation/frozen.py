@@ -1,0 +1,272 @@
+"""A frozen backbone for evaluation: from a weights file, a name, or none (pixels); which feature of it is taken."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mocov3 import models
+from mocov3.config.archs import BUILT_IN_ARCHS, check_heads, is_vit, stored_heads
+from mocov3.config.presets import PRESETS, Reading, ViewPreset
+from mocov3.data import CentreView
+from mocov3.errors import UserError
+from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
+from mocov3.models.shapes import shapes_only
+from mocov3.weights import attention_heads, checkpoint
+from mocov3.weights.convert import BackboneWeights, find_backbone, load_into, settings_of, views_of
+
+PIXELS = "pixels"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A backbone in evaluation mode without gradients, and how pictures are prepared for it."""
+
+    network: nn.Module
+    features: Callable[[Tensor], Tensor]
+    arch: str
+    image_size: int
+    preset: ViewPreset
+    settings: dict[str, Any]
+    """Of ``build_backbone``."""
+    about: str
+    """What it is, for people."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of a picture's feature that linear evaluation uses."""
+        return int(self.network.num_features)  # type: ignore[arg-type]
+
+    @property
+    def heads(self) -> int | None:
+        """Attention heads of one of our ViTs, else ``None``."""
+        return attention_heads.heads_of(self.network) if is_vit(self.arch) else None
+
+    @property
+    def head(self) -> str:
+        """Name of what stands in place of the classifier."""
+        return str(self.network.projector_name)
+
+    @property
+    def view(self) -> CentreView:
+        """The evaluation view."""
+        return CentreView(self.image_size, self.preset.evaluation_zoom, reading=self.preset.reading)
+
+    def to(self, device: torch.device) -> "Frozen":
+        """The same on a device, in the layout that convolutions are fastest in."""
+        self.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
+
+    def digest(self) -> str:
+        """sha256 over names and values of all parameters and buffers but those of the head."""
+        head = f"{self.head}."
+        total = hashlib.sha256()
+        for name, value in self.network.state_dict().items():
+            if not name.startswith(head):
+                total.update(name.encode())
+                total.update(value.detach().cpu().numpy().tobytes())  # in C order, whatever the memory layout
+        return total.hexdigest()
+
+
+class Pixels(nn.Module):
+    """No network: the pixels themselves, averaged down to at most 32×32. The baseline of small pictures."""
+
+    projector_name = "head"
+
+    def __init__(self, image_size: int, channels: int = 3) -> None:
+        super().__init__()
+        self.side = min(image_size, 32)
+        self.num_features = channels * self.side**2
+        self.head: nn.Module = nn.Identity()
+
+    def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
+        """Pixels as one row a picture."""
+        return nn.functional.adaptive_avg_pool2d(x, self.side).flatten(1)
+
+
+def open_frozen(
+    model: str,
+    *,
+    flag: str,
+    arch: str = "",
+    encoder: str = "base",
+    image_size: int = 0,
+    view_preset: str = "",
+    layer: str = "",
+    untrained: bool = False,
+    seed: int = 0,
+    heads: int | None = None,
+) -> Frozen:
+    """The backbone that ``model`` names.
+
+    Args:
+        model: a weights file; the name of an arch (freshly initialised by ``seed``); ``timm/NAME`` (timm's published
+            weights unless ``untrained``); ``pixels``.
+        flag: the flag that gave it, for messages.
+        arch: of a file that does not say; of one that does, it must agree.
+        encoder: ``base`` or ``momentum``.
+        image_size: side of the views in pixels; 0: as in pre-training, else 224.
+        view_preset: its mean, standard deviation and centre crop; empty: as in pre-training, else ``photos``.
+        layer: which feature, see ``FeatureConfig``.
+        untrained: do not take timm's published weights.
+        seed: of a fresh initialisation.
+        heads: attention heads of a ViT, of a file that does not tell, or of a fresh one.
+
+    Raises:
+        UserError: if the file holds no backbone, or not of this arch (naming those that fit) or these heads.
+    """
+    if Path(model).is_file():
+        return _from_file(model, f"{flag} {model}", arch, encoder, image_size, view_preset, layer, heads)
+    check_heads(heads, model)
+    if encoder == "momentum" or layer == "projector":
+        what = "momentum encoder" if encoder == "momentum" else "projector"
+        raise UserError(f"{flag} {model}: has no {what}; a pre-training checkpoint has")
+    torch.manual_seed(seed)
+    preset = PRESETS[view_preset or "photos"]
+    if model == PIXELS:
+        network: Any = Pixels(image_size or 224)
+        return _frozen(network, PIXELS, image_size or 224, preset, {}, "pixels, no network", layer)
+    if model.startswith("timm/") and not untrained:
+        return _published(model, image_size, view_preset, layer)
+    size = image_size or 224
+    settings: dict[str, Any] = {"image_size": size, **({"num_heads": heads} if heads else {})}
+    return _frozen(build_backbone(model, **settings), model, size, preset, settings,
+                   f"{model}, untrained (seed {seed})", layer)  # fmt: skip
+
+
+def _from_file(
+    path: str, where: str, arch: str, encoder: str, image_size: int, view_preset: str, layer: str, heads: int | None
+) -> Frozen:
+    contents = checkpoint.read(path)
+    weights = find_backbone(contents, where, momentum=encoder == "momentum", heads=heads)
+    if arch and weights.arch and weights.arch != arch:
+        raise UserError(f"{where}: is of arch {weights.arch}, not {arch}; give -a {weights.arch}")
+    name = arch or weights.arch
+    if not name:
+        raise UserError(f"{where}: does not say which arch it is; {_fits(weights)}")
+    own = contents.get("mocov3")
+    try:
+        config = dict(own["config"]) if isinstance(own, dict) else {}
+        size = image_size or int(config.get("image_size") or 224)
+        preset = PRESETS[view_preset] if view_preset else _saved_preset(own, config, where)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{where}: its entry 'mocov3' is damaged; give a whole file") from None
+    settings = {"image_size": size, **settings_of(weights.state, name), **weights.sizes(name, where)}
+    if preset.reading.channels != 3:
+        settings["in_chans"] = preset.reading.channels
+    try:
+        network = _with_projector(contents, name, encoder, settings, where) if layer == "projector" else (
+            build_backbone(name, **settings))  # fmt: skip
+        load_into(network, weights, where)
+    except UserError as error:
+        raise UserError(f"{error} ({_fits(weights)})") from None
+    which = f", {encoder} encoder" if weights.kind.startswith("pre-training") else ""
+    about = f"{name} of {path} ({weights.kind}{which})"
+    return _frozen(network, name, size, preset, settings, about, layer)
+
+
+def _saved_preset(own: Any, config: dict[str, Any], where: str) -> ViewPreset:
+    """Normalisation and centre crop as a file of ours says them, else those of ``photos``."""
+    preset = views_of(config, where)
+    view = own.get("view") if isinstance(own, dict) else None
+    if not isinstance(view, dict):
+        return preset
+    return dataclasses.replace(
+        preset, mean=tuple(view["mean"]), std=tuple(view["std"]), evaluation_zoom=float(view["zoom"]),
+        reading=Reading(int(view.get("channels", 3)), tuple(view.get("window", ())) or None),
+    )  # fmt: skip
+
+
+def _with_projector(contents: dict[str, Any], arch: str, encoder: str, settings: dict[str, Any], where: str) -> Encoder:
+    part = f"{encoder}_encoder."
+    state = {k.removeprefix("module."): v for k, v in contents.get("state_dict", {}).items() if isinstance(v, Tensor)}
+    found = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
+    for name in ("fc.", "head.", "projector."):
+        own = {k.removeprefix(name): v for k, v in found.items() if k.startswith(name)}
+        matrices = [v for v in own.values() if v.ndim == 2]
+        if matrices:
+            model = models.build(arch, dim=len(matrices[-1]), mlp_dim=len(matrices[0]), **settings).base_encoder
+            projector = getattr(model, model.projector_name)
+            checkpoint.check_state(projector, own, where)
+            projector.load_state_dict(own)
+            return model
+    raise UserError(f"{where}: holds no projector; a pre-training checkpoint does")
+
+
+def _published(model: str, image_size: int, view_preset: str, layer: str) -> Frozen:
+    import timm
+
+    name = model.removeprefix("timm/")
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
+    size = image_size or (cfg.input_size[-1] if cfg else 224)
+    try:
+        network = TimmEncoder(name, size, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the hub's client raises without a network
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"--model {model}: its published weights cannot be had ({reason}); give a weights file "
+                        f"with -a {model}, or --untrained") from None  # fmt: skip
+    found = timm.data.resolve_model_data_config(network.backbone)
+    preset = PRESETS[view_preset] if view_preset else dataclasses.replace(
+        PRESETS["photos"], mean=tuple(found["mean"]), std=tuple(found["std"]), evaluation_zoom=1 / found["crop_pct"]
+    )  # fmt: skip
+    about = f"{model}, timm's published weights"
+    return _frozen(network, model, size, preset, {"image_size": size}, about, layer)
+
+
+def _frozen(network: Any, arch: str, size: int, preset: ViewPreset, settings: dict[str, Any], about: str,
+            layer: str) -> Frozen:  # fmt: skip
+    if is_vit(arch) and size % int(settings.get("patch_size", 16)):
+        patch = int(settings.get("patch_size", 16))
+        raise UserError(f"--image-size {size} does not divide into patches of {patch} px; "
+                        f"nearest: {max(size // patch, 1) * patch} or {(size // patch + 1) * patch}")  # fmt: skip
+    network.eval().requires_grad_(False)
+    if unusual := stored_heads(settings.get("num_heads"), arch, None):
+        about += f", {unusual} attention heads"
+    if layer:
+        about += f", layer {layer}"
+    return Frozen(network, _layer(network, arch, layer), arch, size, preset, settings, about)
+
+
+def _layer(network: Any, arch: str, layer: str) -> Callable[[Tensor], Tensor]:
+    if layer in ("", "projector"):
+        return network.features if not layer else network
+    if isinstance(network, Pixels):
+        raise UserError(f"--layer {layer}: pixels have no layers")
+    body = network.backbone if isinstance(network, TimmEncoder) else network
+    prefix = int(getattr(body, "num_prefix_tokens", 0))
+    if layer == "cls":
+        if not prefix:
+            raise UserError(f"--layer cls: {arch} has no cls token; use mean")
+        return lambda x: body.forward_features(x)[:, 0]
+
+    def patches(x: Tensor) -> Tensor:
+        found = body.feature_map(x) if isinstance(body, ResNet) else body.forward_features(x)
+        if found.ndim == 4:  # a map, channels first unless said otherwise
+            last = str(getattr(body, "output_fmt", "NCHW")).upper().endswith("NHWC")
+            return found.flatten(1, 2) if last else found.flatten(2).transpose(1, 2)
+        return found[:, prefix:]
+
+    return patches if layer == "patches" else lambda x: patches(x).mean(1)
+
+
+def _fits(weights: BackboneWeights) -> str:
+    """Which built-in archs have a backbone of exactly these keys and shapes, as a hint."""
+    found, state = [], weights.state
+    for arch in BUILT_IN_ARCHS:
+        with shapes_only():
+            wanted = build_backbone(arch, **settings_of(state, arch)).state_dict()
+        bare = {k: v for k, v in wanted.items() if not k.startswith(("fc.", "head."))}
+        if set(bare) == set(state) and all(v.shape == state[k].shape for k, v in bare.items() if k != "pos_embed"):
+            found.append(arch)
+    if not found:
+        return "no built-in arch fits it; is it timm/NAME?"
+    asked = attention_heads.choices(attention_heads.width_of(state)) if weights.heads.number is None else ""
+    return f"-a {' or '.join(found)} fits it" + (f", with {asked}" if asked else "")

@@ -1,0 +1,168 @@
+"""k-NN evaluation (Wu et al. 2018; Caron et al. 2021): ``mocov3 knn --model FILE DIR``.
+
+With a training and a validation part (DIR/train, DIR/val) the first is the bank and the second is asked; one folder of
+classes is asked against itself, each picture left out in turn; so are the few that ``--labels some.csv`` names.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mocov3.config import KnnConfig
+from mocov3.config.evaluation import KS, RECALLS
+from mocov3.data import Source, open_source
+from mocov3.data.loading.labelled import check_same_classes
+from mocov3.data.sources.labels import Labelled, read_labels
+from mocov3.data.sources.opening import has_unseen
+from mocov3.errors import UserError
+from mocov3.evaluation.intervals import interval
+from mocov3.output.log import warn_left_out
+
+
+def main(config: KnnConfig) -> int:
+    """Check, start the ranks, measure, print.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    config.check()
+    bank, queries = open_sets(config.data, config.labels)
+    limits(config, len(bank) - (queries is None))
+    warn_left_out(bank, queries)
+    from mocov3.distributed import launch
+
+    return launch(measure, config, device=config.device, processes=config.nprocs_per_node)
+
+
+def open_sets(data: str, labels: str = "") -> tuple[Source, Source | None]:
+    """The bank and the queries; no queries where one labelled folder, or what ``labels`` names, asks itself.
+
+    Raises:
+        UserError: if a set is missing, has no classes, or classes differ.
+    """
+    bank = open_source(data, "train")
+    if labels:
+        return Labelled(bank, read_labels(Path(labels), bank)), None
+    queries = open_source(data, "val") if has_unseen(data) else None
+    for part, pictures in (("bank", bank), ("val", queries)):
+        if pictures is not None and (pictures.labels is None or len(pictures.classes) < 2):
+            raise UserError(
+                f"data {data} ({part}): needs two or more class folders with pictures, or --labels some.csv"
+            )
+    if queries is not None:
+        check_same_classes(bank.classes, queries.classes, f"data {data}")
+    return bank, queries
+
+
+def limits(config: KnnConfig, available: int) -> tuple[tuple[int, ...], tuple[int, ...], list[str]]:
+    """The k of the vote and of recall that the bank allows, and a note on those left out.
+
+    Raises:
+        UserError: if a k that was asked for is above the bank.
+    """
+    notes, kept = [], []
+    for flag, given, default in (("--k", config.k, KS), ("--recall", config.recall, RECALLS)):
+        above = [k for k in given if k > available]
+        if above and given != default:
+            raise UserError(f"{flag} {above[0]} is above the {available} pictures of the bank; give less")
+        if above:
+            notes.append(f"{flag} {','.join(map(str, above))} left out: the bank has {available} pictures")
+        kept.append(tuple(dict.fromkeys(k for k in given if k <= available)))
+    if not kept[0]:
+        raise UserError(f"the bank has {available} pictures, too few for any k")
+    return kept[0], kept[1], notes
+
+
+def measure(world: Any, config: KnnConfig) -> int:
+    """Measure on this rank's part of the queries; the main rank prints the sums."""
+    import numpy as np
+    import torch
+
+    from mocov3.evaluation.frozen import open_frozen
+    from mocov3.evaluation.neighbours import nearest, recalled, vote
+
+    frozen = open_frozen(
+        config.model, flag="--model", arch=config.arch, encoder=config.encoder, image_size=config.image_size,
+        view_preset=config.view_preset, layer=config.layer, untrained=config.untrained, seed=config.seed,
+        heads=config.heads,
+    ).to(world.device)  # fmt: skip
+    sources = open_sets(config.data, config.labels)
+    bank, labels = _features(world, frozen, config, sources[0])
+    asked, answers = (bank, labels) if sources[1] is None else _features(world, frozen, config, sources[1])
+    ks, recalls, notes = limits(config, len(bank) - (sources[1] is None))
+    mine = torch.from_numpy(np.array_split(np.arange(len(asked)), world.size)[world.rank])
+    own = mine if sources[1] is None else None
+    found = nearest(bank, asked[mine], max(*ks, *recalls, 1), own=own, device=world.device)
+    voted = vote(found, labels, ks, config.temperature, classes=len(sources[0].classes))
+    hits = [int((predicted == answers[mine]).sum()) for predicted in voted.values()]
+    counts = world.sum(torch.tensor([*hits, *recalled(found, labels, answers[mine], recalls)], device=world.device))
+    shares = [100 * n / len(asked) for n in counts.tolist()]
+    if world.main:
+        accuracy = dict(zip(voted, shares, strict=False))
+        recall = dict(zip(recalls, shares[len(voted) :], strict=True))
+        _report(config, frozen, (len(bank), len(asked), len(sources[0].classes)), accuracy, recall, notes,
+                leave_one_out=sources[1] is None)  # fmt: skip
+    return 0
+
+
+def _features(world: Any, frozen: Any, config: KnnConfig, source: Source) -> tuple[Any, Any]:
+    """Features and classes of the readable pictures of a source, on the CPU."""
+    import torch
+
+    from mocov3.evaluation.features import collect, loader_workers
+    from mocov3.models.precision import Precision, resolve_precision
+    from mocov3.output.log import warn
+
+    precision = Precision(resolve_precision(config.precision, world.device, script_door=False), world.device)
+    features, corrupt = collect(
+        frozen.network, frozen.features, source, frozen.view, world=world, batch_size=config.batch_size,
+        mean=frozen.preset.mean, std=frozen.preset.std, workers=loader_workers(config.workers, len(source), world),
+        autocast=precision.autocast,
+    )  # fmt: skip
+    labels = torch.as_tensor(source.labels, dtype=torch.long)
+    if corrupt:
+        if world.main:
+            first = min(corrupt)
+            warn(f"{len(corrupt)} unreadable pictures left out, first: {source.name(first)}: {corrupt[first]}")
+        keep = torch.ones(len(source), dtype=torch.bool)
+        keep[list(corrupt)] = False
+        features, labels = features[keep], labels[keep]
+    if not len(features):
+        raise UserError(f"data {config.data}: no picture of a set can be read")
+    return features, labels
+
+
+def _report(
+    config: KnnConfig, frozen: Any, sizes: tuple[int, int, int], accuracy: dict[tuple[int, float], float],
+    recall: dict[int, float], notes: list[str], *, leave_one_out: bool,
+) -> None:  # fmt: skip
+    bank, asked, classes = sizes
+    view = frozen.view
+    settings = {
+        "backbone": frozen.about, "layer": config.layer or "backbone feature", "bank": bank, "queries": asked,
+        "leave_one_out": leave_one_out, "classes": classes, "similarity": "cosine",
+        "vote": "sum of exp(similarity / temperature)", "image_size": view.image_size,
+        "resize": round(view.image_size * view.zoom), "precision": config.precision, "data": config.data,
+    }  # fmt: skip
+    if config.json:
+        rows = [{"k": k, "temperature": t, "accuracy": value, "interval": interval(round(value * asked / 100), asked)}
+                for (k, t), value in accuracy.items()]  # fmt: skip
+        print(json.dumps({**settings, "accuracy": rows, "recall": {str(k): v for k, v in recall.items()},
+                          "notes": notes}))  # fmt: skip
+        return
+    print(f"k-NN of {frozen.about}")
+    how = f"{asked} pictures, each left out in turn" if leave_one_out else f"bank {bank}, {asked} queries"
+    print(f"{how}, {classes} classes; cosine, vote exp(similarity/τ); shorter side to {settings['resize']} px, "
+          f"centre {view.image_size}; {settings['layer']}")  # fmt: skip
+    temperatures = list(dict.fromkeys(t for _, t in accuracy))
+    best = max(accuracy, key=lambda key: accuracy[key])
+    print("     k" + "".join(f"  τ {t:<7g}" for t in temperatures))
+    for k in dict.fromkeys(k for k, _ in accuracy):
+        cells = (f"{accuracy[k, t]:8.3f}{'*' if (k, t) == best else ' '} " for t in temperatures)
+        print(f"{k:6d}" + "".join(cells).rstrip())
+    low, high = interval(round(accuracy[best] * asked / 100), asked)
+    print(f"*: the best; 95 % interval {low:.1f}–{high:.1f}, for the choice of these {asked} pictures")
+    if recall:
+        print("recall  " + "  ".join(f"@{k} {value:.3f}" for k, value in recall.items()))
+    for note in notes:
+        print(f"note: {note}")

@@ -1,0 +1,104 @@
+"""A verdict on a network without labels: held-out pictures, views of kinds never trained on, six measures.
+
+Sources of the measures: ``mocov3.evaluation.quality``. How far each goes along with k-NN accuracy:
+``docs/own-pictures.md``.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mocov3.data import Loader, Source, Work
+from mocov3.data.device.pixels import normalise
+from mocov3.data.sources.survey import scattered
+from mocov3.data.views.probes import ProbeViews
+from mocov3.distributed import World
+from mocov3.distributed.sharding import gathered
+from mocov3.evaluation import quality
+
+PICTURES = 2000
+"""More pictures are not used: a draw of this many tells networks apart."""
+_PIXELS = 16
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One network's measures."""
+
+    pictures: int
+    retrieval: float
+    """Share in % of pictures found again among all by another view; the one that chooses ``best_unlabelled``."""
+    rankme: float
+    alpha: float
+    lidar: float
+    alignment: float
+    uniformity: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Name → value, for JSON."""
+        return asdict(self)
+
+
+def judge(views: Float[Tensor, "pictures views dim"]) -> Verdict:
+    """Measures of features: view 0 is the evaluation view, the others its changed versions (three or more in all)."""
+    return Verdict(
+        pictures=len(views),
+        retrieval=quality.retrieval(views[:, 1], views[:, 2]),
+        rankme=quality.rankme(views[:, 0]),
+        alpha=quality.alpha_req(views[:, 0]),
+        lidar=quality.lidar(views[:, 1:]),
+        alignment=quality.alignment(views[:, 1], views[:, 2]),
+        uniformity=quality.uniformity(views[:, 0]),
+    )
+
+
+def features_of_views(
+    features: Callable[[Tensor], Tensor],
+    source: Source,
+    transform: ProbeViews,
+    *,
+    world: World,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    workers: int = 0,
+    network: nn.Module | None = None,
+    batch_size: int = 64,
+) -> Float[Tensor, "pictures views dim"]:
+    """Features of at most ``PICTURES`` pictures, all views of each, on every rank's CPU as float32; unreadable pictures
+    are left out. ``network`` is put in evaluation mode for the time.
+    """
+    chosen = scattered(len(source), PICTURES)
+    mine = np.array_split(chosen, world.size)[world.rank]
+    works = [Work(0, i, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
+    training = network.training if network is not None else False
+    if network is not None:
+        network.eval()
+    parts = []
+    try:
+        with (
+            torch.no_grad(),
+            nullcontext() if network is None else gathered(network),
+            Loader(source, transform, batch_size=batch_size, seed=_SEED, workers=workers) as loader,
+        ):
+            for batch in loader.run(works):
+                bad = {c.index for c in batch.corrupt}
+                keep = torch.tensor([i not in bad for i in batch.work.indices.tolist()])
+                rows = [features(normalise(p, world.device, mean, std)).float().cpu() for p in batch.pixels]
+                parts.append(torch.stack(rows, 1)[keep])
+    finally:
+        if network is not None:
+            network.train(training)
+    own = torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat([part for part in world.gather(own) if part.numel()])
+
+
+def pixel_features(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
+    """The pictures themselves, at 16×16: what a network must beat."""
+    return nn.functional.adaptive_avg_pool2d(x, _PIXELS).flatten(1)

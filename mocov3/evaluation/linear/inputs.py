@@ -1,0 +1,54 @@
+"""What linear evaluation is given: the configuration and its images, checked as far as that goes without torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mocov3.config import LinclsConfig
+from mocov3.config.fields import check_writable
+from mocov3.data import open_source
+from mocov3.data.loading.labelled import open_labelled
+from mocov3.errors import UserError
+from mocov3.output.log import warn_left_out
+
+SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Learning rates that ``mocov3 lincls`` trains side by side unless told otherwise."""
+
+PUBLISHED = {
+    "resnet50": {100: 68.9, 300: 72.8, 1000: 74.6},
+    "vit_small": {300: 73.2},
+    "vit_base": {300: 76.7},
+}
+"""The reference's figures (its README): arch → epochs of pre-training → top-1 in % on ImageNet-1k. Not ours."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank is given: the configuration, which door it came through, the pictures of a mere evaluation."""
+
+    config: LinclsConfig
+    script_door: bool
+    val_folder: str = ""
+
+
+def check(config: LinclsConfig, *, script_door: bool) -> None:
+    """Refuse what cannot work, before torch is imported.
+
+    Raises:
+        UserError: naming what, where and how to mend it.
+    """
+    config.check()
+    folder = Path(config.output_dir)
+    if config.evaluate:
+        if config.resume == "auto" and not (folder / "checkpoint.pth.tar").is_file():
+            raise UserError(f"--resume auto: there is no checkpoint.pth.tar in {folder}; name the file")
+        warn_left_out(open_source(config.data, "val"))
+        return
+    train, val = open_labelled(config.data)
+    if not (config.arch or config.pretrained or config.resume):
+        raise UserError("no backbone: give --pretrained FILE, or -a ARCH for an untrained one")
+    check_writable(folder, "--output-dir")
+    if not script_door and not config.resume and (folder / "checkpoint.pth.tar").exists():
+        raise UserError(
+            f"--output-dir {folder}: holds a former linear evaluation; go on with --resume auto, or name another"
+        )
+    warn_left_out(train, val)

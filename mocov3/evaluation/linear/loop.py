@@ -1,0 +1,305 @@
+"""The loop of linear evaluation on one rank: a frozen backbone, many heads, exact counts, exact resume.
+
+``train`` is the protocol of MoCo v3 (arXiv 2104.02057, §4): SGD without weight decay on random crops and flips, the
+learning rate a half cosine that changes once an epoch, the backbone in evaluation mode.
+"""
+
+import dataclasses
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mocov3 import schedules
+from mocov3.data import Batch, Loader
+from mocov3.data.device.pixels import normalise
+from mocov3.data.loading.labelled import CropView, open_labelled, plan_all
+from mocov3.data.loading.loader import Unreadable, Work, usable_cores
+from mocov3.distributed import World
+from mocov3.distributed.stop import Stop
+from mocov3.errors import UserError
+from mocov3.evaluation.features import Collected, collect, refuse_not_finite
+from mocov3.evaluation.linear import files
+from mocov3.evaluation.linear.heads import Heads, HeadSpec
+from mocov3.evaluation.linear.inputs import Job
+from mocov3.evaluation.linear.lbfgs import solve
+from mocov3.evaluation.linear.log import HeadResult, best_of
+from mocov3.evaluation.linear.scores import evaluated, rates, validation_features
+from mocov3.evaluation.linear.setup import check_same_run, find, open_backbone, open_log, protocol
+from mocov3.losses import at_least_float32
+from mocov3.models.precision import Precision, resolve_precision
+from mocov3.output.log import warn
+from mocov3.weights import checkpoint
+from mocov3.weights.checkpoint import Position
+
+
+def train(world: World, job: Job) -> int:
+    """Train the heads on this rank, from wherever the run stands to its end; returns the exit code."""
+    with Evaluation(world, job) as run:
+        if run.config.solver == "lbfgs":
+            run.solve()
+        else:
+            for work, batch in run.batches():
+                run.step(work, batch)
+                if run.position.iteration == 0:
+                    run.end_epoch()
+                if run.must_stop():
+                    run.save()
+                    break
+        return run.finish()
+
+
+class Evaluation:
+    """A run of linear evaluation on one rank."""
+
+    def __init__(self, world: World, job: Job) -> None:
+        self.world, self.folder = world, Path(job.config.output_dir)
+        self.source, self.val_source = open_labelled(job.config.data)
+        self.labels, self.val_labels = (torch.as_tensor(s.labels, dtype=torch.long, device=world.device)
+                                        for s in (self.source, self.val_source))  # fmt: skip
+        self.iterations = -(-len(self.source) // job.config.batch_size)
+        where, found = find(job.config)
+        self.frozen, self.config = open_backbone(job.config, world, where, found)
+        c = self.config
+        self.digest = self.frozen.digest()
+        check_same_run(where, found, c, self.source)
+        lrs = c.lrs if c.solver == "sgd" else (0.0,)  # L-BFGS has none
+        specs = [HeadSpec(kind, lr, wd) for kind in c.kinds for wd in c.weight_decays for lr in lrs]
+        self.heads = Heads(specs, width=self.frozen.width, classes=len(self.source.classes),
+                           seed=c.seed or 0, momentum=c.momentum, world=world,
+                           dtype=torch.get_default_dtype())  # fmt: skip
+        self.results = [HeadResult(s.kind, s.lr, s.weight_decay) for s in specs]
+        self.position = Position(c.start_epoch, 0, c.start_epoch * self.iterations)
+        self._zero_counts()
+        if found is not None:
+            self._restore(where, found)
+        self.frozen.to(world.device)
+        self.precision = Precision(
+            resolve_precision(c.precision, world.device, script_door=job.script_door), world.device
+        )
+        self.unreadable: dict[str, dict[int, str]] = {"train": {}, "val": {}}
+        self._val: list[tuple[Tensor, Tensor]] | None = None
+        self._train: Collected | None = None
+        self._loader: Loader | None = None
+        self._saved_at = -1
+        self.log = open_log(c, world, self.frozen, (len(self.source), len(self.val_source)), self.heads,
+                            self.iterations, self.position, resumed=found is not None,
+                            script_door=job.script_door)  # fmt: skip
+        self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
+
+    def _restore(self, where: str, found: dict[str, Any]) -> None:
+        self.position = files.restore(found, self.heads, where, iterations=self.iterations)
+        if self.position.iteration >= self.iterations:  # another batch size, by --allow-config-change
+            self.position = Position(self.position.epoch + 1, 0, self.position.step)
+        own = found.get("mocov3") or {}
+        for result, saved in zip(self.results, own.get("heads", []), strict=False):
+            for field in ("acc1", "acc5", "loss", "best_acc1", "best_epoch"):
+                setattr(result, field, saved[field])
+        if not own:
+            self.results[0].best_acc1 = files.best_acc1(found)
+            self.results[0].best_epoch = self.position.epoch - 1
+        if isinstance(own.get("counts"), Tensor) and self.position.iteration and self.world.main:
+            self.counts += own["counts"].to(self.counts)
+
+    def _workers(self) -> int:
+        return min(self.config.workers, max(usable_cores() // self.world.local_size, 1))
+
+    def _settings(self) -> dict[str, Any]:
+        preset = self.frozen.preset
+        return {"mean": preset.mean, "std": preset.std, "workers": self._workers(),
+                "autocast": self.precision.autocast}  # fmt: skip
+
+    def batches(self) -> Iterator[tuple[Work, Batch | None]]:
+        """This rank's batches from the present position to the end; without pixels where features are cached."""
+        c, world, p = self.config, self.world, self.position
+        if p.epoch >= c.epochs or self._stop.steps_done(p.step):
+            self.log.say(f"nothing left to do: {p.step} steps, {p.epoch} epochs are done")
+            return
+        works = plan_all(len(self.source), seed=c.seed or 0, batch_size=c.batch_size, rank=world.rank,
+                         ranks=world.size, start=(p.epoch, p.iteration), epochs=c.epochs)  # fmt: skip
+        if c.cache_features:
+            self._collect_train()
+            self.log.restart()
+            for work in works:
+                self.log.waited()
+                yield work, None
+            return
+        view = CropView(self.frozen.image_size, c.crop_min, self.frozen.preset.reading)
+        local = -(-c.batch_size // world.size)
+        self._loader = Loader(self.source, view, batch_size=local, seed=c.seed or 0, workers=self._workers())
+        for batch in self._loader.run(works):
+            self.log.waited()
+            yield batch.work, batch
+
+    def _collect_train(self) -> Collected:
+        if self._train is None:
+            self._train = collect(self.frozen.network, self.frozen.features, self.source, self.frozen.view,
+                                  world=self.world, **self._settings())  # fmt: skip
+            self._note_unreadable("train", self._train.corrupt)
+        return self._train
+
+    @torch.no_grad()
+    def _features(self, work: Work, batch: Batch | None) -> tuple[Tensor, Tensor]:
+        """Features and classes of a batch; unreadable pictures are left out."""
+        indices = work.indices
+        bad = set(self.unreadable["train"]) if batch is None else {c.index for c in batch.corrupt}
+        if bad:
+            keep = np.array([i not in bad for i in indices.tolist()], dtype=bool)
+        if batch is None:
+            x = self._collect_train().features[torch.from_numpy(indices)].to(self.world.device)
+        else:
+            met = set(indices.tolist())
+            self._note_unreadable("train", {c.index: c.reason for c in batch.corrupt if c.index in met})
+            if not len(indices):
+                return torch.empty(0, self.frozen.width, device=self.world.device), self.labels[:0]
+            pixels = normalise(batch.pixels[0], self.world.device, self.frozen.preset.mean, self.frozen.preset.std)
+            with self.precision.autocast():
+                x = at_least_float32(self.frozen.features(pixels))
+        if bad:
+            x, indices = x[torch.from_numpy(keep).to(x.device)], indices[keep]
+        refuse_not_finite(x, indices, self.source)
+        return x, self.labels[torch.from_numpy(indices).to(self.world.device)]
+
+    def step(self, work: Work, batch: Batch | None) -> None:
+        """Train the heads on a batch, and move the position past it."""
+        c, step = self.config, self.position.step
+        x, target = self._features(work, batch)
+        factor = schedules.epoch_cosine(work.epoch, initial=c.lr_scale, epochs=c.epochs)
+        found = self.heads.step(x, target, lr_factor=factor)
+        now = torch.cat([found, found.new_full((len(found), 1), float(len(target)))], dim=1)
+        self.counts += now
+        self.log.stepped(work.epoch)
+        if work.iteration % c.print_freq == 0:
+            lead = best_of(self.results)
+            summed = self.world.sum(torch.stack([now[lead], self.counts[lead]]))
+            self.log.line(work.epoch, work.iteration, *(rates(row) for row in summed.tolist()))
+        ended = work.iteration + 1 == self.iterations
+        self.position = Position(work.epoch + ended, 0 if ended else work.iteration + 1, step + 1)
+
+    def end_epoch(self) -> None:
+        """Evaluate every head, write the lines and the checkpoints."""
+        c, done = self.config, self.position.epoch
+        trained = [rates(row) for row in self.world.sum(self.counts).tolist()]
+        seconds = self.log.seconds
+        before = self.results[best_of(self.results)]
+        best_before = before.best_acc1 if before.best_epoch >= 0 else -1.0
+        values = self.evaluate()
+        for result, (loss, acc1, acc5) in zip(self.results, values, strict=True):
+            result.update(loss, acc1, acc5, done - 1)
+        lead = self.results[best_of(self.results)]
+        self.log.evaluated(lead, done - 1, c.epochs, len(self.results) > 1)
+        rate = round(len(self.source) / seconds, 1) if seconds else None
+        self.log.write([
+            {"epoch": done - 1, "head": r.head, "lr": r.lr, "weight_decay": r.weight_decay, "train_loss": t[0],
+             "train_acc1": t[1], "train_acc5": t[2], "val_loss": r.loss, "acc1": r.acc1, "acc5": r.acc5,
+             "best_acc1": r.best_acc1, "images_per_second": rate, "protocol": protocol(c)}
+            for r, t in zip(self.results, trained, strict=True)
+        ])  # fmt: skip
+        self._zero_counts()
+        if done in (1, c.epochs):
+            self._check_backbone()
+        self.save(best=lead.best_acc1 > best_before)
+        self.log.restart()
+
+    def evaluate(self) -> list[tuple[float, float, float]]:
+        """Loss, top-1 and top-5 in % of every head on the whole validation set, exact over ranks."""
+        if self._val is None:  # the backbone does not change, so one pass does for all epochs
+            self._val, bad = validation_features(
+                self.frozen, self.val_source, self.val_labels, self.world, self._settings()
+            )
+            self._note_unreadable("val", bad)
+        return evaluated(self.heads, self._val, self.world, self.log, self.config.print_freq)
+
+    def solve(self) -> None:
+        """Fit every head to the cached features by L-BFGS, and evaluate."""
+        found = self._collect_train()
+        keep = torch.ones(len(self.source), dtype=torch.bool)
+        keep[list(found.corrupt)] = False
+        mine = np.array_split(np.flatnonzero(keep.numpy()), self.world.size)[self.world.rank]
+        rows = torch.from_numpy(mine)
+        solve(self.heads, found.features[rows], self.labels[rows.to(self.labels.device)].cpu(), self.world)
+        self.position = Position(self.config.epochs, 0, 0)
+        self.end_epoch()
+
+    def _note_unreadable(self, part: str, found: dict[int, str]) -> None:
+        new = {i: reason for i, reason in found.items() if i not in self.unreadable[part]}
+        self.unreadable[part].update(new)
+        if new:
+            source = self.source if part == "train" else self.val_source
+            first = min(new)
+            warn(f"{part}: {len(new)} unreadable pictures left out, first: {source.name(first)}: {new[first]}")
+
+    def _check_backbone(self) -> None:
+        if self.frozen.digest() != self.digest:
+            raise RuntimeError("the backbone changed during linear evaluation")
+
+    def _zero_counts(self) -> None:
+        wide = torch.float32 if self.world.device.type == "mps" else torch.float64
+        self.counts = torch.zeros(len(self.results), 4, dtype=wide, device=self.world.device)
+
+    def must_stop(self) -> bool:
+        """Checkpoint where due; whether a limit or a signal asks to stop now, the same on every rank."""
+        c, p = self.config, self.position
+        if c.checkpoint_steps and p.step % c.checkpoint_steps == 0:
+            self.save()
+        return self._stop.agreed(self.world, p.step)
+
+    def save(self, *, best: bool = False) -> None:
+        """Write ``checkpoint.pth.tar`` of the present position, and ``model_best.pth.tar`` if it is the best."""
+        p, c = self.position, self.config
+        if self._saved_at == p.step and not best:
+            return
+        self._saved_at = p.step
+        counts = self.world.sum(self.counts).cpu()
+        if self.world.main:
+            lead = best_of(self.results)
+            view = self.frozen.preset
+            contents = files.pack(
+                self.frozen, self.heads, lead, position=p, best_acc1=self.results[lead].best_acc1,
+                extra={
+                    "config": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(c).items()},
+                    "seed": c.seed, "classes": list(self.source.classes), "data_digest": self.source.digest,
+                    "heads": [dataclasses.asdict(r) for r in self.results], "counts": counts,
+                    "protocol": protocol(c), "backbone": self.digest,
+                    "view": {"mean": list(view.mean), "std": list(view.std), "zoom": view.evaluation_zoom,
+                             "channels": view.reading.channels, "window": list(view.reading.window or ())},
+                    "origin": self.frozen.about, "licence": "that of the backbone's weights",
+                },
+            )  # fmt: skip
+            # the best first: killed between the two, a resume makes it again
+            for name in (*([files.BEST] if best else []), files.CHECKPOINT):
+                try:
+                    checkpoint.write(self.folder / name, contents)
+                except OSError as error:
+                    warn(f"{name} could not be written ({error.strerror or error}); the run goes on")
+        self.world.barrier()
+
+    def finish(self) -> int:
+        """The table of heads at the end, or what to do after a signal; returns the exit code."""
+        if number := self._stop.signal:
+            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; go on with --resume auto")
+            return 128 + number
+        if self.results[0].best_epoch >= 0:
+            c = self.config
+            bad = {part: len(set().union(*self.world.gather(set(met)))) for part, met in self.unreadable.items()}
+            self.log.result(self.results, {
+                "protocol": protocol(c), "backbone": self.frozen.about, "data": c.data,
+                "epochs": self.position.epoch, "batch_size": c.batch_size, "solver": c.solver, "seed": c.seed,
+                "unreadable": bad,
+            })  # fmt: skip
+        return 0
+
+    def __enter__(self) -> "Evaluation":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        self._stop.close()
+        if self._loader is not None:
+            self._loader.close()
+        self.log.close()
+        if isinstance(error, Unreadable):
+            raise UserError(f"data {self.config.data}: {error}") from None

@@ -1,0 +1,149 @@
+"""Scores of linear classifiers on a validation set, exact over ranks; a linear file's, and a published one's."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mocov3.data import Source, open_source
+from mocov3.data.loading.labelled import check_same_classes, open_evaluated
+from mocov3.data.loading.loader import usable_cores
+from mocov3.distributed import World
+from mocov3.errors import UserError
+from mocov3.evaluation.features import grid, refuse_not_finite, stream
+from mocov3.evaluation.frozen import Frozen, open_frozen
+from mocov3.evaluation.linear import files
+from mocov3.evaluation.linear.heads import Heads, HeadSpec
+from mocov3.evaluation.linear.inputs import PUBLISHED, Job
+from mocov3.evaluation.linear.log import EvaluationLog, HeadResult
+from mocov3.evaluation.linear.setup import find
+from mocov3.models.precision import Precision, resolve_precision
+from mocov3.output.log import warn
+
+Batches = list[tuple[Tensor, Tensor]]
+"""This rank's features and classes, batch by batch."""
+_IMAGENET = 1000
+_AGREE = 0.15  # points: the published figures are rounded to 0.1
+
+
+def validation_features(
+    frozen: Frozen, source: Source, labels: Tensor, world: World, settings: dict[str, Any]
+) -> tuple[Batches, dict[int, str]]:
+    """Features and classes of this rank's part of the validation set, and its unreadable pictures, left out.
+
+    Raises:
+        UserError: if a feature is not finite, naming the pictures.
+    """
+    batches: Batches = []
+    unreadable: dict[int, str] = {}
+    mine = grid(len(source), 256, world)
+    for part in stream(frozen.network, frozen.features, source, frozen.view, mine, device=world.device, **settings):
+        met = set(part.indices.tolist())
+        bad = {c.index: c.reason for c in part.corrupt if c.index in met}
+        unreadable.update(bad)
+        x, index = part.features, torch.from_numpy(part.indices).to(world.device)
+        if bad:
+            keep = torch.tensor([i not in bad for i in part.indices.tolist()], device=world.device)
+            x, index = x[keep], index[keep]
+        refuse_not_finite(x, index.cpu().numpy(), source)
+        batches.append((x, labels[index]))
+    return batches, unreadable
+
+
+def evaluated(
+    heads: Heads, batches: Batches, world: World, log: EvaluationLog, print_freq: int
+) -> list[tuple[float, float, float]]:
+    """Loss, top-1 and top-5 in % of every head: counts summed over ranks, divided once."""
+    wide = torch.float32 if world.device.type == "mps" else torch.float64
+    counts = torch.zeros(len(heads.specs), 4, dtype=wide, device=world.device)
+    began = time.perf_counter()
+    for i, (x, target) in enumerate(batches):
+        found = heads.evaluate(x, target)
+        counts += torch.cat([found, found.new_full((len(found), 1), float(len(target)))], dim=1)
+        if i % print_freq == 0:
+            log.test(i, len(batches), (time.perf_counter() - began) / (i + 1), rates(counts[0].tolist()))
+    total = world.sum(counts)
+    if not total[0, 3]:
+        raise UserError("no validation picture can be read")
+    return [rates(row) for row in total.tolist()]
+
+
+def rates(row: Sequence[float]) -> tuple[float, float, float]:
+    """(sum of losses, right at 1, right at 5, pictures) → mean loss, top-1 and top-5 in %."""
+    loss, first, fifth, n = row
+    n = max(n, 1.0)
+    return loss / n, 100 * first / n, 100 * fifth / n
+
+
+def evaluate_file(world: World, job: Job) -> int:
+    """``-e``: the accuracy of a linear file on the validation set."""
+    source = open_source(job.config.data, "val")
+    result, _, about = _score(world, job, source)
+    if world.main:
+        style = "quiet" if job.config.quiet else "json" if job.config.json else "lines"
+        if style == "json":
+            import json
+
+            print(json.dumps({"file": job.config.resume, "backbone": about, **dataclasses.asdict(result)}))
+        else:
+            print(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}", flush=True)
+    return 0
+
+
+def verify_file(world: World, job: Job) -> int:
+    """The accuracy of a published linear file beside the published figure; 0 if they agree, else 1."""
+    result, contents, _ = _score(world, job, open_evaluated(job.val_folder))
+    if not world.main:
+        return 0
+    arch, claimed = str(contents["arch"]), files.best_acc1(contents)
+    print(f"{job.config.resume} ({arch}) on {job.val_folder}:")
+    print(f"  measured here        {result.acc1:7.3f}  (Acc@5 {result.acc5:.3f})")
+    print(f"  written in the file  {claimed:7.3f}")
+    classes = len(files.classifier(contents, job.config.resume).weight)
+    if arch not in PUBLISHED or classes != _IMAGENET:
+        print(f"  published            no figure for {arch} with {classes} classes")
+        return 0
+    epochs, figure = min(PUBLISHED[arch].items(), key=lambda item: abs(item[1] - claimed))
+    agree = abs(result.acc1 - figure) <= _AGREE
+    print(f"  published            {figure:7.1f}  (reference, {arch}, {epochs} epochs of pre-training)")
+    print(f"  {'agrees' if agree else 'differs'}: {result.acc1 - figure:+.3f} points")
+    return 0 if agree else 1
+
+
+def _score(world: World, job: Job, source: Source) -> tuple[HeadResult, dict[str, Any], str]:
+    c = job.config
+    path, contents = find(c)
+    assert contents is not None
+    where = f"--resume {path}"
+    if source.labels is None:
+        raise UserError(f"data {c.data}: needs class folders, val/CLASS/…")
+    found = files.classifier(contents, where)
+    own = contents.get("mocov3") or {}
+    if isinstance(own.get("classes"), list) and len(own["classes"]) == len(source.classes):
+        check_same_classes(own["classes"], list(source.classes), f"{where} and data {c.data}")
+    frozen = open_frozen(path, flag="--resume", arch=c.arch, image_size=c.image_size, view_preset=c.view_preset,
+                         heads=c.heads)  # fmt: skip
+    width = frozen.width
+    files.check_shape(found, len(source.classes), width, where)
+    heads = Heads([HeadSpec("linear", 0.0, 0.0)], width=width, classes=len(source.classes), seed=0, momentum=0.0,
+                  world=world)  # fmt: skip
+    heads.set(0, found.weight, found.bias)
+    frozen.to(world.device)
+    precision = Precision(resolve_precision(c.precision, world.device, script_door=job.script_door), world.device)
+    workers = min(c.workers, max(usable_cores() // world.local_size, 1))
+    settings = {"mean": frozen.preset.mean, "std": frozen.preset.std, "workers": workers,
+                "autocast": precision.autocast}  # fmt: skip
+    labels = torch.as_tensor(source.labels, dtype=torch.long, device=world.device)
+    batches, bad = validation_features(frozen, source, labels, world, settings)
+    if bad:
+        warn(f"{len(bad)} unreadable pictures left out, first: {source.name(min(bad))}: {bad[min(bad)]}")
+    style = "quiet" if c.quiet or c.json else "lines"
+    log = EvaluationLog(Path(c.output_dir), active=world.main, style=style, epochs=1, iterations=1,
+                        batch_size=c.batch_size, first_epoch=0, write=False)  # fmt: skip
+    result = HeadResult("linear", 0.0, 0.0)
+    result.update(*evaluated(heads, batches, world, log, c.print_freq)[0], epoch=int(contents["epoch"]) - 1)
+    return result, contents, frozen.about

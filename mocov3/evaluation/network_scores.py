@@ -1,0 +1,154 @@
+"""Networks of files, judged on the same pictures: what ``mocov3 compare`` prints."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mocov3.config import preset_of
+from mocov3.data import Source
+from mocov3.data.loading.order import hold_out
+from mocov3.data.sources.labels import Labels
+from mocov3.data.sources.opening import Subset
+from mocov3.data.views.probes import ProbeViews
+from mocov3.distributed import World
+from mocov3.distributed.launch import pick_device
+from mocov3.errors import UserError
+from mocov3.evaluation.intervals import interval
+from mocov3.evaluation.label_free import features_of_views, judge, pixel_features
+from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
+from mocov3.models import build_backbone
+from mocov3.weights import checkpoint
+from mocov3.weights.attention_heads import choices, width_of
+from mocov3.weights.convert import build_from, find_backbone, load_backbone, trained_with
+
+Row = dict[str, Any]
+
+
+def kept_back(files: Sequence[str], data: str, whole: Source) -> Source | None:
+    """The pictures that the runs of these files kept from training, if all did so on this very data."""
+    settings = set()
+    for file in files:
+        config = (checkpoint.read(file).get("mocov3") or {}).get("config") or {}
+        same = bool(config.get("data")) and os.path.abspath(str(config["data"])) == os.path.abspath(data)
+        settings.add((same, int(config.get("hold_out") or 0), str(config.get("group_by") or "")))
+    if len(settings) != 1:
+        return None
+    same, count, group_by = settings.pop()
+    return hold_out(whole, count, group_by)[1] if same and count and 2 * count <= len(whole) else None
+
+
+def judge_all(
+    files: Sequence[str],
+    pictures: Source,
+    whole: Source,
+    labels: Labels | None,
+    *,
+    device: str,
+    workers: int,
+    arch: str | None = None,
+    heads: int | None = None,
+) -> list[Row]:
+    """A row of measures for pixels, for the untrained and starting networks, and for each file.
+
+    Args:
+        files: checkpoints.
+        pictures: to judge on.
+        whole: what the indices of ``labels`` count in.
+        labels: known classes.
+        device: as ``--device``.
+        workers: loading processes.
+        arch: of files that do not say it.
+        heads: attention heads of ViTs, of files that do not tell.
+    """
+    asking = [file for file in files if heads is not None and _asks(file)] or files  # --heads is for those, or for all
+    world = World(0, 1, pick_device(device, None))
+    rows: list[Row] = []
+    beside: set[str] = set()
+    for file in files:
+        contents = checkpoint.read(file)
+        config = trained_with(contents)
+        named = isinstance(contents.get("arch"), str)
+        encoder, settings = build_from(
+            contents, file, arch=None if named else arch, heads=heads if file in asking else None
+        )
+        size = settings["image_size"]
+        setting: dict[str, Any] = {"world": world, "config": config, "size": size, "workers": workers, "whole": whole}
+        if f"pixels {size}" not in beside:
+            beside.add(f"pixels {size}")
+            rows.append(_row("pixels", "pixels", None, pictures, labels, **setting))
+        if (built := str(settings)) not in beside:
+            beside.add(built)
+            torch.manual_seed(0)
+            untrained = build_backbone(**settings)
+            rows.append(_row(f"untrained {settings['arch']}", "untrained", untrained, pictures, labels, **setting))
+        start = str(config.get("init") or "")
+        if start and start not in beside:
+            beside.add(start)
+            try:
+                before: Any = _beginning(start, settings)
+            except UserError:  # elsewhere by now
+                before = None
+            if before is not None:
+                rows.append(_row(f"start: {start}", "start", before, pictures, labels, **setting))
+        rows.append(_row(file, "checkpoint", encoder, pictures, labels, **setting))
+    return rows
+
+
+def _asks(file: str) -> bool:
+    """Whether a file does not tell which of two numbers of attention heads its ViT has."""
+    weights = find_backbone(checkpoint.read(file), file)
+    return weights.heads.number is None and bool(choices(width_of(weights.state)))
+
+
+def _beginning(start: str, settings: dict[str, Any]) -> Any:
+    """The network of a run's ``--init``, with the attention heads of the run where the file does not tell."""
+    heads = settings.get("num_heads") if Path(start).is_file() and _asks(start) else None
+    return load_backbone(start, image_size=settings["image_size"], heads=heads)
+
+
+def _row(
+    name: str, kind: str, encoder: Any, pictures: Source, labels: Labels | None, *, world: World,
+    config: dict[str, Any], size: int, workers: int, whole: Source,
+) -> Row:  # fmt: skip
+    preset = preset_of(config)
+    if encoder is not None:
+        encoder.to(world.device).eval()
+
+    def features(source: Source, probes: int) -> torch.Tensor:
+        return features_of_views(
+            encoder.features if encoder is not None else pixel_features,
+            source,
+            ProbeViews(size, preset.evaluation_zoom, probes, preset.reading),
+            world=world,
+            mean=preset.mean,
+            std=preset.std,
+            workers=workers if len(source) * size**2 > 500 * 64 * 64 else 0,
+        )
+
+    views = features(pictures, 4)
+    if len(views) < 10:
+        raise UserError(f"only {len(views)} of the pictures can be read; 10 or more are needed to judge by")
+    row = {"name": name, "kind": kind, **judge(views).as_dict()}
+    if labels is not None:
+        chosen = features(Subset(whole, labels.indices), 0)[:, 0]
+        if len(chosen) != len(labels.numbers):
+            raise UserError(f"{len(labels.numbers) - len(chosen)} of the labelled pictures cannot be read; "
+                            "leave them out of the labels")  # fmt: skip
+        hits, n = leave_one_out(chosen, torch.as_tensor(labels.numbers))
+        low, high = interval(hits, n)
+        row |= {"knn": 100 * hits / n, "knn_low": low, "knn_high": high, "labelled": n}
+    return row
+
+
+def leave_one_out(features: Float[Tensor, "pictures dim"], labels: Int[Tensor, "pictures"]) -> tuple[int, int]:
+    """Pictures whose class the k nearest others vote for (weights as in ``neighbours``), and all pictures."""
+    n = len(features)
+    k = min(K, n - 1)
+    found = nearest(features, features, k, own=torch.arange(n))
+    voted = vote(found, labels, [k], [TEMPERATURE], classes=int(labels.max()) + 1)[k, TEMPERATURE]
+    return int((voted == labels).sum()), n

@@ -1,0 +1,1 @@
+"""A backbone for other libraries: written, loaded back by them, compared."""

@@ -1,0 +1,109 @@
+"""The text that goes with every exported model: what it is, where it comes from, how to load it."""
+
+from typing import Any
+
+from mocov3.errors import printable
+from mocov3.export.formats import FORMATS, Exported
+from mocov3.version import __version__
+
+_CARD = """---
+license: {tag}
+library_name: {library}
+tags:
+- mocov3
+- self-supervised
+- image-feature-extraction
+---
+# {arch}, {trained}
+
+Written by mocov3 {version} as `{format}`. {gives}
+
+| | |
+|---|---|
+| arch | {arch} ({parameters:,} parameters, {features} features) |
+| pictures | {size} × {size} px, {channels}, shorter side resized to {resized} ({how}), centre cut out |
+| mean, std | {mean}, {std} (of pixels scaled to 0–1) |
+| encoder | {encoder} |
+| source | {source}{epochs}, sha256 `{sha256}` |
+| origin | {origin} |
+| licence | {licence} |
+| verified | {verified} |
+
+## Use
+
+```python
+{usage}
+```
+
+## Recipe
+
+{recipe}
+
+Method: X. Chen, S. Xie, K. He, An Empirical Study of Training Self-Supervised Vision Transformers, arXiv 2104.02057.
+"""
+
+
+def card(model: Exported, to: str, name: str, difference: float, pictures: int) -> str:
+    """The model card, Markdown with the header that model hubs read.
+
+    Args:
+        model: what was exported.
+        to: the format.
+        name: of the file or folder.
+        difference: largest difference of a feature found when verifying.
+        pictures: how many were compared.
+    """
+    return _CARD.format(
+        tag=_tag(model.licence),
+        library={"timm": "timm", "transformers": "transformers"}.get(to, "pytorch"),
+        arch=model.arch,
+        version=__version__,
+        gives=_gives(model),
+        trained="fine-tuned" if "data_set" in model.recipe else "pre-trained by MoCo v3",
+        format=to,
+        parameters=sum(p.numel() for p in model.encoder.parameters()),
+        features=model.encoder.num_features,
+        size=model.image_size,
+        how="bicubic" if model.bicubic else "bilinear",
+        resized=round(model.image_size * model.zoom),
+        channels="RGB" if model.in_chans == 3 else f"{model.in_chans} channel(s)",
+        mean=", ".join(map(str, model.mean)),
+        std=", ".join(map(str, model.std)),
+        encoder=_encoder(model),
+        source=printable(model.source),
+        epochs="" if model.epochs is None else f" after {model.epochs} epochs",
+        sha256=model.sha256,
+        origin=printable(model.origin),
+        licence=printable(model.licence),
+        verified=f"outputs of this file, loaded as below, against the source's on {pictures} pictures: "
+        f"largest difference {difference:.1e}",
+        usage=FORMATS[to].usage(model, name),
+        recipe=_recipe(model.recipe),
+    )
+
+
+def _gives(model: Exported) -> str:
+    if not model.classes:
+        return "The backbone gives features; it has no classifier."
+    names = ", ".join(printable(name) for name in model.class_names[:1000])
+    return f"Gives scores of {model.classes} classes{': ' + names if names else ''}."
+
+
+def _encoder(model: Exported) -> str:
+    tuned = model.recipe.get("data_set")
+    if tuned:
+        return f"fine-tuned on {printable(str(tuned))}" + (", average of the weights" if model.momentum else "")
+    return "momentum encoder" if model.momentum else "query encoder"
+
+
+def _recipe(recipe: dict[str, Any]) -> str:
+    if not recipe:
+        return "Not stated in the source."
+    return "\n".join(f"- {printable(str(k))}: {printable(str(v))}" for k, v in recipe.items())
+
+
+def _tag(licence: str) -> str:
+    for start, tag in (("CC-BY-NC", "cc-by-nc-4.0"), ("Apache-2.0", "apache-2.0"), ("MIT", "mit")):
+        if licence.upper().startswith(start.upper()):
+            return tag
+    return "cc-by-nc-4.0" if "CC-BY-NC" in licence else "other"

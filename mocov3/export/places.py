@@ -1,0 +1,56 @@
+"""What is written where: formats of an export, and a place that becomes the output once all in it is right."""
+
+import os
+import shutil
+from pathlib import Path
+
+from mocov3.errors import UserError, printable
+
+FORMATS = {
+    "deit": "a file {'model': …} as DeiT's --resume reads",
+    "timm": "a folder for timm.create_model",
+    "torchvision": "a file of a state dict for torchvision's ResNet or VisionTransformer",
+    "transformers": "a folder for ViTModel or ResNetModel .from_pretrained",
+    "onnx": "a file with a dynamic batch",
+    "safetensors": "a file with our names of keys",
+    "torch-export": "a program of torch.export with a dynamic batch (.pt2)",
+}
+"""Format → what is written."""
+FOLDERS = ("timm", "transformers")
+
+
+class Staged:
+    """A place beside ``output`` that becomes ``output`` once everything in it is right, and else disappears."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        # onnx and torch.export look at the suffix, so it stays
+        self.place = output.with_name(f".{os.getpid()}.partial-{output.name}")
+
+    def __enter__(self) -> Path:
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self._clear()
+            probe = self.place.with_name(self.place.name + ".probe")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--output {self.output}: cannot be written ({error.strerror or error})") from None
+        return self.place
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if kind is not None:
+            self._clear()
+            if isinstance(error, OSError):
+                reason = printable(error.strerror or str(error))
+                raise UserError(f"--output {self.output}: cannot be written ({reason})") from None
+            return
+        if self.output.is_dir():
+            self.output.rmdir()  # empty: checked
+        os.replace(self.place, self.output)
+
+    def _clear(self) -> None:
+        if self.place.is_dir():
+            shutil.rmtree(self.place)
+        else:
+            self.place.unlink(missing_ok=True)

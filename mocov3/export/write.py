@@ -1,0 +1,179 @@
+"""Write, load back, compare: what ``mocov3 export`` does once its arguments are known to be sound."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mocov3.config import FinetuneConfig
+from mocov3.data import CentreView, FashionMnist
+from mocov3.data.device.pixels import normalise
+from mocov3.errors import UserError, printable
+from mocov3.export.formats import ANY_CHANNELS, FORMATS, Exported, Unfit
+from mocov3.export.model_card import card
+from mocov3.export.places import FOLDERS, Staged
+from mocov3.weights import checkpoint, convert
+
+PICTURES = 8
+"""Pictures whose features are compared."""
+_REFERENCE = "not stated in the file; the public files of facebookresearch/moco-v3 are CC-BY-NC 4.0"
+_ORIGIN = "not stated in the file (the reference's files do not say)"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written and how closely it agrees."""
+
+    output: Path
+    format: str
+    difference: float
+    largest: float
+
+    def __str__(self) -> str:
+        return (
+            f"{printable(str(self.output))}: {self.format}, loaded back and compared on {PICTURES} pictures: largest "
+            f"difference of an output {self.difference:.1e} (largest output {self.largest:.3g})"
+        )
+
+
+def export(
+    path: Path,
+    to: str,
+    output: Path,
+    *,
+    arch: str | None = None,
+    image_size: int | None = None,
+    momentum: bool = False,
+    classifier: bool = False,
+    licence: str = "",
+    heads: int | None = None,
+) -> Report:
+    """Export the backbone of a file; nothing is left at ``output`` unless the features agree.
+
+    Args:
+        path: a checkpoint.
+        to: a format of ``mocov3.export.formats.FORMATS``.
+        output: file or folder to make.
+        arch: of a file that does not say it.
+        image_size: side of the pictures in pixels, unless that of training.
+        momentum: take the momentum encoder, or the average of fine-tuned weights.
+        classifier: keep the linear classifier of a fine-tuned file.
+        licence: to state in the card, unless what the file says.
+        heads: attention heads of a ViT, of a file that does not tell.
+
+    Raises:
+        UserError: if the file holds no backbone, the format cannot hold it, or the output cannot be written.
+        RuntimeError: if the features of what was written differ from ours; our fault.
+    """
+    model = load(
+        path, arch=arch, image_size=image_size, momentum=momentum, classifier=classifier, licence=licence, heads=heads
+    )
+    if model.in_chans != 3 and to not in ANY_CHANNELS:
+        others = ", ".join(ANY_CHANNELS)
+        raise UserError(f"--to {to} is for RGB; {path} takes {model.in_chans} channel(s): use {others}")
+    writer = FORMATS[to]
+    try:
+        writer.fits(model)
+    except Unfit as reason:
+        raise UserError(f"--to {to} cannot hold {model.arch}: {reason}") from None
+    x = pictures(model)
+    with torch.no_grad():
+        ours = model.encoder(x)
+    with Staged(output) as place:
+        writer.write(model, place)
+        with torch.no_grad():
+            theirs = writer.features(model, place, x)
+        report = _compared(output, to, ours, theirs, writer.tolerance)
+        text = card(model, to, output.name, report.difference, PICTURES)
+        if to in FOLDERS:
+            (place / "README.md").write_text(text, encoding="utf-8")
+    if to not in FOLDERS:
+        output.with_name(output.name + ".md").write_text(text, encoding="utf-8")
+    return report
+
+
+def _compared(output: Path, to: str, ours: Tensor, theirs: Tensor, tolerance: float) -> Report:
+    if theirs.shape != ours.shape:
+        raise RuntimeError(f"{to}: outputs are {tuple(theirs.shape)} where ours are {tuple(ours.shape)}")
+    difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
+    if not difference <= tolerance * max(largest, 1.0):  # also refuses NaN
+        raise RuntimeError(f"{to}: outputs differ by {difference:.1e} (largest output {largest:.3g})")
+    return Report(output, to, difference, largest)
+
+
+def load(
+    path: Path,
+    *,
+    arch: str | None = None,
+    image_size: int | None = None,
+    momentum: bool = False,
+    classifier: bool = False,
+    licence: str = "",
+    heads: int | None = None,
+) -> Exported:
+    """The backbone of a file with all that a card says about it."""
+    contents = checkpoint.read(path)
+    encoder, settings = convert.build_from(
+        contents, str(path), arch=arch, image_size=image_size, momentum=momentum, heads=heads
+    )
+    settings.pop("num_heads", None)  # the encoder tells
+    names: tuple[str, ...] = ()
+    classes = 0
+    if classifier:
+        head = convert.find_classifier(contents, encoder, str(path), momentum=momentum)
+        setattr(encoder, encoder.projector_name, head)
+        classes = head.out_features
+        known = (contents.get("mocov3") or {}).get("classes")
+        names = tuple(map(str, known)) if isinstance(known, list) and len(known) == classes else ()
+    config = convert.trained_with(contents)
+    preset = convert.views_of(config, str(path))
+    own = contents.get("mocov3") or {}
+    return Exported(
+        encoder=encoder,
+        **settings,
+        mean=preset.mean,
+        std=preset.std,
+        zoom=preset.evaluation_zoom,
+        source=path.name,
+        sha256=_sha256(path),
+        recipe=_recipe(config),
+        epochs=contents["epoch"] if isinstance(contents.get("epoch"), int) else None,
+        licence=licence or str(own.get("licence", _REFERENCE)),
+        origin=str(own.get("origin", _ORIGIN)),
+        momentum=momentum,
+        classes=classes,
+        class_names=names,
+        bicubic=_bicubic(config),
+    )
+
+
+def _bicubic(config: dict[str, Any]) -> bool:
+    if "data_set" not in config:  # not fine-tuned
+        return False
+    known = {f.name for f in dataclasses.fields(FinetuneConfig)}
+    return not FinetuneConfig(**{k: v for k, v in config.items() if k in known}).transfer
+
+
+def _recipe(config: dict[str, Any]) -> dict[str, Any]:
+    left_out = ("data", "data_path", "output_dir", "resume", "init", "finetune", "config")  # places of a machine
+    return {k: v for k, v in config.items() if k not in left_out and v not in (None, "", False)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pictures(model: Exported) -> Float[Tensor, "8 channels height width"]:
+    """Embedded pictures as the model sees them in evaluation."""
+    source = FashionMnist("val")
+    view = CentreView(model.image_size, model.zoom)
+    pixels = np.stack([view(source.read(i))[0] for i in range(PICTURES)])
+    pixels = pixels[..., np.arange(model.in_chans) % 3]
+    return normalise(pixels, torch.device("cpu"), model.mean, model.std).contiguous()

@@ -1,0 +1,98 @@
+"""Accuracy of a classifier on test pictures, split over ranks: counts, divided at the end."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mocov3.data import CentreView, Source
+from mocov3.distributed import World
+from mocov3.evaluation.features import stream
+from mocov3.models.precision import Precision
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts over all test pictures that could be read."""
+
+    hits: Int[np.ndarray, "classes"]
+    """Pictures of a class whose first guess was right."""
+    hits5: int
+    pictures: Int[np.ndarray, "classes"]
+    """Pictures of a class."""
+    loss_sum: float
+
+    @property
+    def total(self) -> int:
+        """Pictures evaluated."""
+        return int(self.pictures.sum())
+
+    @property
+    def acc1(self) -> float:
+        """Top-1 accuracy in %."""
+        return 100 * int(self.hits.sum()) / max(self.total, 1)
+
+    @property
+    def acc5(self) -> float:
+        """Top-5 accuracy in % (of as many guesses as there are classes, if fewer)."""
+        return 100 * self.hits5 / max(self.total, 1)
+
+    @property
+    def mean_class_acc1(self) -> float:
+        """Mean over the classes that have pictures of their top-1 accuracy, in %."""
+        present = self.pictures > 0
+        return 100 * float((self.hits[present] / self.pictures[present]).mean()) if present.any() else 0.0
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy."""
+        return self.loss_sum / max(self.total, 1)
+
+
+def evaluate(
+    model: nn.Module,
+    source: Source,
+    view: CentreView,
+    *,
+    world: World,
+    precision: Precision,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int,
+    workers: int,
+) -> Accuracy:
+    """Counts of a classifier over a labelled source, in evaluation mode; the same on every rank.
+
+    A picture that cannot be read is left out of the counts.
+    """
+    labels = source.labels
+    assert labels is not None
+    classes = len(source.classes)
+    counts = torch.zeros(2 * classes + 2, dtype=torch.float64)
+    mine = np.array_split(np.arange(len(source)), world.size)[world.rank]
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    scored = stream(model, model, source, view, batches, device=world.device, mean=mean, std=std, workers=workers,
+                    autocast=precision.autocast)  # fmt: skip
+    for part in scored:
+        gone = {c.index for c in part.corrupt}
+        read = torch.tensor([int(i) not in gone for i in part.indices])
+        target = torch.from_numpy(labels[part.indices].astype(np.int64))
+        counts += count(part.features.cpu().double()[read], target[read], classes)
+    # counts are whole numbers and the loss is summed in float64; sums go over the host, in float64 on every device
+    parts = world.gather(counts.tolist())
+    total = np.sum(np.array(parts), axis=0)
+    whole = total.astype(np.int64)
+    return Accuracy(whole[:classes], int(whole[-2]), whole[classes : 2 * classes], float(total[-1]))
+
+
+def count(
+    scores: Float[Tensor, "batch classes"], target: Int[Tensor, "batch"], classes: int
+) -> Float[Tensor, "counts"]:
+    """Right first guesses by class, pictures by class, right ones among five guesses, summed cross entropy."""
+    ranked = scores.topk(min(5, classes), dim=1).indices == target[:, None]
+    hits = torch.bincount(target[ranked[:, 0]], minlength=classes)
+    loss = nn.functional.cross_entropy(scores, target, reduction="sum")
+    parts = [hits, torch.bincount(target, minlength=classes), ranked.any(1).sum()[None], loss[None]]
+    return torch.cat([part.double() for part in parts])

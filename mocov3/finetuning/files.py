@@ -1,0 +1,228 @@
+"""Checkpoints of fine-tuning: DeiT's ``checkpoint.pth`` (``model, optimizer, epoch, model_ema``) and what we add.
+
+``model`` holds the network with its classifier under the names of DeiT's files, so every reader of those reads ours.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mocov3.config import FinetuneConfig, changed_fields
+from mocov3.config.archs import is_vit, stored_heads
+from mocov3.config.finetune import known_arch
+from mocov3.config.presets import PRESETS
+from mocov3.distributed import World
+from mocov3.errors import UserError, nearest
+from mocov3.models import Encoder
+from mocov3.weights import checkpoint, convert
+
+LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
+TASK = "finetune"
+_OPEN = {"arch": ("", "vit_base"), "image_size": (0, 224), "patch_size": (0, 16), "small_stem": (None, False),
+         "view_preset": ("", "photos")}  # fmt: skip
+"""Fields that the weights decide unless they are given: (not given, without weights)."""
+
+
+class Start(NamedTuple):
+    """Where a run begins."""
+
+    config: FinetuneConfig
+    """Complete: nothing is left to the weights."""
+    resumed: dict[str, Any] | None
+    """Contents of a checkpoint of this task to go on from."""
+    weights: dict[str, Any] | None
+    """Contents of a file to start from."""
+    where: str
+    """The file, for messages."""
+
+
+def find_start(config: FinetuneConfig, world: World) -> Start:
+    """The checkpoint or weights that ``--resume`` and ``--finetune`` name, and the configuration completed by them.
+
+    ``--resume FILE`` goes on if FILE is a checkpoint of this task; any other file with weights is started from, as
+    the reference's users start from a file with ``model`` alone.
+
+    Raises:
+        UserError: if a named file is missing or holds no weights.
+    """
+    resumed = weights = None
+    where = ""
+    if config.resume == "auto":
+        last = Path(config.output_dir) / LAST
+        if world.share(last.is_file()):
+            where, resumed = f"--resume {last}", checkpoint.read(last)
+    elif config.resume:
+        where = f"--resume {config.resume}"
+        contents = checkpoint.read(config.resume)
+        own = contents.get("mocov3") or {}
+        if own.get("task") == TASK and "optimizer" in contents:
+            resumed = contents
+        else:
+            weights = contents
+    if resumed is None and weights is None and config.finetune:
+        where, weights = f"--finetune {config.finetune}", checkpoint.read(config.finetune)
+    return Start(_completed(config, resumed or weights, where), resumed, weights, where)
+
+
+def _completed(config: FinetuneConfig, contents: dict[str, Any] | None, where: str) -> FinetuneConfig:
+    saved = dict(convert.trained_with(contents)) if contents else {}
+    if contents and isinstance(contents.get("arch"), str):
+        saved["arch"] = contents["arch"]
+    values: dict[str, Any] = {}
+    for name, (not_given, default) in _OPEN.items():
+        value = getattr(config, name)
+        if value == not_given:
+            value = saved.get(name) if isinstance(saved.get(name), type(default)) else default
+        values[name] = value
+    if saved.get("channels", 3) != 3 or saved.get("bit_window"):
+        raise UserError("fine-tuning reads pictures as 8-bit RGB; these weights were trained with "
+                        "--channels or --bit-window (mocov3 lincls, knn and embed take them)")  # fmt: skip
+    if not config.mean_std and not config.view_preset and isinstance(saved.get("mean_std"), str):
+        values["mean_std"] = saved["mean_std"]  # belongs to the weights' preset
+    values["arch"] = known_arch(values["arch"])
+    if contents and is_vit(values["arch"]):
+        found = convert.find_backbone(contents, where, heads=config.heads)
+        heads = found.sizes(values["arch"], where).get("num_heads", config.heads)
+        values["heads"] = stored_heads(heads, values["arch"], config.heads)
+    complete = dataclasses.replace(config, **values)
+    complete.check()
+    if complete.view_preset not in PRESETS:
+        raise UserError(
+            f"--view-preset {complete.view_preset!r} is not known; {nearest(complete.view_preset, list(PRESETS))}"
+        )
+    return complete
+
+
+def start_from(
+    model: Encoder,
+    contents: dict[str, Any],
+    where: str,
+    *,
+    arch: str,
+    classes: int,
+    keep_head: bool,
+    heads: int | None = None,
+) -> list[str]:
+    """Load the backbone of a file; with ``keep_head`` its classifier too. Returns the keys that stayed as built.
+
+    ``heads`` are the attention heads of a file that does not tell them.
+
+    Raises:
+        UserError: if it does not fit, or has no classifier of ``classes`` classes where one is to be kept.
+    """
+    found = convert.find_backbone(contents, where, heads=heads)
+    if found.arch is not None and found.arch != arch:
+        raise UserError(f"{where}: is of arch {found.arch}, not {arch}")
+    left = convert.load_into(model, found, where)
+    if keep_head:
+        state: dict[str, Tensor] = contents.get("model", {})
+        for key in left:
+            if key not in state:
+                raise UserError(f"{where}: has no classifier ({key}); fine-tune it first")
+            check_classes(state[key], classes, where)
+        model.load_state_dict({key: state[key] for key in left}, strict=False)
+        return []
+    return left
+
+
+def check_classes(value: Tensor, classes: int, where: str) -> None:
+    """Refuse a classifier of another number of classes than the data set's."""
+    if value.shape[:1] != (classes,):
+        have = value.shape[0] if value.ndim else 0
+        raise UserError(f"{where}: its classifier knows {have} classes, the data set has {classes}")
+
+
+def check_same_run(start: Start, *, total_batch: int, digest: str, pictures: int) -> None:
+    """Refuse to go on with other result-changing fields, another batch over all processes, or other pictures.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    assert start.resumed is not None
+    own = start.resumed["mocov3"]
+    saved = {k: v for k, v in own.get("config", {}).items() if k != "heads"}  # compared with the weights already
+    changed = changed_fields(start.config, saved)
+    if own.get("total_batch") != total_batch:
+        before = own.get("total_batch")
+        changed.append(f"pictures a step in all ({before} → {total_batch}; --accum-iter makes up for processes)")
+    if changed and not start.config.allow_config_change:
+        raise UserError(
+            f"{start.where}: these differ from the checkpoint's: {', '.join(changed)}; give them as they were, "
+            "or --allow-config-change"
+        )
+    if own.get("data_digest") != digest:
+        raise UserError(
+            f"{start.where}: was trained on {own.get('pictures')} pictures; --data-path holds {pictures}, or others"
+        )
+
+
+def origin(start: Start) -> tuple[str, str]:
+    """Origin and licence of the weights, as every file of ours carries them."""
+    contents = start.resumed or start.weights
+    if contents is None:
+        return "trained from scratch by mocov3", "the trainer's to choose"
+    own = contents.get("mocov3") or {}
+    if start.resumed is not None:
+        return str(own.get("origin", "")), str(own.get("licence", ""))
+    name = Path(start.where.split(" ", 1)[1]).name
+    unknown = "that of the starting weights, not stated in them (the reference's public files: CC-BY-NC 4.0)"
+    return f"fine-tuned from {name} ({own.get('origin', 'origin not stated')})", str(own.get("licence", unknown))
+
+
+def named(start: Start) -> str:
+    """The file a run starts from, as the user named it."""
+    return start.where.split(" ", 1)[1]
+
+
+def contents(
+    start: Start,
+    parts: Any,
+    position: checkpoint.Position,
+    counters: dict[str, float],
+    *,
+    best: bool,
+    total_batch: int,
+    digest: str,
+    pictures: int,
+    classes: list[str],
+) -> dict[str, Any]:
+    """What is written: everything a resume needs, or for the ``best`` weights only what names them.
+
+    Args:
+        start: where the run began.
+        parts: its ``setup.Parts``.
+        position: where it stands.
+        counters: what was counted so far.
+        best: only the weights.
+        total_batch: pictures a step over all processes.
+        digest: of the training pictures.
+        pictures: how many.
+        classes: their names.
+    """
+    come_from, licence = origin(start)
+    own = {
+        "format": checkpoint.FORMAT_VERSION,
+        "task": TASK,
+        "config": dataclasses.asdict(start.config),
+        "epoch": position.epoch,
+        "iteration": position.iteration,
+        "step": position.step,
+        "counters": counters,
+        "total_batch": total_batch,
+        "data_digest": digest,
+        "pictures": pictures,
+        "classes": classes,
+        "origin": come_from,
+        "licence": licence,
+    }
+    kept = {"model": parts.model.state_dict(), "arch": start.config.arch, "epoch": position.epoch, "mocov3": own}
+    if best:
+        return kept
+    average = parts.ema.module.state_dict() if parts.ema is not None else {}
+    return kept | {
+        "optimizer": parts.optimizer.state_dict(),
+        "model_ema": average,
+        "scaler": parts.precision.scaler.state_dict(),
+    }

@@ -1,0 +1,300 @@
+"""The fine-tuning loop of one rank, and the run around it. ``tune`` reads as DeiT's recipe."""
+
+import dataclasses
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mocov3.config import logger_names, preset_of, write_yaml
+from mocov3.data import Batch, CentreView, Loader
+from mocov3.data.device.pixels import normalise
+from mocov3.data.loading.loader import Unreadable, usable_cores
+from mocov3.data.loading.supervised import Repeated, stratified
+from mocov3.data.sources.transfer import open_pair
+from mocov3.distributed import World
+from mocov3.distributed.stop import Stop
+from mocov3.errors import UserError
+from mocov3.finetuning import files, setup
+from mocov3.finetuning.batches import iterations, pictures_shown, plan
+from mocov3.finetuning.evaluate import Accuracy, evaluate
+from mocov3.finetuning.inputs import Job
+from mocov3.finetuning.log import TuneLog
+from mocov3.finetuning.mixing import erase
+from mocov3.finetuning.model import set_epoch
+from mocov3.finetuning.recorder import Counters, TuneRecorder
+from mocov3.finetuning.step import Micro, Outcome
+from mocov3.output.log import warn
+from mocov3.output.terminal import style_of
+from mocov3.weights import checkpoint
+from mocov3.weights.checkpoint import Position
+
+_BAD_IN_A_ROW = 50
+
+
+def tune(world: World, job: Job) -> int:
+    """Fine-tune on this rank, from wherever the run stands to its end; returns the exit code."""
+    with Tuning(world, job) as run:
+        if run.config.eval:
+            run.report(run.evaluate())
+            return 0
+        for batches in run.steps():
+            lr = set_epoch(run.parts.schedule, batches[0].work.epoch)
+            outcome = run.parts.step(run.micro(batch) for batch in batches)
+            run.advance(batches[0], outcome, lr)
+            if run.position.iteration == 0:
+                run.end_epoch(lr)
+            if run.must_stop():
+                run.save()
+                break
+        return run.exit_code()
+
+
+class Tuning:
+    """A fine-tuning run on one rank."""
+
+    def __init__(self, world: World, job: Job) -> None:
+        self.world = world
+        # ranks of torchrun name a run by their own clocks
+        named = dataclasses.replace(job.config, output_dir=world.share(job.config.output_dir))
+        self.start = files.find_start(named, world)
+        self.config = c = self.start.config
+        torch.use_deterministic_algorithms(c.deterministic)
+        torch.backends.cudnn.benchmark = not c.deterministic
+        self.folder = Path(c.output_dir)
+        self.pair = open_pair(c.data_set, c.data_path)
+        self.classes = len(self.pair.train.classes)
+        self.train = Repeated(stratified(self.pair.train, c.fraction), c.repeats)
+        self.labels = np.asarray(self.train.labels, dtype=np.int64)
+        self.preset = preset_of({"view_preset": c.view_preset, "mean_std": c.mean_std})
+        self.total_batch = setup.total_batch(c, world)
+        self.iterations = self._iterations()
+        self.parts = setup.build(self.start, self.classes, world, script_door=job.script_door)
+        self.position, counters = self._restored()
+        log = self._open_log(counters, job.script_door)
+        self.recorder = TuneRecorder(log, counters, self.total_batch, c.print_freq, c.repeats)
+        self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
+        self._loader: Loader | None = None
+        self._saved_at, self._bad = -1, 0
+
+    def _iterations(self) -> int:
+        c, n = self.config, len(self.train.source)
+        groups = self.total_batch // c.batch_size
+        steps = iterations(n, repeats=c.repeats, groups=groups, batch_size=c.batch_size)
+        if not steps and not c.eval:
+            raise UserError(
+                f"--batch-size {c.batch_size} × {groups} (processes × --accum-iter) is more than the {n} pictures "
+                f"of {c.data_set}; lower it"
+            )
+        return steps
+
+    def _restored(self) -> tuple[Position, Counters]:
+        contents, c = self.start.resumed, self.config
+        if contents is None:
+            return Position(0, 0, 0), Counters()
+        if not c.eval:
+            files.check_same_run(
+                self.start,
+                total_batch=self.total_batch,
+                digest=self.train.digest,
+                pictures=len(self.train.source),
+            )
+        return setup.restore(self.parts, contents, self.start.where, self.classes)
+
+    def _open_log(self, counters: Counters, script_door: bool) -> TuneLog:
+        c, p, world = self.config, self.position, self.world
+        writes = world.main and not c.eval
+        if writes:
+            complete = dataclasses.replace(c, resume="", config="")
+            write_yaml(complete, self.folder / "config.yaml", "re-run by: mocov3 finetune --config FILE")
+        log = TuneLog(
+            self.folder,
+            active=writes,
+            shown=world.main,
+            style=style_of(quiet=c.quiet, json=c.json, script_door=script_door),
+            epochs=c.epochs,
+            iterations=self.iterations,
+            first_step=p.step,
+            first_epoch=p.epoch,
+            loggers=logger_names(c.logger),
+            config=dataclasses.asdict(c),
+        )
+        log.say(
+            f"{c.arch} on {c.data_set}: {len(self.train.source)} pictures of {self.classes} classes, "
+            f"{len(self.pair.test)} to test; {self.iterations} steps of {self.total_batch} an epoch, "
+            f"{c.epochs} epochs; {world.size} process(es) on {world.device.type}, {self.parts.precision.name}; "
+            f"seed {c.seed}"
+        )
+        if counters.resumed:
+            log.say(f"resumed at epoch {p.epoch}, iteration {p.iteration}")
+        elif self.start.weights is not None:
+            log.say(f"starts from {files.named(self.start)}; new: {', '.join(self.parts.fresh)}")
+        else:
+            log.say("starts from scratch: neither --finetune nor --resume names weights")
+        if c.transfer and c.reprob:
+            log.say(
+                "--reprob, --aa and --color-jitter are not applied: as in the reference, transfer crops and flips only"
+            )
+        if c.drop_path and not self.parts.depth.layers:
+            log.say(f"--drop-path is not applied: {c.arch} has no stochastic depth")
+        return log
+
+    def steps(self) -> Iterator[list[Batch]]:
+        """The batches of every step from the present position on, prepared ahead."""
+        c, p = self.config, self.position
+        if p.epoch >= c.epochs or self._stop.steps_done(p.step):
+            self.recorder.log.say(f"nothing left to do: {p.step} steps, {p.epoch} epochs are done")
+            return
+        self._loader = Loader(
+            self.train, setup.transform(c, self.preset), batch_size=c.batch_size, seed=c.seed, workers=self._workers()
+        )
+        works = plan(
+            len(self.train.source),
+            seed=c.seed,
+            repeats=c.repeats,
+            batch_size=c.batch_size,
+            accumulate=c.accum_iter,
+            rank=self.world.rank,
+            ranks=self.world.size,
+            start=(p.epoch, p.iteration),
+            epochs=c.epochs,
+        )
+        together: list[Batch] = []
+        for batch in self._loader.run(works):
+            # a batch's slot is overwritten when the next is asked for
+            kept = batch if c.accum_iter == 1 else dataclasses.replace(batch, pixels=batch.pixels.copy())
+            together.append(kept)
+            if len(together) == c.accum_iter:
+                self.recorder.batches_came(together)
+                yield together
+                together = []
+
+    def _workers(self) -> int:
+        return min(self.config.workers, max(usable_cores() // self.world.local_size, 1))
+
+    def micro(self, batch: Batch) -> Micro:
+        """Pictures and targets on the device, erased and mixed, and the draws of stochastic depth."""
+        c, work, device = self.config, batch.work, self.world.device
+        shown = pictures_shown(work, {bad.index for bad in batch.corrupt}, seed=c.seed, n=len(self.train))
+        target = torch.from_numpy(self.labels[shown]).to(device)
+        x = normalise(batch.pixels[0], device, self.preset.mean, self.preset.std).contiguous()
+        if not c.transfer:
+            erase(x, work.indices, probability=c.reprob, seed=c.seed, epoch=work.epoch)
+        if self.parts.mixer is not None:
+            x, target = self.parts.mixer(x, target, epoch=work.epoch, index=int(work.indices[0]))
+        return x, target, partial(self.parts.depth, work.indices, epoch=work.epoch, device=device)
+
+    def advance(self, batch: Batch, outcome: Outcome, lr: float) -> None:
+        """Record the step and move the position past it."""
+        work, step = batch.work, self.position.step
+        self.recorder.step_done(work, outcome, step=step, lr=lr)
+        self._bad = 0 if outcome.ok else self._bad + 1
+        if self._bad >= _BAD_IN_A_ROW:
+            raise UserError(
+                f"loss or gradient were not finite for {_BAD_IN_A_ROW} steps in a row; lower --lr or --clip-grad"
+            )
+        ended = work.iteration + 1 == self.iterations
+        self.position = Position(work.epoch + ended, 0 if ended else work.iteration + 1, step + 1)
+
+    def end_epoch(self, lr: float) -> None:
+        """Evaluate where due, and checkpoint."""
+        c, done = self.config, self.position.epoch
+        accuracy = self.evaluate() if done % c.eval_freq == 0 or done == c.epochs else None
+        better = self.recorder.epoch_done(done - 1, self.position.step - 1, lr, accuracy)
+        if accuracy is not None:
+            self.report(accuracy)
+        if better:
+            self._write(files.BEST, self._contents(best=True))
+        self.save()
+        self.recorder.restart_clock()
+
+    def evaluate(self) -> Accuracy:
+        """Accuracy of the present weights (not of their average) on the test pictures."""
+        c = self.config
+        bicubic = not c.transfer
+        kind = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+        view = CentreView(c.image_size, self.preset.evaluation_zoom, kind)
+        return evaluate(
+            self.parts.model,
+            self.pair.test,
+            view,
+            world=self.world,
+            precision=self.parts.precision,
+            mean=self.preset.mean,
+            std=self.preset.std,
+            batch_size=max(3 * c.batch_size // 2, 1),
+            workers=self._workers() if len(self.pair.test) > 2000 else 0,
+        )
+
+    def report(self, accuracy: Accuracy) -> None:
+        """Print accuracies, in DeiT's words."""
+        terminal = self.recorder.log.terminal
+        tell = terminal.result if self.config.eval else terminal.say
+        per_class = f" mean per class {accuracy.mean_class_acc1:.3f}" if self.pair.per_class else ""
+        tell(f"* Acc@1 {accuracy.acc1:.3f} Acc@5 {accuracy.acc5:.3f} loss {accuracy.loss:.3f}{per_class}")
+        tell(f"Accuracy of the network on the {accuracy.total} test images: {accuracy.acc1:.1f}%")
+        if not self.config.eval:
+            tell(f"Max accuracy: {self.recorder.counters.best:.2f}%")
+
+    def must_stop(self) -> bool:
+        """Checkpoint where due; whether a limit or a signal asks to stop now, the same on every rank."""
+        c, p = self.config, self.position
+        if c.checkpoint_steps and p.step % c.checkpoint_steps == 0:
+            self.save()
+        return self._stop.agreed(self.world, p.step)
+
+    def save(self) -> None:
+        """Write the checkpoint of the present position, by the main rank."""
+        if self._saved_at != self.position.step:
+            self._saved_at = self.position.step
+            self._write(files.LAST, self._contents())
+            self.world.barrier()
+
+    def _write(self, name: str, contents: dict[str, Any]) -> None:
+        if not self.world.main:
+            return
+        try:
+            checkpoint.write(self.folder / name, contents)
+        except OSError as error:
+            warn(f"{name} could not be written ({error.strerror or error}); the run goes on")
+
+    def _contents(self, *, best: bool = False) -> dict[str, Any]:
+        return files.contents(
+            self.start,
+            self.parts,
+            self.position,
+            self.recorder.counters.as_dict(),
+            best=best,
+            total_batch=self.total_batch,
+            digest=self.train.digest,
+            pictures=len(self.train.source),
+            classes=list(self.pair.train.classes),
+        )
+
+    def exit_code(self) -> int:
+        """0 when done, 128 + its number when stopped by a signal."""
+        if number := self._stop.signal:
+            name = signal.Signals(number).name
+            self.recorder.log.say(f"stopped by {name}, checkpoint written; go on with --resume auto")
+            return 128 + number
+        self.recorder.log.terminal.result(
+            f"{self.folder / files.LAST}: {self.position.epoch} of {self.config.epochs} epochs, best Acc@1 "
+            f"{self.recorder.counters.best:.2f} %"
+        )
+        return 0
+
+    def __enter__(self) -> "Tuning":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        self._stop.close()
+        if self._loader is not None:
+            self._loader.close()
+        self.recorder.log.close()
+        if isinstance(error, Unreadable):
+            raise UserError(f"--data-path {self.config.data_path}: {error}") from None

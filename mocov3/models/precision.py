@@ -1,0 +1,28 @@
+"""Arithmetic of the networks: float32, or 16 bits by autocast, with a loss scaler for fp16."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+
+class Precision:
+    """Arithmetic of the networks: fp32, bf16 (autocast) or fp16 (autocast and a loss scaler, CUDA only)."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which networks are run."""
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.name, torch.float32)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")
+
+
+def resolve_precision(name: str, device: torch.device, *, script_door: bool) -> str:
+    """``auto``: fp16 on CUDA as the reference (script door), bf16 where the GPU has it, else fp32."""
+    if name != "auto":
+        return name if name != "fp16" or device.type == "cuda" else "fp32"
+    if device.type != "cuda":
+        return "fp32"
+    return "fp16" if script_door or not torch.cuda.is_bf16_supported() else "bf16"

@@ -1,0 +1,1 @@
+"""What a person sees: terminal, loggers, log, sheets of images, the machine a run was made on."""

@@ -1,0 +1,178 @@
+"""From a command line with ``--recipe auto`` to a configuration: looks at pictures and machine, prints the plan.
+
+A resumed run takes the settings of its own ``config.yaml``: nothing is chosen twice.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mocov3.config import PretrainConfig, read_yaml
+from mocov3.config.fields import Layers
+from mocov3.data import Source
+from mocov3.data.sources.survey import Survey, propose, scattered, survey
+from mocov3.errors import UserError
+from mocov3.planning.auto import Choice, Machine, Pictures, block, parse_budget, plan
+from mocov3.pretraining.inputs import open_pictures
+
+LOOKED_AT = 400
+_FEW = 20_000
+_FIELDS = {f.name for f in dataclasses.fields(PretrainConfig)}
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A configuration, how it was found, and what was measured on the way."""
+
+    config: PretrainConfig
+    choices: list[Choice]
+    pictures: Pictures
+    machine: Machine
+    source: Source
+    training: float
+    """Seconds of an epoch that steps take."""
+    loading: float
+    """Seconds of an epoch that the loader processes take."""
+
+
+def choose(layers: Layers) -> PretrainConfig:
+    """The configuration of ``--recipe auto`` (or ``adapt``), printed; a resumed run's is its own.
+
+    Raises:
+        UserError: for a bad value, before torch is imported; for pictures that can't be read.
+    """
+    given = {name: value for name, value in layers.given.items() if name != "recipe"}
+    if saved := saved_fields(layers.merged()):
+        return PretrainConfig(**{**saved, **given})
+    if given.get("config"):  # complete, or the user's own
+        return PretrainConfig(**layers.merged())
+    proposal = propose_settings(layers)
+    _show(proposal, layers)
+    return proposal.config
+
+
+def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
+    """Settings for the pictures and the machine; ``found`` saves looking at pictures again.
+
+    Raises:
+        UserError: as ``choose``.
+    """
+    fixed = {**layers.recipe, **{name: value for name, value in layers.given.items() if name != "recipe"}}
+    lenient = {"warmup_epochs": 0, "batch_size": 2, "hold_out": 0}
+    open_yet = {} if "arch" in fixed else {"heads": None}  # judged with the arch, once that is known
+    first = PretrainConfig(**{**lenient, **layers.merged(), **open_yet})
+    first.check()
+    _check_start(first)
+    hours = budget(first)
+    source, _, order = open_pictures(first)
+    order.check()
+    pictures = look(source, first, found)
+    from mocov3.planning import speed
+
+    machine = speed.machine(first.device, first.gpu)
+    if first.init and "arch" not in fixed:
+        from mocov3.weights.start import arch_of
+
+        fixed["arch"] = arch_of(first.init)
+        if fixed["arch"] is None:
+            raise UserError(f"--init {first.init}: does not say which arch it is; give --arch")
+    if first.init:
+        from mocov3.pretraining.assemble import with_heads
+        from mocov3.weights.convert import settings_of
+        from mocov3.weights.start import starting_weights
+
+        arch, heads = fixed.get("arch", first.arch), fixed.get("heads")
+        fixed["heads"] = with_heads(dataclasses.replace(first, arch=arch, heads=heads)).heads
+        # patch size and stem are the weights' own, whatever the pictures' size would suggest
+        fixed = {**settings_of(starting_weights(first.init, heads).state, arch), **fixed}
+    times = {"training": 0.0, "loading": 0.0}
+
+    def measured(values: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+        config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})
+        config.check()
+        times["training"], times["loading"], batch = speed.epoch_seconds(config, source, len(source))
+        fitted = {} if batch == config.batch_size or "batch_size" in fixed else {"batch_size": batch}
+        return speed.total_seconds(times["training"], times["loading"], machine.device), fitted
+
+    choices = plan(pictures, machine, hours, fixed, measured)
+    settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}
+    config = PretrainConfig(**layers.merged(settings))
+    return Proposal(config, choices, pictures, machine, source, **times)
+
+
+def measured_normalisation(config: PretrainConfig) -> PretrainConfig:
+    """``config`` with the numbers of ``--mean-std auto``, which depend on the pictures alone.
+
+    Raises:
+        UserError: if the pictures cannot be read.
+    """
+    if config.mean_std != "auto":
+        return config
+    config.check()
+    source, _, _ = open_pictures(dataclasses.replace(config, batch_size=1, group_by=""))
+    return dataclasses.replace(config, mean_std=look(source, config).mean_std)
+
+
+def _check_start(config: PretrainConfig) -> None:
+    if config.recipe == "adapt" and not config.init:
+        raise UserError("--recipe adapt goes on from existing weights: give --init FILE or --init timm/NAME")
+    if config.init and not config.init.startswith("timm/") and not Path(config.init).is_file():
+        raise UserError(f"--init {config.init}: there is no such file; give a weights file, or timm/NAME")
+
+
+def budget(config: PretrainConfig) -> float | None:
+    """Hours of ``--budget``, or ``None``.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    if not config.budget:
+        return None
+    try:
+        return parse_budget(config.budget)
+    except ValueError:
+        raise UserError(f"--budget {config.budget!r}: write a time above 0, as 30m, 2h or 1.5d") from None
+
+
+def look(source: Source, config: PretrainConfig, found: Survey | None = None) -> Pictures:
+    """What some of the pictures show, for the plan.
+
+    Raises:
+        UserError: if none of them can be read.
+    """
+    found = found or survey(source, scattered(len(source), LOOKED_AT), workers=0, reading=config.preset.reading)
+    if not found.readable:
+        index, reason = found.unreadable[0]
+        raise UserError(f"data {config.data_title}: none of {found.examined} pictures looked at can be read, first: "
+                        f"{source.name(index)}: {reason}")  # fmt: skip
+    preset, reason = propose(found)
+    return Pictures(len(source), found.short_side[1], preset, reason, found.mean_std, found.gray_share > 0.95)
+
+
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in _FIELDS}
+
+
+def saved_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the run that is to go on, if its folder tells them."""
+    resume = values.get("resume") or ""
+    if not resume:
+        return {}
+    folder = Path(values.get("output_dir") or ".") if resume == "auto" else Path(resume).parent
+    file = folder / "config.yaml"
+    return read_yaml(file, PretrainConfig) if file.is_file() else {}
+
+
+def _show(proposal: Proposal, layers: Layers) -> None:
+    config, count = proposal.config, proposal.pictures.count
+    if config.quiet:
+        return
+    where = sys.stderr if config.json else sys.stdout
+    machine = proposal.machine.name
+    print(f"Settings for {count} pictures on {machine} (--recipe {config.recipe}; flags override):", file=where)
+    print(block(proposal.choices, layers.recipe, layers.given), file=where, flush=True)
+    if not config.init and count < _FEW:
+        print(f"Fewer than {_FEW} pictures: starting from existing weights mostly does better, if you can have some: "
+              "--recipe adapt --init FILE (or timm/NAME).", file=where, flush=True)  # fmt: skip

@@ -1,0 +1,199 @@
+"""Before renting machines: ``mocov3 plan --recipe vit_base_300ep --gpus 64 --gpu-memory 32``.
+
+Micro-batch, memory, and time of a pre-training run on GPUs that are not at hand. Memory is counted on the network
+itself (``mocov3.pretraining.footprint``); time needs a speed, which is stated (``--images-per-second``) or measured on
+a GPU here. Takes the flags of ``mocov3 pretrain`` too. Formulas and sources: docs/scaling.md.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mocov3.config import PretrainConfig
+from mocov3.config.archs import CONV_VITS, is_resnet
+from mocov3.config.fields import Parser
+from mocov3.errors import UserError
+from mocov3.pretraining.inputs import check_divides
+
+GIB = 1 << 30
+IMAGENET = 1_281_167
+LIBRARIES = 1.5e9
+"""Bytes of a GPU that CUDA, cuDNN and NCCL take for themselves."""
+SECOND_PASS = 1.25
+"""Time of a step in micro-batches against one pass: 5 passes instead of 4 (a backward pass counts as two)."""
+BACKWARD = 0.5
+"""Share of a step in which gradients become ready one after the other, so that sending them costs nothing."""
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Own flags, and the rest, which are those of pre-training."""
+    parser = Parser(prog="mocov3 plan", description=__doc__, add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs in all")
+    parser.add_argument("--gpu-memory", type=float, default=24.0, help="GB of one (GiB, as sold)", metavar="GB")
+    parser.add_argument("--pictures", type=int, default=IMAGENET, help="pictures of the set (default ImageNet-1k)")
+    parser.add_argument("--images-per-second", type=float, default=0.0, metavar="N",
+                        help="speed of one GPU in one pass; unless given, measured where a GPU is here")  # fmt: skip
+    parser.add_argument("--gigabytes-per-second", type=float, default=25.0, metavar="N",
+                        help="what a GPU sends to others (default 25: a 200 Gbit/s link)")  # fmt: skip
+    if "-h" in argv or "--help" in argv:
+        parser.add_argument("-h", "--help", action="help", help="this; flags of mocov3 pretrain are taken too")
+    args, rest = parser.parse_known_args(list(argv))
+    for name in ("gpus", "pictures", "gpu_memory", "gigabytes_per_second"):
+        if not 0 < getattr(args, name) < 1e12:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    if not 0 <= args.images_per_second < 1e9:
+        raise UserError(f"--images-per-second must be above 0, not {args.images_per_second}")
+    return args, rest
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one process sends in a step (docs/scaling.md)."""
+
+    gradients: float
+    keys: float
+    statistics: float
+    """Of batch norm that is synchronised."""
+    weights: float
+    """``--fsdp`` only: weights gathered for the passes."""
+
+    @property
+    def all(self) -> float:
+        """Together."""
+        return self.gradients + self.keys + self.statistics + self.weights
+
+
+def traffic(gpus: int, batch: int, *, trained: float, dim: int, norm_channels: int, passes: int, fsdp: bool) -> Traffic:
+    """What a step sends.
+
+    Args:
+        gpus: processes.
+        batch: pictures of all.
+        trained: bytes of trained parameters (a gradient each).
+        dim: width of the embedding.
+        norm_channels: channels of all batch norms that are run, over both encoders.
+        passes: passes of an encoder's blocks in a step and view: 3 (query forward and backward, key forward), and with
+            micro-batches a fourth, times their number.
+        fsdp: whether weights are shared out.
+    """
+    ring = (gpus - 1) / gpus  # of a reduce-scatter or an all-gather; an all-reduce is both
+    return Traffic(
+        gradients=(1 if fsdp else 2) * ring * trained,
+        keys=2 * ring * batch * dim * 4,
+        statistics=2 * ring * gpus * 4 * norm_channels * 2,
+        weights=2 * passes * ring * trained if fsdp else 0.0,
+    )
+
+
+def step_seconds(
+    pictures: int, images_per_second: float, sent: Traffic, bytes_per_second: float, *, micro: bool, fsdp: bool
+) -> tuple[float, float]:
+    """(computing, waiting for the network) of a step of one process. Gradients of one pass are sent while it runs
+    backwards, gathered weights while other blocks compute; what does not fit there is waited for."""
+    computing = pictures / images_per_second * (SECOND_PASS if micro else 1.0)
+    hidden = computing if fsdp else 0.0 if micro else BACKWARD * computing
+    overlapping = (sent.gradients + sent.weights) / bytes_per_second
+    return computing, max(overlapping - hidden, 0.0) + (sent.keys + sent.statistics) / bytes_per_second
+
+
+def main(args: argparse.Namespace, config: PretrainConfig) -> int:
+    """Count, print; returns the exit code."""
+    config.check()
+    check_divides(config.batch_size, args.gpus)
+    found = plan_run(args, config)
+    if config.json:
+        print(json.dumps(found))
+        return 0
+    print("\n".join(_lines(found, args, config)))
+    return 0
+
+
+def plan_run(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]:
+    """Everything that is printed, as values.
+
+    Raises:
+        UserError: if it does not fit the memory.
+    """
+    from mocov3.pretraining.assemble import count_memory, count_norms
+
+    local = config.batch_size // args.gpus
+    sixteen_bits = config.precision != "fp32"
+    counted = count_memory(config, sixteen_bits=sixteen_bits)
+    memory = args.gpu_memory * GIB - LIBRARIES
+    shards = args.gpus if config.fsdp else 1
+    if isinstance(config.micro_batch, int) and config.micro_batch:
+        size = min(config.micro_batch, local)
+    else:
+        size = counted.fitting(local, memory, shards)
+    if not size:
+        need = (counted.peak(local, 1, shards) + LIBRARIES) / GIB
+        cure = "more GPUs, a smaller --batch-size" + ("" if config.fsdp or args.gpus == 1 else ", or --fsdp")
+        raise UserError(f"--gpu-memory {args.gpu_memory:g}: weights, optimizer and heads of {local} pictures a GPU "
+                        f"need {need:.1f} GB even a picture at a time; take {cure}")  # fmt: skip
+    micro = size if size < local else 0
+    parts = -(-local // size)
+    sent = traffic(args.gpus, config.batch_size, trained=counted.trained, dim=config.moco_dim,
+                   norm_channels=count_norms(config), passes=3 if parts == 1 else 3 * parts + parts,
+                   fsdp=config.fsdp)  # fmt: skip
+    speed = args.images_per_second or _measured(config, size)
+    steps = args.pictures // config.batch_size * config.epochs
+    result: dict[str, Any] = {
+        "arch": config.arch, "batch_size": config.batch_size, "pictures_per_gpu": local, "micro_batch": micro,
+        "passes": parts, "memory": counted.peak(local, micro, shards) + LIBRARIES, "steps": steps,
+        "bytes_per_step": asdict(sent), "images_per_second": speed, "memory_parts": asdict(counted),
+    }  # fmt: skip
+    if speed:
+        computing, waiting = step_seconds(local, speed, sent, args.gigabytes_per_second * 1e9, micro=bool(micro),
+                                          fsdp=config.fsdp)  # fmt: skip
+        result |= {
+            "step_seconds": computing + waiting,
+            "efficiency": computing / (computing + waiting),
+            "hours": steps * (computing + waiting) / 3600,
+            "gpu_hours": args.gpus * steps * (computing + waiting) / 3600,
+        }
+    return result
+
+
+def _measured(config: PretrainConfig, pictures: int) -> float:
+    """Pictures a second of a GPU here, in one pass; 0 where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    from mocov3.planning.speed import images_per_second
+
+    return images_per_second(config, min(pictures, 256))
+
+
+def _lines(found: dict[str, Any], args: argparse.Namespace, config: PretrainConfig) -> list[str]:
+    parts, sent = found["memory_parts"], found["bytes_per_step"]
+    shared = f" / {args.gpus}" if config.fsdp else ""
+    in_passes = f"{found['passes']} passes of {found['micro_batch']}" if found["micro_batch"] else "one pass"
+    lines = [
+        f"{config.arch} at {config.image_size} px, batch {config.batch_size} on {args.gpus} GPU(s) of "
+        f"{args.gpu_memory:g} GB: {found['pictures_per_gpu']} pictures a GPU in {in_passes}",
+        f"  memory        {found['memory'] / GIB:.1f} GB of a GPU, counted: weights {parts['weights'] / 1e9:.2f} GB"
+        f"{shared}, optimizer {parts['states'] * parts['trained'] / 1e9:.2f} GB{shared}, gradients "
+        f"{parts['trained'] / 1e9:.2f} GB, {(parts['backbone'] + parts['heads']) / 1e6:.1f} MB a picture and view, "
+        f"libraries {LIBRARIES / 1e9:.1f} GB",
+        f"  network       {sum(sent.values()) / 1e9:.2f} GB sent by a GPU in a step: gradients "
+        f"{sent['gradients'] / 1e9:.2f}, keys {sent['keys'] / 1e9:.3f}, batch norm {sent['statistics'] / 1e9:.3f}"
+        + (f", weights {sent['weights'] / 1e9:.2f}" if config.fsdp else ""),
+    ]  # fmt: skip
+    if "hours" in found:
+        source = "stated" if args.images_per_second else "measured here"
+        lines.append(f"  time          {found['hours']:.1f} h ({found['gpu_hours']:.0f} GPU-hours): {found['steps']} "
+                     f"steps of {found['step_seconds']:.2f} s, {100 * found['efficiency']:.0f} % of them computing, by "
+                     f"{found['images_per_second']:g} pictures/s a GPU ({source})")  # fmt: skip
+    else:
+        lines.append(f"  time          {found['steps']} steps; not known without a speed: give --images-per-second of "
+                     "one GPU, or run this where one is")  # fmt: skip
+    start = ["torchrun", "--nproc-per-node", str(min(args.gpus, 8)), "main_moco.py"]
+    start += ["--recipe", config.recipe] if config.recipe else ["-a", config.arch, "-b", str(config.batch_size)]
+    start += ["--micro-batch", "auto"] * bool(found["micro_batch"]) + ["--fsdp"] * config.fsdp + ["PICTURES"]
+    lines.append(f"  start         {' '.join(start)}")
+    if found["micro_batch"] and (is_resnet(config.arch) or config.arch in CONV_VITS):
+        lines.append("  note          batch norm of the backbone sees a micro-batch at a time, not the whole batch")
+    return lines

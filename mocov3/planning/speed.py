@@ -1,0 +1,131 @@
+"""What this machine can do: its memory, and the time of a training step and of loading, measured on a few of each."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from mocov3.config import PretrainConfig
+from mocov3.data import Source, TwoViews
+from mocov3.data.loading.loader import usable_cores
+from mocov3.data.sources.survey import scattered
+from mocov3.data.views.decode import DecodeError
+from mocov3.distributed import World
+from mocov3.distributed.launch import pick_device
+from mocov3.errors import UserError
+from mocov3.models.precision import Precision, resolve_precision
+from mocov3.optim import build_optimizer
+from mocov3.planning.auto import Machine
+from mocov3.pretraining.assemble import plain_model
+from mocov3.pretraining.footprint import free_memory
+from mocov3.pretraining.step import Step
+
+_STEPS, _SECONDS = 3, 1.0  # at least
+_LOADED = 32
+_HALF = 0.5
+
+
+def machine(device: str, gpu: int | None) -> Machine:
+    """The device that training would take, and what it has.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    found = pick_device(device, gpu)
+    if found.type == "cuda":
+        return Machine("cuda", free_memory(found), usable_cores(), torch.cuda.get_device_name(found))
+    return Machine(found.type, int(_HALF * free_memory(found)), usable_cores(), found.type)
+
+
+def epoch_seconds(
+    config: PretrainConfig, source: Source, pictures: int, *, best: bool = False
+) -> tuple[float, float, int]:
+    """(seconds an epoch of training, seconds of loading, batch size that fits), by a few steps of each.
+
+    A batch that does not fit the device's memory is halved until it does. ``best``: by the fastest step, which tells
+    what the machine can do, instead of the median, which tells what it does while others are at work on it.
+
+    Raises:
+        UserError: if not even two pictures fit.
+    """
+    device = pick_device(config.device, config.gpu)
+    batch = config.batch_size
+    while True:
+        try:
+            times = _step_times(config, device, batch)
+            break
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            if batch < 4:
+                raise UserError(f"--arch {config.arch} at --image-size {config.image_size}: does not fit the memory of "
+                                f"{device}; take a smaller one") from None  # fmt: skip
+            batch //= 2
+    workers = max(min(config.workers, usable_cores()), 1)
+    loading = picture_seconds(config, source) * pictures / workers
+    step = min(times) if best else float(np.median(times))
+    return step * max(pictures // batch, 1), loading, batch
+
+
+def images_per_second(config: PretrainConfig, batch: int) -> float:
+    """Pictures a second that training steps of ``batch`` take on the device of ``config``."""
+    return batch / float(np.median(_step_times(config, pick_device(config.device, config.gpu), batch)))
+
+
+def total_seconds(training: float, loading: float, device: str) -> float:
+    """Time of an epoch: on a CPU both share the cores, elsewhere the slower one decides."""
+    return training + loading / 2 if device == "cpu" else max(training, loading)
+
+
+def _step_times(config: PretrainConfig, device: torch.device, batch: int) -> list[float]:
+    # another generator's draws: measuring must not change the run
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        model = plain_model(config)
+        model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        optimizer = build_optimizer(model.parameters(), config.optimizer, weight_decay=0.0, momentum=0.9)
+        precision = Precision(resolve_precision(config.precision, device, script_door=False), device)
+        micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else 0
+        step = Step(model, optimizer, world=World(0, 1, device), precision=precision, micro_batch=micro_batch)
+        x1, x2 = (
+            torch.randn(batch, config.channels, config.image_size, config.image_size, device=device) for _ in range(2)
+        )
+
+        def run() -> None:
+            step(x1, x2, lr=0.0, m=1.0)
+
+        return _times(run, device)
+
+
+def _times(run: Callable[[], None], device: torch.device) -> list[float]:
+    run()
+    times: list[float] = []
+    while len(times) < _STEPS or sum(times) < _SECONDS:
+        _wait(device)
+        began = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def picture_seconds(config: PretrainConfig, source: Source) -> float:
+    """Seconds that one process takes to read a picture and make its two views."""
+    views: Any = TwoViews(config.image_size, config.crop_min, config.preset, config.views)
+    times = []
+    for index in scattered(len(source), _LOADED).tolist():
+        began = time.perf_counter()
+        try:
+            views(source.read(index), seed=0, epoch=0, index=index)
+        except (DecodeError, OSError):
+            continue
+        times.append(time.perf_counter() - began)
+    return float(np.mean(times[1:] or times)) if times else 0.0  # the first one also loads what decoding needs

@@ -1,0 +1,168 @@
+"""The model that a configuration describes, on this rank's device."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mocov3 import models
+from mocov3.config import PretrainConfig
+from mocov3.config.archs import is_vit, stored_heads
+from mocov3.distributed import World, synchronise_batch_norm
+from mocov3.distributed.sharding import shares
+from mocov3.errors import UserError
+from mocov3.models import MoCo, shapes_only
+from mocov3.optim import build_optimizer
+from mocov3.pretraining.footprint import Footprint, choose_micro_batch, footprint, free_memory
+from mocov3.pretraining.groups import freeze_until
+from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
+from mocov3.weights.convert import find_backbone
+from mocov3.weights.start import load_start, starting_weights
+
+
+def build_model(config: PretrainConfig, world: World) -> MoCo:
+    """The model of a configuration on this rank's device, in training mode."""
+    c = config
+    model = plain_model(c)
+    if c.init:
+        load_start(c.init, [model.base_encoder, model.momentum_encoder], c.arch, c.heads)
+    if c.freeze_until:
+        freeze_until(model.base_encoder, c.freeze_until)
+    if c.grad_checkpoint:
+        backbone: Any = getattr(model.base_encoder, "backbone", model.base_encoder)
+        if not hasattr(backbone, "set_grad_checkpointing"):
+            raise UserError(f"--grad-checkpoint: {c.arch} cannot recompute its blocks")
+        if model.views_meet and not is_vit(c.arch):  # a ViT's convolutional stem is not recomputed
+            raise UserError(f"--grad-checkpoint would update the batch statistics of {c.arch} twice")
+        backbone.set_grad_checkpointing(True)
+    if world.size > 1:
+        synchronise_batch_norm(model)
+    shared = c.fsdp and world.size > 1
+    # channels-last is the layout convolutions are fastest in, names and values are the same; FSDP2 cannot cut it up
+    layout = torch.contiguous_format if shared else torch.channels_last
+    model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
+    if shared:
+        shard_model(model, world)
+    return model.train()
+
+
+def with_heads(config: PretrainConfig, found: tuple[Path, dict[str, Any]] | None = None) -> PretrainConfig:
+    """The configuration with its ViT's attention heads: of the checkpoint to go on from, else those of ``--init``.
+
+    Raises:
+        UserError: if nobody says which of two networks these weights are of, or ``--heads`` says another.
+    """
+    c = config
+    if not is_vit(c.arch) or not (found or c.init):
+        return c
+    if found:
+        where, weights = f"--resume {found[0]}", find_backbone(found[1], f"--resume {found[0]}", heads=c.heads)
+    else:
+        where, weights = f"--init {c.init}", starting_weights(c.init, c.heads)
+    heads = weights.sizes(c.arch, where).get("num_heads", c.heads)
+    return dataclasses.replace(c, heads=stored_heads(heads, c.arch, c.heads))
+
+
+def plain_model(c: PretrainConfig) -> MoCo:
+    """The model of a configuration as it is initialised, on the current device."""
+    return models.build(
+        c.arch,
+        image_size=c.image_size,
+        patch_size=c.patch_size,
+        in_chans=c.channels,
+        dim=c.moco_dim,
+        mlp_dim=c.moco_mlp_dim,
+        temperature=c.moco_t,
+        stop_grad_conv1=c.stop_grad_conv1,
+        small_stem=c.small_stem,
+        **({"num_heads": c.heads} if c.heads is not None else {}),
+    )
+
+
+def optimizer_of(model: MoCo, params: Any, config: PretrainConfig, world: World) -> torch.optim.Optimizer:
+    """The optimizer of a configuration over ``params`` of the model."""
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay, "momentum": config.momentum}
+    if shares(model):
+        return sharded_optimizer(params, config.optimizer, world=world, **settings)
+    return build_optimizer(params, config.optimizer, **settings)
+
+
+def count_memory(config: PretrainConfig, *, sixteen_bits: bool) -> Footprint:
+    """What a step of a configuration needs, counted without building it."""
+    return footprint(
+        lambda: plain_model(config),
+        config.image_size,
+        optimizer=config.optimizer,
+        channels=config.channels,
+        sixteen_bits=sixteen_bits,
+        grad_checkpoint=config.grad_checkpoint,
+    )
+
+
+def count_norms(config: PretrainConfig) -> int:
+    """Channels of all batch norms of a configuration's networks, momentum encoder included."""
+    with shapes_only():
+        model = plain_model(config)
+    return sum(m.num_features for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
+
+
+def resolve_micro_batch(config: PretrainConfig, world: World, precision: str) -> int:
+    """Pictures of this rank in a pass, the same on every rank; 0: all in one. Call it before the model is built.
+
+    Raises:
+        UserError: if not even one picture fits (``--micro-batch auto``).
+    """
+    local = config.batch_size // world.size
+    asked = config.micro_batch
+    if isinstance(asked, int):
+        return asked if asked < local else 0
+    # half of what a computer has free, since others use it too; a GPU is ours
+    memory = free_memory(world.device) * (1.0 if world.device.type == "cuda" else 0.5 / world.local_size)
+    counted = count_memory(config, sixteen_bits=precision != "fp32")
+    size = choose_micro_batch(counted, local, memory, shards=world.size if config.fsdp else 1)
+    smallest = min(found or local for found in world.gather(size))
+    return smallest if smallest < local else 0
+
+
+def check_micro_batch(size: int, config: PretrainConfig, world: World, model: MoCo) -> None:
+    """Refuse micro-batches in which batch norm would meet one picture, whose statistics may be of a single number.
+
+    Raises:
+        UserError: naming the smallest that serve.
+    """
+    local = config.batch_size // world.size
+
+    def fewest(micro_batch: int) -> int:
+        return local // -(-local // micro_batch) * world.size  # parts are of nearly equal size
+
+    if size and model.views_meet and fewest(size) < 2:
+        enough = next(n for n in range(size, local + 1) if fewest(n) >= 2)
+        raise UserError(
+            f"--micro-batch {config.micro_batch}: cuts the {local} pictures of a process so that the batch norm of "
+            f"{config.arch} meets one at a time; give {'0 (none)' if enough == local else f'{enough} or more'}"
+        )
+
+
+def describe_micro_batch(size: int, config: PretrainConfig, world: World, model: MoCo) -> str:
+    """What micro-batches do to this run, in one line."""
+    c, local = config, config.batch_size // world.size
+    if not size:
+        return f"--micro-batch {c.micro_batch}: the {local} pictures of a process fit in one pass"
+    kept = f"micro-batches of {size}: loss and gradients are those of all {c.batch_size} pictures"
+    if not model.views_meet:
+        return f"{kept}, as in one pass but for rounding"
+    where = "" if world.size == 1 else f" of each of the {world.size} processes"
+    return (
+        f"{kept}, exactly for the heads; the backbone of {c.arch} has batch norm, which normalises by {size} pictures"
+        f"{where} at a time: not what one pass computes (backbones without batch norm, as vit_small, are exact)"
+    )
+
+
+def set_determinism(config: PretrainConfig) -> None:
+    """Only deterministic operations in this process, or the fastest ones."""
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,0 +1,193 @@
+"""Memory of a training step, counted without training: what the network keeps for its backward pass, a picture.
+
+The network is built without storage (torch's meta device and fake tensors), so that a ViT-Huge is counted on a laptop;
+what autograd would keep is summed by its saved-tensor hooks. ``benchmarks/footprint.py`` compares with measured peaks.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mocov3.errors import UserError
+from mocov3.models import Encoder, MoCo, shapes_only
+from mocov3.pretraining.sharded_lars import blocks
+
+KEPT_FREE = 0.05
+"""Share of the memory that ``fitting`` leaves."""
+_HELD = 1.12
+"""What allocators hold for a byte asked for: pieces between tensors, scratch of libraries (measured on CPU)."""
+_STATES = {"lars": 1, "adamw": 2}
+_TRANSIENT = 3
+"""Largest tensors alive at once beside what is kept: a layer's output, its gradient, its input's."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one step of one process, without the process itself (torch and its libraries)."""
+
+    weights: int
+    """Parameters and buffers: query encoder, momentum encoder, predictor."""
+    trained: int
+    """Trained parameters: so much again as gradients, and for every state of the optimizer."""
+    heads_trained: int
+    """The part of ``trained`` in projector and predictor."""
+    states: int
+    """Tensors the optimizer keeps for a parameter: 1 (LARS), 2 (AdamW)."""
+    backbone: float
+    """Kept for the backward pass of the backbone, a picture and view."""
+    heads: float
+    """Kept for the backward pass of projector and predictor, a picture and view."""
+    largest: float
+    """The largest tensor in the backbone, a picture and view."""
+    view: float
+    """A normalised view of a picture."""
+    unit: int
+    """The largest block of weights that a sharded run gathers."""
+
+    def peak(self, pictures: int, micro_batch: int = 0, shards: int = 1) -> float:
+        """Most bytes alive at once.
+
+        Args:
+            pictures: batch of one process.
+            micro_batch: pictures in a pass; 0: all in one.
+            shards: processes that share weights, gradients and states (``--fsdp``).
+        """
+        held = (self.weights + self.states * self.trained) / shards + (2 * self.unit if shards > 1 else 0)
+        gradients = self.trained / shards
+        if micro_batch and micro_batch < pictures:
+            whole = 2 * pictures * self.heads
+            part = micro_batch * (self.backbone + self.view + _TRANSIENT * self.largest)
+            if shards > 1:  # one reduction: gradients stay whole until the last part
+                gradients = self.trained
+            return _HELD * (held + max(whole, gradients + part))
+        inputs = 2 * pictures * self.view
+        kept = 2 * pictures * (self.backbone + self.heads)
+        on_the_way = 2 * pictures * self.backbone + self.heads_trained / shards
+        return _HELD * (held + max(inputs + max(kept, on_the_way) + _TRANSIENT * pictures * self.largest, gradients))
+
+    def fitting(self, pictures: int, memory: float, shards: int = 1) -> int:
+        """The most pictures in a pass that fit ``memory`` bytes: ``pictures``, less, or 0 where not even one fits."""
+        limit = (1 - KEPT_FREE) * memory
+        if self.peak(pictures, 0, shards) <= limit:
+            return pictures
+        sizes = sorted({-(-pictures // parts) for parts in range(2, pictures + 1)}, reverse=True)
+        return next((size for size in sizes if self.peak(pictures, size, shards) <= limit), 0)
+
+
+def footprint(
+    build: Callable[[], MoCo],
+    image_size: int,
+    *,
+    optimizer: str,
+    channels: int = 3,
+    sixteen_bits: bool = False,
+    grad_checkpoint: bool = False,
+) -> Footprint:
+    """Count what training a model needs.
+
+    Args:
+        build: makes the model.
+        image_size: side of the views in pixels.
+        optimizer: lars or adamw.
+        channels: of the views.
+        sixteen_bits: whether networks run under autocast.
+        grad_checkpoint: whether blocks are computed again in the backward pass.
+    """
+    with shapes_only():
+        model = build().train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cpu")
+        # what does not grow with the batch (weights in 16 bits) falls out of the difference
+        few, many = (_kept(model, (n, channels, image_size, image_size), sixteen_bits) for n in (4, 8))
+    backbone, heads, largest = ((b - a) / 4 for a, b in zip(few, many, strict=True))
+    if grad_checkpoint:
+        backbone = _with_recomputed_blocks(model.base_encoder, backbone)
+    projector = getattr(model.base_encoder, model.base_encoder.projector_name)
+    units = [projector, model.predictor, *blocks(model.base_encoder)]
+    return Footprint(
+        weights=_bytes([*model.parameters(), *model.buffers()]),
+        trained=_bytes([p for p in model.parameters() if p.requires_grad]),
+        heads_trained=_bytes([*projector.parameters(), *model.predictor.parameters()]),
+        states=_STATES[optimizer],
+        backbone=backbone,
+        heads=heads,
+        largest=largest,
+        view=channels * image_size**2 * 4.0,
+        unit=max(_bytes(list(block.parameters())) for block in units),
+    )
+
+
+def _kept(model: MoCo, shape: tuple[int, ...], sixteen_bits: bool) -> tuple[int, int, int]:
+    """Bytes kept for the backward pass of one view in the backbone and in the heads; the largest of the former."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    alive = []  # a storage that is freed may give its number to another
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in weights:
+            alive.append(storage)
+            sizes[storage._cdata] = storage.nbytes()
+        return t
+
+    x = torch.empty(shape).contiguous(memory_format=torch.channels_last)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=sixteen_bits),
+    ):
+        features = model.features(x)
+        sizes.pop(x.untyped_storage()._cdata, None)
+        backbone, largest = sum(sizes.values()), max(sizes.values())
+        sizes.clear()
+        model.queries(features)
+    return backbone, sum(sizes.values()), largest
+
+
+def _with_recomputed_blocks(encoder: Encoder, kept: float) -> float:
+    """Every block's input, and one block's inside."""
+    inner: Any = getattr(encoder, "backbone", encoder)
+    count = len(blocks(encoder))
+    tokens = int(inner.patch_embed.num_patches) + 1
+    return kept / count + count * tokens * encoder.num_features * 4.0
+
+
+def _bytes(tensors: list[Any]) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, or a cautious guess."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = 8 << 30
+    with suppress(OSError, ValueError, AttributeError):  # not Linux, or no such figure
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = 1024 * int(line.split()[1])
+    with suppress(OSError, ValueError):
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container's limit
+    return free
+
+
+def choose_micro_batch(counted: Footprint, pictures: int, memory: float, shards: int = 1) -> int:
+    """The micro-batch of ``--micro-batch auto``: 0 where the whole batch fits in one pass.
+
+    Raises:
+        UserError: if not even one picture fits beside weights and heads.
+    """
+    size = counted.fitting(pictures, memory, shards)
+    if not size:
+        need = counted.peak(pictures, 1, shards)
+        raise UserError(
+            f"--micro-batch auto: weights, optimizer and heads of {pictures} pictures need {need / 1e9:.1f} GB, "
+            f"{memory / 1e9:.1f} GB are free; take a smaller --batch-size or --arch, or more processes"
+        )
+    return 0 if size == pictures else size

@@ -1,0 +1,218 @@
+"""Loss and gradients of one batch: in one pass, or exactly the same in the memory of a micro-batch.
+
+The loss compares every picture with all others of the batch, so that a batch cannot be split as for a classifier:
+accumulated gradients of small batches are those of small batches. Gradient caching (Gao et al. 2021, arXiv 2101.06983)
+splits the network instead, where pictures do not meet: features of all micro-batches are computed without a graph;
+heads, with their batch norm, and loss run on the whole batch and give the gradient of the loss by every feature; the
+backbone then runs again, a micro-batch at a time, and carries these gradients down to its weights. It costs one more
+forward pass of the query backbone, about a quarter of a step.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mocov3.data.device.pixels import Views
+from mocov3.distributed import World
+from mocov3.distributed.sharding import reduce_now, shares
+from mocov3.models import Encoder, MoCo, Statistics
+from mocov3.models.precision import Precision
+
+
+class WholeBatch:
+    """Loss and gradients in one pass; gradients are averaged over ranks on the way.
+
+    Args:
+        model: in training mode, on its device.
+        world: this rank.
+        precision: arithmetic.
+    """
+
+    def __init__(self, model: MoCo, *, world: World, precision: Precision) -> None:
+        self.precision = precision
+        contrast = _Contrast(model)
+        self._contrast: Any = contrast if shares(model) else world.wrap(contrast)  # shared weights reduce by themselves
+
+    def __call__(self, x1: Views, x2: Views, m: float) -> tuple[Float[Tensor, ""], Statistics]:
+        """Loss and statistics; leaves the gradients, times the scale of the loss scaler, in the parameters."""
+        with self.precision.autocast():
+            loss, statistics = self._contrast(x1[:], x2[:], m)
+        self.precision.scaler.scale(loss).backward()
+        return loss.detach(), statistics
+
+
+class _Contrast(nn.Module):
+    """What is wrapped for gradient averaging: one call a step, as DistributedDataParallel asks."""
+
+    def __init__(self, model: MoCo) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x1: Tensor, x2: Tensor, m: float) -> tuple[Tensor, Statistics]:
+        return self.model.contrast(x1, x2, m)
+
+
+class MicroBatches:
+    """Loss and gradients of the whole batch in the memory of ``size`` pictures (gradient caching).
+
+    Equal to ``WholeBatch`` but for the order of summation where the backbone has no batch norm (ViTs). Where it has,
+    its statistics are those of each micro-batch (of all ranks), and running statistics move once a view, by the mean
+    of the micro-batches'; loss, gradients and heads are exact for that network.
+
+    Stochastic depth draws what it would draw for the whole batch. Other draws inside the backbone (dropout, tokens
+    that are kept) are made a micro-batch at a time, and are the same in both passes.
+
+    Args:
+        model: in training mode, on its device.
+        world: this rank; gradients are averaged over ranks once, at the end.
+        precision: arithmetic.
+        size: most pictures of this rank in a pass.
+    """
+
+    def __init__(self, model: MoCo, *, world: World, precision: Precision, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"a micro-batch holds 1 picture or more, not {size}")
+        self.model, self.world, self.precision, self.size = model, world, precision, size
+        self._norms = [_norms(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
+        from mocov3.models.depth import Plan, plan_paths  # with timm, which other runs of ResNets need not import
+
+        self._plan = Plan
+        self._paths = [plan_paths(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._shared = shares(model)
+
+    def __call__(self, x1: Views, x2: Views, m: float) -> tuple[Float[Tensor, ""], Statistics]:
+        """Loss and statistics; leaves the gradients, times the scale of the loss scaler, in the parameters."""
+        model, views = self.model, (x1, x2)
+        plans = self._draw_paths(self._paths[0], len(x1))
+        passes = [self._without_graph(self.model.features, x, 0, plan) for x, plan in zip(views, plans, strict=True)]
+        features = [f.requires_grad_() for f, _ in passes]
+        with self.precision.autocast():
+            queries = [model.queries(f) for f in features]
+        model.update_momentum_encoder(m)
+        plans_of_keys = self._draw_paths(self._paths[1], len(x1))
+        of_keys = [
+            self._without_graph(self.model.key_features, x, 1, plan)[0]
+            for x, plan in zip(views, plans_of_keys, strict=True)
+        ]
+        with self.precision.autocast():
+            loss, statistics = model.loss(queries, [model.keys(f) for f in of_keys])
+        del of_keys, queries
+        self.precision.scaler.scale(loss).backward()
+        for x, f, plan, (_, draws) in zip(views, features, plans, passes, strict=True):
+            assert f.grad is not None
+            self._backward(x, f.grad, plan, draws, last=x is views[-1])
+            f.grad = None
+        if not self._shared:
+            self.world.average([p.grad for p in self._trained if p.grad is not None])
+        return loss.detach(), statistics
+
+    def _parts(self, pictures: int) -> list[slice]:
+        """Parts of nearly equal size: none is so small that its batch statistics say nothing."""
+        count = -(-pictures // self.size)
+        edges = [i * pictures // count for i in range(count + 1)]
+        return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+    @torch.no_grad()
+    def _without_graph(
+        self, features: Callable[[Tensor], Tensor], x: Views, encoder: int, plan: Any
+    ) -> tuple[Float[Tensor, "batch features"], list[Tensor]]:
+        """Features of all micro-batches, and the state of the generator before each."""
+        whole: Tensor | None = None
+        parts, draws = self._parts(len(x)), []
+        with _averaged(self._norms[encoder], len(parts)) as share, self.precision.autocast():
+            for i, part in enumerate(parts):
+                draws.append(_generator_state(self.world.device))
+                share(i)
+                plan.take(part)
+                f = features(x[part])
+                if whole is None:  # one tensor from the start: parts and their concatenation would need twice the room
+                    whole = f.new_empty(len(x), *f.shape[1:])
+                whole[part] = f
+            plan.take(None)
+        assert whole is not None
+        return whole, draws
+
+    def _backward(self, x: Views, gradient: Tensor, plan: Any, draws: list[Tensor], *, last: bool) -> None:
+        """The backbone again, with graph and the same draws, from the gradients of the features."""
+        after = _generator_state(self.world.device)
+        parts = self._parts(len(x))
+        with _held(self._norms[0]):
+            for part, state in zip(parts, draws, strict=True):
+                if self._shared:  # one reduction a step: with the last part of the last view
+                    reduce_now([self.model.base_encoder], last and part == parts[-1])
+                _set_generator_state(self.world.device, state)
+                plan.take(part)
+                with self.precision.autocast():
+                    f = self.model.features(x[part])
+                f.backward(gradient[part])
+        plan.take(None)
+        _set_generator_state(self.world.device, after)
+
+    def _draw_paths(self, paths: Sequence[Any], pictures: int) -> list[Any]:
+        """What stochastic depth drops in both views, drawn as one pass over the whole batch would."""
+        device = self.world.device
+        if self.model.views_meet:
+            return [self._plan(paths, [path.draw(pictures, device) for path in paths]) for _ in "12"]
+        both = [path.draw(2 * pictures, device).chunk(2) for path in paths]
+        return [self._plan(paths, [masks[view] for masks in both]) for view in (0, 1)]
+
+
+def _norms(encoder: Encoder) -> list[Any]:
+    """Batch norms of the backbone; those of the projector see the whole batch."""
+    heads = set(getattr(encoder, encoder.projector_name).modules())
+    kind = nn.modules.batchnorm._BatchNorm
+    return [m for m in encoder.modules() if isinstance(m, kind) and m.running_mean is not None and m not in heads]
+
+
+@contextmanager
+def _averaged(norms: list[Any], parts: int) -> Iterator[Callable[[int], None]]:
+    """Make ``parts`` passes count as one for running statistics: r ← (1−a)·r + a·(mean of the parts' statistics).
+
+    Yields what must be called with the number of each part. With weight a/parts for each, the running average after
+    part i is kept divided by the weight so far, which ends at 1.
+    """
+    rates = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in norms if norm.num_batches_tracked is not None]
+
+    def share(i: int) -> None:
+        for norm, rate in zip(norms, rates, strict=True):
+            if rate is not None:
+                norm.momentum = (rate / parts) / (1 - rate + (i + 1) * rate / parts)
+
+    try:
+        yield share
+    finally:
+        for norm, rate in zip(norms, rates, strict=True):
+            norm.momentum = rate
+        tracked = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+        for number, before in zip(tracked, counts, strict=True):
+            number.copy_(before + 1)
+
+
+@contextmanager
+def _held(norms: list[Any]) -> Iterator[None]:
+    """Normalise by the batch as in training, and leave the running statistics alone."""
+    kept = [[b.clone() for b in norm.buffers(recurse=False)] for norm in norms]
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            for buffer, before in zip(norm.buffers(recurse=False), buffers, strict=True):
+                buffer.copy_(before)
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+
+
+def _set_generator_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state)

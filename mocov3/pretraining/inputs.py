@@ -1,0 +1,123 @@
+"""What pre-training is given: the configuration and its images, checked as far as that goes without torch."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mocov3.config import PretrainConfig
+from mocov3.config.fields import check_writable
+from mocov3.data import Source, open_source
+from mocov3.data.loading.order import Order, group_numbers, hold_out
+from mocov3.data.sources.opening import open_unseen, shares
+from mocov3.data.views import native
+from mocov3.errors import UserError
+from mocov3.output.log import warn, warn_left_out
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank is given: the configuration, and which door it came through."""
+
+    config: PretrainConfig
+    script_door: bool
+
+
+def check(config: PretrainConfig, *, script_door: bool) -> None:
+    """Refuse what cannot work, before torch is imported.
+
+    Raises:
+        UserError: naming what, where and how to mend it.
+    """
+    config.check()
+    source, _, order = open_pictures(config)
+    warn_left_out(source)
+    order.check()
+    if config.nprocs_per_node > 1:
+        check_divides(config.batch_size, config.nprocs_per_node * max(config.world_size, 1))
+    if config.knn_every:
+        warn_left_out(open_validation(config, source), said=source)
+    if config.quality_every:
+        warn_left_out(unseen_pictures(config), said=source)
+    if config.report_every and importlib.util.find_spec("plotly") is None:
+        raise UserError(
+            "--report-every draws its charts by plotly, which is not installed; pip install 'mocov3[report]'"
+        )
+    if config.resume not in ("", "auto") and not Path(config.resume).is_file():
+        raise UserError(f"--resume {config.resume}: there is no such file")
+    if config.init and not config.init.startswith("timm/") and not Path(config.init).is_file():
+        raise UserError(f"--init {config.init}: there is no such file; give a weights file, or timm/NAME")
+    folder = Path(config.output_dir)
+    check_writable(folder, "--output-dir")
+    if not (script_door or config.resume or restarted_by_torchrun()) and any(folder.glob("checkpoint_*")):
+        raise UserError(
+            f"--output-dir {folder}: holds checkpoints of a former run; go on with --resume auto, or name another"
+        )
+    # remarks come last: a refusal is one line
+    if config.views == "fast" and (remark := native.remark()):
+        warn(remark)
+
+
+def restarted_by_torchrun() -> bool:
+    """Whether torchrun started this process again after a rank was lost: the same command line goes on then."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
+def open_pictures(config: PretrainConfig) -> tuple[Source, Source | None, Order]:
+    """Pictures to train on, pictures kept from training (``--hold-out``), and the order of the first.
+
+    Raises:
+        UserError: if there are none, or too few.
+    """
+    whole = open_source(config.data)
+    if not config.hold_out:
+        source, held_out = whole, None
+    else:
+        source, held_out = hold_out(whole, config.hold_out, config.group_by)
+    groups = group_numbers(source, config.group_by) if config.group_by else None
+    return source, held_out, Order(len(source), config.batch_size, shares(source), groups)
+
+
+def unseen_pictures(config: PretrainConfig) -> Source:
+    """Pictures for the quality without labels: those held out, else the validation part (DIR/val).
+
+    Raises:
+        UserError: if there are none.
+    """
+    _, held_out, _ = open_pictures(config)
+    if held_out is not None:
+        return held_out
+    try:
+        return open_unseen(config.data)
+    except UserError as error:
+        raise UserError(
+            f"--quality-every needs pictures that are not trained on: give --hold-out N, or {config.data_title}/val "
+            f"({error})"
+        ) from None
+
+
+def check_divides(batch_size: int, ranks: int) -> None:
+    """Refuse a batch that is not the same on every rank, naming the nearest that are."""
+    if batch_size % ranks:
+        lower = batch_size // ranks * ranks
+        choices = f"{lower} or {lower + ranks}" if lower else str(ranks)
+        raise UserError(f"--batch-size {batch_size} does not divide over {ranks} processes; nearest that do: {choices}")
+
+
+def open_validation(config: PretrainConfig, source: Source) -> Source:
+    """The labelled pictures of the validation part (DIR/val) for the k-NN evaluation.
+
+    Raises:
+        UserError: if they or their classes do not fit those of training.
+    """
+    try:
+        validation = open_unseen(config.data)
+    except UserError as error:
+        raise UserError(f"--knn-every needs labelled pictures in {config.data_title}/val: {error}") from None
+    for part, pictures in (("train", source), ("val", validation)):
+        if pictures.labels is None or len(set(pictures.labels.tolist())) < 2:
+            raise UserError(f"--knn-every: {config.data_title} ({part}) does not hold two or more class folders")
+    if validation.classes != source.classes:
+        differing = sorted(set(validation.classes) ^ set(source.classes))
+        raise UserError(f"--knn-every: train and val have different classes, first: {differing[0]}")
+    return validation

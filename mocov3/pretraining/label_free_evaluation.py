@@ -1,0 +1,140 @@
+"""Quality without labels during training: judged at epoch ends, written to ``quality.jsonl``, the best network kept.
+
+``best_unlabelled.pth.tar`` holds what evaluation, conversion and export read: arch, weights and configuration.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mocov3.config import PretrainConfig
+from mocov3.data.loading.loader import usable_cores
+from mocov3.data.views.probes import ProbeViews
+from mocov3.distributed import World
+from mocov3.distributed.sharding import whole
+from mocov3.errors import UserError
+from mocov3.evaluation.label_free import PICTURES, Verdict, features_of_views, judge, pixel_features
+from mocov3.metrics import QUALITY
+from mocov3.models import MoCo
+from mocov3.output.log import RunLog, cut, warn
+from mocov3.pretraining.inputs import unseen_pictures
+from mocov3.weights import checkpoint
+from mocov3.weights.checkpoint import Position
+from mocov3.weights.origin import origin_of_run
+
+BEST = "best_unlabelled.pth.tar"
+_SMALL = 500 * 64 * 64  # pixels that one process reads before others have started
+
+
+class Watch:
+    """Judges the network of a run on pictures it is not trained on, every ``--quality-every`` epochs, or never.
+
+    Args:
+        config: of the run, seed included.
+        world: this rank; the pictures are shared out.
+        model: judged through its query backbone.
+        log: where judgements are told.
+        start: where the run begins or goes on; later lines of a former run are cut off.
+
+    Raises:
+        UserError: if there are no pictures to judge on.
+    """
+
+    def __init__(self, config: PretrainConfig, world: World, model: MoCo, log: RunLog, *, start: Position) -> None:
+        self.config, self.world, self.model, self.log = config, world, model, log
+        self.file = Path(config.output_dir) / QUALITY
+        if not config.quality_every:
+            return
+        self.pictures = unseen_pictures(config)
+        kept: list[dict[str, Any]] = world.share(_reopened(self.file, start.step) if world.main else None)
+        self.base = {line["name"]: line["retrieval"] for line in kept if line["name"] != "epoch"}
+        past = [line["retrieval"] for line in kept if line["name"] == "epoch"]
+        self.best = max(past, default=-1.0)
+        self.since_best = len(past) - 1 - past.index(self.best) if past else 0
+        if not self.base:
+            # a run that begins: what it starts from, and what a network must beat
+            self._note("start", self._judge(model.base_encoder), start)
+            self._note("pixels", self._judge(None), start)
+
+    def epoch_ended(self, position: Position) -> bool:
+        """Judge the network where due; whether to stop, after ``--patience`` judgements that were not the best."""
+        c, done = self.config, position.epoch
+        if not c.quality_every or (done % c.quality_every and done != c.epochs):
+            return False
+        verdict = self._judge(self.model.base_encoder)
+        self._note("epoch", verdict, position)
+        measures = {f"quality/{name}": value for name, value in verdict.as_dict().items() if name != "pictures"}
+        self.log.scalars(measures, position.step - 1)
+        better = verdict.retrieval > self.best
+        self.log.say(
+            f"Epoch {done - 1}: without labels, {verdict.retrieval:.1f} % of {verdict.pictures} unseen pictures found "
+            f"again (at the start {self.base.get('start', 0):.1f}, pixels {self.base.get('pixels', 0):.1f})"
+            + (", the best so far" if better else "")
+        )
+        if better:
+            self.best, self.since_best = verdict.retrieval, 0
+            self._keep(verdict, position)
+        else:
+            self.since_best += 1
+        if done == c.epochs:
+            self.log.say(f"best without labels: {self.file.with_name(BEST)} ({self.best:.1f} % found again)")
+        stop = bool(c.patience) and self.since_best >= c.patience and done < c.epochs
+        if stop:
+            self.log.say(f"no better for {c.patience} judgements: stopping (--patience)")
+        return stop
+
+    def _judge(self, network: Any) -> Verdict:
+        c, preset = self.config, self.config.preset
+        pictures = min(len(self.pictures), PICTURES)
+        parallel = pictures * c.image_size**2 > _SMALL
+        views = features_of_views(
+            network.features if network is not None else pixel_features,
+            self.pictures,
+            ProbeViews(c.image_size, preset.evaluation_zoom, reading=preset.reading),
+            world=self.world,
+            mean=preset.mean,
+            std=preset.std,
+            workers=min(c.workers, max(usable_cores() // self.world.local_size, 1)) if parallel else 0,
+            network=network if isinstance(network, nn.Module) else None,
+        )
+        if len(views) < 2:
+            raise UserError("the quality without labels needs two or more readable pictures that are not trained on")
+        return judge(views)
+
+    def _note(self, name: str, verdict: Verdict, position: Position) -> None:
+        if name != "epoch":
+            self.base[name] = verdict.retrieval
+        if self.world.main:
+            line = {"name": name, "epoch": position.epoch, "step": position.step, **verdict.as_dict()}
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _keep(self, verdict: Verdict, position: Position) -> None:
+        state = whole(self.model.state_dict(), keep=self.world.main)  # --fsdp: every rank gives its part
+        if not self.world.main:
+            return
+        contents = {
+            "epoch": position.epoch,
+            "arch": self.config.arch,
+            "state_dict": {checkpoint.PREFIX + k: v for k, v in state.items()},
+            "mocov3": {
+                "format": checkpoint.FORMAT_VERSION,
+                "step": position.step,
+                "seed": self.config.seed,
+                "config": dataclasses.asdict(self.config),
+                "quality": verdict.as_dict(),
+                **origin_of_run(self.config.init),
+            },
+        }
+        try:
+            checkpoint.write(self.file.with_name(BEST), contents)
+        except OSError as error:
+            warn(f"{BEST} could not be written ({error.strerror or error}); the run goes on")
+
+
+def _reopened(path: Path, first_step: int) -> list[dict[str, Any]]:
+    """Lines of a former run up to where this one goes on; the rest is cut off."""
+    return cut(path, lambda line: line["step"] <= first_step and {"name", "retrieval"} <= set(line))

@@ -1,0 +1,307 @@
+"""The training loop of one rank (arXiv 2104.02057, algorithm 1) and the run around it.
+
+``train`` reads as the algorithm; ``Run`` holds what it needs and is made once.
+"""
+
+import dataclasses
+import secrets
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mocov3 import losses, schedules
+from mocov3.config import logger_names, write_yaml
+from mocov3.config.cheap import stage_of, stages
+from mocov3.data import Batch, Loader, TwoViews
+from mocov3.data.device.pixels import PixelViews, Views
+from mocov3.data.device.token_strips import cheaper
+from mocov3.data.loading.loader import Unreadable, plan, usable_cores
+from mocov3.distributed import World
+from mocov3.distributed.agreement import check_agreement
+from mocov3.distributed.stop import Stop
+from mocov3.errors import UserError
+from mocov3.models.precision import Precision, resolve_precision
+from mocov3.output.log import RunLog, warn
+from mocov3.output.machine import note_start
+from mocov3.output.terminal import style_of
+from mocov3.pretraining import assemble, resume
+from mocov3.pretraining.assemble import (
+    build_model,
+    check_micro_batch,
+    describe_micro_batch,
+    optimizer_of,
+    resolve_micro_batch,
+    set_determinism,
+)
+from mocov3.pretraining.groups import parameter_groups, scale_backbone
+from mocov3.pretraining.inputs import Job, check_divides, open_pictures
+from mocov3.pretraining.label_free_evaluation import Watch
+from mocov3.pretraining.online_knn import Online
+from mocov3.pretraining.recorder import Recorder
+from mocov3.pretraining.report_process import Pages
+from mocov3.pretraining.saver import PICTURES, Saver, new_run_name, write_pictures
+from mocov3.pretraining.step import Outcome, Step
+from mocov3.weights import checkpoint
+from mocov3.weights.checkpoint import Position
+
+
+def train(world: World, job: Job) -> int:
+    """Train on this rank, from wherever the run stands to its end; returns the exit code."""
+    with Run(world, job) as run:
+        for batch in run.batches():
+            lr, m = run.schedule(batch)
+            outcome = run.step(*run.views(batch), lr=lr, m=m)
+            run.advance(batch, outcome, lr, m)
+            if run.position.iteration == 0:
+                run.end_epoch()
+            if run.must_stop():
+                run.save()
+                break
+        return run.exit_code()
+
+
+class Run:
+    """A pre-training run on one rank."""
+
+    def __init__(self, world: World, job: Job) -> None:
+        self.world, self.config = world, job.config
+        c = self.config
+        self.folder = Path(c.output_dir)
+        self.source, self.held_out, self.order = open_pictures(c)
+        check_agreement(world, c, {"pictures": self.source.digest})
+        check_divides(c.batch_size, world.size)
+        self.preset, self.stages = c.preset, stages(c)
+        self.iterations = self.order.iterations
+        set_determinism(c)
+        found = resume.find(c, world)
+        self.config = c = assemble.with_heads(c, found)
+        seed = resume.saved_seed(found)
+        self.seed: int = seed if seed is not None else world.share(c.seed if c.seed is not None else _draw_seed())
+        arithmetic = resolve_precision(c.precision, world.device, script_door=job.script_door)
+        micro_batch = resolve_micro_batch(c, world, arithmetic)
+        torch.manual_seed(self.seed)
+        self.model = build_model(c, world)
+        check_micro_batch(micro_batch, c, world, self.model)
+        params = parameter_groups(self.model, c.layer_decay, staged=c.freeze_epochs > 0)
+        self.optimizer = optimizer_of(self.model, params, c, world)
+        self.step = Step(self.model, self.optimizer, world=world, precision=Precision(arithmetic, world.device),
+                         compile=c.compile, micro_batch=micro_batch, spike_factor=c.skip_spikes)  # fmt: skip
+        self.position = self._start(found)
+        self.counters = resume.counters(found, self.source)
+        self.log = self._open_log(job.script_door)
+        if c.micro_batch:
+            self.log.say(describe_micro_batch(micro_batch, c, world, self.model))
+        if c.fsdp and world.size == 1:
+            self.log.say("--fsdp: there is one process, so nothing is shared out")
+        complete = dataclasses.replace(c, seed=self.seed)
+        self.saver = Saver(world, complete, self._name_run(found), self.source, self.log)
+        self.recorder = Recorder(
+            world,
+            self.log,
+            self.counters,
+            batch_size=c.batch_size,
+            print_freq=c.print_freq,
+            pictures=self._pictures,
+        )
+        self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
+        self.online = Online(c, world, self.model, self.source, self.log)
+        self.watch = Watch(complete, world, self.model, self.log, start=self.position)
+        self.pages = Pages(self.folder, c.report_every, self.log, active=world.main)
+        self._loader: Loader | None = None
+
+    def _name_run(self, found: resume.Found | None) -> str:
+        """The run's name: the checkpoint's, or a new one; config.yaml and the list of pictures go with it."""
+        name = resume.saved_run(found) or new_run_name()
+        if self.world.main:
+            note_start(self.folder, self.world, self.position.step, self.step.precision.name)
+            complete = dataclasses.replace(self.config, seed=self.seed, resume="", config="")
+            write_yaml(complete, self.folder / "config.yaml", f"run {name}; re-run by: mocov3 pretrain --config FILE")
+            if found is None or not (self.folder / PICTURES).exists():
+                write_pictures(self.source, self.folder)
+        return name
+
+    def _start(self, found: resume.Found | None) -> Position:
+        c = self.config
+        if found is None:
+            return Position(c.start_epoch, 0, c.start_epoch * self.iterations)
+        resume.check_same_run(found, c, self.source)
+        scaler = self.step.precision.scaler
+        position = checkpoint.restore(
+            *found,
+            arch=c.arch,
+            model=self.model,
+            optimizer=self.optimizer,
+            scaler=scaler,
+            iterations=self.iterations,
+        )
+        own = found[1].get("mocov3") or {}
+        if self.step.spikes is not None and "spikes" in own:
+            self.step.spikes.restore(own["spikes"])
+        # another batch size (--allow-config-change) may have fewer iterations an epoch
+        return position if position.iteration < self.iterations else Position(position.epoch + 1, 0, position.step)
+
+    def _open_log(self, script_door: bool) -> RunLog:
+        c, world = self.config, self.world
+        start, floor = losses.loss_start(c.moco_t, c.batch_size), losses.loss_floor(c.moco_t, c.batch_size)
+        log = RunLog(
+            self.folder,
+            active=world.main,
+            style=style_of(quiet=c.quiet, json=c.json, script_door=script_door),
+            epochs=c.epochs,
+            iterations=self.iterations,
+            start=start,
+            floor=floor,
+            first_step=self.position.step,
+            corrupt=self.counters.corrupt,
+            loggers=logger_names(c.logger),
+            config={**dataclasses.asdict(c), "seed": self.seed},
+        )
+        used = self.step.precision.name
+        if world.main and c.precision not in ("auto", used):
+            warn(f"--precision {c.precision} is for CUDA; training in {used}")
+        if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
+            log.say("no CUDA here: ranks talk over gloo instead of nccl")
+        log.say(
+            f"{len(self.source)} pictures, {self.iterations} steps of {c.batch_size} an epoch, {c.epochs} epochs; "
+            f"{world.size} process(es) on {world.device.type}, {used}; seed {self.seed}"
+        )
+        log.say(
+            f"The loss starts near {start:.2f} (4τ·ln N: all keys look alike) and cannot fall below about {floor:.2f} "
+            "(own key found, others unrelated); where it settles depends on batch and temperature."
+        )
+        if self.counters.resumed:
+            log.say(f"resumed at epoch {self.position.epoch}, iteration {self.position.iteration}")
+        return log
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches from the present position to the end of the last epoch, prepared ahead."""
+        c, world, position = self.config, self.world, self.position
+        if position.epoch >= c.epochs or self._stop.steps_done(position.step):
+            self.log.say(f"nothing left to do: {position.step} steps, {position.epoch} epochs are done")
+            return
+        workers = min(c.workers, max(usable_cores() // world.local_size, 1))
+        if not position.step:
+            self.online.show_views(0)
+        start = (position.epoch, position.iteration)
+        for stage in (s for s in self.stages if s.end > start[0]):
+            views = TwoViews(stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device")
+            local = c.batch_size // world.size
+            self._loader = Loader(self.source, views, batch_size=local, seed=self.seed, workers=workers)
+            works = plan(
+                len(self.source),
+                seed=self.seed,
+                batch_size=c.batch_size,
+                rank=world.rank,
+                ranks=world.size,
+                start=max(start, (stage.first, 0)),
+                epochs=stage.end,
+                order=self.order,
+            )
+            for batch in self._loader.run(works):
+                self.recorder.batch_came()
+                yield batch
+            self._loader.close()
+
+    def views(self, batch: Batch) -> tuple[Views, Views]:
+        """The two views, made on the device when the step asks for them; strips of them in a cheap stage of a ViT."""
+        device, mean, std = self.world.device, self.preset.mean, self.preset.std
+        left = batch.parameters if batch.parameters is not None else (None, None)
+        x1, x2 = (PixelViews(pixels, device, mean, std, rest) for pixels, rest in zip(batch.pixels, left, strict=True))
+        return cheaper(x1, x2, stage_of(self.stages, batch.work.epoch), batch.work, seed=self.seed, device=device)
+
+    def schedule(self, batch: Batch) -> tuple[float, float]:
+        """Learning rate and momentum of this step."""
+        c = self.config
+        # stochastic depth and dropout draw from here, so that they too are a function of (seed, step, rank)
+        torch.manual_seed((self.seed * 1_000_003 + self.position.step * 4099 + self.world.rank) % 2**63)
+        epoch = batch.work.epoch + batch.work.iteration / self.iterations
+        if c.freeze_epochs:
+            factor = schedules.thaw(epoch, freeze_epochs=c.freeze_epochs, warmup_epochs=c.warmup_epochs)
+            scale_backbone(self.optimizer, factor)
+        lr = schedules.learning_rate(epoch, peak=c.peak_lr, warmup_epochs=c.warmup_epochs, epochs=c.epochs)
+        return lr, schedules.momentum(epoch, start=c.moco_m, epochs=c.epochs, cosine=c.moco_m_cos)
+
+    def advance(self, batch: Batch, outcome: Outcome, lr: float, m: float) -> None:
+        """Record the step and move the position past it."""
+        work, step = batch.work, self.position.step
+        self.recorder.step_done(batch, outcome, step=step, lr=lr, m=m, skipped=self.step.skipped)
+        ended = work.iteration + 1 == self.iterations
+        self.position = Position(work.epoch + ended, 0 if ended else work.iteration + 1, step + 1)
+
+    def end_epoch(self) -> None:
+        """Evaluate and checkpoint, where due."""
+        c, done = self.config, self.position.epoch
+        if c.knn_every and (done % c.knn_every == 0 or done == c.epochs):
+            step = self.position.step - 1
+            self.recorder.knn(self.online.knn(step), epoch=done - 1, step=step)
+        if self.watch.epoch_ended(self.position):
+            self._stop.finish()
+        if done % c.checkpoint_every == 0 or done == c.epochs:
+            self.save()
+        if done < c.epochs:
+            self.pages.epoch_ended(done)
+        self.recorder.restart_clock()
+
+    def must_stop(self) -> bool:
+        """Checkpoint where due; whether a limit or a signal asks to stop now, the same on every rank."""
+        c, p = self.config, self.position
+        if c.checkpoint_steps and p.step % c.checkpoint_steps == 0:
+            self.save()
+        met = min((p.epoch * self.iterations + p.iteration) * c.batch_size, len(self.source))
+        bad = len(self.counters.corrupt)
+        if bad >= 10 and bad > c.max_corrupt * met:
+            self._stop.refuse(
+                f"data {c.data}: {bad} of {met} pictures met cannot be read, more than --max-corrupt {c.max_corrupt}"
+            )
+        if self.recorder.skips.in_a_row >= self.step.most_skips_in_a_row and not self._stop.refusal:
+            self._stop.refuse(self.saver.diverged(self.recorder.skips.longest, self.step.diagnosis(), self._pictures))
+        return self._stop.agreed(self.world, p.step)
+
+    def save(self) -> None:
+        """Checkpoint the present position; every rank must call it at the same step."""
+        self.recorder.flush()
+        self.recorder.count_corrupt(self.position.epoch)
+        self.saver.save(self.position, self.model, self.optimizer, self.step, self.counters)
+
+    def _pictures(self, epoch: int, iteration: int) -> list[int]:
+        size = self.config.batch_size
+        return self.order.epoch(self.seed, epoch)[iteration * size : (iteration + 1) * size].tolist()
+
+    def exit_code(self) -> int:
+        """0 when done, 128 + its number when stopped by a signal.
+
+        Raises:
+            UserError: when too many pictures cannot be read, numbers stay bad, or the disk refuses the last checkpoint.
+        """
+        unsaved = self.saver.flush()
+        if not self._stop.signal:
+            self.pages.finish()
+        where = f"the last checkpoint is not in {self.folder} ({unsaved})" if unsaved else "a checkpoint was written"
+        if self._stop.refusal:
+            raise UserError(f"{self._stop.refusal}; {where}")
+        if unsaved:
+            raise UserError(f"--output-dir: {where}; make room and go on with --resume auto from what is there")
+        if number := self._stop.signal:
+            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; go on with --resume auto")
+            return 128 + number
+        self.log.result(f"{self.folder / self.saver.newest}: {self.log.standing(self.position.epoch)}")
+        return 0
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        self._stop.close()
+        self.pages.close()
+        if self._loader is not None:
+            self._loader.close()
+        self.saver.close()
+        self.log.close()
+        if isinstance(error, Unreadable):
+            raise UserError(f"data {self.config.data_title}: {error}") from None
+
+
+def _draw_seed() -> int:
+    return secrets.randbelow(2**31)

@@ -1,0 +1,178 @@
+"""From steps to metrics: keeps losses on the device until a print step, then reads everything at once."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mocov3.data import Batch
+from mocov3.data.loading.loader import Corrupt
+from mocov3.distributed import World
+from mocov3.evaluation.quality import rank_of_gram
+from mocov3.metrics import MetricsLine
+from mocov3.output.log import RunLog, Stopwatch
+from mocov3.pretraining.step import Outcome
+
+
+@dataclass
+class Counters:
+    """What is counted over the whole run, resumes included."""
+
+    resumed: int = 0
+    skipped: int = 0
+    corrupt: dict[int, str] = field(default_factory=dict)
+    """Unreadable pictures met so far: index → name."""
+
+
+class Recorded(NamedTuple):
+    """A step whose numbers are still on the device."""
+
+    step: int
+    epoch: int
+    iteration: int
+    loss: Tensor
+    ok: Tensor
+    lr: float
+
+
+@dataclass
+class Skips:
+    """Steps that changed nothing since their loss or gradient was not finite, or a spike."""
+
+    in_a_row: int = 0
+    """How many were skipped in a row, up to the last step that was read."""
+    longest: list[Recorded] = field(default_factory=list)
+    """The longest row so far."""
+    _row: list[Recorded] = field(default_factory=list)
+
+    def read(self, pending: Recorded, ok: bool) -> None:
+        """Count a step."""
+        self._row = [] if ok else [*self._row, pending]
+        self.in_a_row = len(self._row)
+        if self.in_a_row > len(self.longest):
+            self.longest = list(self._row)
+
+
+class Recorder:
+    """Turns outcomes of steps into metrics lines.
+
+    Args:
+        world: this rank.
+        log: where lines go.
+        counters: counted on from a former run.
+        batch_size: pictures a step over all ranks.
+        print_freq: iterations between lines.
+        pictures: indices of the pictures of all ranks in (epoch, iteration).
+    """
+
+    def __init__(
+        self,
+        world: World,
+        log: RunLog,
+        counters: Counters,
+        *,
+        batch_size: int,
+        print_freq: int,
+        pictures: Callable[[int, int], list[int]],
+    ) -> None:
+        self.world, self.log, self.counters, self.pictures = world, log, counters, pictures
+        self.batch_size, self.print_freq = batch_size, print_freq
+        self.skips = Skips()
+        self._pending: list[Recorded] = []
+        self._met: list[Corrupt] = []
+        self._step_time, self._line_time = Stopwatch(), Stopwatch()
+        self._fetched = self._waited = 0.0
+        self._pictures = 0
+        self._last = log.last
+
+    def restart_clock(self) -> None:
+        """Time from here: what went before was not training."""
+        self._step_time.lap()
+
+    def batch_came(self) -> None:
+        """A batch has arrived; the time since the last step was spent waiting for it."""
+        self._fetched = self._step_time.lap()
+        self._waited += self._fetched
+
+    def step_done(self, batch: Batch, outcome: Outcome, *, step: int, lr: float, m: float, skipped: Tensor) -> None:
+        """Record one step; at print steps read the device and write a line."""
+        work = batch.work
+        self._pending.append(Recorded(step, work.epoch, work.iteration, outcome.loss, outcome.ok, lr))
+        self._met += batch.corrupt
+        self._pictures += self.batch_size
+        self.log.timed(batch.work.epoch, step, self._step_time.lap() + self._fetched, self._fetched)
+        if batch.work.iteration % self.print_freq == 0:
+            self._write(batch, outcome, step, lr, m, int(skipped))
+
+    def _write(self, batch: Batch, outcome: Outcome, step: int, lr: float, m: float, skipped: int) -> None:
+        found = outcome.statistics
+        extra = [found.retrieved.float() / found.queries, found.feature_std.float()]
+        losses, (retrieval, spread) = self._read(extra)
+        first, last = outcome.grad_norms.tolist()
+        rank = self._effective_rank(found.embeddings)
+        self.count_corrupt(batch.work.epoch)
+        seconds = max(self._line_time.lap(), 1e-9)
+        self._last = MetricsLine(
+            step=step,
+            epoch=batch.work.epoch,
+            iteration=batch.work.iteration,
+            loss=losses[-1],
+            loss_start=self.log.start,
+            loss_floor=self.log.floor,
+            retrieval_accuracy=retrieval,
+            lr=lr,
+            momentum=m,
+            feature_std=spread,
+            grad_norm_first=first,
+            grad_norm_last=last,
+            images_per_second=self._pictures / seconds,
+            data_wait=min(self._waited / seconds, 1.0),
+            skipped=self.counters.skipped + skipped,
+            resumed=self.counters.resumed,
+            corrupt=len(self.counters.corrupt),
+            effective_rank=rank,
+        )
+        self._waited, self._pictures = 0.0, 0
+        self.log.metrics(self._last)
+
+    def _effective_rank(self, embeddings: Tensor | None) -> float | None:
+        if embeddings is None:
+            return None
+        gram = self.world.sum(embeddings.T @ embeddings).cpu()
+        return rank_of_gram(gram) if bool(torch.isfinite(gram).all()) else None
+
+    def flush(self) -> None:
+        """Send the losses since the last line on; every rank must call it at the same step."""
+        if self._pending:
+            self._read([])
+
+    def _read(self, extra: list[Tensor]) -> tuple[list[float], list[float]]:
+        """Read the device, once: losses of the steps since the last reading, and means over ranks of ``extra``."""
+        pending, self._pending = self._pending, []
+        values = torch.stack([*(p.loss.float() for p in pending), *extra, *(p.ok.float() for p in pending)])
+        means = (self.world.sum(values) / self.world.size).tolist()  # ranks agree on ok
+        n = len(pending)
+        losses, oks = means[:n], means[n + len(extra) :]
+        self.log.losses([(p.step, loss, p.lr) for p, loss in zip(pending, losses, strict=True)])
+        for p, loss, ok in zip(pending, losses, oks, strict=True):
+            self.skips.read(p, bool(ok))
+            if not ok:
+                self.log.skipped(step=p.step, epoch=p.epoch, iteration=p.iteration, loss=loss,
+                                 pictures=self.pictures(p.epoch, p.iteration))  # fmt: skip
+        return losses, means[n : n + len(extra)]
+
+    def count_corrupt(self, epoch: int) -> None:
+        """Gather the unreadable pictures that ranks met, and list those met for the first time."""
+        met = [c for part in self.world.gather(self._met) for c in part]
+        new = {c.index: c for c in met if c.index not in self.counters.corrupt}
+        self.counters.corrupt.update({i: c.name for i, c in new.items()})
+        self._met.clear()
+        self.log.corrupt([new[i] for i in sorted(new)], epoch)
+
+    def knn(self, accuracy: float, *, epoch: int, step: int) -> None:
+        """Write a line with the k-NN accuracy, beside the numbers of the last line."""
+        if self._last is not None:
+            self.log.knn(dataclasses.replace(self._last, knn=accuracy, epoch=epoch, step=step), epoch)

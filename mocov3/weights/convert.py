@@ -1,0 +1,311 @@
+"""Weights of others and ours: what a state dict is, the backbone in it, and the way to DeiT's format.
+
+Every conversion is a table of prefixes that accounts for every key, dropped ones included.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mocov3.config import ViewPreset, preset_of
+from mocov3.config.archs import BUILT_IN_ARCHS, HEADS, RESNETS, check_heads, is_resnet, is_vit
+from mocov3.errors import UserError, printable
+from mocov3.models.backbones import Encoder, build_backbone
+from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
+from mocov3.weights import attention_heads, checkpoint
+
+# what a file is ← prefix of the encoder's keys in it; the first that occurs decides
+_PREFIXES = {
+    "pre-training checkpoint": "module.base_encoder.",
+    "pre-training checkpoint without prefix": "base_encoder.",
+    "linear evaluation": "module.",
+    "backbone": "",
+}
+_HEADS = ("fc.", "head.", "projector.")
+
+
+@dataclass(frozen=True)
+class BackboneWeights:
+    """The backbone found in a file, and the keys left out, each with its reason."""
+
+    kind: str
+    arch: str | None
+    state: dict[str, Tensor]
+    dropped: dict[str, str] = field(default_factory=dict)
+    heads: attention_heads.Known = field(default_factory=attention_heads.Known)
+    """Attention heads of a ViT, which shapes do not tell."""
+
+    def sizes(self, arch: str, where: str) -> dict[str, Any]:
+        """What ``build_backbone`` needs to build ``arch`` for these weights beyond its name: ``num_heads`` of a ViT.
+
+        Raises:
+            UserError: if neither the file nor the user says which of two networks it is.
+        """
+        heads = attention_heads.to_build(self.heads, arch, self.state, where)
+        return {} if heads is None else {"num_heads": heads}
+
+
+def find_backbone(
+    contents: dict[str, Any], where: str, *, momentum: bool = False, heads: int | None = None
+) -> BackboneWeights:
+    """The backbone in the contents of a weights file: ours, the reference's, DeiT's, timm's or torchvision's.
+
+    Args:
+        contents: what ``checkpoint.read`` returned.
+        where: the file, for messages.
+        momentum: take the momentum encoder of a pre-training checkpoint, or the average of a fine-tuned one.
+        heads: attention heads of a ViT, of a file that does not tell.
+
+    Raises:
+        UserError: if there is no backbone in it, or one of other attention heads than ``heads``.
+    """
+    arch = contents.get("arch")
+    state = contents.get("state_dict", contents.get("model", contents))
+    if momentum and isinstance(contents.get("model_ema"), dict) and contents["model_ema"]:
+        average = {**contents, "model": contents["model_ema"], "model_ema": None}
+        return find_backbone({k: v for k, v in average.items() if k != "state_dict"}, where, heads=heads)
+    if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{where}: holds no weights (entries: {', '.join(map(str, list(contents)[:6]))})")
+    state = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    kind, prefix = next((k, p) for k, p in _PREFIXES.items() if any(key.startswith(p) for key in state))
+    if momentum:
+        if "base_encoder." not in prefix:
+            raise UserError(f"{where}: is a {kind} and has no momentum encoder")
+        prefix = prefix.replace("base_encoder.", "momentum_encoder.")
+    kept: dict[str, Tensor] = {}
+    dropped: dict[str, str] = {}
+    for key, value in state.items():
+        name = key.removeprefix(prefix)
+        if not key.startswith(prefix):
+            dropped[key] = "not of this encoder"
+        elif name.startswith(_HEADS):
+            dropped[key] = "head"
+        else:
+            kept[name] = value
+    if not kept:
+        raise UserError(f"{where}: holds no backbone, only {', '.join(list(state)[:3])} …")
+    known = attention_heads.settled(
+        attention_heads.told(contents, kind, kept, where), heads, attention_heads.width_of(kept), where
+    )
+    return BackboneWeights(kind, arch if isinstance(arch, str) else None, kept, dropped, known)
+
+
+def find_classifier(contents: dict[str, Any], encoder: Encoder, where: str, *, momentum: bool = False) -> nn.Linear:
+    """The linear classifier in the contents of a fine-tuned or linearly evaluated file.
+
+    Raises:
+        UserError: if there is none, or it does not fit ``encoder``.
+    """
+    state = contents.get("model_ema") if momentum else contents.get("model", contents.get("state_dict"))
+    name = encoder.projector_name
+    for prefix in ("", "module."):
+        weight, bias = ((state or {}).get(f"{prefix}{name}.{part}") for part in ("weight", "bias"))
+        if isinstance(weight, Tensor) and isinstance(bias, Tensor):
+            if weight.ndim != 2 or weight.shape[1] != encoder.num_features or bias.shape != weight.shape[:1]:
+                raise UserError(
+                    f"{where}: its classifier {tuple(weight.shape)} is not of {encoder.num_features} features"
+                )
+            layer = nn.Linear(weight.shape[1], weight.shape[0])
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            return layer
+    raise UserError(f"{where}: has no classifier; fine-tune it first, or export the backbone without --classifier")
+
+
+def to_deit(contents: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """``{"model": encoder without head}``, as DeiT's ``--resume`` reads it; ResNets without ``fc.*``.
+
+    A ViT of other attention heads than MoCo v3's says so in an entry more, since its position table says the opposite.
+
+    Raises:
+        UserError: if ``contents`` is not a pre-training checkpoint.
+    """
+    found = find_backbone(contents, where)
+    if not found.kind.startswith("pre-training"):
+        raise UserError(f"{where}: is a {found.kind}, not a pre-training checkpoint; nothing to convert")
+    return {"model": found.state, **heads_entry(found.heads.number, found.state)}
+
+
+def heads_entry(heads: int | None, state: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """What a file in DeiT's format holds beside the weights: attention heads that are not MoCo v3's."""
+    width = attention_heads.width_of(state)
+    usual = heads is None or width is None or heads == HEADS.get(width)
+    return {} if usual else {"mocov3": {"config": {"heads": heads}}}
+
+
+def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[str]:
+    """Load a backbone into an encoder, leaving its head alone; returns the head's keys that were not loaded.
+
+    A position table of another grid is built anew if it is the fixed sine-cosine one, since that is a function of the
+    grid; one that was trained (learned, or by fine-tuning) is interpolated by timm.
+
+    Raises:
+        UserError: naming the first key that is missing, unknown or of another shape, or the attention heads that
+            differ; nothing is loaded then.
+    """
+    attention_heads.check_built(encoder, weights.heads, weights.state, where)
+    wanted = encoder.state_dict()
+    head = [key for key in wanted if key.startswith(_HEADS)]
+    state = dict(weights.state)
+    if not any(key in wanted for key in state) and any(f"backbone.{key}" in wanted for key in state):
+        state = {f"backbone.{key}": value for key, value in state.items()}  # timm's own file into timm/NAME
+    for key in ("pos_embed", "backbone.pos_embed"):
+        table = state.get(key)
+        if table is not None and key in wanted and table.shape != wanted[key].shape:
+            state[key] = _position_table(table, wanted[key], where)
+    for key in wanted:
+        if key in head:
+            continue
+        if key not in state:
+            raise UserError(f"{where}: misses {key}; it is not a {type(encoder).__name__} of this arch")
+        if state[key].shape != wanted[key].shape:
+            raise UserError(
+                f"{where}: {key} is {tuple(state[key].shape)} where this arch has {tuple(wanted[key].shape)}"
+            )
+    if unknown := [key for key in state if key not in wanted]:
+        raise UserError(f"{where}: holds {unknown[0]}, which this arch does not have")
+    encoder.load_state_dict({**{key: wanted[key] for key in head}, **state})
+    return head
+
+
+def _position_table(table: Tensor, wanted: Tensor, where: str) -> Tensor:
+    """``table`` (1, tokens, dim) for another square grid of patches; tokens before the patches are kept."""
+    prefix, old, new = (_grids(table.shape[1], wanted.shape[1]) if table.ndim == 3 else None) or (0, 0, 0)
+    if not old or table.shape[2] != wanted.shape[2]:
+        raise UserError(f"{where}: its position table {tuple(table.shape)} does not fit; another arch?")
+    if prefix == 1 and is_sincos_position_embedding(table):
+        return sincos_position_embedding(new, new, table.shape[2]).to(table.dtype)
+    from timm.layers import resample_abs_pos_embed
+
+    resampled = resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=prefix)
+    return resampled.to(table.dtype)
+
+
+def _grids(old: int, new: int) -> tuple[int, int, int] | None:
+    """Tokens before the patches, and the sides of the two square grids of patches."""
+    for prefix in (1, 0, 2):
+        sides = [math.isqrt(max(n - prefix, 0)) for n in (old, new)]
+        if all(side > 0 and side**2 + prefix == n for side, n in zip(sides, (old, new), strict=True)):
+            return prefix, sides[0], sides[1]
+    return None
+
+
+def load_backbone(
+    path_or_name: str | Path,
+    *,
+    momentum: bool = False,
+    image_size: int | None = None,
+    arch: str | None = None,
+    heads: int | None = None,
+) -> Encoder:
+    """A backbone ready for use, in evaluation mode; its head is the identity, so calling it gives features.
+
+    Args:
+        path_or_name: a checkpoint (ours or the reference's), or the name of an untrained arch.
+        momentum: take the momentum encoder.
+        image_size: side of the pictures in pixels; that of pre-training (or 224) unless given.
+        arch: of a file that does not say it.
+        heads: attention heads of a ViT, of a file that does not tell: 12 for MoCo v3's ViT-S, 6 for DeiT's, DINO's
+            and timm's.
+
+    Raises:
+        UserError: if the file cannot be read, or arch or heads are not known, or not those of the file.
+    """
+    name = str(path_or_name)
+    if name in BUILT_IN_ARCHS or name.startswith("timm/"):
+        check_heads(heads, name)
+        dims: dict[str, Any] = {"num_heads": heads} if heads else {}
+        return _bare(build_backbone(name, image_size=image_size or 224, **dims))
+    contents = checkpoint.read(path_or_name)
+    return build_from(contents, name, arch=arch, momentum=momentum, image_size=image_size, heads=heads)[0]
+
+
+def build_from(
+    contents: dict[str, Any],
+    where: str,
+    *,
+    arch: str | None = None,
+    momentum: bool = False,
+    image_size: int | None = None,
+    heads: int | None = None,
+) -> tuple[Encoder, dict[str, Any]]:
+    """The backbone of a file's contents, and the settings it was built with (those of ``build_backbone``).
+
+    Args:
+        contents: what ``checkpoint.read`` returned.
+        where: the file, for messages.
+        arch: of a file that does not say it.
+        momentum: take the momentum encoder.
+        image_size: side of the pictures in pixels; that of training (or 224) unless given.
+        heads: attention heads of a ViT, of a file that does not tell.
+
+    Raises:
+        UserError: if there is no backbone, or its arch or heads are not known or differ from those given.
+    """
+    weights = find_backbone(contents, where, momentum=momentum, heads=heads)
+    if arch and weights.arch and arch != weights.arch:
+        raise UserError(f"{where}: is of arch {weights.arch}, not {arch}")
+    name = weights.arch or arch
+    if name is None:
+        raise UserError(f"{where}: does not say which arch it is; name it by --arch (or use convert.load_into)")
+    config = trained_with(contents)
+    size, patch = (
+        _number(config.get(entry), default, where) for entry, default in (("image_size", 224), ("patch_size", 16))
+    )
+    settings: dict[str, Any] = {
+        "arch": name,
+        "image_size": image_size or size,
+        "patch_size": patch,
+        "small_stem": bool(config.get("small_stem", False)) and is_resnet(name),
+        "in_chans": _number(config.get("channels"), 3, where),
+        **weights.sizes(name, where),
+    }
+    if is_vit(name) and settings["image_size"] % patch:
+        raise UserError(f"{where}: pictures of {settings['image_size']} px do not divide into patches of {patch}")
+    encoder = build_backbone(**settings)
+    load_into(encoder, weights, where)
+    return _bare(encoder), settings
+
+
+def settings_of(state: dict[str, Tensor], arch: str) -> dict[str, Any]:
+    """The settings of ``build_backbone`` that the shapes of a backbone's weights tell: patch size, small stem."""
+    settings: dict[str, Any] = {}
+    if (patches := state.get("patch_embed.proj.weight")) is not None and patches.ndim == 4 and patches.shape[-1] > 1:
+        settings["patch_size"] = int(patches.shape[-1])
+    if (stem := state.get("conv1.weight")) is not None and arch in [*RESNETS, "resnet10"]:
+        settings["small_stem"] = stem.shape[-1] == 3
+    return settings
+
+
+def trained_with(contents: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that a checkpoint of ours was trained with; empty for others' files."""
+    own = contents.get("mocov3")
+    config = own.get("config") if isinstance(own, dict) else None
+    return config if isinstance(config, dict) else {}
+
+
+def views_of(config: dict[str, Any], where: str) -> ViewPreset:
+    """The views that a checkpoint's configuration describes, its own normalisation included; ``photos`` without one.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return preset_of(config)
+    except (UserError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: its configuration is damaged ({printable(str(error))})") from None
+
+
+def _number(value: Any, default: int, where: str) -> int:
+    if value is None or value == 0:
+        return default
+    if not isinstance(value, int) or not 0 < value < 1 << 16:
+        raise UserError(f"{where}: its configuration is damaged ({value!r} where a size in pixels should be)")
+    return value
+
+
+def _bare(encoder: Encoder) -> Encoder:
+    setattr(encoder, encoder.projector_name, nn.Identity())
+    return encoder.eval()

@@ -1,0 +1,119 @@
+"""Starting weights: ``--init`` as a file (ours, the reference's, timm's, torchvision's) or as ``timm/NAME``.
+
+Both encoders start from them; the heads stay fresh.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from mocov3.config.archs import BUILT_IN_ARCHS, RESNETS
+from mocov3.errors import UserError, nearest
+from mocov3.models import Encoder, build_backbone, shapes_only
+from mocov3.output.log import warn
+from mocov3.weights import attention_heads, checkpoint
+from mocov3.weights.convert import BackboneWeights, find_backbone, load_into
+
+
+def load_start(init: str, encoders: list[Encoder], arch: str, heads: int | None = None) -> None:
+    """Load the weights of ``--init`` into encoders, their projectors left alone.
+
+    Raises:
+        UserError: if they cannot be had, are not of this arch (naming the arch they fit, if it is one of ours), or not
+            of the encoders' attention heads (``heads``: those of a file that does not tell).
+    """
+    where = f"--init {init}"
+    weights = starting_weights(init, heads)
+    weights = _for_channels(weights, encoders[0], where)
+    try:
+        for encoder in encoders:
+            load_into(encoder, weights, where)
+    except UserError as error:
+        fits = guess_arch(weights.state) if not (weights.arch or "").startswith("timm/") else None
+        asked = attention_heads.choices(attention_heads.width_of(weights.state)) if weights.heads.number is None else ""
+        hint = f" (give --arch {fits}{f' with {asked}' if asked else ''})" if fits and fits != arch else ""
+        raise UserError(f"{error}{hint}") from None
+
+
+def _for_channels(weights: BackboneWeights, encoder: Encoder, where: str) -> BackboneWeights:
+    """The first convolution for another number of channels, by timm's rule.
+
+    One channel: the sum of the three, so that grey pictures give what they gave as RGB; more: the three in turn, scaled
+    to the same sum.
+    """
+    from timm.models import adapt_input_conv
+
+    state, changed = dict(weights.state), dict[str, Tensor]()
+    for key, wanted in encoder.state_dict().items():
+        found = state.get(name := key if key in state else key.removeprefix("backbone."))
+        if found is None or found.ndim != 4 or found.shape[:1] + found.shape[2:] != wanted.shape[:1] + wanted.shape[2:]:
+            continue
+        if found.shape[1] == 3 != wanted.shape[1] and not changed:  # the first of all, in the order of the keys
+            changed[name] = adapt_input_conv(wanted.shape[1], found)
+    if changed:
+        warn(f"{where}: {next(iter(changed))} was trained on 3 channels; it starts from them, summed or repeated")
+    return dataclasses.replace(weights, state={**state, **changed})
+
+
+def starting_weights(init: str, heads: int | None = None) -> BackboneWeights:
+    """The backbone that ``--init`` names; ``heads`` as for ``find_backbone``.
+
+    Raises:
+        UserError: if there is no such file or model, it cannot be fetched, or is of other attention heads.
+    """
+    if init.startswith("timm/") and not Path(init).is_file():
+        return _from_timm(init, heads)
+    return find_backbone(checkpoint.read(init), f"--init {init}", heads=heads)
+
+
+def arch_of(init: str) -> str | None:
+    """The arch that fits ``--init``: what the file says, else what its keys and shapes are; ``None`` if unknown."""
+    if init.startswith("timm/") and not Path(init).is_file():
+        name = init.removeprefix("timm/").split(".", 1)[0]
+        return name if name in RESNETS else init
+    weights = find_backbone(checkpoint.read(init), f"--init {init}")
+    return weights.arch or guess_arch(weights.state)
+
+
+def guess_arch(state: dict[str, Tensor]) -> str | None:
+    """The one of our archs with these keys and shapes; the position table and the picture's size are left out."""
+    shapes = {key: tuple(value.shape) for key, value in state.items() if key != "pos_embed"}
+    if not shapes:
+        return None
+    patch = shapes.get("patch_embed.proj.weight", (0, 0, 16))[2]
+    small = shapes.get("conv1.weight", (0, 0, 7))[2] == 3
+    for arch in BUILT_IN_ARCHS:
+        try:
+            with shapes_only():
+                small_stem = small and arch.startswith("res") and "_w" not in arch
+                encoder = build_backbone(arch, image_size=4 * patch, patch_size=patch, small_stem=small_stem)
+        except (ValueError, UserError):
+            continue
+        ours = {k: tuple(v.shape) for k, v in encoder.state_dict().items()
+                if k != "pos_embed" and not k.startswith(("fc.", "head."))}  # fmt: skip
+        if ours == shapes:
+            return arch
+    return None
+
+
+def _from_timm(init: str, heads: int | None) -> BackboneWeights:
+    import timm
+
+    name = init.removeprefix("timm/")
+    if not timm.is_model(name):
+        raise UserError(f"--init {init}: timm {timm.__version__} has no such model; "
+                        f"{nearest(name, timm.list_models())[:300]}")  # fmt: skip
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "10")
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0)
+    except RuntimeError as error:
+        raise UserError(f"--init {init}: timm has no weights of this name ({str(error)[:100]})") from None
+    except Exception as error:  # the hub's client raises its own errors, the network others
+        raise UserError(f"--init {init}: its weights could not be fetched ({type(error).__name__}); fetch them on a "
+                        "machine with a network and give the file") from None  # fmt: skip
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(("fc.", "head."))}
+    known = attention_heads.Known(attention_heads.heads_of(model), "timm's network")
+    known = attention_heads.settled(known, heads, attention_heads.width_of(state), f"--init {init}")
+    return BackboneWeights("timm model", init, state, heads=known)
