@@ -2,7 +2,7 @@
 
 ``python benchmarks/verdicts.py [NAME…]`` trains them (about 20 s each on a core; all unless named), prints
 the verdict of each beside what it was made to be, and with ``--write FILE`` stores their metrics, as in
-``tests/data/verdicts.json``.
+``tests/recorded/verdicts.json``.
 """
 
 import argparse

@@ -1,12 +1,8 @@
-"""What tests of evaluation share: a checkpoint of an untrained model, and refusals of the program."""
-
-import io
-from contextlib import redirect_stderr, redirect_stdout
+"""What tests of evaluation share: a checkpoint of an untrained model."""
 
 import torch
 
 from mocov3 import models
-from mocov3.cli import main
 from mocov3.weights import checkpoint
 
 ARCH = "resnet10_w32"
@@ -25,17 +21,3 @@ def write_pretrained(path, arch=ARCH, **config):
                                position=checkpoint.Position(1, 0, 4), extra={"config": config})  # fmt: skip
     checkpoint.write(path, contents)
     return model
-
-
-def refused(*argv):
-    """The one line that a refusal prints."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            code = main(list(map(str, argv)))
-        except SystemExit as stop:
-            code = stop.code
-    assert code == 2, (argv, out.getvalue(), err.getvalue())
-    assert err.getvalue().count("\n") == 1, err.getvalue()
-    assert "Traceback" not in err.getvalue()
-    return err.getvalue()

@@ -2,7 +2,7 @@
 
 python tools/goldens.py [--runs float32|all|suite] [SETTING …]
 
-Every setting runs all golden tests (``tests/test_golden_*.py``: A to H, L, M) in a process of its own. ``all`` adds
+Every setting runs all golden tests (``tests/**/test_golden_*.py``: A to H, L, M) in a process of its own. ``all`` adds
 every run in float64, which does not depend on the processor; it takes long, so only the first setting gets it unless
 ``--runs`` says otherwise.
 """
@@ -42,7 +42,7 @@ def run(setting: str, runs: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures"
         environment = {**os.environ, **SETTINGS[setting], "GOLDEN_RUNS": runs, FIGURES: str(figures)}
-        tests = sorted(str(path) for path in (ROOT / "tests").glob("test_golden_*.py"))
+        tests = sorted(str(path) for path in (ROOT / "tests").rglob("test_golden_*.py"))
         began = time.monotonic()
         command = [
             sys.executable,

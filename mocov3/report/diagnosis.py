@@ -1,6 +1,6 @@
 """The verdict on a run in words, from stated rules over its metrics. numpy alone; thresholds are held to real runs.
 
-``tests/data/verdicts.json`` has the metrics of runs made to learn, collapse, spike and starve
+``tests/recorded/verdicts.json`` has the metrics of runs made to learn, collapse, spike and starve
 (``benchmarks/verdicts.py``).
 """
 

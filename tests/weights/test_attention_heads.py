@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from test_cli import refused
+from doors import refused
 
 from mocov3 import load_backbone, models
 from mocov3.cli import main

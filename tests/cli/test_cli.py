@@ -1,30 +1,25 @@
 """The doors: every command of the reference parses, flags are frozen, help is quick, bad input is one line."""
 
 import dataclasses
-import io
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY
+from doors import COMMANDS, commands, refused
 from PIL import Image
 
 from mocov3 import models
-from mocov3.cli import main, parse_script
+from mocov3.cli import parse_script
 from mocov3.config import BUILT_IN_ARCHS, FinetuneConfig, LinclsConfig, PretrainConfig, read_yaml, write_yaml
 from mocov3.config.command_lines import parse_embed, parse_knn, parse_pretrain
 from mocov3.config.recipes import RECIPES
 from mocov3.errors import UserError, printable
 from mocov3.weights import checkpoint
-
-COMMANDS = Path(__file__).parent / "data" / "commands.txt"
 
 FROZEN = """
 -a --arch -j --workers --epochs --start-epoch -b --batch-size --lr --learning-rate --momentum --wd --weight-decay -p
@@ -50,17 +45,6 @@ FROZEN_LINCLS = """
 --checkpoint-steps --max-steps --max-hours --device --precision --nprocs-per-node --allow-config-change --quiet --json
 --logger --heads
 """
-
-
-def commands(text):
-    """(script, arguments) of every command line of the scripts in a text."""
-    joined = text.replace("\\\n", " ")
-    for line in joined.splitlines():
-        found = re.search(
-            r"(main_moco\.py|main_lincls\.py|convert_to_deit\.py|transfer/main\.py|mocov3 \w+)\s+(.*)", line
-        )
-        if found and line.startswith(("python", "mocov3", "torchrun")) and " -c " not in line:
-            yield found[1], shlex.split(found[2], comments=True)
 
 
 def test_every_command_of_the_reference_parses():
@@ -188,20 +172,6 @@ def test_help_and_refusals_come_without_torch(tmp_path):
         assert (loaded, int(got)) == ("False", code_wanted), argv
         if code_wanted == 0:
             assert float(seconds) < 3, argv  # far above what it takes; the figure is in docs/architecture.md
-
-
-def refused(*argv):
-    """The one line that a refusal prints."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            code = main(list(map(str, argv)))
-        except SystemExit as stop:
-            code = stop.code
-    assert code == 2, (argv, out.getvalue(), err.getvalue())
-    assert err.getvalue().count("\n") == 1, err.getvalue()
-    assert "Traceback" not in err.getvalue()
-    return err.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import rank_tasks
 import torch
-from evaluating import ARCH, refused, write_pretrained
+from doors import refused
+from evaluating import ARCH, write_pretrained
 from killing import Process, assert_same_run, kill_until_done
 from PIL import Image
 from sklearn.linear_model import LogisticRegression

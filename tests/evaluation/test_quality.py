@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from test_cli import refused
+from doors import refused
 
 from mocov3 import load_backbone
 from mocov3.cli import main

@@ -8,8 +8,8 @@ import timm
 import torch
 import torchvision.models as tv
 from conftest import ROOT
+from doors import refused
 from PIL import Image
-from test_cli import refused
 
 from mocov3 import load_backbone, models
 from mocov3.cli import main

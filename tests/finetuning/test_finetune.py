@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from doors import COMMANDS, commands, refused
 from killing import Process, assert_same_run, kill_until_done
-from test_cli import COMMANDS, commands, refused
-from test_transfer_sets import write_cifar, write_flowers, write_pets
+from transfer_files import write_cifar, write_flowers, write_pets
 
 from mocov3 import load_backbone, models
 from mocov3.cli import main, parse_script

@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 import pytest
+from doors import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli import refused
 
 from mocov3.cli import parse_script
 from mocov3.config import PRESETS, PretrainConfig, preset_of, read_yaml, write_yaml

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torchvision
 from conftest import TINY
+from doors import refused
 from PIL import Image
-from test_cli import refused
 
 from mocov3 import models
 from mocov3.cli import main

@@ -11,8 +11,8 @@ import timm
 import torch
 import torchvision
 from conftest import TINY
+from doors import refused
 from PIL import Image
-from test_cli import refused
 
 from mocov3 import load_backbone, models, schedules
 from mocov3.cli import main

@@ -26,7 +26,7 @@ from mocov3.report.diagnosis import diagnose
 from mocov3.report.runs import read_run
 
 pytest.importorskip("plotly", reason="plotly (extra report) is not installed")
-VERDICTS = json.loads((ROOT / "tests" / "data" / "verdicts.json").read_text())
+VERDICTS = json.loads((ROOT / "tests" / "recorded" / "verdicts.json").read_text())
 EVIL = "<img src=x onerror=alert(1)>&quot;</script>%{x}"
 
 
