@@ -66,11 +66,26 @@ def train(kind: str, batch: int, seed: int, epochs: int, lr: float) -> dict[str,
     """One run; accuracy in % and processor seconds."""
     began = time.process_time()
     torch.manual_seed(seed)
-    model = models.build("vit_small", image_size=28, patch_size=7, embed_dim=64, depth=3, num_heads=4, dim=64,
-                         mlp_dim=256, temperature=0.2, stop_grad_conv1=True).train()  # fmt: skip
+    model = models.build(
+        "vit_small",
+        image_size=28,
+        patch_size=7,
+        embed_dim=64,
+        depth=3,
+        num_heads=4,
+        dim=64,
+        mlp_dim=256,
+        temperature=0.2,
+        stop_grad_conv1=True,
+    ).train()
     optimizer = build_optimizer(model.parameters(), "adamw", weight_decay=0.05, momentum=0.9)
-    step = Step(model, optimizer, world=CPU, precision=Precision("fp32", CPU.device),
-                micro_batch=MICRO if kind == "exact" else 0)  # fmt: skip
+    step = Step(
+        model,
+        optimizer,
+        world=CPU,
+        precision=Precision("fp32", CPU.device),
+        micro_batch=MICRO if kind == "exact" else 0,
+    )
     if kind == "accumulated":
         step.gradients = Accumulated(model)  # type: ignore[assignment]
     source = FashionMnist("train")
@@ -86,9 +101,17 @@ def train(kind: str, batch: int, seed: int, epochs: int, lr: float) -> dict[str,
             assert bool(outcome.ok)
             losses.append(float(outcome.loss))
     seconds = time.process_time() - began
-    return {"kind": kind, "batch": batch, "seed": seed, "steps": len(losses), "knn": round(judge(model), 2),
-            "loss": round(float(np.mean(losses[-iterations:])), 4), "seconds": round(seconds, 1),
-            "epochs": epochs, "lr": lr}  # fmt: skip
+    return {
+        "kind": kind,
+        "batch": batch,
+        "seed": seed,
+        "steps": len(losses),
+        "knn": round(judge(model), 2),
+        "loss": round(float(np.mean(losses[-iterations:])), 4),
+        "seconds": round(seconds, 1),
+        "epochs": epochs,
+        "lr": lr,
+    }
 
 
 def judge(model: models.MoCo) -> float:
@@ -130,8 +153,10 @@ def main() -> None:
     for kind, batch in RUNS:
         rows = sorted((r for r in results if (r["kind"], r["batch"]) == (kind, batch)), key=lambda r: r["seed"])
         scores = [r["knn"] for r in rows]
-        print(f"| {kind} | {batch} | {rows[0]['steps']} | {' / '.join(f'{s:.1f}' for s in scores)} | "
-              f"{np.mean(scores):.1f} | {np.mean([r['loss'] for r in rows]):.3f} |")  # fmt: skip
+        print(
+            f"| {kind} | {batch} | {rows[0]['steps']} | {' / '.join(f'{s:.1f}' for s in scores)} | "
+            f"{np.mean(scores):.1f} | {np.mean([r['loss'] for r in rows]):.3f} |"
+        )
     print(f"\n{sum(r['seconds'] for r in results) / 60:.0f} minutes of processor time for training in all.")
 
 

@@ -46,8 +46,9 @@ def main() -> None:
     views = [torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device) for _ in "12"]
 
     def contents() -> dict:
-        return checkpoint.pack(arch=args.arch, model=model, optimizer=optimizer, scaler={},
-                               position=Position(0, 1, 1), extra={})  # fmt: skip
+        return checkpoint.pack(
+            arch=args.arch, model=model, optimizer=optimizer, scaler={}, position=Position(0, 1, 1), extra={}
+        )
 
     def period(save) -> tuple[float, float]:  # type: ignore[no-untyped-def]
         """Seconds of one period of steps that begins with a checkpoint, and those of ``save`` alone."""
@@ -78,9 +79,11 @@ def main() -> None:
                 writer.flush()
         size = (folder / "a.pth").stat().st_size / 1e6
         writer.close()
-    print(f"{args.arch}, {args.image_size} px, batch {args.batch_size}, {device}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, Python {platform.python_version()}; {size:.1f} MB every {args.every} steps, "
-          f"{args.rounds} rounds")  # fmt: skip
+    print(
+        f"{args.arch}, {args.image_size} px, batch {args.batch_size}, {device}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, Python {platform.python_version()}; {size:.1f} MB every {args.every} steps, "
+        f"{args.rounds} rounds"
+    )
     bare = statistics.median(total for total, _ in measured["none"])
     print(f"{'checkpoint':<20}{'period s':>10}{'longer by':>11}{'save() waits':>14}")
     for kind, values in measured.items():

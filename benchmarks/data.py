@@ -87,20 +87,36 @@ def measure(rounds: int, quick: bool) -> list[list[str]]:
     """Rows of the table."""
     few = 6 if quick else 12
     sets: list[tuple[str, int, list[bytes], list[Any]]] = [
-        ("JPEG 500×375", 224, [pictures.jpeg(p, 92) for p in pictures.several(500, 375, 2 * few)],
-         [peers.reference, peers.albumentations, peers.torchvision_v2]),
+        (
+            "JPEG 500×375",
+            224,
+            [pictures.jpeg(p, 92) for p in pictures.several(500, 375, 2 * few)],
+            [peers.reference, peers.albumentations, peers.torchvision_v2],
+        ),
         ("ImageNet-like mix", 224, mix(), [peers.reference, peers.albumentations, peers.torchvision_v2]),
         ("JPEG 28×28", 28, [pictures.jpeg(p, 95) for p in pictures.several(28, 28, 4 * few)], [peers.reference]),
         ("JPEG 64×64", 64, [pictures.jpeg(p, 95) for p in pictures.several(64, 64, 4 * few)], [peers.reference]),
         ("JPEG 96×96", 96, [pictures.jpeg(p, 95) for p in pictures.several(96, 96, 4 * few)], [peers.reference]),
         ("PNG 32×32", 32, [pictures.png(p) for p in pictures.several(32, 32, 4 * few)], [peers.reference]),
-        ("JPEG 4000×3000 (12 Mpx)", 224, [pictures.jpeg(pictures.mosaic(4000, 3000, i), 90) for i in range(3)],
-         [peers.reference]),
-        ("PNG 2304×1728 (4 Mpx)", 224, [pictures.png(pictures.mosaic(2304, 1728, i)) for i in range(3)],
-         [peers.reference]),
-        ("TIFF 16-bit 2304×1728, deflated", 224, [pictures.tiff16(pictures.mosaic(2304, 1728, i)) for i in range(3)],
-         [peers.reference]),
-    ]  # fmt: skip
+        (
+            "JPEG 4000×3000 (12 Mpx)",
+            224,
+            [pictures.jpeg(pictures.mosaic(4000, 3000, i), 90) for i in range(3)],
+            [peers.reference],
+        ),
+        (
+            "PNG 2304×1728 (4 Mpx)",
+            224,
+            [pictures.png(pictures.mosaic(2304, 1728, i)) for i in range(3)],
+            [peers.reference],
+        ),
+        (
+            "TIFF 16-bit 2304×1728, deflated",
+            224,
+            [pictures.tiff16(pictures.mosaic(2304, 1728, i)) for i in range(3)],
+            [peers.reference],
+        ),
+    ]
     rows = []
     for title, size, data, makers in sets:
         ways = {"ours": ours(size), "decode": fastest_decode(data)}

@@ -60,9 +60,11 @@ def heads(rounds: int) -> None:
         sides[f"{n}"] = lambda made=made: made.step(features, y, lr_factor=1.0)
     got = best(sides, rounds)
     one, twenty = got["forward"] + got["1"], got["forward"] + got["20"]
-    print(f"heads: resnet50, 224 px, batch {batch}, {classes} classes: forward {got['forward']:.2f} s, 1 head "
-          f"{got['1']:.3f} s, 20 heads {got['20']:.3f} s a step; 20 heads / 1 head, forward included: "
-          f"{twenty / one:.3f}")  # fmt: skip
+    print(
+        f"heads: resnet50, 224 px, batch {batch}, {classes} classes: forward {got['forward']:.2f} s, 1 head "
+        f"{got['1']:.3f} s, 20 heads {got['20']:.3f} s a step; 20 heads / 1 head, forward included: "
+        f"{twenty / one:.3f}"
+    )
 
 
 def knn(rounds: int) -> None:
@@ -79,8 +81,10 @@ def knn(rounds: int) -> None:
         (queries @ bank.T).topk(200, dim=1)
 
     got = best({"bare": bare, "ours": lambda: nearest(bank, queries, 200)}, rounds)
-    print(f"knn: 262,144 × 512 at 768 dims, 200 neighbours: bare {got['bare']:.2f} s, exact {got['ours']:.2f} s; "
-          f"ratio {got['ours'] / got['bare']:.3f}")  # fmt: skip
+    print(
+        f"knn: 262,144 × 512 at 768 dims, 200 neighbours: bare {got['bare']:.2f} s, exact {got['ours']:.2f} s; "
+        f"ratio {got['ours'] / got['bare']:.3f}"
+    )
 
 
 def embed(rounds: int) -> None:
@@ -94,8 +98,14 @@ def embed(rounds: int) -> None:
             small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
             small.resize((500, 375)).save(Path(folder) / "pictures" / f"{i}.jpg", quality=90)
         x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-        config = EmbedConfig(data=f"{folder}/pictures", model="resnet50", output=f"{folder}/x.npy", batch_size=batch,
-                             workers=0, device="cpu")  # fmt: skip
+        config = EmbedConfig(
+            data=f"{folder}/pictures",
+            model="resnet50",
+            output=f"{folder}/x.npy",
+            batch_size=batch,
+            workers=0,
+            device="cpu",
+        )
         frozen.to(HERE.device)
 
         def bare() -> None:
@@ -104,8 +114,10 @@ def embed(rounds: int) -> None:
                     frozen.features(x)
 
         got = best({"bare": bare, "embed": lambda: run_embed(HERE, config)}, rounds)
-    print(f"embed: resnet50, {n} JPEG of 500×375: bare forward {n / got['bare']:.1f}, embed {n / got['embed']:.1f} "
-          f"pictures/s; ratio {got['bare'] / got['embed']:.3f}")  # fmt: skip
+    print(
+        f"embed: resnet50, {n} JPEG of 500×375: bare forward {n / got['bare']:.1f}, embed {n / got['embed']:.1f} "
+        f"pictures/s; ratio {got['bare'] / got['embed']:.3f}"
+    )
 
 
 def main() -> int:

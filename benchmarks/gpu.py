@@ -37,8 +37,18 @@ from mocov3.optim import build_optimizer
 
 MINUTES = 45
 GOLDENS = {"resnet18_t1.0_w1": "resnet18", "resnet50_t1.0_w1": "resnet50", "vit_small_t0.2_w1": "vit_small"}
-PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "4090": 165,
-         "3090": 71, "T4": 65}  # fmt: skip
+PEAKS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+    "4090": 165,
+    "3090": 71,
+    "T4": 65,
+}
 """Dense bf16 (T4: fp16) TFLOP/s with float32 sums, from NVIDIA's data sheets; first name that fits."""
 
 
@@ -76,8 +86,21 @@ class Machine:
     def pretrain(self, *flags: Any, name: str, steps: int) -> list[dict[str, Any]]:
         """Lines of metrics of a run by the program itself."""
         out = self.folder / name
-        common = ["--recipe", "defaults", "-p", "1" if self.rehearsal else "5", "--max-steps", steps, "--seed", "0",
-                  "--device", self.device.type, "--output-dir", out, "--quiet"]  # fmt: skip
+        common = [
+            "--recipe",
+            "defaults",
+            "-p",
+            "1" if self.rehearsal else "5",
+            "--max-steps",
+            steps,
+            "--seed",
+            "0",
+            "--device",
+            self.device.type,
+            "--output-dir",
+            out,
+            "--quiet",
+        ]
         command = [sys.executable, "-m", "mocov3", "pretrain", self.pictures, *common, *flags]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, check=False)
@@ -117,8 +140,14 @@ def _golden_step(
     """Loss, and gradients in float64 on the CPU, of one recorded step."""
     fill, device = _fill(), machine.device
     size, batch = machine.pick(case["image_size"], 32), case["global_batch"]
-    model = models.build(case["arch"], image_size=size, dim=case["dim"], mlp_dim=case["mlp_dim"],
-                         temperature=case["T"], stop_grad_conv1=case["stop_grad_conv1"])  # fmt: skip
+    model = models.build(
+        case["arch"],
+        image_size=size,
+        dim=case["dim"],
+        mlp_dim=case["mlp_dim"],
+        temperature=case["T"],
+        stop_grad_conv1=case["stop_grad_conv1"],
+    )
     for key, value in model.state_dict().items():
         new = fill.fill_value(key, tuple(value.shape))
         if new is not fill.KEEP:
@@ -165,8 +194,10 @@ def goldens(machine: Machine) -> list[str]:
         "bf16, compiled": {"autocast": torch.bfloat16, "channels_last": True, "compiled": True},
         "fp16": {"autocast": torch.float16},
     }
-    lines = ["| golden step | arithmetic | loss − float64 | gradients, median relative error | worst |",
-             "|---|---|---:|---:|---:|"]  # fmt: skip
+    lines = [
+        "| golden step | arithmetic | loss − float64 | gradients, median relative error | worst |",
+        "|---|---|---:|---:|---:|",
+    ]
     names = [n for n in GOLDENS if n in cases] or [n for n, c in cases.items() if c["world"] == 1]
     for name in names[: machine.pick(len(names), 1)]:
         case = cases[name]
@@ -176,8 +207,9 @@ def goldens(machine: Machine) -> list[str]:
         for way, settings in ways.items():
             got = _golden_step(case, machine, torch.float32, **settings)
             errors = [float((g - exact["grads"][n]).norm() / exact["grads"][n].norm()) for n, g in got["grads"].items()]
-            lines.append(f"| {name} | {way} | {got['loss'] - exact['loss']:+.1e} | {median(errors):.1e} | "
-                         f"{max(errors):.1e} |")  # fmt: skip
+            lines.append(
+                f"| {name} | {way} | {got['loss'] - exact['loss']:+.1e} | {median(errors):.1e} | {max(errors):.1e} |"
+            )
     return lines
 
 
@@ -238,21 +270,42 @@ def speed(machine: Machine) -> list[str]:
             if compiled and machine.rehearsal:
                 continue  # minutes
             ours = steps.Ours(steps.build(arch, case, size, machine.device), case, machine.device, compile=compiled)
-            x1, x2 = (x.to(memory_format=torch.channels_last) for x in
-                      torch.randn(2, batch, 3, size, size, device=machine.device).unbind())  # fmt: skip
+            x1, x2 = (
+                x.to(memory_format=torch.channels_last)
+                for x in torch.randn(2, batch, 3, size, size, device=machine.device).unbind()
+            )
             for _ in range(machine.pick(5, 1)):
                 ours(x1, x2, 0.99)
             took = _seconds(lambda o=ours, a=x1, b=x2: [o(a, b, 0.99) for _ in range(rounds)], machine.device)  # type: ignore[misc]
             add("step, compiled" if compiled else "step", rounds * batch / took)
             del ours, x1, x2
-        found = machine.pretrain("-a", arch, "-b", batch, "--image-size", size, "--optimizer", case["optimizer"],
-                                 "--precision", machine.pick("bf16", "fp32"), "-j", machine.pick(16, 0),
-                                 name=f"speed-{arch}", steps=machine.pick(60, 3))  # fmt: skip
+        found = machine.pretrain(
+            "-a",
+            arch,
+            "-b",
+            batch,
+            "--image-size",
+            size,
+            "--optimizer",
+            case["optimizer"],
+            "--precision",
+            machine.pick("bf16", "fp32"),
+            "-j",
+            machine.pick(16, 0),
+            name=f"speed-{arch}",
+            steps=machine.pick(60, 3),
+        )
         tail = found[len(found) // 2 :]
-        add(f"run, {os.cpu_count()} cores", median(f["images_per_second"] for f in tail),
-            f"{100 * mean(f['data_wait'] for f in tail):.0f} %")  # fmt: skip
-    lines += ["", f"Peak: {peak / 1e12:.0f} TFLOP/s ({source}). Operations are counted by torch for one step: queries "
-              "with gradients and keys of both views."]  # fmt: skip
+        add(
+            f"run, {os.cpu_count()} cores",
+            median(f["images_per_second"] for f in tail),
+            f"{100 * mean(f['data_wait'] for f in tail):.0f} %",
+        )
+    lines += [
+        "",
+        f"Peak: {peak / 1e12:.0f} TFLOP/s ({source}). Operations are counted by torch for one step: queries "
+        "with gradients and keys of both views.",
+    ]
     return lines
 
 
@@ -272,10 +325,23 @@ def views_on_device(machine: Machine) -> list[str]:
     lines = ["| views on | pictures/s | waiting for data |", "|---|---:|---:|"]
     for where in ("cpu", "device"):
         found = machine.pretrain(
-            "-a", machine.pick("vit_small", "vit_tiny"), "-b", _batch(machine, 512), "--optimizer", "adamw",
-            "--image-size", machine.pick(224, 32), "--views-on", where, "-j", machine.pick(16, 0),
-            "--precision", machine.pick("bf16", "fp32"), name=f"views-{where}", steps=machine.pick(60, 3),
-        )  # fmt: skip
+            "-a",
+            machine.pick("vit_small", "vit_tiny"),
+            "-b",
+            _batch(machine, 512),
+            "--optimizer",
+            "adamw",
+            "--image-size",
+            machine.pick(224, 32),
+            "--views-on",
+            where,
+            "-j",
+            machine.pick(16, 0),
+            "--precision",
+            machine.pick("bf16", "fp32"),
+            name=f"views-{where}",
+            steps=machine.pick(60, 3),
+        )
         tail = found[len(found) // 2 :]
         rate, wait = median(f["images_per_second"] for f in tail), mean(f["data_wait"] for f in tail)
         lines.append(f"| {where} | {rate:.0f} | {100 * wait:.0f} % |")
@@ -292,9 +358,23 @@ def large_batch(machine: Machine) -> list[str]:
         raise Skip("this version has no --micro-batch")
     if not machine.rehearsal and torch.cuda.get_device_properties(machine.device).total_memory < 12e9:
         raise Skip("the GPU has less than 12 GB")
-    flags = ["-a", machine.pick("vit_base", "vit_tiny"), "-b", machine.pick(4096, 16), "--optimizer", "adamw",
-             "--micro-batch", machine.pick("auto", 4), "--stop-grad-conv1", "-j", machine.pick(16, 0),
-             "--precision", machine.pick("bf16", "fp32"), "--image-size", machine.pick(224, 32)]  # fmt: skip
+    flags = [
+        "-a",
+        machine.pick("vit_base", "vit_tiny"),
+        "-b",
+        machine.pick(4096, 16),
+        "--optimizer",
+        "adamw",
+        "--micro-batch",
+        machine.pick("auto", 4),
+        "--stop-grad-conv1",
+        "-j",
+        machine.pick(16, 0),
+        "--precision",
+        machine.pick("bf16", "fp32"),
+        "--image-size",
+        machine.pick(224, 32),
+    ]
     code = (
         "import sys, torch\nfrom mocov3.cli import main\n"
         "if torch.cuda.is_available():\n"
@@ -305,24 +385,44 @@ def large_batch(machine: Machine) -> list[str]:
         "sys.exit(code)\n"
     )
     out = machine.folder / "large"
-    command = [sys.executable, "-c", code, "pretrain", machine.pictures, "--recipe", "defaults", "-p", 1,
-               "--max-steps", 2, "--device", machine.device.type, "--output-dir", out, "--quiet", *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "pretrain",
+        machine.pictures,
+        "--recipe",
+        "defaults",
+        "-p",
+        1,
+        "--max-steps",
+        2,
+        "--device",
+        machine.device.type,
+        "--output-dir",
+        out,
+        "--quiet",
+        *flags,
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])
     peak = int(done.stdout.split()[-1])
     rate = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["images_per_second"]
-    return [f"ViT-B, 224 px, batch 4096, `--micro-batch auto`, bf16: {peak / 1e9:.1f} GB reserved at most, "
-            f"{rate:.0f} pictures/s."]  # fmt: skip
+    return [
+        f"ViT-B, 224 px, batch 4096, `--micro-batch auto`, bf16: {peak / 1e9:.1f} GB reserved at most, "
+        f"{rate:.0f} pictures/s."
+    ]
 
 
 def launches(machine: Machine) -> list[str]:
     """Kernels that the update starts: momentum encoder and optimizer."""
     machine.need_gpu()
     lines = ["| update of | optimizer | kernel launches |", "|---|---|---:|"]
-    for arch, optimizer in machine.pick([("resnet50", "lars"), ("vit_small", "adamw"), ("vit_base", "adamw")],
-                                        [("resnet10_w32", "lars")]):  # fmt: skip
+    for arch, optimizer in machine.pick(
+        [("resnet50", "lars"), ("vit_small", "adamw"), ("vit_base", "adamw")], [("resnet10_w32", "lars")]
+    ):
         model = models.build(arch).to(machine.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         made: Any = build_optimizer(model.parameters(), optimizer, weight_decay=0.1, momentum=0.9)
         for p in model.parameters():
@@ -342,8 +442,10 @@ def _launches_of_update(model: MoCo, optimizer: Any, device: torch.device) -> in
             sync(device)
         if last:
             on_device = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-            return sum(event.device_type == on_device and not event.name.startswith(("Memcpy", "Memset"))
-                       for event in profile.events() or [])  # fmt: skip
+            return sum(
+                event.device_type == on_device and not event.name.startswith(("Memcpy", "Memset"))
+                for event in profile.events() or []
+            )
     raise AssertionError
 
 
@@ -352,14 +454,34 @@ def resume(machine: Machine) -> list[str]:
     machine.need_gpu()
     lines = []
     for arch, optimizer in machine.pick([("resnet50", "lars"), ("vit_small", "adamw")], [("vit_tiny", "adamw")]):
-        flags = ["-a", arch, "-b", machine.pick(128, 8), "--optimizer", optimizer, "--deterministic", "-j",
-                 machine.pick(8, 0), "--image-size", machine.pick(224, 32), "--precision",
-                 machine.pick("bf16", "fp32"), "--checkpoint-steps", 2]  # fmt: skip
+        flags = [
+            "-a",
+            arch,
+            "-b",
+            machine.pick(128, 8),
+            "--optimizer",
+            optimizer,
+            "--deterministic",
+            "-j",
+            machine.pick(8, 0),
+            "--image-size",
+            machine.pick(224, 32),
+            "--precision",
+            machine.pick("bf16", "fp32"),
+            "--checkpoint-steps",
+            2,
+        ]
         machine.pretrain(*flags, name=f"straight-{arch}", steps=4)
         machine.pretrain(*flags, name=f"stopped-{arch}", steps=2)
         machine.pretrain(*flags, "--resume", "auto", name=f"stopped-{arch}", steps=4)
-        a, b = (torch.load(max((machine.folder / f"{kind}-{arch}").glob("checkpoint_*"), key=lambda p: p.name),
-                           weights_only=True, map_location="cpu") for kind in ("straight", "stopped"))  # fmt: skip
+        a, b = (
+            torch.load(
+                max((machine.folder / f"{kind}-{arch}").glob("checkpoint_*"), key=lambda p: p.name),
+                weights_only=True,
+                map_location="cpu",
+            )
+            for kind in ("straight", "stopped")
+        )
         differ = [k for k, v in a["state_dict"].items() if not torch.equal(v, b["state_dict"][k])]
         if differ:
             raise RuntimeError(f"{arch}: {len(differ)} of {len(a['state_dict'])} tensors differ, first {differ[0]}")
@@ -411,9 +533,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         machine = Machine(torch.device("cuda" if cuda else "cpu"), args.rehearse, Path(folder))
         body, failed = measure(machine, args.parts)
-    head = ["# On a GPU", "", "What only a GPU can show, measured by one command: `make gpu` (`benchmarks/gpu.py`), in "
-            f"under {MINUTES} minutes.", f"This table was made on {where}, torch {torch.__version__}, "
-            f"{os.cpu_count()} cores.", ""]  # fmt: skip
+    head = [
+        "# On a GPU",
+        "",
+        "What only a GPU can show, measured by one command: `make gpu` (`benchmarks/gpu.py`), in "
+        f"under {MINUTES} minutes.",
+        f"This table was made on {where}, torch {torch.__version__}, {os.cpu_count()} cores.",
+        "",
+    ]
     text = "\n".join([*head, *body]).rstrip() + "\n"
     if args.rehearse:
         print(text)

@@ -45,8 +45,9 @@ def measure(arch: str, side: int, batch: int, micro_batch: int) -> dict[str, flo
     model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     libraries = _peak() - sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     optimizer = build_optimizer(model.parameters(), "adamw", weight_decay=0.1, momentum=0.9)
-    step = Step(model, optimizer, world=World(0, 1, device), precision=Precision("fp32", device),
-                micro_batch=micro_batch)  # fmt: skip
+    step = Step(
+        model, optimizer, world=World(0, 1, device), precision=Precision("fp32", device), micro_batch=micro_batch
+    )
     rng = np.random.default_rng(0)
     steps = max(_PICTURES // batch // 2, 1)
     warm = 1 if batch < _PICTURES else 0
@@ -80,8 +81,16 @@ def main() -> int:
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(args.rounds):
         for side in SIDES:
-            command = [sys.executable, __file__, "--arch", args.arch, "--image-size", str(args.image_size), "--side",
-                       side]  # fmt: skip
+            command = [
+                sys.executable,
+                __file__,
+                "--arch",
+                args.arch,
+                "--image-size",
+                str(args.image_size),
+                "--side",
+                side,
+            ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[side].append(json.loads(done.stdout))
     best = {side: {key: min(r[key] for r in results) for key in results[0]} for side, results in found.items()}
@@ -96,10 +105,14 @@ def main() -> int:
 
     memory, time_ratio = ratio("peak", "1024 in 64", "64"), ratio("seconds", "1024 in 64", "64")
     beyond = ratio("training", "1024 in 64", "64")
-    print(f"\n1024 in micro-batches of 64 against 64: memory {memory:.2f}× (beyond the libraries {beyond:.2f}×), "
-          f"time a picture {time_ratio:.2f}×")  # fmt: skip
-    print(f"128 in micro-batches of 64 against 128 in one pass: time {ratio('seconds', '128 in 64', '128'):.2f}×, "
-          f"memory {ratio('peak', '128 in 64', '128'):.2f}×")  # fmt: skip
+    print(
+        f"\n1024 in micro-batches of 64 against 64: memory {memory:.2f}× (beyond the libraries {beyond:.2f}×), "
+        f"time a picture {time_ratio:.2f}×"
+    )
+    print(
+        f"128 in micro-batches of 64 against 128 in one pass: time {ratio('seconds', '128 in 64', '128'):.2f}×, "
+        f"memory {ratio('peak', '128 in 64', '128'):.2f}×"
+    )
     return int(memory > 1.25 or time_ratio > 1.35)
 
 

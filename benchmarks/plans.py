@@ -28,11 +28,14 @@ def main() -> None:
             made: dict[str, Any] = {c.name: c.value for c in plan(pictures, machine, None, {}, lambda _: (0.0, {}))}
             held = made.get("hold_out", 0)
             steps = (count - held) // made["batch_size"] * made["epochs"]
-            each, fixed = memory_of(made["arch"], made["image_size"], bool(made.get("small_stem")),
-                                    half=machine.device == "cuda")  # fmt: skip
-            print(f"| {title} | {name} | {made['arch']}, {made['image_size']} | {made['batch_size']} | "
-                  f"{made['optimizer']}, {made['lr']:g} | {made['epochs']} ({steps:,}) | {held} | "
-                  f"{(each * made['batch_size'] + fixed) / GIB:.1f} GB |")  # fmt: skip
+            each, fixed = memory_of(
+                made["arch"], made["image_size"], bool(made.get("small_stem")), half=machine.device == "cuda"
+            )
+            print(
+                f"| {title} | {name} | {made['arch']}, {made['image_size']} | {made['batch_size']} | "
+                f"{made['optimizer']}, {made['lr']:g} | {made['epochs']} ({steps:,}) | {held} | "
+                f"{(each * made['batch_size'] + fixed) / GIB:.1f} GB |"
+            )
 
 
 if __name__ == "__main__":

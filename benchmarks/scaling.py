@@ -14,8 +14,13 @@ from mocov3.planning.plan import GIB, LIBRARIES, step_seconds, traffic
 from mocov3.pretraining.assemble import count_memory, count_norms
 from mocov3.pretraining.footprint import KEPT_FREE
 
-ARCHS = {"resnet50": ("lars", 224, 16), "vit_small": ("adamw", 224, 16), "vit_base": ("adamw", 224, 16),
-         "vit_large": ("adamw", 224, 16), "vit_huge": ("adamw", 224, 14)}  # fmt: skip
+ARCHS = {
+    "resnet50": ("lars", 224, 16),
+    "vit_small": ("adamw", 224, 16),
+    "vit_base": ("adamw", 224, 16),
+    "vit_large": ("adamw", 224, 16),
+    "vit_huge": ("adamw", 224, 14),
+}
 SPEEDS = {"resnet50": 700.0, "vit_small": 900.0, "vit_base": 350.0, "vit_large": 110.0}
 """Pictures a second of one GPU in 16 bits, stated: about a third of the 312 TFLOP/s of an A100."""
 GPUS = (8, 16, 32, 64, 128, 256, 512)
@@ -26,8 +31,14 @@ BATCH = 4096
 def config_of(arch: str) -> PretrainConfig:
     """The recipe's settings that memory depends on."""
     optimizer, side, patch = ARCHS[arch]
-    return PretrainConfig(arch=arch, optimizer=optimizer, image_size=side, patch_size=patch, precision="bf16",
-                          stop_grad_conv1=arch.startswith("vit"))  # fmt: skip
+    return PretrainConfig(
+        arch=arch,
+        optimizer=optimizer,
+        image_size=side,
+        patch_size=patch,
+        precision="bf16",
+        stop_grad_conv1=arch.startswith("vit"),
+    )
 
 
 def main() -> None:
@@ -49,18 +60,22 @@ def main() -> None:
             memory = (1 - KEPT_FREE) * (card * GIB - LIBRARIES)
             one = next((n for n in range(BATCH, 0, -1) if n & (n - 1) == 0 and c.peak(n) <= memory), 0)
             fits.append(f"{one or '–'} / {c.fitting(BATCH, card * GIB - LIBRARIES) or '–'}")
-        print(f"| {arch} | {c.weights / 1e9:.2f} GB | {c.trained / 1e9:.2f} GB | {c.states * c.trained / 1e9:.2f} GB | "
-              f"{2 * (c.backbone + c.heads) / 1e6:.0f} MB | {2 * BATCH * c.heads / 1e9:.2f} GB | "
-              f"{' | '.join(fits)} |")  # fmt: skip
+        print(
+            f"| {arch} | {c.weights / 1e9:.2f} GB | {c.trained / 1e9:.2f} GB | {c.states * c.trained / 1e9:.2f} GB | "
+            f"{2 * (c.backbone + c.heads) / 1e6:.0f} MB | {2 * BATCH * c.heads / 1e9:.2f} GB | "
+            f"{' | '.join(fits)} |"
+        )
     print(f"\n| arch, pictures/s a GPU | sent a step | {' | '.join(f'{n} GPUs' for n in GPUS)} |")
     print("|---|---:|" + "---:|" * len(GPUS))
     for arch, speed in speeds.items():
         config, c, row = config_of(arch), counts[arch], []
         for gpus in GPUS:
-            sent = traffic(gpus, BATCH, trained=c.trained, dim=256, norm_channels=count_norms(config), passes=3,
-                           fsdp=False)  # fmt: skip
-            computing, waiting = step_seconds(BATCH // gpus, speed, sent, args.gigabytes_per_second * 1e9, micro=False,
-                                              fsdp=False)  # fmt: skip
+            sent = traffic(
+                gpus, BATCH, trained=c.trained, dim=256, norm_channels=count_norms(config), passes=3, fsdp=False
+            )
+            computing, waiting = step_seconds(
+                BATCH // gpus, speed, sent, args.gigabytes_per_second * 1e9, micro=False, fsdp=False
+            )
             row.append(f"{100 * computing / (computing + waiting):.0f} %")
         print(f"| {arch}, {speed:.0f} | {sent.all / 1e9:.2f} GB | {' | '.join(row)} |")
     print(f"\nBatch {BATCH} over all, {args.gigabytes_per_second:g} GB/s a GPU.")

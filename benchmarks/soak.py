@@ -41,8 +41,13 @@ def main() -> int:
     fuzzer = [sys.executable, str(ROOT / "tests" / "coverage_fuzz.py"), f"-runs={runs}", "-max_len=4096"]
     done = subprocess.run(fuzzer, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode == 0:
-        table.append({"promise": "pictures and checkpoints fuzzed by coverage (atheris)", "trials": runs,
-                      "outcome": "no traceback, no hang"})  # fmt: skip
+        table.append(
+            {
+                "promise": "pictures and checkpoints fuzzed by coverage (atheris)",
+                "trials": runs,
+                "outcome": "no traceback, no hang",
+            }
+        )
     elif done.returncode == 3:  # tests/coverage_fuzz.py: atheris is not installed
         print(done.stdout, end="")
     else:
@@ -51,9 +56,12 @@ def main() -> int:
     lines = ["| promise | trials | outcome |", "|---|---|---|"]
     lines += [f"| {row['promise']} | {row['trials']} | {row['outcome']} |" for row in table]
     seconds = time.monotonic() - began
-    lines += ["", f"`python benchmarks/soak.py --share {args.share:g}`, {seconds / 60:.0f} minutes on "
-              f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; "
-              f"{'all passed' if code == 0 else 'with failures'}."]  # fmt: skip
+    lines += [
+        "",
+        f"`python benchmarks/soak.py --share {args.share:g}`, {seconds / 60:.0f} minutes on "
+        f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; "
+        f"{'all passed' if code == 0 else 'with failures'}.",
+    ]
     print("\n".join(lines))
     if code == 0:
         text = PAGE.read_text()

@@ -76,9 +76,11 @@ def paths(count: int) -> None:
         go.set()
         for process in processes:
             process.join()
-        print(f"{count} paths, {_PROCESSES} loader processes: {(own + sum(sizes)) / 1e9:.2f} GB in all "
-              f"(this process {own / 1e9:.2f}, with an epoch's order of {order.nbytes / 1e9:.2f}; "
-              f"each other {np.mean(sizes) / 1e6:.0f} MB)")  # fmt: skip
+        print(
+            f"{count} paths, {_PROCESSES} loader processes: {(own + sum(sizes)) / 1e9:.2f} GB in all "
+            f"(this process {own / 1e9:.2f}, with an epoch's order of {order.nbytes / 1e9:.2f}; "
+            f"each other {np.mean(sizes) / 1e6:.0f} MB)"
+        )
     finally:
         shutil.rmtree(folder)
 

@@ -35,9 +35,15 @@ from mocov3.pretraining.step import Step
 CASES: dict[str, dict[str, Any]] = {
     "resnet50": {"optimizer": "lars", "temperature": 1.0, "lr": 0.1, "weight_decay": 1e-6},
     "vit_small": {"optimizer": "adamw", "temperature": 0.2, "lr": 1e-4, "weight_decay": 0.1, "stop_grad_conv1": True},
-    "resnet10_w16": {"optimizer": "adamw", "temperature": 0.2, "lr": 4e-3, "weight_decay": 0.05, "dim": 128,
-                     "mlp_dim": 512},
-}  # fmt: skip
+    "resnet10_w16": {
+        "optimizer": "adamw",
+        "temperature": 0.2,
+        "lr": 4e-3,
+        "weight_decay": 0.05,
+        "dim": 128,
+        "mlp_dim": 512,
+    },
+}
 USUAL = ["resnet50", "vit_small"]
 KINDS = {
     "convolution": ("convolution", "conv"),

@@ -23,10 +23,39 @@ from mocov3.config import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
-    "--recipe", "defaults", "--image-size", "16", "--view-preset", "gray", "--crop-min", ".3", "-b", "32",
-    "--epochs", "5", "--warmup-epochs", "1", "--moco-t", ".2", "--moco-dim", "64", "--moco-mlp-dim", "128",
-    "-j", "1", "-p", "4", "--seed", "0", "--device", "cpu", "--checkpoint-every", "100", "--quiet", "--moco-m-cos",
-]  # fmt: skip
+    "--recipe",
+    "defaults",
+    "--image-size",
+    "16",
+    "--view-preset",
+    "gray",
+    "--crop-min",
+    ".3",
+    "-b",
+    "32",
+    "--epochs",
+    "5",
+    "--warmup-epochs",
+    "1",
+    "--moco-t",
+    ".2",
+    "--moco-dim",
+    "64",
+    "--moco-mlp-dim",
+    "128",
+    "-j",
+    "1",
+    "-p",
+    "4",
+    "--seed",
+    "0",
+    "--device",
+    "cpu",
+    "--checkpoint-every",
+    "100",
+    "--quiet",
+    "--moco-m-cos",
+]
 RESNET = ["-a", "resnet10_w32", "--optimizer", "adamw", "--lr", "8e-3", "--wd", ".05"]
 LARS = ["-a", "resnet10_w32", "--optimizer", "lars", "--lr", "1.5"]
 VIT = ["-a", "vit_small", "--patch-size", "4", "--optimizer", "adamw", "--wd", ".1"]  # made narrow and shallow below
@@ -118,20 +147,35 @@ def stored(name: str, folder: Path) -> dict[str, Any]:
     from mocov3.config.fields import read_yaml
 
     config = PretrainConfig(**read_yaml(folder / "config.yaml", PretrainConfig))
-    kept = ("arch", "batch_size", "epochs", "warmup_epochs", "lr", "optimizer", "weight_decay", "moco_t", "moco_m",
-            "moco_dim", "stop_grad_conv1")  # fmt: skip
+    kept = (
+        "arch",
+        "batch_size",
+        "epochs",
+        "warmup_epochs",
+        "lr",
+        "optimizer",
+        "weight_decay",
+        "moco_t",
+        "moco_m",
+        "moco_dim",
+        "stop_grad_conv1",
+    )
     fields = {f.name: f for f in dataclasses.fields(config)}
     flags = []
     for field in kept:
         value = getattr(config, field)
         flag = (fields[field].metadata["names"] or (f"--{field.replace('_', '-')}",))[-1]
-        flags += ([flag] if value is True else []) if isinstance(value, bool) else [flag, f"{value:g}" if isinstance(
-            value, float) else str(value)]  # fmt: skip
+        flags += (
+            ([flag] if value is True else [])
+            if isinstance(value, bool)
+            else [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+        )
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     columns = {
         key: [float(f"{v:.4g}") if isinstance(v := line[key], float) else v for line in lines]
-        for key in lines[0] if key not in ("knn", "version")
-    }  # fmt: skip
+        for key in lines[0]
+        if key not in ("knn", "version")
+    }
     return {"made to be": RUNS[name][0], "flags": flags, "columns": columns}
 
 

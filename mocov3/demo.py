@@ -30,12 +30,7 @@ _SHEET_QUERIES, _SHEET_NEIGHBOURS, _SHEET_SIDE = 10, 8, 48
 
 Rows = dict[str, dict[str, float]]
 """Features → measure → accuracy in %."""
-COLUMNS = {
-    "knn": "k-NN",
-    "few": "10 labels",
-    "knn_moved": "moved: k-NN",
-    "few_moved": "moved: 10 labels",
-}
+COLUMNS = {"knn": "k-NN", "few": "10 labels", "knn_moved": "moved: k-NN", "few_moved": "moved: 10 labels"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -107,8 +102,11 @@ def _epochs_in_time(config: PretrainConfig) -> int:
     seconds = sum(epoch_seconds(config, pictures, len(pictures), best=True)[:2])
     epochs = max(min(config.epochs, int(_LONGEST / seconds)), config.warmup_epochs + 1)
     if epochs < config.epochs:
-        print(f"This machine trains about {len(pictures) / seconds:.0f} pictures a second: {epochs} epochs instead of "
-              f"{config.epochs}, to end within 8 minutes (--epochs {config.epochs} for all)", flush=True)  # fmt: skip
+        print(
+            f"This machine trains about {len(pictures) / seconds:.0f} pictures a second: {epochs} epochs instead of "
+            f"{config.epochs}, to end within 8 minutes (--epochs {config.epochs} for all)",
+            flush=True,
+        )
     return epochs
 
 

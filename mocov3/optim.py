@@ -177,13 +177,7 @@ def _flat(x: Tensor, like: Tensor) -> Tensor:
     return in_memory_order(x, like).as_strided((x.numel(),), (1,))
 
 
-def build_optimizer(
-    params: Iterable[Any],
-    name: str,
-    *,
-    weight_decay: float,
-    momentum: float,
-) -> torch.optim.Optimizer:
+def build_optimizer(params: Iterable[Any], name: str, *, weight_decay: float, momentum: float) -> torch.optim.Optimizer:
     """``lars`` or ``adamw`` over all parameters in one group, as the reference builds it.
 
     AdamW decays every parameter (biases, norms and cls token too) and is torch's fused one, which reads memory once

@@ -36,8 +36,16 @@ BACKENDS = [
 """Ways to make views; ``fast`` is ``native`` where the kernel was built, else ``library``."""
 
 
-LONG = ("test_killing", "test_faults", "test_golden_step", "test_golden_training", "test_runs", "test_lincls",
-        "test_finetune", "test_ranks")  # fmt: skip
+LONG = (
+    "test_killing",
+    "test_faults",
+    "test_golden_step",
+    "test_golden_training",
+    "test_runs",
+    "test_lincls",
+    "test_finetune",
+    "test_ranks",
+)
 """Files that take longest: they come first, so that none is left alone at the end."""
 
 
@@ -91,8 +99,29 @@ def run_program():
 
 
 TINY = [
-    "--recipe", "defaults",
-    "-a", "resnet10_w32", "--image-size", "32", "-b", "16", "--epochs", "2", "--warmup-epochs", "1",
-    "--moco-mlp-dim", "32", "--moco-dim", "16", "-j", "0", "-p", "1", "--seed", "3", "--device", "cpu",
-]  # fmt: skip
+    "--recipe",
+    "defaults",
+    "-a",
+    "resnet10_w32",
+    "--image-size",
+    "32",
+    "-b",
+    "16",
+    "--epochs",
+    "2",
+    "--warmup-epochs",
+    "1",
+    "--moco-mlp-dim",
+    "32",
+    "--moco-dim",
+    "16",
+    "-j",
+    "0",
+    "-p",
+    "1",
+    "--seed",
+    "3",
+    "--device",
+    "cpu",
+]
 """Flags of a pre-training run that takes a second."""

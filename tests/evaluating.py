@@ -17,7 +17,13 @@ def write_pretrained(path, arch=ARCH, **config):
             model.train()(torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32), 0.9)
     optimizer = torch.optim.AdamW(model.parameters())
     config = {"image_size": 32, "view_preset": "photos", **config}
-    contents = checkpoint.pack(arch=arch, model=model, optimizer=optimizer, scaler={},
-                               position=checkpoint.Position(1, 0, 4), extra={"config": config})  # fmt: skip
+    contents = checkpoint.pack(
+        arch=arch,
+        model=model,
+        optimizer=optimizer,
+        scaler={},
+        position=checkpoint.Position(1, 0, 4),
+        extra={"config": config},
+    )
     checkpoint.write(path, contents)
     return model

@@ -56,9 +56,17 @@ def recorded_table():
 ZERO = ("encoder.norm.bias",)
 """Gradients that are zero in exact arithmetic: a constant before a bias-free layer and batch norm."""
 STEP64 = {
-    "loss": 1e-12, "features": 1e-3, "gradient l2": 1e-10, "gradient dot": 1e-10, "gradient samples": 1e-10,
-    "zero gradient": 1e-11, "momentum encoder": 1.2e-7, "buffer l2": 1e-5, "buffer dot": 4e-5, "zero buffer": 1e-11,
-}  # fmt: skip
+    "loss": 1e-12,
+    "features": 1e-3,
+    "gradient l2": 1e-10,
+    "gradient dot": 1e-10,
+    "gradient samples": 1e-10,
+    "zero gradient": 1e-11,
+    "momentum encoder": 1.2e-7,
+    "buffer l2": 1e-5,
+    "buffer dot": 4e-5,
+    "zero buffer": 1e-11,
+}
 STEP32 = {"loss": 1e-4, "features": 1.5e-3, "momentum encoder": 1.2e-7, "buffer l2": 1e-5, "buffer dot": 1.5e-4}
 # of the convolutional stem and ResNets a ReLU is enough that falls to its other side
 GRADIENT32 = {"vit_small": 1e-3, "vit_conv_small": 3e-2, "resnet18": 1.5e-2, "resnet50": 6e-2}
@@ -85,8 +93,13 @@ def one_step(names, dtype, world=HERE, whole=False):
     """
     torch.set_num_threads(1)
     first = C[names[0]]
-    model = models.build(first["arch"], image_size=first["image_size"], dim=first["dim"], mlp_dim=first["mlp_dim"],
-                         stop_grad_conv1=first["stop_grad_conv1"])  # fmt: skip
+    model = models.build(
+        first["arch"],
+        image_size=first["image_size"],
+        dim=first["dim"],
+        mlp_dim=first["mlp_dim"],
+        stop_grad_conv1=first["stop_grad_conv1"],
+    )
     fill_model(model, DTYPES[dtype])
     for encoder in (model.base_encoder, model.momentum_encoder):
         if hasattr(encoder, "pos_embed"):
@@ -220,8 +233,15 @@ def _trajectory(name, dtype, steps, micro_batch):
     c, recorded, exact = D[name]["config"], D[name]["float32"], D[name]["float64"]
     vit = c["arch"].startswith("vit")
     dims = {"embed_dim": 192, "depth": 4, "num_heads": 3} if vit else {}
-    model = models.build("vit_small" if vit else c["arch"], image_size=c["size"], dim=c["dim"], mlp_dim=c["mlp_dim"],
-                         temperature=c["T"], stop_grad_conv1=c["stop_grad"], **dims)  # fmt: skip
+    model = models.build(
+        "vit_small" if vit else c["arch"],
+        image_size=c["size"],
+        dim=c["dim"],
+        mlp_dim=c["mlp_dim"],
+        temperature=c["T"],
+        stop_grad_conv1=c["stop_grad"],
+        **dims,
+    )
     fill_model(model, DTYPES[dtype])
     start = {k: p.detach().clone() for k, p in model.named_parameters()}
     optimizer = build_optimizer(
@@ -360,9 +380,7 @@ def _batch(case, step, batch, size, classes, family, labels=None):
 
 # --- L: linear evaluation ---------------------------------------------------------------------------------------------
 
-LINEAR64 = {
-    "lr": 1e-14, "loss": 1e-12, "weights": 1e-11, "samples": 1e-11, "momentum": 1e-11, "validation loss": 1e-12,
-}  # fmt: skip
+LINEAR64 = {"lr": 1e-14, "loss": 1e-12, "weights": 1e-11, "samples": 1e-11, "momentum": 1e-11, "validation loss": 1e-12}
 LINEAR32 = {"lr": 1e-14, "loss": 2e-5, "weights": 1e-5, "momentum": 1e-4, "validation loss": 2e-5}
 
 
@@ -381,10 +399,15 @@ def linear_evaluation(name, dtype, epochs=0):
     got = Deviations(f"L {name} {dtype}" + (f", {epochs} epochs" if epochs else ""), bounds)
     sizes = (c["size"], c["classes"], "l_lincls")
     steps = c["iters_per_epoch"] * (epochs or c["epochs"])
-    train = Pictures([_batch(name, s, c["batch"], *sizes) for s in range(c["iters_per_epoch"] * c["epochs"])]
-                     [:steps] , c["batch"] * c["iters_per_epoch"], c["classes"])  # fmt: skip
-    held = [_batch(name, s, len(t), *sizes, labels=t)
-            for s, t in zip(("val0", "val1", "last"), exact["val_targets"], strict=True)]  # fmt: skip
+    train = Pictures(
+        [_batch(name, s, c["batch"], *sizes) for s in range(c["iters_per_epoch"] * c["epochs"])][:steps],
+        c["batch"] * c["iters_per_epoch"],
+        c["classes"],
+    )
+    held = [
+        _batch(name, s, len(t), *sizes, labels=t)
+        for s, t in zip(("val0", "val1", "last"), exact["val_targets"], strict=True)
+    ]
     val = Pictures(held, sum(len(t) for _, t in held), c["classes"])
     seen = {"loss": [], "lr": [], "validation": []}
 
@@ -414,18 +437,33 @@ def linear_evaluation(name, dtype, epochs=0):
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stack.enter_context(_default(dtype))
         for place, attribute, value in (
-            (linear, "Evaluation", Watched), (linear, "open_labelled", lambda _: (train, val)), (linear, "Loader", Fed),
-            (linear, "normalise", _as_it_is), (features, "Loader", Fed), (features, "normalise", _as_it_is),
+            (linear, "Evaluation", Watched),
+            (linear, "open_labelled", lambda _: (train, val)),
+            (linear, "Loader", Fed),
+            (linear, "normalise", _as_it_is),
+            (features, "Loader", Fed),
+            (features, "normalise", _as_it_is),
             (scores, "grid", lambda *_: np.split(np.arange(len(val)), val.starts[1:-1])),
-        ):  # fmt: skip
+        ):
             stack.enter_context(patch.object(place, attribute, value))
         pretrained = Path(folder) / "pretrained.pth.tar"
         torch.save({"arch": c["arch"], "state_dict": _backbone_state(c["arch"], c["size"])}, pretrained)
         config = LinclsConfig(
-            data="golden", arch=c["arch"], pretrained=str(pretrained), image_size=c["size"], epochs=c["epochs"],
-            batch_size=c["batch"], lr=c["lr"], momentum=c["momentum"], weight_decay=c["wd"], print_freq=1,
-            output_dir=folder, workers=0, seed=0, device="cpu",
-        )  # fmt: skip
+            data="golden",
+            arch=c["arch"],
+            pretrained=str(pretrained),
+            image_size=c["size"],
+            epochs=c["epochs"],
+            batch_size=c["batch"],
+            lr=c["lr"],
+            momentum=c["momentum"],
+            weight_decay=c["wd"],
+            print_freq=1,
+            output_dir=folder,
+            workers=0,
+            seed=0,
+            device="cpu",
+        )
         stack.enter_context(contextlib.redirect_stdout(printed))
         assert linear.train(HERE, LinclsJob(config, script_door=True)) == 0
     run = seen["run"]
@@ -436,8 +474,12 @@ def linear_evaluation(name, dtype, epochs=0):
     if epochs:
         return got
     w, b = run.heads.weights[0], run.heads.biases[0]
-    for kind, key, value in (("weights", "weight", w), ("weights", "bias", b),
-                             ("momentum", "momentum_weight", w), ("momentum", "momentum_bias", b)):  # fmt: skip
+    for kind, key, value in (
+        ("weights", "weight", w),
+        ("weights", "bias", b),
+        ("momentum", "momentum_weight", w),
+        ("momentum", "momentum_bias", b),
+    ):
         value = run.heads.optimizer.state[value]["momentum_buffer"] if kind == "momentum" else value
         _head_deviations(got, kind, f"linear.{key.split('_')[-1]}", value.detach().numpy(), exact[key], dtype)
     counts = np.diff(val.starts)
@@ -473,8 +515,17 @@ def _fine_tuning_agrees(got, run, val, exact):
         patch.object(features, "Loader", Fed),
         patch.object(features, "normalise", lambda *args: _as_it_is(*args).to(run.heads.weights[0].dtype)),
     ):
-        found = evaluate(network, val, run.frozen.view, world=HERE, precision=run.precision, mean=(0.0,), std=(1.0,),
-                         batch_size=int(val.starts[1]), workers=0)  # fmt: skip
+        found = evaluate(
+            network,
+            val,
+            run.frozen.view,
+            world=HERE,
+            precision=run.precision,
+            mean=(0.0,),
+            std=(1.0,),
+            batch_size=int(val.starts[1]),
+            workers=0,
+        )
     assert f"* Acc@1 {found.acc1:.3f} Acc@5 {found.acc5:.3f}" == exact["val_line"]
     mean = np.dot(exact["val_loss"], np.diff(val.starts)) / len(val)
     got.note("validation loss", found.loss - mean, "of fine-tuning's evaluation")
@@ -552,20 +603,43 @@ def fine_tuning(name, dtype):
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stack.enter_context(_default(dtype))
         for place, attribute, value in (
-            (loop, "Tuning", Watched), (loop, "open_pair", lambda *_: Pair(train, test, False)), (loop, "Loader", Fed),
-            (loop, "normalise", _as_it_is), (features, "Loader", Fed), (features, "normalise", _as_it_is),
+            (loop, "Tuning", Watched),
+            (loop, "open_pair", lambda *_: Pair(train, test, False)),
+            (loop, "Loader", Fed),
+            (loop, "normalise", _as_it_is),
+            (features, "Loader", Fed),
+            (features, "normalise", _as_it_is),
             (setup, "build_classifier", recorded_classifier),
             (timm.data.mixup, "cutmix_bbox_and_lam", drawn_box),
-        ):  # fmt: skip
+        ):
             stack.enter_context(patch.object(place, attribute, value))
         mixing = {name: c[name] for name in ("mixup", "cutmix")} if c["mix"] else {"mixup": 0.0, "cutmix": 0.0}
         config = FinetuneConfig(
-            data_set="folder", data_path="golden", arch="vit_tiny", image_size=c["size"], batch_size=c["batch"],
-            epochs=c["epochs"], lr=c["lr"] * 512 / c["batch"], warmup_lr=c["warmup_lr"], min_lr=c["min_lr"],
-            warmup_epochs=c["warmup_epochs"], weight_decay=c["wd"], model_ema_decay=c["ema_decay"],
-            smoothing=c["smoothing"], drop_path=0.0, reprob=0.0, aa="none", repeated_aug=False, eval_freq=c["epochs"],
-            output_dir=folder, workers=0, logger="none", quiet=True, device="cpu", **mixing,
-        )  # fmt: skip
+            data_set="folder",
+            data_path="golden",
+            arch="vit_tiny",
+            image_size=c["size"],
+            batch_size=c["batch"],
+            epochs=c["epochs"],
+            lr=c["lr"] * 512 / c["batch"],
+            warmup_lr=c["warmup_lr"],
+            min_lr=c["min_lr"],
+            warmup_epochs=c["warmup_epochs"],
+            weight_decay=c["wd"],
+            model_ema_decay=c["ema_decay"],
+            smoothing=c["smoothing"],
+            drop_path=0.0,
+            reprob=0.0,
+            aa="none",
+            repeated_aug=False,
+            eval_freq=c["epochs"],
+            output_dir=folder,
+            workers=0,
+            logger="none",
+            quiet=True,
+            device="cpu",
+            **mixing,
+        )
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         assert loop.tune(HERE, FinetuneJob(config, script_door=True)) == 0
     parts = seen["run"].parts
@@ -576,8 +650,10 @@ def fine_tuning(name, dtype):
     assert next(mixes, None) is None
     groups = [{"weight_decay": g["weight_decay"], "tensors": len(g["params"])} for g in parts.optimizer.param_groups]
     assert groups == exact["groups"]
-    for kind, network, want in (("weights", parts.model, exact["weights"]), ("average", parts.ema.module,
-                                                                             exact["ema"])):  # fmt: skip
+    for kind, network, want in (
+        ("weights", parts.model, exact["weights"]),
+        ("average", parts.ema.module, exact["ema"]),
+    ):
         weights = dict(network.named_parameters())
         assert sorted(weights) == sorted(want)
         for key, p in weights.items():

@@ -93,6 +93,9 @@ class Deviations:
             rows = {q: [value, self.bounds[q]] for q, (value, _) in self.largest.items()}
             with open(path, "a") as file:
                 file.write(json.dumps({"of": self.of, "deviations": rows}) + "\n")
-        over = {q: (value, self.bounds[q], where) for q, (value, where) in self.largest.items()
-                if not value <= self.bounds[q]}  # fmt: skip
+        over = {
+            q: (value, self.bounds[q], where)
+            for q, (value, where) in self.largest.items()
+            if not value <= self.bounds[q]
+        }
         assert not over, f"{self.of}: deviation, bound, where: {over}"

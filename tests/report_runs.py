@@ -24,11 +24,17 @@ def write_long_run(folder, points=50_000, epochs=300):
     part = np.arange(points) / points
     a, b, c, d = rng.standard_normal((4, points))
     columns = {
-        "loss": 6.6 - 2 * part + 0.05 * a, "retrieval_accuracy": 0.5 * part + 0.02 * abs(b),
-        "lr": 2.4e-3 * (1 - part), "momentum": 0.99 + 0.01 * part, "feature_std": 0.9 + 0.01 * c,
-        "effective_rank": 100 - 30 * part + d, "grad_norm_first": np.exp(0.3 * a), "grad_norm_last": np.exp(0.3 * b),
-        "images_per_second": 5000 + 50 * c, "data_wait": 0.05 + 0.01 * abs(d),
-    }  # fmt: skip
+        "loss": 6.6 - 2 * part + 0.05 * a,
+        "retrieval_accuracy": 0.5 * part + 0.02 * abs(b),
+        "lr": 2.4e-3 * (1 - part),
+        "momentum": 0.99 + 0.01 * part,
+        "feature_std": 0.9 + 0.01 * c,
+        "effective_rank": 100 - 30 * part + d,
+        "grad_norm_first": np.exp(0.3 * a),
+        "grad_norm_last": np.exp(0.3 * b),
+        "images_per_second": 5000 + 50 * c,
+        "data_wait": 0.05 + 0.01 * abs(d),
+    }
     form = ", ".join(f'"{name}": %.9g' for name in columns)
     same = '"loss_start": 6.65, "loss_floor": 0.3, "skipped": 0, "corrupt": 0, "version": 1'
     with (folder / "metrics.jsonl").open("w") as file:

@@ -11,17 +11,50 @@ from conftest import ROOT
 
 # a room may import those after it, inside functions too; the order of docs/architecture.md
 ROOMS = [
-    "cli", "demo", "pack", "report", "planning", "export", "pretraining", "finetuning", "evaluation.linear",
-    "evaluation", "weights", "models", "distributed", "output", "data.device", "data", "data.loading", "data.sources",
-    "data.views", "config", "metrics", "losses", "schedules", "optim", "errors", "version", "moved",
-]  # fmt: skip
+    "cli",
+    "demo",
+    "pack",
+    "report",
+    "planning",
+    "export",
+    "pretraining",
+    "finetuning",
+    "evaluation.linear",
+    "evaluation",
+    "weights",
+    "models",
+    "distributed",
+    "output",
+    "data.device",
+    "data",
+    "data.loading",
+    "data.sources",
+    "data.views",
+    "config",
+    "metrics",
+    "losses",
+    "schedules",
+    "optim",
+    "errors",
+    "version",
+    "moved",
+]
 # doors, and what they start with: nothing of it loads torch
 LIGHT = [
-    "mocov3.cli", "mocov3.config.command_lines", "mocov3.data", "mocov3.data.loading.supervised",
-    "mocov3.data.sources.transfer", "mocov3.evaluation.embed", "mocov3.evaluation.knn",
-    "mocov3.evaluation.linear.task", "mocov3.export.task", "mocov3.finetuning.task", "mocov3.output.log",
-    "mocov3.pretraining.task", "mocov3.report.command",
-]  # fmt: skip
+    "mocov3.cli",
+    "mocov3.config.command_lines",
+    "mocov3.data",
+    "mocov3.data.loading.supervised",
+    "mocov3.data.sources.transfer",
+    "mocov3.evaluation.embed",
+    "mocov3.evaluation.knn",
+    "mocov3.evaluation.linear.task",
+    "mocov3.export.task",
+    "mocov3.finetuning.task",
+    "mocov3.output.log",
+    "mocov3.pretraining.task",
+    "mocov3.report.command",
+]
 
 
 def modules():

@@ -24,9 +24,15 @@ def tune_steps(world, payload):
     optimizer = build_optimizer(parameter_groups(model, weight_decay=0.05, layer_decay=0.75), lr=1e-3)
     mixer = Mixer(mixup=0.8, cutmix=1.0, probability=1.0, switch_probability=0.5, smoothing=0.1, classes=5, seed=1)
     step = TuneStep(
-        model, optimizer, build_criterion(mixes=True, smoothing=0.1), world=world,
-        precision=Precision("fp32", world.device), accumulate=accumulate, clip=1.0, ema=ModelEmaV3(model, decay=0.9),
-    )  # fmt: skip
+        model,
+        optimizer,
+        build_criterion(mixes=True, smoothing=0.1),
+        world=world,
+        precision=Precision("fp32", world.device),
+        accumulate=accumulate,
+        clip=1.0,
+        ema=ModelEmaV3(model, decay=0.9),
+    )
     pictures = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
     def micro(work):
@@ -38,10 +44,17 @@ def tune_steps(world, payload):
 
     works = list(
         plan(
-            40, seed=1, repeats=3, batch_size=payload["batch_size"], accumulate=accumulate, rank=world.rank,
-            ranks=world.size, start=(0, 0), epochs=1,
+            40,
+            seed=1,
+            repeats=3,
+            batch_size=payload["batch_size"],
+            accumulate=accumulate,
+            rank=world.rank,
+            ranks=world.size,
+            start=(0, 0),
+            epochs=1,
         )
-    )  # fmt: skip
+    )
     losses = []
     for s in range(payload["steps"]):
         outcome = step(map(micro, works[s * accumulate : (s + 1) * accumulate]))

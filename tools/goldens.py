@@ -33,8 +33,10 @@ def largest(figures: Path) -> list[str]:
             before = found.get((family, dtype, quantity), (-1.0, 1.0, ""))
             if value / bound > before[0] / before[1]:
                 found[family, dtype, quantity] = (value, bound, entry["of"])
-    return [f"    {family} {dtype} {quantity:18} {value:8.1e} of {bound:8.1e}   {of}"
-            for (family, dtype, quantity), (value, bound, of) in sorted(found.items())]  # fmt: skip
+    return [
+        f"    {family} {dtype} {quantity:18} {value:8.1e} of {bound:8.1e}   {of}"
+        for (family, dtype, quantity), (value, bound, of) in sorted(found.items())
+    ]
 
 
 def run(setting: str, runs: str) -> bool:

@@ -116,8 +116,11 @@ def _embed(argv: list[str]) -> int:
 
 
 def _verify(argv: list[str]) -> int:
-    parser = Parser(prog="mocov3 verify", description="The accuracy of a published linear file of the reference on "
-                    "ImageNet's validation set, beside the published figure.")  # fmt: skip
+    parser = Parser(
+        prog="mocov3 verify",
+        description="The accuracy of a published linear file of the reference on "
+        "ImageNet's validation set, beside the published figure.",
+    )
     parser.add_argument("file", help="linear file, for example linear-vit-s-300ep.pth.tar")
     parser.add_argument("folder", help="validation folder with 1,000 class folders, or the folder that holds it as val")
     parser.add_argument("-j", "--workers", type=int, default=32, help="data loading processes (default 32)")

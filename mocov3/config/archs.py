@@ -27,8 +27,15 @@ CONV_VITS = ["vit_conv_small", "vit_conv_base"]
 
 BUILT_IN_ARCHS = RESNETS + SMALL_RESNETS + VITS + CONV_VITS
 
-WIDTHS = {"vit_tiny": 192, "vit_small": 384, "vit_base": 768, "vit_large": 1024, "vit_huge": 1280,
-          "vit_conv_small": 384, "vit_conv_base": 768}  # fmt: skip
+WIDTHS = {
+    "vit_tiny": 192,
+    "vit_small": 384,
+    "vit_base": 768,
+    "vit_large": 1024,
+    "vit_huge": 1280,
+    "vit_conv_small": 384,
+    "vit_conv_base": 768,
+}
 """ViT → width of its tokens."""
 HEADS = {192: 3, 384: 12, 768: 12, 1024: 16, 1280: 16}
 """Width → attention heads, as MoCo v3 has them (192: DeiT's)."""

@@ -38,28 +38,49 @@ class FeatureConfig:
     """Which features of which pictures: shared by k-NN evaluation and embedding."""
 
     data: str = flag("", "folder of pictures, or the built-in fashion-mnist[:ROOT]", positional=True, metavar="DIR")
-    model: str = flag("", "a weights file (ours, the reference's, DeiT's, timm's), the name of an arch (untrained), "
-                      "timm/NAME (timm's published weights), or pixels", "--model", "--pretrained",
-                      group=MODEL)  # fmt: skip
+    model: str = flag(
+        "",
+        "a weights file (ours, the reference's, DeiT's, timm's), the name of an arch (untrained), "
+        "timm/NAME (timm's published weights), or pixels",
+        "--model",
+        "--pretrained",
+        group=MODEL,
+    )
     arch: str = flag("", "backbone of a file that does not name it", "-a", "--arch", group=MODEL)
     heads: int | None = flag(None, HEADS_HELP, kind=int, group=MODEL)
-    encoder: str = flag("base", "which encoder of a pre-training checkpoint", choices=("base", "momentum"),
-                        group=MODEL)  # fmt: skip
-    layer: str = flag("", "cls (token of a ViT), mean (of the patch tokens), patches (all of them), projector (its "
-                      "output); unless given the features that linear evaluation uses", choices=LAYERS,
-                      group=MODEL)  # fmt: skip
+    encoder: str = flag("base", "which encoder of a pre-training checkpoint", choices=("base", "momentum"), group=MODEL)
+    layer: str = flag(
+        "",
+        "cls (token of a ViT), mean (of the patch tokens), patches (all of them), projector (its "
+        "output); unless given the features that linear evaluation uses",
+        choices=LAYERS,
+        group=MODEL,
+    )
     untrained: bool = flag(False, "timm/NAME without its published weights", kind=bool, group=MODEL)
-    image_size: int = flag(0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int,
-                           group=PICTURES)  # fmt: skip
-    view_preset: str = flag("", "normalisation and centre crop; unless given that of pre-training, else photos",
-                            choices=("", *PRESETS), group=PICTURES)  # fmt: skip
+    image_size: int = flag(
+        0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int, group=PICTURES
+    )
+    view_preset: str = flag(
+        "",
+        "normalisation and centre crop; unless given that of pre-training, else photos",
+        choices=("", *PRESETS),
+        group=PICTURES,
+    )
     batch_size: int = flag(256, "pictures a pass", "-b", "--batch-size", kind=int, group=RUNNING)
-    workers: int = flag(32, "data loading processes of a rank; at most the usable cores", "-j", "--workers", kind=int,
-                        result=False, group=RUNNING)  # fmt: skip
+    workers: int = flag(
+        32,
+        "data loading processes of a rank; at most the usable cores",
+        "-j",
+        "--workers",
+        kind=int,
+        result=False,
+        group=RUNNING,
+    )
     device: str = flag("auto", "device", choices=DEVICES, result=False, group=RUNNING)
     precision: str = flag("fp32", "arithmetic of the backbone", choices=PRECISIONS, group=RUNNING)
-    nprocs_per_node: int = flag(0, "start so many processes here (torchrun needs no flag)", kind=int, result=False,
-                                group=RUNNING)  # fmt: skip
+    nprocs_per_node: int = flag(
+        0, "start so many processes here (torchrun needs no flag)", kind=int, result=False, group=RUNNING
+    )
     seed: int = flag(0, "seed of an untrained network", kind=int, group=MODEL)
 
     def check(self) -> None:
@@ -87,13 +108,25 @@ class FeatureConfig:
 class KnnConfig(FeatureConfig):
     """Weighted k-NN on frozen features (Wu et al. 2018; Caron et al. 2021), and retrieval recall@k."""
 
-    k: tuple[int, ...] = flag(KS, "neighbours, a comma list", "-k", "--k", kind=integers, group=OUTPUT,
-                              metavar="K[,K…]")  # fmt: skip
-    temperature: tuple[float, ...] = flag(TEMPERATURES, "temperatures of the vote, a comma list", "-t",
-                                          "--temperature", kind=several, group=OUTPUT, metavar="T[,T…]")  # fmt: skip
+    k: tuple[int, ...] = flag(
+        KS, "neighbours, a comma list", "-k", "--k", kind=integers, group=OUTPUT, metavar="K[,K…]"
+    )
+    temperature: tuple[float, ...] = flag(
+        TEMPERATURES,
+        "temperatures of the vote, a comma list",
+        "-t",
+        "--temperature",
+        kind=several,
+        group=OUTPUT,
+        metavar="T[,T…]",
+    )
     recall: tuple[int, ...] = flag(RECALLS, "recall@k of these", kind=integers, group=OUTPUT, metavar="K[,K…]")
-    labels: str = flag("", "CSV of path,label: use these pictures of the folder (10–100 are of use), each left out in "
-                       "turn", group=PICTURES, metavar="FILE")  # fmt: skip
+    labels: str = flag(
+        "",
+        "CSV of path,label: use these pictures of the folder (10–100 are of use), each left out in turn",
+        group=PICTURES,
+        metavar="FILE",
+    )
     json: bool = flag(False, "print the result as JSON", kind=bool, result=False, group=OUTPUT)
 
     def check(self) -> None:
@@ -117,11 +150,18 @@ class KnnConfig(FeatureConfig):
 class EmbedConfig(FeatureConfig):
     """Features of every picture of a folder as a table."""
 
-    output: str = flag("", "file to write: NAME.parquet, or NAME.npy beside NAME.jsonl with the paths", "-o",
-                       "--output", group=OUTPUT)  # fmt: skip
-    duplicates: float = flag(0.0, "also list groups of pictures whose features agree to at least this cosine, for "
-                             "example 0.98, in NAME.duplicates.jsonl", kind=float, result=False, group=OUTPUT,
-                             metavar="COSINE")  # fmt: skip
+    output: str = flag(
+        "", "file to write: NAME.parquet, or NAME.npy beside NAME.jsonl with the paths", "-o", "--output", group=OUTPUT
+    )
+    duplicates: float = flag(
+        0.0,
+        "also list groups of pictures whose features agree to at least this cosine, for "
+        "example 0.98, in NAME.duplicates.jsonl",
+        kind=float,
+        result=False,
+        group=OUTPUT,
+        metavar="COSINE",
+    )
     overwrite: bool = flag(False, "replace the output if it exists", kind=bool, result=False, group=OUTPUT)
 
     def check(self) -> None:

@@ -109,10 +109,7 @@ def read_layers(
     """Command line → where each value comes from; the arguments and errors are those of ``parse``."""
     defaults = dict(defaults or {})
     parser = Parser(
-        prog=prog,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_flags(parser, config, defaults)
     given = vars(parser.parse_intermixed_args(list(argv)))

@@ -78,9 +78,7 @@ class FinetuneConfig:
         "", "normalise as this preset of pre-training (default: of the weights, else photos)", group=DATA
     )
     mean_std: str = flag(
-        "",
-        "normalise by mean,std or six numbers (default: of the weights, unless a preset is given)",
-        group=DATA,
+        "", "normalise by mean,std or six numbers (default: of the weights, unless a preset is given)", group=DATA
     )
     finetune: str = flag(
         "", "weights to start from (ours, the reference's, DeiT's)", result=False, group=RUN, metavar="FILE"
@@ -96,9 +94,13 @@ class FinetuneConfig:
     # --- optimisation ------------------------------------------------------------------------------------
     batch_size: int = flag(64, "pictures a step and process", "-b", "--batch-size", kind=int, group=METHOD)
     accum_iter: int = flag(
-        1, "batches a process adds up before a step, as if so many more processes ran", "--accum-iter", kind=int,
-        result=False, group=METHOD,
-    )  # fmt: skip
+        1,
+        "batches a process adds up before a step, as if so many more processes ran",
+        "--accum-iter",
+        kind=int,
+        result=False,
+        group=METHOD,
+    )
     epochs: int = flag(300, "epochs", kind=int, group=METHOD)
     lr: float = flag(5e-4, "learning rate for 512 pictures", "--lr", kind=float, group=METHOD)
     warmup_lr: float = flag(
@@ -150,9 +152,15 @@ class FinetuneConfig:
     # --- running -----------------------------------------------------------------------------------------
     seed: int = flag(0, "seed of head, order and draws", kind=int, group=METHOD)
     workers: int = flag(
-        10, "data loading processes of a rank; at most the usable cores", "--num_workers", "-j", "--workers", kind=int,
-        result=False, group=DATA,
-    )  # fmt: skip
+        10,
+        "data loading processes of a rank; at most the usable cores",
+        "--num_workers",
+        "-j",
+        "--workers",
+        kind=int,
+        result=False,
+        group=DATA,
+    )
     pin_mem: bool = flag(
         True, "accepted; batches lie in shared memory", "--pin-mem", kind=bool, result=False, group=DATA
     )
@@ -211,9 +219,25 @@ class FinetuneConfig:
         for name in ("epochs", "batch_size", "accum_iter", "eval_freq", "print_freq"):
             if getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("image_size", "patch_size", "workers", "warmup_epochs", "checkpoint_steps", "max_steps",
-                     "nprocs_per_node", "lr", "warmup_lr", "min_lr", "weight_decay", "clip_grad", "mixup", "cutmix",
-                     "color_jitter", "max_hours", "seed"):  # fmt: skip
+        for name in (
+            "image_size",
+            "patch_size",
+            "workers",
+            "warmup_epochs",
+            "checkpoint_steps",
+            "max_steps",
+            "nprocs_per_node",
+            "lr",
+            "warmup_lr",
+            "min_lr",
+            "weight_decay",
+            "clip_grad",
+            "mixup",
+            "cutmix",
+            "color_jitter",
+            "max_hours",
+            "seed",
+        ):
             value = getattr(self, name)
             if not 0 <= value < (2**63 if name == "seed" else float("inf")):  # also refuses NaN
                 raise UserError(f"{_flag(name)} must be 0 or more and finite, not {value}")

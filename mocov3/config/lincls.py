@@ -35,69 +35,125 @@ numbers.__name__ = "number or comma list"  # argparse names it in its message
 class LinclsConfig:
     """Linear classifiers on frozen features (arXiv 2104.02057, §4): one, or many in one pass."""
 
-    data: str = flag("", "folder with train and val class folders, or the built-in fashion-mnist[:ROOT]",
-                     positional=True, result=False, metavar="DIR")  # fmt: skip
+    data: str = flag(
+        "",
+        "folder with train and val class folders, or the built-in fashion-mnist[:ROOT]",
+        positional=True,
+        result=False,
+        metavar="DIR",
+    )
     # --- the reference's flags -------------------------------------------------------------------------
-    arch: str = flag("resnet50", "backbone, timm/NAME, or pixels (no network: the baseline)", "-a", "--arch",
-                     group=MODEL)  # fmt: skip
-    workers: int = flag(32, "data loading processes of a rank; at most the usable cores", "-j", "--workers", kind=int,
-                        result=False, group=DATA)  # fmt: skip
+    arch: str = flag(
+        "resnet50", "backbone, timm/NAME, or pixels (no network: the baseline)", "-a", "--arch", group=MODEL
+    )
+    workers: int = flag(
+        32,
+        "data loading processes of a rank; at most the usable cores",
+        "-j",
+        "--workers",
+        kind=int,
+        result=False,
+        group=DATA,
+    )
     epochs: int = flag(90, "epochs", kind=int, group=METHOD)
     start_epoch: int = flag(0, "epoch to begin at without a checkpoint", kind=int, result=False, group=RUN)
     batch_size: int = flag(1024, "pictures a step, over all ranks", "-b", "--batch-size", kind=int, group=METHOD)
-    lr: float | tuple[float, ...] = flag(0.1, "learning rate for 256 pictures; a comma list trains a head for each",
-                                         "--lr", "--learning-rate", kind=numbers, group=METHOD,
-                                         metavar="LR[,LR…]")  # fmt: skip
+    lr: float | tuple[float, ...] = flag(
+        0.1,
+        "learning rate for 256 pictures; a comma list trains a head for each",
+        "--lr",
+        "--learning-rate",
+        kind=numbers,
+        group=METHOD,
+        metavar="LR[,LR…]",
+    )
     momentum: float = flag(0.9, "momentum of SGD", kind=float, group=METHOD)
-    weight_decay: float | tuple[float, ...] = flag(0.0, "weight decay; a comma list trains a head for each", "--wd",
-                                                   "--weight-decay", kind=numbers, group=METHOD,
-                                                   metavar="WD[,WD…]")  # fmt: skip
+    weight_decay: float | tuple[float, ...] = flag(
+        0.0,
+        "weight decay; a comma list trains a head for each",
+        "--wd",
+        "--weight-decay",
+        kind=numbers,
+        group=METHOD,
+        metavar="WD[,WD…]",
+    )
     print_freq: int = flag(10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN)
-    resume: str = flag("", "linear file to go on from or to evaluate; 'auto': checkpoint.pth.tar of the output folder",
-                       result=False, group=RUN)  # fmt: skip
-    evaluate: bool = flag(False, "only evaluate the linear file of --resume", "-e", "--evaluate", kind=bool,
-                          result=False, group=RUN)  # fmt: skip
-    world_size: int = flag(-1, "nodes (with --multiprocessing-distributed), else processes", kind=int, result=False,
-                           group=RANKS)  # fmt: skip
+    resume: str = flag(
+        "",
+        "linear file to go on from or to evaluate; 'auto': checkpoint.pth.tar of the output folder",
+        result=False,
+        group=RUN,
+    )
+    evaluate: bool = flag(
+        False, "only evaluate the linear file of --resume", "-e", "--evaluate", kind=bool, result=False, group=RUN
+    )
+    world_size: int = flag(
+        -1, "nodes (with --multiprocessing-distributed), else processes", kind=int, result=False, group=RANKS
+    )
     rank: int = flag(-1, "rank of this node, or of this process", kind=int, result=False, group=RANKS)
-    dist_url: str = flag("tcp://224.66.41.62:23456", "where ranks meet: tcp://HOST:PORT or env://; on one node a "
-                         "free loopback port unless given", result=False, group=RANKS)  # fmt: skip
+    dist_url: str = flag(
+        "tcp://224.66.41.62:23456",
+        "where ranks meet: tcp://HOST:PORT or env://; on one node a free loopback port unless given",
+        result=False,
+        group=RANKS,
+    )
     dist_backend: str = flag("nccl", "nccl or gloo", result=False, group=RANKS)
-    seed: int | None = flag(None, "seed of heads, order and draws; drawn, printed and stored unless given", kind=int,
-                            group=METHOD)  # fmt: skip
+    seed: int | None = flag(
+        None, "seed of heads, order and draws; drawn, printed and stored unless given", kind=int, group=METHOD
+    )
     gpu: int | None = flag(None, "use only this GPU", kind=int, result=False, group=RANKS)
-    multiprocessing_distributed: bool = flag(False, "start one process a GPU on this node", kind=bool, result=False,
-                                             group=RANKS)  # fmt: skip
-    pretrained: str = flag("", "weights file of the backbone; without it the backbone is untrained", result=False,
-                           group=MODEL)  # fmt: skip
+    multiprocessing_distributed: bool = flag(
+        False, "start one process a GPU on this node", kind=bool, result=False, group=RANKS
+    )
+    pretrained: str = flag(
+        "", "weights file of the backbone; without it the backbone is untrained", result=False, group=MODEL
+    )
     # --- ours ------------------------------------------------------------------------------------------
-    head: str = flag("linear", "comma list of heads: linear, bn-linear (behind a batch norm without parameters, "
-                     "folded into the saved layer)", group=METHOD)  # fmt: skip
-    cache_features: bool = flag(False, "compute features once, without augmentation, and train on them: quick, but "
-                                "not the published protocol", kind=bool, group=METHOD)  # fmt: skip
-    solver: str = flag("sgd", "with --cache-features: sgd, or lbfgs (full batch to convergence; --lr is not used)",
-                       choices=("sgd", "lbfgs"), group=METHOD)  # fmt: skip
+    head: str = flag(
+        "linear",
+        "comma list of heads: linear, bn-linear (behind a batch norm without parameters, folded into the saved layer)",
+        group=METHOD,
+    )
+    cache_features: bool = flag(
+        False,
+        "compute features once, without augmentation, and train on them: quick, but not the published protocol",
+        kind=bool,
+        group=METHOD,
+    )
+    solver: str = flag(
+        "sgd",
+        "with --cache-features: sgd, or lbfgs (full batch to convergence; --lr is not used)",
+        choices=("sgd", "lbfgs"),
+        group=METHOD,
+    )
     heads: int | None = flag(None, HEADS_HELP, kind=int, group=MODEL)
-    encoder: str = flag("base", "which encoder of a pre-training checkpoint", choices=("base", "momentum"),
-                        group=MODEL)  # fmt: skip
+    encoder: str = flag("base", "which encoder of a pre-training checkpoint", choices=("base", "momentum"), group=MODEL)
     image_size: int = flag(0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int, group=DATA)
-    view_preset: str = flag("", "normalisation and centre crop; unless given that of pre-training, else photos",
-                            choices=("", *PRESETS), group=DATA)  # fmt: skip
-    crop_min: float = flag(0.08, "smallest crop of the training view, as a share of the picture", kind=float,
-                           group=DATA)  # fmt: skip
+    view_preset: str = flag(
+        "",
+        "normalisation and centre crop; unless given that of pre-training, else photos",
+        choices=("", *PRESETS),
+        group=DATA,
+    )
+    crop_min: float = flag(
+        0.08, "smallest crop of the training view, as a share of the picture", kind=float, group=DATA
+    )
     output_dir: str = flag(".", "folder of the files", result=False, group=RUN)
     recipe: str = flag("", "named set of flags, see the list at the end", result=False, group=RUN)
     config: str = flag("", "YAML file of flags, for example a run's lincls.yaml", result=False, group=RUN)
-    checkpoint_steps: int = flag(0, "also write checkpoint.pth.tar every so many steps", kind=int, result=False,
-                                 group=RUN)  # fmt: skip
+    checkpoint_steps: int = flag(
+        0, "also write checkpoint.pth.tar every so many steps", kind=int, result=False, group=RUN
+    )
     max_steps: int = flag(0, "stop after so many steps in all, with a checkpoint", kind=int, result=False, group=RUN)
     max_hours: float = flag(0.0, "stop after so many hours, with a checkpoint", kind=float, result=False, group=RUN)
     device: str = flag("auto", "device", choices=DEVICES, result=False, group=RANKS)
-    precision: str = flag("fp32", "arithmetic of the backbone; heads are always float32", choices=PRECISIONS,
-                          group=RANKS)  # fmt: skip
+    precision: str = flag(
+        "fp32", "arithmetic of the backbone; heads are always float32", choices=PRECISIONS, group=RANKS
+    )
     nprocs_per_node: int = flag(0, "start so many processes on this node", kind=int, result=False, group=RANKS)
-    allow_config_change: bool = flag(False, "resume although result-changing flags differ", kind=bool, result=False,
-                                     group=RUN)  # fmt: skip
+    allow_config_change: bool = flag(
+        False, "resume although result-changing flags differ", kind=bool, result=False, group=RUN
+    )
     logger: str = flag("none", LOGGER_HELP, result=False, group=RUN, metavar="NAMES")
     quiet: bool = flag(False, "print warnings and the result only", kind=bool, result=False, group=RUN)
     json: bool = flag(False, "print every line of lincls.jsonl instead of text", kind=bool, result=False, group=RUN)
@@ -137,8 +193,21 @@ class LinclsConfig:
             check_arch(self.arch)
         check_heads(self.heads, self.arch)
         at_least(self, 1, ("epochs", "batch_size", "print_freq"))
-        at_least(self, 0, ("workers", "start_epoch", "image_size", "checkpoint_steps", "max_steps", "max_hours",
-                           "nprocs_per_node", "momentum", "seed"))  # fmt: skip
+        at_least(
+            self,
+            0,
+            (
+                "workers",
+                "start_epoch",
+                "image_size",
+                "checkpoint_steps",
+                "max_steps",
+                "max_hours",
+                "nprocs_per_node",
+                "momentum",
+                "seed",
+            ),
+        )
         for name, values in (("--lr", self.lrs), ("--wd", self.weight_decays)):
             for value in values:
                 if not (value >= 0 and math.isfinite(value)):

@@ -22,11 +22,7 @@ class OwnFlags(ViewFlags):
         metavar="TIME",
     )
     hold_out: int = flag(
-        0,
-        "pictures kept from training, for the quality without labels",
-        kind=int,
-        group=OWN,
-        metavar="N",
+        0, "pictures kept from training, for the quality without labels", kind=int, group=OWN, metavar="N"
     )
     quality_every: int = flag(
         0,

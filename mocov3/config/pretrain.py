@@ -56,17 +56,10 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     weight_decay: float = flag(1e-6, "weight decay", "--wd", "--weight-decay", kind=float, group=METHOD)
     print_freq: int = flag(10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN)
     resume: str = flag(
-        "",
-        "checkpoint to go on from, or 'auto' for the newest valid one in the output folder",
-        result=False,
-        group=RUN,
+        "", "checkpoint to go on from, or 'auto' for the newest valid one in the output folder", result=False, group=RUN
     )
     world_size: int = flag(
-        -1,
-        "nodes (with --multiprocessing-distributed), else processes",
-        kind=int,
-        result=False,
-        group=RANKS,
+        -1, "nodes (with --multiprocessing-distributed), else processes", kind=int, result=False, group=RANKS
     )
     rank: int = flag(-1, "rank of this node, or of this process", kind=int, result=False, group=RANKS)
     dist_url: str = flag(
@@ -77,10 +70,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     )
     dist_backend: str = flag("nccl", "nccl or gloo", result=False, group=RANKS)
     seed: int | None = flag(
-        None,
-        "seed of weights, order and draws; drawn, printed and stored unless given",
-        kind=int,
-        group=METHOD,
+        None, "seed of weights, order and draws; drawn, printed and stored unless given", kind=int, group=METHOD
     )
     gpu: int | None = flag(None, "use only this GPU", kind=int, result=False, group=RANKS)
     multiprocessing_distributed: bool = flag(
@@ -103,13 +93,15 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     precision: str = flag("auto", "arithmetic of the networks", choices=("auto", "fp32", "fp16", "bf16"), group=METHOD)
     image_size: int = flag(224, "side of the views in pixels", kind=int, group=DATA)
     patch_size: int = flag(16, "side of a ViT's patches in pixels", kind=int, group=MODEL)
-    heads: int | None = flag(None, "attention heads of a ViT, new or from an --init that does not tell (ViT-S: 12 in "
-                             "MoCo v3; 6 in DeiT, DINO, timm)", kind=int, group=MODEL)  # fmt: skip
-    small_stem: bool = flag(
-        False,
-        "3×3 stride-1 stem without pooling, for ResNets on pictures of 28–64 px",
-        kind=bool,
+    heads: int | None = flag(
+        None,
+        "attention heads of a ViT, new or from an --init that does not tell (ViT-S: 12 in "
+        "MoCo v3; 6 in DeiT, DINO, timm)",
+        kind=int,
         group=MODEL,
+    )
+    small_stem: bool = flag(
+        False, "3×3 stride-1 stem without pooling, for ResNets on pictures of 28–64 px", kind=bool, group=MODEL
     )
     init: str = flag(
         "",
@@ -130,22 +122,13 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         group=DATA,
     )
     max_corrupt: float = flag(
-        0.01,
-        "share of unreadable pictures (from 10 on) that stops the run",
-        kind=float,
-        result=False,
-        group=DATA,
+        0.01, "share of unreadable pictures (from 10 on) that stops the run", kind=float, result=False, group=DATA
     )
     checkpoint_every: int = flag(
         1, "epochs between checkpoints that are kept", kind=int, result=False, group=RUN, metavar="EPOCHS"
     )
     checkpoint_steps: int = flag(
-        0,
-        "steps between checkpoints within an epoch (0: none)",
-        kind=int,
-        result=False,
-        group=RUN,
-        metavar="N",
+        0, "steps between checkpoints within an epoch (0: none)", kind=int, result=False, group=RUN, metavar="N"
     )
     keep_last: int = flag(
         0, "keep only the newest so many checkpoints of epochs (0: all)", kind=int, result=False, group=RUN, metavar="K"
@@ -154,22 +137,13 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         0, "with --keep-last, also keep every N-th epoch's", kind=int, result=False, group=RUN, metavar="N"
     )
     max_steps: int = flag(
-        0,
-        "stop after this many steps in all, with a checkpoint (0: never)",
-        kind=int,
-        result=False,
-        group=RUN,
+        0, "stop after this many steps in all, with a checkpoint (0: never)", kind=int, result=False, group=RUN
     )
     max_hours: float = flag(
         0.0, "stop after this time, with a checkpoint (0: never)", kind=float, result=False, group=RUN
     )
     knn_every: int = flag(
-        0,
-        "epochs between k-NN evaluations on DIR/val (0: none)",
-        kind=int,
-        result=False,
-        group=RUN,
-        metavar="EPOCHS",
+        0, "epochs between k-NN evaluations on DIR/val (0: none)", kind=int, result=False, group=RUN, metavar="EPOCHS"
     )
     report_every: int = flag(
         0,
@@ -184,11 +158,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     )
     compile: bool = flag(False, "compile the backbones with torch.compile", kind=bool, result=False, group=RANKS)
     grad_checkpoint: bool = flag(
-        False,
-        "save memory by recomputing a ViT's blocks in the backward pass",
-        kind=bool,
-        result=False,
-        group=RANKS,
+        False, "save memory by recomputing a ViT's blocks in the backward pass", kind=bool, result=False, group=RANKS
     )
     skip_spikes: float = flag(
         0.0,
@@ -236,8 +206,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         self.check_own()
         self.check_scale()
         logger_names(self.logger)
-        positive = ("epochs", "moco_dim", "moco_mlp_dim", "image_size", "patch_size", "print_freq",
-                    "checkpoint_every")  # fmt: skip
+        positive = ("epochs", "moco_dim", "moco_mlp_dim", "image_size", "patch_size", "print_freq", "checkpoint_every")
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
@@ -245,9 +214,23 @@ class PretrainConfig(ScaleFlags, CheapFlags):
             raise UserError(
                 f"--batch-size must be at least 2, not {self.batch_size}: the loss tells the pictures of a batch apart"
             )
-        not_negative = ("workers", "start_epoch", "lr", "weight_decay", "warmup_epochs", "checkpoint_steps",
-                        "max_steps", "max_hours", "knn_every", "report_every", "nprocs_per_node", "momentum", "seed",
-                        "keep_last", "keep_every")  # fmt: skip
+        not_negative = (
+            "workers",
+            "start_epoch",
+            "lr",
+            "weight_decay",
+            "warmup_epochs",
+            "checkpoint_steps",
+            "max_steps",
+            "max_hours",
+            "knn_every",
+            "report_every",
+            "nprocs_per_node",
+            "momentum",
+            "seed",
+            "keep_last",
+            "keep_every",
+        )
         for name in not_negative:
             value = getattr(self, name)
             if value is not None and not value >= 0:  # also refuses NaN

@@ -74,14 +74,7 @@ RECIPES: dict[str, Recipe] = {
     "vit_base_300ep": Recipe({"arch": "vit_base", **_VIT}, "batch 4096, 64 GPUs", "76.7 linear, 83.2 fine-tuned"),
     "vit_small_1gpu": Recipe({"arch": "vit_small", "batch_size": 256, **_VIT}, "ours: one 12 GB GPU, batch 256"),
     "resnet50_1gpu": Recipe(
-        {
-            "arch": "resnet50",
-            "batch_size": 128,
-            "moco_m_cos": True,
-            "moco_t": 0.2,
-            "crop_min": 0.2,
-            "lr": 0.3,
-        },
+        {"arch": "resnet50", "batch_size": 128, "moco_m_cos": True, "moco_t": 0.2, "crop_min": 0.2, "lr": 0.3},
         "ours: one 12 GB GPU, batch 128",
     ),
     "small_images": Recipe(
@@ -140,26 +133,58 @@ FINETUNE_RECIPES: dict[str, Recipe] = {
         {"arch": "vit_small", "epochs": 300}, "ImageNet-1k, DeiT's defaults (epochs not stated there)", "81.4"
     ),
     "transfer_cifar10": Recipe(
-        {**_TRANSFER, "data_set": "cifar10", "weight_decay": 0.1, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1,
-         "reprob": 0.0},
-        "batch 128 × 8 processes", "98.9",
+        {
+            **_TRANSFER,
+            "data_set": "cifar10",
+            "weight_decay": 0.1,
+            "mixup": 0.8,
+            "cutmix": 1.0,
+            "drop_path": 0.1,
+            "reprob": 0.0,
+        },
+        "batch 128 × 8 processes",
+        "98.9",
     ),
     "transfer_cifar100": Recipe(
-        {**_TRANSFER, "data_set": "cifar100", "weight_decay": 0.1, "mixup": 0.5, "cutmix": 1.0, "drop_path": 0.1,
-         "reprob": 0.0},
-        "batch 128 × 8 processes", "90.5",
+        {
+            **_TRANSFER,
+            "data_set": "cifar100",
+            "weight_decay": 0.1,
+            "mixup": 0.5,
+            "cutmix": 1.0,
+            "drop_path": 0.1,
+            "reprob": 0.0,
+        },
+        "batch 128 × 8 processes",
+        "90.5",
     ),
     "transfer_flowers": Recipe(
-        {**_TRANSFER, "data_set": "flowers", "weight_decay": 0.3, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.1,
-         "reprob": 0.25},
-        "batch 128 × 8 processes", "97.7",
+        {
+            **_TRANSFER,
+            "data_set": "flowers",
+            "weight_decay": 0.3,
+            "mixup": 0.0,
+            "cutmix": 0.0,
+            "drop_path": 0.1,
+            "reprob": 0.25,
+        },
+        "batch 128 × 8 processes",
+        "97.7",
     ),
     "transfer_pets": Recipe(
-        {**_TRANSFER, "data_set": "pets", "weight_decay": 0.1, "mixup": 0.8, "cutmix": 0.0, "drop_path": 0.0,
-         "reprob": 0.0},
-        "batch 128 × 8 processes", "93.2",
+        {
+            **_TRANSFER,
+            "data_set": "pets",
+            "weight_decay": 0.1,
+            "mixup": 0.8,
+            "cutmix": 0.0,
+            "drop_path": 0.0,
+            "reprob": 0.0,
+        },
+        "batch 128 × 8 processes",
+        "93.2",
     ),
-}  # fmt: skip
+}
 """Recipes of fine-tuning and transfer; results are the reference's, after its pre-training of 300 epochs."""
 
 

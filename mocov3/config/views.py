@@ -12,11 +12,20 @@ from mocov3.errors import UserError
 
 VIEWS = "strengths of the views (default: the preset's)"
 
-_SHARES = ("jitter_probability", "gray_probability", "flip_probability", "vertical_flip_probability",
-           "turn_probability")  # fmt: skip
+_SHARES = (
+    "jitter_probability",
+    "gray_probability",
+    "flip_probability",
+    "vertical_flip_probability",
+    "turn_probability",
+)
 _STRENGTHS = {"brightness": 10.0, "contrast": 10.0, "saturation": 10.0, "hue": 0.5, "pad": 2.0}
-_PAIRS = {"blur_probability": (0.0, 1.0), "solarize_probability": (0.0, 1.0), "blur_sigma": (1e-3, 50.0),
-          "ratio": (0.05, 20.0)}  # fmt: skip
+_PAIRS = {
+    "blur_probability": (0.0, 1.0),
+    "solarize_probability": (0.0, 1.0),
+    "blur_sigma": (1e-3, 50.0),
+    "ratio": (0.05, 20.0),
+}
 _ORDERED = ("blur_sigma", "ratio")
 _FLAGS = {"ratio": "crop_ratio", "pad": "crop_pad"}
 """Fields of a preset whose flag is called otherwise."""
@@ -30,8 +39,9 @@ class ViewFlags:
     brightness: float | None = flag(None, "factors of brightness are drawn from 1 ± this", kind=float, group=VIEWS)
     contrast: float | None = flag(None, "factors of contrast are drawn from 1 ± this", kind=float, group=VIEWS)
     saturation: float | None = flag(None, "factors of saturation are drawn from 1 ± this", kind=float, group=VIEWS)
-    hue: float | None = flag(None, "hue is turned by up to this part of the circle (at most 0.5)", kind=float,
-                             group=VIEWS)  # fmt: skip
+    hue: float | None = flag(
+        None, "hue is turned by up to this part of the circle (at most 0.5)", kind=float, group=VIEWS
+    )
     jitter_probability: float | None = flag(None, "how often colours are changed", kind=float, group=VIEWS)
     gray_probability: float | None = flag(None, "how often a view is grey", kind=float, group=VIEWS)
     blur_probability: str = flag("", "how often views are blurred, one number or one a view (1.0,0.1)", group=VIEWS)
@@ -42,26 +52,32 @@ class ViewFlags:
         None, "how often top and bottom change sides", kind=float, group=VIEWS
     )
     turn_probability: float | None = flag(
-        None, "how often a view is turned by 90, 180 or 270 degrees (0.75: all four ways up alike)", kind=float,
+        None,
+        "how often a view is turned by 90, 180 or 270 degrees (0.75: all four ways up alike)",
+        kind=float,
         group=VIEWS,
-    )  # fmt: skip
+    )
     crop_ratio: str = flag("", "smallest,largest width over height of the crop", group=VIEWS)
     crop_pad: float | None = flag(
-        None, "black border added on each side before the crop, as a share of the picture's side", kind=float,
+        None,
+        "black border added on each side before the crop, as a share of the picture's side",
+        kind=float,
         group=VIEWS,
-    )  # fmt: skip
+    )
     mean_std: str = flag(
-        "", "normalisation: 'auto' measures it on the pictures; or mean,std or a mean and then a deviation for every "
-        "channel, in 0–1", group=VIEWS
-    )  # fmt: skip
+        "",
+        "normalisation: 'auto' measures it on the pictures; or mean,std or a mean and then a deviation for every "
+        "channel, in 0–1",
+        group=VIEWS,
+    )
     channels: int = flag(
-        3, "channels of a picture: 1 (grey), 3 (RGB), or those that every file holds (TIFF)", kind=int,
-        group=VIEWS,
-    )  # fmt: skip
+        3, "channels of a picture: 1 (grey), 3 (RGB), or those that every file holds (TIFF)", kind=int, group=VIEWS
+    )
     bit_window: str = flag(
-        "", "LOW,HIGH: values that become black and white in pictures of more than 8 bits (default: their upper 8)",
+        "",
+        "LOW,HIGH: values that become black and white in pictures of more than 8 bits (default: their upper 8)",
         group=VIEWS,
-    )  # fmt: skip
+    )
 
     def check_views(self) -> None:
         """Refuse strengths that mean nothing.

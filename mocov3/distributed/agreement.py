@@ -14,10 +14,28 @@ from mocov3.errors import UserError
 from mocov3.version import __version__
 
 PRIVATE = {
-    "data", "output_dir", "config", "recipe", "budget", "workers", "print_freq", "resume", "world_size", "rank", "gpu",
-    "device", "dist_url", "dist_backend", "multiprocessing_distributed", "nprocs_per_node", "dist_timeout", "quiet",
-    "json", "max_corrupt", "max_hours",
-}  # fmt: skip
+    "data",
+    "output_dir",
+    "config",
+    "recipe",
+    "budget",
+    "workers",
+    "print_freq",
+    "resume",
+    "world_size",
+    "rank",
+    "gpu",
+    "device",
+    "dist_url",
+    "dist_backend",
+    "multiprocessing_distributed",
+    "nprocs_per_node",
+    "dist_timeout",
+    "quiet",
+    "json",
+    "max_corrupt",
+    "max_hours",
+}
 """Fields that may differ: places, names, output, and what each rank decides for itself or with the others."""
 
 

@@ -105,9 +105,16 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.num_batches_tracked.add_(1)
         rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
         return SyncBatchNorm.apply(
-            input, self.weight, self.bias, self.running_mean, self.running_var, self.eps, rate,
-            dist.group.WORLD, world_size(),
-        )  # fmt: skip
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.eps,
+            rate,
+            dist.group.WORLD,
+            world_size(),
+        )
 
 
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:

@@ -185,15 +185,7 @@ def _pass_on(children: list[Any], number: int) -> None:
 
 
 def _child(
-    messages: Any,
-    task: Task,
-    payload: Any,
-    rank: int,
-    size: int,
-    local: int,
-    here: int,
-    device: str,
-    meet: Meeting,
+    messages: Any, task: Task, payload: Any, rank: int, size: int, local: int, here: int, device: str, meet: Meeting
 ) -> None:
     try:
         code = _run(task, payload, rank, size, here, pick_device(device, local), meet)

@@ -41,9 +41,15 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"data {data}: {len(pictures)} pictures are too few to judge by; 10 or more are needed")
     warn_left_out(whole)
     rows = judge_all(
-        files, pictures, whole, labels, device=args.device, workers=args.workers, arch=args.arch or None,
+        files,
+        pictures,
+        whole,
+        labels,
+        device=args.device,
+        workers=args.workers,
+        arch=args.arch or None,
         heads=args.heads,
-    )  # fmt: skip
+    )
     if args.json:
         for row in rows:
             print(json.dumps(row))
@@ -54,8 +60,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> Any:
     parser = Parser(prog="mocov3 compare", description=__doc__)
-    parser.add_argument("things", nargs="*", metavar="CKPT… DIR", help="weights files, then pictures to judge by; "
-                        "best pictures that were not trained on (DIR/val is used where it exists)")  # fmt: skip
+    parser.add_argument(
+        "things",
+        nargs="*",
+        metavar="CKPT… DIR",
+        help="weights files, then pictures to judge by; "
+        "best pictures that were not trained on (DIR/val is used where it exists)",
+    )
     parser.add_argument("-a", "--arch", default="", help="backbone of files that do not name it")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT, of files that do not tell")
     parser.add_argument("--labels", default="", metavar="CSV", help="path,label of some pictures (10–100 will do)")
@@ -76,8 +87,14 @@ def _pictures(data: str) -> tuple[Source, bool]:
     return (open_source(data, "val"), True) if has_unseen(data) else (open_source(data), False)
 
 
-_COLUMNS = {"retrieval": ("found %", ".1f"), "rankme": ("RankMe", ".1f"), "alpha": ("α-ReQ", ".2f"),
-            "lidar": ("LiDAR", ".1f"), "alignment": ("align.", ".2f"), "uniformity": ("unif.", ".2f")}  # fmt: skip
+_COLUMNS = {
+    "retrieval": ("found %", ".1f"),
+    "rankme": ("RankMe", ".1f"),
+    "alpha": ("α-ReQ", ".2f"),
+    "lidar": ("LiDAR", ".1f"),
+    "alignment": ("align.", ".2f"),
+    "uniformity": ("unif.", ".2f"),
+}
 _NAME = 34
 
 
@@ -100,8 +117,10 @@ def _print(rows: list[dict[str, Any]], labels: Labels | None, file: str, *, kept
     print("again goes along with k-NN best (docs/own-pictures.md). Compare on the same pictures only.")
     if labels is not None:
         counted = f"{len(labels.indices)} labelled pictures of {len(labels.classes)} classes"
-        print(f"k-NN: each of {counted} judged by the others (k 20, τ .07){' of ' + file if file else ''}; "
-              "where intervals overlap, the labels can't tell networks apart.")  # fmt: skip
+        print(
+            f"k-NN: each of {counted} judged by the others (k 20, τ .07){' of ' + file if file else ''}; "
+            "where intervals overlap, the labels can't tell networks apart."
+        )
         if len(trained) >= _CORRELATE_FROM:
             parts = []
             for name, (title, _) in _COLUMNS.items():

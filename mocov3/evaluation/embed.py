@@ -61,15 +61,32 @@ def embed(world: Any, config: EmbedConfig) -> int:
     from mocov3.models.precision import Precision, resolve_precision
 
     frozen = open_frozen(
-        config.model, flag="--model", arch=config.arch, encoder=config.encoder, image_size=config.image_size,
-        view_preset=config.view_preset, layer=config.layer, untrained=config.untrained, seed=config.seed,
+        config.model,
+        flag="--model",
+        arch=config.arch,
+        encoder=config.encoder,
+        image_size=config.image_size,
+        view_preset=config.view_preset,
+        layer=config.layer,
+        untrained=config.untrained,
+        seed=config.seed,
         heads=config.heads,
-    )  # fmt: skip
+    )
     source, preset = open_source(config.data), frozen.preset
     # what makes the features; a pass of other settings is not gone on with
-    key = {"pictures": source.digest, "backbone": frozen.digest(), "arch": frozen.arch, "heads": frozen.heads,
-           "layer": config.layer, "image_size": frozen.image_size, "mean": list(preset.mean), "std": list(preset.std),
-           "zoom": preset.evaluation_zoom, "precision": config.precision, "batch": config.batch_size}  # fmt: skip
+    key = {
+        "pictures": source.digest,
+        "backbone": frozen.digest(),
+        "arch": frozen.arch,
+        "heads": frozen.heads,
+        "layer": config.layer,
+        "image_size": frozen.image_size,
+        "mean": list(preset.mean),
+        "std": list(preset.std),
+        "zoom": preset.evaluation_zoom,
+        "precision": config.precision,
+        "batch": config.batch_size,
+    }
     frozen.to(world.device)
     precision = Precision(resolve_precision(config.precision, world.device, script_door=False), world.device)
     side = frozen.image_size
@@ -81,10 +98,17 @@ def embed(world: Any, config: EmbedConfig) -> int:
     mine = spool.todo()
     began, done = time.perf_counter(), 0
     for part in stream(
-        frozen.network, frozen.features, source, frozen.view, mine, device=world.device, mean=preset.mean,
-        std=preset.std, workers=loader_workers(config.workers, sum(map(len, mine)), world),
+        frozen.network,
+        frozen.features,
+        source,
+        frozen.view,
+        mine,
+        device=world.device,
+        mean=preset.mean,
+        std=preset.std,
+        workers=loader_workers(config.workers, sum(map(len, mine)), world),
         autocast=precision.autocast,
-    ):  # fmt: skip
+    ):
         refuse_not_finite(part.features, part.indices, source)
         met = set(part.indices.tolist())
         bad = {c.index: c.reason for c in part.corrupt if c.index in met}
@@ -96,8 +120,11 @@ def embed(world: Any, config: EmbedConfig) -> int:
         rate = world.size * done / max(time.perf_counter() - began, 1e-9)
         errors = spool.finish(source, frozen.about)
         where = printable(config.output)
-        _say(f"{where}: {len(source)} pictures × {'×'.join(map(str, shape))} of {frozen.about}"
-             + (f"; {rate:.0f} pictures/s" if done else "") + other_part(config.data))  # fmt: skip
+        _say(
+            f"{where}: {len(source)} pictures × {'×'.join(map(str, shape))} of {frozen.about}"
+            + (f"; {rate:.0f} pictures/s" if done else "")
+            + other_part(config.data)
+        )
         if errors:
             first = min(errors)
             warn(f"{len(errors)} unreadable pictures have NaN features, first: {source.name(first)}: {errors[first]}")
@@ -114,14 +141,20 @@ def _duplicates(config: EmbedConfig, source: Source, errors: dict[int, str]) -> 
     file = Path(config.output).with_suffix(".duplicates.jsonl")
     with file.open("w", encoding="utf-8") as out:
         for least, members in groups:
-            out.write(json.dumps({"least_cosine": round(least, 6), "pictures": [source.name(i) for i in members]})
-                      + "\n")  # fmt: skip
+            out.write(
+                json.dumps({"least_cosine": round(least, 6), "pictures": [source.name(i) for i in members]}) + "\n"
+            )
     extra = sum(len(members) - 1 for _, members in groups)
-    _say(f"{len(groups)} groups of pictures with cosine ≥ {config.duplicates:g}, {extra} beyond the first of each: "
-         f"{printable(str(file))}")  # fmt: skip
+    _say(
+        f"{len(groups)} groups of pictures with cosine ≥ {config.duplicates:g}, {extra} beyond the first of each: "
+        f"{printable(str(file))}"
+    )
     for least, members in groups[:5]:
-        _say(f"  {least:.4f}  " + "  ".join(printable(source.name(i)) for i in members[:4])
-             + (f"  and {len(members) - 4} more" if len(members) > 4 else ""))  # fmt: skip
+        _say(
+            f"  {least:.4f}  "
+            + "  ".join(printable(source.name(i)) for i in members[:4])
+            + (f"  and {len(members) - 4} more" if len(members) > 4 else "")
+        )
 
 
 def _say(text: str) -> None:

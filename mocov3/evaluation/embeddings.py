@@ -147,10 +147,14 @@ def _write_parquet(output: Path, spool: Path, source: Source, about: str, errors
     features = np.load(spool, mmap_mode="r")
     width = int(np.prod(features.shape[1:]))
     schema = pa.schema(
-        [("path", pa.string()), ("class", pa.string()), ("error", pa.string()),
-         ("feature", pa.list_(pa.float32(), width))],
+        [
+            ("path", pa.string()),
+            ("class", pa.string()),
+            ("error", pa.string()),
+            ("feature", pa.list_(pa.float32(), width)),
+        ],
         metadata={"backbone": about, "shape": json.dumps(list(features.shape[1:])), "made_by": "mocov3 embed"},
-    )  # fmt: skip
+    )
     partial = output.with_name(f".{output.name}.partial")
     with pq.ParquetWriter(partial, schema) as writer:
         for start in range(0, len(features), _ROW_GROUP):

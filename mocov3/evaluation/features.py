@@ -140,8 +140,9 @@ def collect(
     return Collected(torch.cat([part for part, _ in everyone if part.numel()]), together)
 
 
-def extract(network: nn.Module, features: Callable[[Tensor], Tensor], source: Source, view: CentreView,
-            **settings: Any) -> Tensor:  # fmt: skip
+def extract(
+    network: nn.Module, features: Callable[[Tensor], Tensor], source: Source, view: CentreView, **settings: Any
+) -> Tensor:
     """Features of every picture of ``source``, in order, on the CPU of every rank, as float32 (pictures, width).
 
     An unreadable picture gets another's features, as in training. Settings are those of ``collect``.

@@ -136,8 +136,9 @@ def open_frozen(
         return _published(model, image_size, view_preset, layer)
     size = image_size or 224
     settings: dict[str, Any] = {"image_size": size, **({"num_heads": heads} if heads else {})}
-    return _frozen(build_backbone(model, **settings), model, size, preset, settings,
-                   f"{model}, untrained (seed {seed})", layer)  # fmt: skip
+    return _frozen(
+        build_backbone(model, **settings), model, size, preset, settings, f"{model}, untrained (seed {seed})", layer
+    )
 
 
 def _from_file(
@@ -161,8 +162,11 @@ def _from_file(
     if preset.reading.channels != 3:
         settings["in_chans"] = preset.reading.channels
     try:
-        network = _with_projector(contents, name, encoder, settings, where) if layer == "projector" else (
-            build_backbone(name, **settings))  # fmt: skip
+        network = (
+            _with_projector(contents, name, encoder, settings, where)
+            if layer == "projector"
+            else (build_backbone(name, **settings))
+        )
         load_into(network, weights, where)
     except UserError as error:
         raise UserError(f"{error} ({_fits(weights)})") from None
@@ -178,9 +182,12 @@ def _saved_preset(own: Any, config: dict[str, Any], where: str) -> ViewPreset:
     if not isinstance(view, dict):
         return preset
     return dataclasses.replace(
-        preset, mean=tuple(view["mean"]), std=tuple(view["std"]), evaluation_zoom=float(view["zoom"]),
+        preset,
+        mean=tuple(view["mean"]),
+        std=tuple(view["std"]),
+        evaluation_zoom=float(view["zoom"]),
         reading=Reading(int(view.get("channels", 3)), tuple(view.get("window", ())) or None),
-    )  # fmt: skip
+    )
 
 
 def _with_projector(contents: dict[str, Any], arch: str, encoder: str, settings: dict[str, Any], where: str) -> Encoder:
@@ -211,22 +218,31 @@ def _published(model: str, image_size: int, view_preset: str, layer: str) -> Fro
         raise
     except Exception as error:  # whatever the hub's client raises without a network
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"--model {model}: its published weights cannot be had ({reason}); give a weights file "
-                        f"with -a {model}, or --untrained") from None  # fmt: skip
+        raise UserError(
+            f"--model {model}: its published weights cannot be had ({reason}); give a weights file "
+            f"with -a {model}, or --untrained"
+        ) from None
     found = timm.data.resolve_model_data_config(network.backbone)
-    preset = PRESETS[view_preset] if view_preset else dataclasses.replace(
-        PRESETS["photos"], mean=tuple(found["mean"]), std=tuple(found["std"]), evaluation_zoom=1 / found["crop_pct"]
-    )  # fmt: skip
+    preset = (
+        PRESETS[view_preset]
+        if view_preset
+        else dataclasses.replace(
+            PRESETS["photos"], mean=tuple(found["mean"]), std=tuple(found["std"]), evaluation_zoom=1 / found["crop_pct"]
+        )
+    )
     about = f"{model}, timm's published weights"
     return _frozen(network, model, size, preset, {"image_size": size}, about, layer)
 
 
-def _frozen(network: Any, arch: str, size: int, preset: ViewPreset, settings: dict[str, Any], about: str,
-            layer: str) -> Frozen:  # fmt: skip
+def _frozen(
+    network: Any, arch: str, size: int, preset: ViewPreset, settings: dict[str, Any], about: str, layer: str
+) -> Frozen:
     if is_vit(arch) and size % int(settings.get("patch_size", 16)):
         patch = int(settings.get("patch_size", 16))
-        raise UserError(f"--image-size {size} does not divide into patches of {patch} px; "
-                        f"nearest: {max(size // patch, 1) * patch} or {(size // patch + 1) * patch}")  # fmt: skip
+        raise UserError(
+            f"--image-size {size} does not divide into patches of {patch} px; "
+            f"nearest: {max(size // patch, 1) * patch} or {(size // patch + 1) * patch}"
+        )
     network.eval().requires_grad_(False)
     if unusual := stored_heads(settings.get("num_heads"), arch, None):
         about += f", {unusual} attention heads"

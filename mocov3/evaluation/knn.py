@@ -82,10 +82,17 @@ def measure(world: Any, config: KnnConfig) -> int:
     from mocov3.evaluation.neighbours import nearest, recalled, vote
 
     frozen = open_frozen(
-        config.model, flag="--model", arch=config.arch, encoder=config.encoder, image_size=config.image_size,
-        view_preset=config.view_preset, layer=config.layer, untrained=config.untrained, seed=config.seed,
+        config.model,
+        flag="--model",
+        arch=config.arch,
+        encoder=config.encoder,
+        image_size=config.image_size,
+        view_preset=config.view_preset,
+        layer=config.layer,
+        untrained=config.untrained,
+        seed=config.seed,
         heads=config.heads,
-    ).to(world.device)  # fmt: skip
+    ).to(world.device)
     sources = open_sets(config.data, config.labels)
     bank, labels = _features(world, frozen, config, sources[0])
     asked, answers = (bank, labels) if sources[1] is None else _features(world, frozen, config, sources[1])
@@ -100,8 +107,15 @@ def measure(world: Any, config: KnnConfig) -> int:
     if world.main:
         accuracy = dict(zip(voted, shares, strict=False))
         recall = dict(zip(recalls, shares[len(voted) :], strict=True))
-        _report(config, frozen, (len(bank), len(asked), len(sources[0].classes)), accuracy, recall, notes,
-                leave_one_out=sources[1] is None)  # fmt: skip
+        _report(
+            config,
+            frozen,
+            (len(bank), len(asked), len(sources[0].classes)),
+            accuracy,
+            recall,
+            notes,
+            leave_one_out=sources[1] is None,
+        )
     return 0
 
 
@@ -115,10 +129,17 @@ def _features(world: Any, frozen: Any, config: KnnConfig, source: Source) -> tup
 
     precision = Precision(resolve_precision(config.precision, world.device, script_door=False), world.device)
     features, corrupt = collect(
-        frozen.network, frozen.features, source, frozen.view, world=world, batch_size=config.batch_size,
-        mean=frozen.preset.mean, std=frozen.preset.std, workers=loader_workers(config.workers, len(source), world),
+        frozen.network,
+        frozen.features,
+        source,
+        frozen.view,
+        world=world,
+        batch_size=config.batch_size,
+        mean=frozen.preset.mean,
+        std=frozen.preset.std,
+        workers=loader_workers(config.workers, len(source), world),
         autocast=precision.autocast,
-    )  # fmt: skip
+    )
     labels = torch.as_tensor(source.labels, dtype=torch.long)
     if corrupt:
         if world.main:
@@ -133,27 +154,46 @@ def _features(world: Any, frozen: Any, config: KnnConfig, source: Source) -> tup
 
 
 def _report(
-    config: KnnConfig, frozen: Any, sizes: tuple[int, int, int], accuracy: dict[tuple[int, float], float],
-    recall: dict[int, float], notes: list[str], *, leave_one_out: bool,
-) -> None:  # fmt: skip
+    config: KnnConfig,
+    frozen: Any,
+    sizes: tuple[int, int, int],
+    accuracy: dict[tuple[int, float], float],
+    recall: dict[int, float],
+    notes: list[str],
+    *,
+    leave_one_out: bool,
+) -> None:
     bank, asked, classes = sizes
     view = frozen.view
     settings = {
-        "backbone": frozen.about, "layer": config.layer or "backbone feature", "bank": bank, "queries": asked,
-        "leave_one_out": leave_one_out, "classes": classes, "similarity": "cosine",
-        "vote": "sum of exp(similarity / temperature)", "image_size": view.image_size,
-        "resize": round(view.image_size * view.zoom), "precision": config.precision, "data": config.data,
-    }  # fmt: skip
+        "backbone": frozen.about,
+        "layer": config.layer or "backbone feature",
+        "bank": bank,
+        "queries": asked,
+        "leave_one_out": leave_one_out,
+        "classes": classes,
+        "similarity": "cosine",
+        "vote": "sum of exp(similarity / temperature)",
+        "image_size": view.image_size,
+        "resize": round(view.image_size * view.zoom),
+        "precision": config.precision,
+        "data": config.data,
+    }
     if config.json:
-        rows = [{"k": k, "temperature": t, "accuracy": value, "interval": interval(round(value * asked / 100), asked)}
-                for (k, t), value in accuracy.items()]  # fmt: skip
-        print(json.dumps({**settings, "accuracy": rows, "recall": {str(k): v for k, v in recall.items()},
-                          "notes": notes}))  # fmt: skip
+        rows = [
+            {"k": k, "temperature": t, "accuracy": value, "interval": interval(round(value * asked / 100), asked)}
+            for (k, t), value in accuracy.items()
+        ]
+        print(
+            json.dumps({**settings, "accuracy": rows, "recall": {str(k): v for k, v in recall.items()}, "notes": notes})
+        )
         return
     print(f"k-NN of {frozen.about}")
     how = f"{asked} pictures, each left out in turn" if leave_one_out else f"bank {bank}, {asked} queries"
-    print(f"{how}, {classes} classes; cosine, vote exp(similarity/τ); shorter side to {settings['resize']} px, "
-          f"centre {view.image_size}; {settings['layer']}")  # fmt: skip
+    print(
+        f"{how}, {classes} classes; cosine, vote exp(similarity/τ); shorter side to {settings['resize']} px, "
+        f"centre {view.image_size}; {settings['layer']}"
+    )
     temperatures = list(dict.fromkeys(t for _, t in accuracy))
     best = max(accuracy, key=lambda key: accuracy[key])
     print("     k" + "".join(f"  τ {t:<7g}" for t in temperatures))

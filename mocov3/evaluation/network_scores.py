@@ -112,9 +112,18 @@ def _beginning(start: str, settings: dict[str, Any]) -> Any:
 
 
 def _row(
-    name: str, kind: str, encoder: Any, pictures: Source, labels: Labels | None, *, world: World,
-    config: dict[str, Any], size: int, workers: int, whole: Source,
-) -> Row:  # fmt: skip
+    name: str,
+    kind: str,
+    encoder: Any,
+    pictures: Source,
+    labels: Labels | None,
+    *,
+    world: World,
+    config: dict[str, Any],
+    size: int,
+    workers: int,
+    whole: Source,
+) -> Row:
     preset = preset_of(config)
     if encoder is not None:
         encoder.to(world.device).eval()
@@ -137,8 +146,10 @@ def _row(
     if labels is not None:
         chosen = features(Subset(whole, labels.indices), 0)[:, 0]
         if len(chosen) != len(labels.numbers):
-            raise UserError(f"{len(labels.numbers) - len(chosen)} of the labelled pictures cannot be read; "
-                            "leave them out of the labels")  # fmt: skip
+            raise UserError(
+                f"{len(labels.numbers) - len(chosen)} of the labelled pictures cannot be read; "
+                "leave them out of the labels"
+            )
         hits, n = leave_one_out(chosen, torch.as_tensor(labels.numbers))
         low, high = interval(hits, n)
         row |= {"knn": 100 * hits / n, "knn_low": low, "knn_high": high, "labelled": n}

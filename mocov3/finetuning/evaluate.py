@@ -73,8 +73,18 @@ def evaluate(
     counts = torch.zeros(2 * classes + 2, dtype=torch.float64)
     mine = np.array_split(np.arange(len(source)), world.size)[world.rank]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    scored = stream(model, model, source, view, batches, device=world.device, mean=mean, std=std, workers=workers,
-                    autocast=precision.autocast)  # fmt: skip
+    scored = stream(
+        model,
+        model,
+        source,
+        view,
+        batches,
+        device=world.device,
+        mean=mean,
+        std=std,
+        workers=workers,
+        autocast=precision.autocast,
+    )
     for part in scored:
         gone = {c.index for c in part.corrupt}
         read = torch.tensor([int(i) not in gone for i in part.indices])

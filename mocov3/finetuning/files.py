@@ -20,8 +20,13 @@ from mocov3.weights import checkpoint, convert
 
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 TASK = "finetune"
-_OPEN = {"arch": ("", "vit_base"), "image_size": (0, 224), "patch_size": (0, 16), "small_stem": (None, False),
-         "view_preset": ("", "photos")}  # fmt: skip
+_OPEN = {
+    "arch": ("", "vit_base"),
+    "image_size": (0, 224),
+    "patch_size": (0, 16),
+    "small_stem": (None, False),
+    "view_preset": ("", "photos"),
+}
 """Fields that the weights decide unless they are given: (not given, without weights)."""
 
 
@@ -77,8 +82,10 @@ def _completed(config: FinetuneConfig, contents: dict[str, Any] | None, where: s
             value = saved.get(name) if isinstance(saved.get(name), type(default)) else default
         values[name] = value
     if saved.get("channels", 3) != 3 or saved.get("bit_window"):
-        raise UserError("fine-tuning reads pictures as 8-bit RGB; these weights were trained with "
-                        "--channels or --bit-window (mocov3 lincls, knn and embed take them)")  # fmt: skip
+        raise UserError(
+            "fine-tuning reads pictures as 8-bit RGB; these weights were trained with "
+            "--channels or --bit-window (mocov3 lincls, knn and embed take them)"
+        )
     if not config.mean_std and not config.view_preset and isinstance(saved.get("mean_std"), str):
         values["mean_std"] = saved["mean_std"]  # belongs to the weights' preset
     values["arch"] = known_arch(values["arch"])

@@ -62,9 +62,19 @@ class TuneLog:
     """
 
     def __init__(
-        self, folder: Path, *, active: bool, shown: bool, style: str, epochs: int, iterations: int, first_step: int,
-        first_epoch: int, loggers: Sequence[str] = (), config: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        *,
+        active: bool,
+        shown: bool,
+        style: str,
+        epochs: int,
+        iterations: int,
+        first_step: int,
+        first_epoch: int,
+        loggers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.active, self.folder = active, folder
         self.terminal = Terminal(style, epochs=epochs, iterations=iterations, done=first_step, active=shown)
         self._time, self._data = Meter("Time", "6.3f"), Meter("Data", "6.3f")

@@ -99,10 +99,7 @@ class Tuning:
             return Position(0, 0, 0), Counters()
         if not c.eval:
             files.check_same_run(
-                self.start,
-                total_batch=self.total_batch,
-                digest=self.train.digest,
-                pictures=len(self.train.source),
+                self.start, total_batch=self.total_batch, digest=self.train.digest, pictures=len(self.train.source)
             )
         return setup.restore(self.parts, contents, self.start.where, self.classes)
 

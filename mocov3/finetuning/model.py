@@ -81,12 +81,7 @@ def build_schedule(
 ) -> Scheduler:
     """timm's cosine per epoch after linear warm-up; use ``set_epoch`` to go to an epoch."""
     scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=epochs,
-        warmup_epochs=warmup_epochs,
-        warmup_lr=warmup_lr,
-        min_lr=min_lr,
+        optimizer, sched="cosine", num_epochs=epochs, warmup_epochs=warmup_epochs, warmup_lr=warmup_lr, min_lr=min_lr
     )
     assert scheduler is not None
     return scheduler

@@ -17,9 +17,4 @@ def main(config: FinetuneConfig, *, script_door: bool) -> int:
     from mocov3.distributed import launch
     from mocov3.finetuning.loop import tune
 
-    return launch(
-        tune,
-        Job(config, script_door),
-        device=config.device,
-        processes=config.nprocs_per_node,
-    )
+    return launch(tune, Job(config, script_door), device=config.device, processes=config.nprocs_per_node)

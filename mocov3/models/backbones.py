@@ -95,8 +95,10 @@ class TimmEncoder(nn.Module):
 
         self.backbone: Any
         if not timm.is_model(name):
-            raise UserError(f"--arch timm/{name}: timm {timm.__version__} has no such model; "
-                            f"{nearest(name, timm.list_models())[:300]}")  # fmt: skip
+            raise UserError(
+                f"--arch timm/{name}: timm {timm.__version__} has no such model; "
+                f"{nearest(name, timm.list_models())[:300]}"
+            )
         try:
             self.backbone = timm.create_model(name, num_classes=0, img_size=image_size, **kwargs)
         except TypeError:  # convolutional networks take any size and know no img_size

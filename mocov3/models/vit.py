@@ -40,11 +40,7 @@ class ConvStem(nn.Module):
         layers: list[nn.Module] = []
         width = in_chans
         for out in (embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim):
-            layers += [
-                nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(out),
-                nn.ReLU(True),
-            ]
+            layers += [nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(True)]
             width = out
         layers.append(nn.Conv2d(width, embed_dim, 1))
         self.proj = nn.Sequential(*layers)

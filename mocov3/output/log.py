@@ -135,8 +135,17 @@ class RunLog:
         if not self.active:
             return
         self._write(line)
-        names = ("lr", "momentum", "retrieval_accuracy", "feature_std", "images_per_second", "data_wait",
-                 "grad_norm_first", "grad_norm_last", "knn")  # fmt: skip
+        names = (
+            "lr",
+            "momentum",
+            "retrieval_accuracy",
+            "feature_std",
+            "images_per_second",
+            "data_wait",
+            "grad_norm_first",
+            "grad_norm_last",
+            "knn",
+        )
         self._loggers.scalars({name: getattr(line, name) for name in names}, line.step)
         self.terminal.line(self._progress.line(line.epoch, line.iteration))
         self.terminal.status(self._parts(line))
@@ -162,12 +171,19 @@ class RunLog:
         if not self.active:
             return
         for picture in pictures:
-            entry = {"epoch": epoch, "name": picture.name, "index": picture.index, "reason": picture.reason,
-                     "replaced_by": picture.replaced_by}  # fmt: skip
+            entry = {
+                "epoch": epoch,
+                "name": picture.name,
+                "index": picture.index,
+                "reason": picture.reason,
+                "replaced_by": picture.replaced_by,
+            }
             self._corrupt.write(json.dumps(entry))
         if pictures:
-            warn(f"{len(pictures)} unreadable pictures replaced (listed in {CORRUPT}), first: {pictures[0].name}: "
-                 f"{pictures[0].reason}")  # fmt: skip
+            warn(
+                f"{len(pictures)} unreadable pictures replaced (listed in {CORRUPT}), first: {pictures[0].name}: "
+                f"{pictures[0].reason}"
+            )
 
     def skipped(self, *, step: int, epoch: int, iteration: int, loss: float, pictures: list[int]) -> None:
         """List a step that changed nothing, with its pictures by index."""

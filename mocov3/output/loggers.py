@@ -55,8 +55,16 @@ class Loggers:
         UserError: if one cannot be opened by a run that begins; one that goes on does without it.
     """
 
-    def __init__(self, names: Sequence[str], folder: Path, *, config: Mapping[str, Any], first_step: int, quiet: bool,
-                 warn: Callable[[str], None]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        first_step: int,
+        quiet: bool,
+        warn: Callable[[str], None],
+    ) -> None:
         self.warn = warn
         self._loggers: dict[str, Logger] = {}
         for name in names:

@@ -22,8 +22,10 @@ _ACTIVATION_MB = {"resnet10_w32": 14.0, "resnet10_w48": 21.0, "resnet18": 40.0, 
 _FIXED_GB = {"resnet10_w32": 0.1, "resnet10_w48": 0.2, "resnet18": 1.3, "resnet50": 2.2, "vit_small": 2.6}
 """Weights, gradients, optimizer, momentum encoder, and the device's own memory."""
 _CPU_SIDES = (64, 32)
-_CPU_REASONS = {64: "on a CPU 224 px would take twelve times as long",
-                32: "at 64 px the time allows fewer than 40 epochs on this CPU"}  # fmt: skip
+_CPU_REASONS = {
+    64: "on a CPU 224 px would take twelve times as long",
+    32: "at 64 px the time allows fewer than 40 epochs on this CPU",
+}
 _FEW_EPOCHS = 40
 _PLANNED, _LATEST = 0.85, 1.2
 """Shares of the budget: what steps are planned to take (judging and writing take some too), and where a run is cut."""
@@ -204,8 +206,11 @@ def _batch(made: _Plan, pictures: Pictures, machine: Machine) -> None:
     made.choose(
         "precision", "auto", "16 bits where the device has them" if machine.device == "cuda" else "32 bits here"
     )
-    made.choose("workers", max(min(machine.cores - (machine.device == "cpu"), 16), 1),
-                f"{machine.cores} cores" + (", one of them trains" if machine.device == "cpu" else ""))  # fmt: skip
+    made.choose(
+        "workers",
+        max(min(machine.cores - (machine.device == "cpu"), 16), 1),
+        f"{machine.cores} cores" + (", one of them trains" if machine.device == "cpu" else ""),
+    )
 
 
 def _optimisation(made: _Plan) -> None:

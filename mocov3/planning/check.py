@@ -56,9 +56,18 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
     proposal = propose_settings(layers, found)
     rows = write_sheet(Path(args.sheet), source, proposal.config)
     if as_json:
-        print(json.dumps({"survey": asdict(found), "settings": asdict(proposal.config), "sheet": args.sheet,
-                          "left_out": getattr(source, "skipped", []),
-                          "training_seconds": proposal.training, "loading_seconds": proposal.loading}))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "survey": asdict(found),
+                    "settings": asdict(proposal.config),
+                    "sheet": args.sheet,
+                    "left_out": getattr(source, "skipped", []),
+                    "training_seconds": proposal.training,
+                    "loading_seconds": proposal.loading,
+                }
+            )
+        )
         return 0
     print(f"\nSettings that mocov3 pretrain would take ({proposal.machine.name}):")
     print(block(proposal.choices, layers.recipe, layers.given))
@@ -70,12 +79,16 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
 
 def _facts(source: Source, found: Survey, values: dict[str, Any]) -> list[str]:
     low, middle, high = found.short_side
-    lines = [f"{found.pictures} pictures" + ("" if found.examined == found.pictures else
-             f", of which {found.examined} were examined (--all: every one)")]  # fmt: skip
+    lines = [
+        f"{found.pictures} pictures"
+        + ("" if found.examined == found.pictures else f", of which {found.examined} were examined (--all: every one)")
+    ]
     for folder in str(values.get("data")).split("\n"):
         if Path(folder).is_dir():
-            lines += [f"  folder that cannot be read: {printable(name)} ({why})"
-                      for name, why in unreadable_folders(Path(folder))[:_LISTED]]  # fmt: skip
+            lines += [
+                f"  folder that cannot be read: {printable(name)} ({why})"
+                for name, why in unreadable_folders(Path(folder))[:_LISTED]
+            ]
     left_out = getattr(source, "skipped", [])
     lines += [f"  {printable(line)}" for line in left_out[:_LISTED]]
     lines += [f"  {len(left_out) - _LISTED} more such lines"] if len(left_out) > _LISTED else []
@@ -131,8 +144,10 @@ def _speed(proposal: Proposal) -> list[str]:
         model, loader = n / proposal.training, n / proposal.loading
         bound = "reading pictures" if loader < model else "computing"
         cure = "; more --workers or smaller files would help" if loader < model else ""
-        lines.append(f"  speed            the network {model:.0f} pictures/s, {c.workers} loader processes "
-                     f"{loader:.0f}/s: bound by {bound}{cure}")  # fmt: skip
+        lines.append(
+            f"  speed            the network {model:.0f} pictures/s, {c.workers} loader processes "
+            f"{loader:.0f}/s: bound by {bound}{cure}"
+        )
     each, fixed = memory_of(c.arch, c.image_size, c.small_stem, half=proposal.machine.device == "cuda")
     need = (each * c.batch_size + fixed) / GIB
     lines.append(f"  memory           about {need:.1f} GB of {proposal.machine.memory / GIB:.1f} GB (estimated)")

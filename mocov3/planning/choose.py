@@ -145,8 +145,10 @@ def look(source: Source, config: PretrainConfig, found: Survey | None = None) ->
     found = found or survey(source, scattered(len(source), LOOKED_AT), workers=0, reading=config.preset.reading)
     if not found.readable:
         index, reason = found.unreadable[0]
-        raise UserError(f"data {config.data_title}: none of {found.examined} pictures looked at can be read, first: "
-                        f"{source.name(index)}: {reason}")  # fmt: skip
+        raise UserError(
+            f"data {config.data_title}: none of {found.examined} pictures looked at can be read, first: "
+            f"{source.name(index)}: {reason}"
+        )
     preset, reason = propose(found)
     return Pictures(len(source), found.short_side[1], preset, reason, found.mean_std, found.gray_share > 0.95)
 
@@ -174,5 +176,9 @@ def _show(proposal: Proposal, layers: Layers) -> None:
     print(f"Settings for {count} pictures on {machine} (--recipe {config.recipe}; flags override):", file=where)
     print(block(proposal.choices, layers.recipe, layers.given), file=where, flush=True)
     if not config.init and count < _FEW:
-        print(f"Fewer than {_FEW} pictures: starting from existing weights mostly does better, if you can have some: "
-              "--recipe adapt --init FILE (or timm/NAME).", file=where, flush=True)  # fmt: skip
+        print(
+            f"Fewer than {_FEW} pictures: starting from existing weights mostly does better, if you can have some: "
+            "--recipe adapt --init FILE (or timm/NAME).",
+            file=where,
+            flush=True,
+        )

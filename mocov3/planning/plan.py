@@ -33,10 +33,20 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gpus", type=int, default=1, help="GPUs in all")
     parser.add_argument("--gpu-memory", type=float, default=24.0, help="GB of one (GiB, as sold)", metavar="GB")
     parser.add_argument("--pictures", type=int, default=IMAGENET, help="pictures of the set (default ImageNet-1k)")
-    parser.add_argument("--images-per-second", type=float, default=0.0, metavar="N",
-                        help="speed of one GPU in one pass; unless given, measured where a GPU is here")  # fmt: skip
-    parser.add_argument("--gigabytes-per-second", type=float, default=25.0, metavar="N",
-                        help="what a GPU sends to others (default 25: a 200 Gbit/s link)")  # fmt: skip
+    parser.add_argument(
+        "--images-per-second",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="speed of one GPU in one pass; unless given, measured where a GPU is here",
+    )
+    parser.add_argument(
+        "--gigabytes-per-second",
+        type=float,
+        default=25.0,
+        metavar="N",
+        help="what a GPU sends to others (default 25: a 200 Gbit/s link)",
+    )
     if "-h" in argv or "--help" in argv:
         parser.add_argument("-h", "--help", action="help", help="this; flags of mocov3 pretrain are taken too")
     args, rest = parser.parse_known_args(list(argv))
@@ -130,23 +140,39 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]
     if not size:
         need = (counted.peak(local, 1, shards) + LIBRARIES) / GIB
         cure = "more GPUs, a smaller --batch-size" + ("" if config.fsdp or args.gpus == 1 else ", or --fsdp")
-        raise UserError(f"--gpu-memory {args.gpu_memory:g}: weights, optimizer and heads of {local} pictures a GPU "
-                        f"need {need:.1f} GB even a picture at a time; take {cure}")  # fmt: skip
+        raise UserError(
+            f"--gpu-memory {args.gpu_memory:g}: weights, optimizer and heads of {local} pictures a GPU "
+            f"need {need:.1f} GB even a picture at a time; take {cure}"
+        )
     micro = size if size < local else 0
     parts = -(-local // size)
-    sent = traffic(args.gpus, config.batch_size, trained=counted.trained, dim=config.moco_dim,
-                   norm_channels=count_norms(config), passes=3 if parts == 1 else 3 * parts + parts,
-                   fsdp=config.fsdp)  # fmt: skip
+    sent = traffic(
+        args.gpus,
+        config.batch_size,
+        trained=counted.trained,
+        dim=config.moco_dim,
+        norm_channels=count_norms(config),
+        passes=3 if parts == 1 else 3 * parts + parts,
+        fsdp=config.fsdp,
+    )
     speed = args.images_per_second or _measured(config, size)
     steps = args.pictures // config.batch_size * config.epochs
     result: dict[str, Any] = {
-        "arch": config.arch, "batch_size": config.batch_size, "pictures_per_gpu": local, "micro_batch": micro,
-        "passes": parts, "memory": counted.peak(local, micro, shards) + LIBRARIES, "steps": steps,
-        "bytes_per_step": asdict(sent), "images_per_second": speed, "memory_parts": asdict(counted),
-    }  # fmt: skip
+        "arch": config.arch,
+        "batch_size": config.batch_size,
+        "pictures_per_gpu": local,
+        "micro_batch": micro,
+        "passes": parts,
+        "memory": counted.peak(local, micro, shards) + LIBRARIES,
+        "steps": steps,
+        "bytes_per_step": asdict(sent),
+        "images_per_second": speed,
+        "memory_parts": asdict(counted),
+    }
     if speed:
-        computing, waiting = step_seconds(local, speed, sent, args.gigabytes_per_second * 1e9, micro=bool(micro),
-                                          fsdp=config.fsdp)  # fmt: skip
+        computing, waiting = step_seconds(
+            local, speed, sent, args.gigabytes_per_second * 1e9, micro=bool(micro), fsdp=config.fsdp
+        )
         result |= {
             "step_seconds": computing + waiting,
             "efficiency": computing / (computing + waiting),
@@ -181,15 +207,19 @@ def _lines(found: dict[str, Any], args: argparse.Namespace, config: PretrainConf
         f"  network       {sum(sent.values()) / 1e9:.2f} GB sent by a GPU in a step: gradients "
         f"{sent['gradients'] / 1e9:.2f}, keys {sent['keys'] / 1e9:.3f}, batch norm {sent['statistics'] / 1e9:.3f}"
         + (f", weights {sent['weights'] / 1e9:.2f}" if config.fsdp else ""),
-    ]  # fmt: skip
+    ]
     if "hours" in found:
         source = "stated" if args.images_per_second else "measured here"
-        lines.append(f"  time          {found['hours']:.1f} h ({found['gpu_hours']:.0f} GPU-hours): {found['steps']} "
-                     f"steps of {found['step_seconds']:.2f} s, {100 * found['efficiency']:.0f} % of them computing, by "
-                     f"{found['images_per_second']:g} pictures/s a GPU ({source})")  # fmt: skip
+        lines.append(
+            f"  time          {found['hours']:.1f} h ({found['gpu_hours']:.0f} GPU-hours): {found['steps']} "
+            f"steps of {found['step_seconds']:.2f} s, {100 * found['efficiency']:.0f} % of them computing, by "
+            f"{found['images_per_second']:g} pictures/s a GPU ({source})"
+        )
     else:
-        lines.append(f"  time          {found['steps']} steps; not known without a speed: give --images-per-second of "
-                     "one GPU, or run this where one is")  # fmt: skip
+        lines.append(
+            f"  time          {found['steps']} steps; not known without a speed: give --images-per-second of "
+            "one GPU, or run this where one is"
+        )
     start = ["torchrun", "--nproc-per-node", str(min(args.gpus, 8)), "main_moco.py"]
     start += ["--recipe", config.recipe] if config.recipe else ["-a", config.arch, "-b", str(config.batch_size)]
     start += ["--micro-batch", "auto"] * bool(found["micro_batch"]) + ["--fsdp"] * config.fsdp + ["PICTURES"]

@@ -59,8 +59,10 @@ def epoch_seconds(
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             if batch < 4:
-                raise UserError(f"--arch {config.arch} at --image-size {config.image_size}: does not fit the memory of "
-                                f"{device}; take a smaller one") from None  # fmt: skip
+                raise UserError(
+                    f"--arch {config.arch} at --image-size {config.image_size}: does not fit the memory of "
+                    f"{device}; take a smaller one"
+                ) from None
             batch //= 2
     workers = max(min(config.workers, usable_cores()), 1)
     loading = picture_seconds(config, source) * pictures / workers

@@ -86,8 +86,15 @@ class Run:
         check_micro_batch(micro_batch, c, world, self.model)
         params = parameter_groups(self.model, c.layer_decay, staged=c.freeze_epochs > 0)
         self.optimizer = optimizer_of(self.model, params, c, world)
-        self.step = Step(self.model, self.optimizer, world=world, precision=Precision(arithmetic, world.device),
-                         compile=c.compile, micro_batch=micro_batch, spike_factor=c.skip_spikes)  # fmt: skip
+        self.step = Step(
+            self.model,
+            self.optimizer,
+            world=world,
+            precision=Precision(arithmetic, world.device),
+            compile=c.compile,
+            micro_batch=micro_batch,
+            spike_factor=c.skip_spikes,
+        )
         self.position = self._start(found)
         self.counters = resume.counters(found, self.source)
         self.log = self._open_log(job.script_door)
@@ -98,12 +105,7 @@ class Run:
         complete = dataclasses.replace(c, seed=self.seed)
         self.saver = Saver(world, complete, self._name_run(found), self.source, self.log)
         self.recorder = Recorder(
-            world,
-            self.log,
-            self.counters,
-            batch_size=c.batch_size,
-            print_freq=c.print_freq,
-            pictures=self._pictures,
+            world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq, pictures=self._pictures
         )
         self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
         self.online = Online(c, world, self.model, self.source, self.log)
@@ -129,12 +131,7 @@ class Run:
         resume.check_same_run(found, c, self.source)
         scaler = self.step.precision.scaler
         position = checkpoint.restore(
-            *found,
-            arch=c.arch,
-            model=self.model,
-            optimizer=self.optimizer,
-            scaler=scaler,
-            iterations=self.iterations,
+            *found, arch=c.arch, model=self.model, optimizer=self.optimizer, scaler=scaler, iterations=self.iterations
         )
         own = found[1].get("mocov3") or {}
         if self.step.spikes is not None and "spikes" in own:

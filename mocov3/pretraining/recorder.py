@@ -160,8 +160,13 @@ class Recorder:
         for p, loss, ok in zip(pending, losses, oks, strict=True):
             self.skips.read(p, bool(ok))
             if not ok:
-                self.log.skipped(step=p.step, epoch=p.epoch, iteration=p.iteration, loss=loss,
-                                 pictures=self.pictures(p.epoch, p.iteration))  # fmt: skip
+                self.log.skipped(
+                    step=p.step,
+                    epoch=p.epoch,
+                    iteration=p.iteration,
+                    loss=loss,
+                    pictures=self.pictures(p.epoch, p.iteration),
+                )
         return losses, means[n : n + len(extra)]
 
     def count_corrupt(self, epoch: int) -> None:

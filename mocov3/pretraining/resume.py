@@ -51,8 +51,10 @@ def _newest(folder: Path, world: World) -> Found | None:
     if path is None:
         return None
     if found is None and not path.is_file():
-        raise UserError(f"--resume auto: rank {world.rank} does not see {path}, which rank 0 goes on from; they must "
-                        "share the folder")  # fmt: skip
+        raise UserError(
+            f"--resume auto: rank {world.rank} does not see {path}, which rank 0 goes on from; they must "
+            "share the folder"
+        )
     return found or (path, checkpoint.read(path))
 
 

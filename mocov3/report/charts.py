@@ -34,9 +34,14 @@ def line(x: Any, y: Any, name: str, colour: int, *, epochs: Any = None, unit: st
     """A curve; hovering shows step, epoch and value."""
     where = "epoch %{customdata:.2f}, step %{x}" if epochs is not None else "%{x}"
     trace = {
-        "type": "scatter", "mode": "lines", "x": numbers(x, 9), "y": numbers(y), "name": plain(name),
-        "meta": {"colour": colour}, "hovertemplate": f"%{{y}}{unit}<br>{where}<extra>{plain(name)}</extra>",
-    }  # fmt: skip
+        "type": "scatter",
+        "mode": "lines",
+        "x": numbers(x, 9),
+        "y": numbers(y),
+        "name": plain(name),
+        "meta": {"colour": colour},
+        "hovertemplate": f"%{{y}}{unit}<br>{where}<extra>{plain(name)}</extra>",
+    }
     if epochs is not None:
         trace["customdata"] = numbers(epochs)
     return trace | more
@@ -53,24 +58,54 @@ def level(y: float, text: str, *, below: bool = False) -> dict[str, Any]:
 
 
 def chart(
-    id: str, title: str, about: str, data: Sequence[Chart], *, x: str = "step", y: str = "", table: Any = None,
-    levels: Sequence[dict[str, Any]] = (), height: int = 300, **layout: Any,
-) -> Chart:  # fmt: skip
+    id: str,
+    title: str,
+    about: str,
+    data: Sequence[Chart],
+    *,
+    x: str = "step",
+    y: str = "",
+    table: Any = None,
+    levels: Sequence[dict[str, Any]] = (),
+    height: int = 300,
+    **layout: Any,
+) -> Chart:
     """A chart; ``layout`` goes to plotly."""
     shapes, notes = list(layout.pop("shapes", [])), list(layout.pop("annotations", []))
     for at in (at for at in levels if math.isfinite(at["y"])):
         log = layout.get("yaxis", {}).get("type") == "log"
-        shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": at["y"], "y1": at["y"],
-                       "line": {"dash": "dash", "width": 1}})  # fmt: skip
-        notes.append({"xref": "paper", "x": 1, "xanchor": "right", "y": math.log10(at["y"]) if log else at["y"],
-                      "yanchor": "top" if at["below"] else "bottom", "text": at["text"],
-                      "showarrow": False})  # fmt: skip
+        shapes.append(
+            {
+                "type": "line",
+                "xref": "paper",
+                "x0": 0,
+                "x1": 1,
+                "y0": at["y"],
+                "y1": at["y"],
+                "line": {"dash": "dash", "width": 1},
+            }
+        )
+        notes.append(
+            {
+                "xref": "paper",
+                "x": 1,
+                "xanchor": "right",
+                "y": math.log10(at["y"]) if log else at["y"],
+                "yanchor": "top" if at["below"] else "bottom",
+                "text": at["text"],
+                "showarrow": False,
+            }
+        )
     for axis, text in (("xaxis", x), ("yaxis", y)):
         layout[axis] = {"title": {"text": text}, **layout.get(axis, {})}
     return {
-        "id": id, "title": title, "about": about, "data": [d for d in data if d["x"] or d.get("visible")],
-        "layout": {"height": height, "shapes": shapes, "annotations": notes, **layout}, "table": table,
-    }  # fmt: skip
+        "id": id,
+        "title": title,
+        "about": about,
+        "data": [d for d in data if d["x"] or d.get("visible")],
+        "layout": {"height": height, "shapes": shapes, "annotations": notes, **layout},
+        "table": table,
+    }
 
 
 def sampled(head: Sequence[str], columns: Sequence[Any]) -> dict[str, Any]:
@@ -115,11 +150,28 @@ class Curves:
                 found.append(line(x[few], mean[few], more, own, epochs=epochs[few], **group))
         return found
 
-    def chart(self, id: str, title: str, about: str, name: str, *, y: str, scale: float = 1.0, smoothed: bool = False,
-              **more: Any) -> Chart:  # fmt: skip
+    def chart(
+        self,
+        id: str,
+        title: str,
+        about: str,
+        name: str,
+        *,
+        y: str,
+        scale: float = 1.0,
+        smoothed: bool = False,
+        **more: Any,
+    ) -> Chart:
         """A chart of one column."""
-        return chart(id, title, about, self.of(name, y, scale=scale, smoothed=smoothed), y=y,
-                     table=self.table(name, y, scale), **more)  # fmt: skip
+        return chart(
+            id,
+            title,
+            about,
+            self.of(name, y, scale=scale, smoothed=smoothed),
+            y=y,
+            table=self.table(name, y, scale),
+            **more,
+        )
 
     def table(self, name: str, label: str, scale: float = 1.0) -> dict[str, Any]:
         """Some values of a column, of the first run where there are several."""
@@ -134,11 +186,21 @@ class Curves:
             if len(run.knn):
                 x, epochs, y = run.knn.T
                 name = "k-NN" if self.alone else run.name
-                found.append(line(x, y, name, i if not self.alone else 2, epochs=epochs, unit=" %",
-                                  mode="lines+markers"))  # fmt: skip
+                found.append(
+                    line(x, y, name, i if not self.alone else 2, epochs=epochs, unit=" %", mode="lines+markers")
+                )
                 if len(low := dips(y)):
-                    found.append(marks(x[low], y[low], f"{name}: dips", 3, epochs=epochs[low], unit=" %",
-                                       marker={"symbol": "triangle-down", "size": 11}))  # fmt: skip
+                    found.append(
+                        marks(
+                            x[low],
+                            y[low],
+                            f"{name}: dips",
+                            3,
+                            epochs=epochs[low],
+                            unit=" %",
+                            marker={"symbol": "triangle-down", "size": 11},
+                        )
+                    )
         return found
 
     def spiked(self, name: str, label: str, colour: int) -> list[Chart]:
@@ -150,6 +212,7 @@ class Curves:
             if len(high) > 300:  # the highest tell enough
                 high = np.sort(high[np.argsort(y[high])[-300:]])
             title = f"{label}: spikes" if self.alone else f"{run.name}: spikes"
-            found.append(marks(x[high], y[high], title, 3, epochs=epochs[high],
-                               marker={"symbol": "triangle-up", "size": 9}))  # fmt: skip
+            found.append(
+                marks(x[high], y[high], title, 3, epochs=epochs[high], marker={"symbol": "triangle-up", "size": 9})
+            )
         return found

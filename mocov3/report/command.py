@@ -35,15 +35,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> Any:
-    parser = Parser(prog="mocov3 report", description="One page of a pre-training run: does it learn, is it "
-                                                      "stable, what "
-                    "has it learned, what does the network see. Several runs: side by side.")  # fmt: skip
+    parser = Parser(
+        prog="mocov3 report",
+        description="One page of a pre-training run: does it learn, is it "
+        "stable, what "
+        "has it learned, what does the network see. Several runs: side by side.",
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (its --output-dir)")
     parser.add_argument("--output", default="", help=f"page to write (default RUN/{PAGE}; needed for several runs)")
-    parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N",
-                        help=f"pictures to look at with the newest checkpoint (default {PICTURES}; 0: none, "
-                             "so no network "
-                        "is run)")  # fmt: skip
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=PICTURES,
+        metavar="N",
+        help=f"pictures to look at with the newest checkpoint (default {PICTURES}; 0: none, so no network is run)",
+    )
     parser.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device of the network"
     )

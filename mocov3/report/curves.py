@@ -16,9 +16,9 @@ DIP = 1.0
 _SMOOTH = 20  # parts of the run that the smoothed curve averages over
 
 
-def thin(x: Float[np.ndarray, "points"], y: Float[np.ndarray, "points"], buckets: int = BUCKETS) -> Int[
-    np.ndarray, "kept"
-]:  # fmt: skip
+def thin(
+    x: Float[np.ndarray, "points"], y: Float[np.ndarray, "points"], buckets: int = BUCKETS
+) -> Int[np.ndarray, "kept"]:
     """Which points to draw, increasing: all up to ``2 · buckets``; else the first, the last, and the lowest and highest
     of each stretch of equally many points. Points without a value are left out.
     """

@@ -23,22 +23,37 @@ WAITING = 0.3
 
 RULES = [
     ("too early", f"fewer than {FEW_LINES} lines of metrics, or the warm-up is not over and nothing is wrong"),
-    ("collapsed", f"late in the run (its last fifth) the queries' spread is below {SPREAD}; or their effective "
-     f"rank is below {RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the "
-     f"start; or, on {ENOUGH_LINES} lines or more, after learning or after the warm-up, the loss is back at its start "
-     "and own pictures are found no more often than by chance"),
-    ("unstable", f"{SPIKE_COUNT} gradient spikes or more (a norm {SPIKE:.0f} times the medians before and after it), "
-     f"{SPIKE_SHARE:.0%} of the lines at least; or {SKIPPED_SHARE:.1%} of the steps skipped; or, on {ENOUGH_LINES} "
-     f"lines or more, the loss has fallen back by {FELL_BACK:.0%} of the way from start to floor"),
+    (
+        "collapsed",
+        f"late in the run (its last fifth) the queries' spread is below {SPREAD}; or their effective "
+        f"rank is below {RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the "
+        f"start; or, on {ENOUGH_LINES} lines or more, after learning or after the warm-up, the loss is back at its "
+        "start and own pictures are found no more often than by chance",
+    ),
+    (
+        "unstable",
+        f"{SPIKE_COUNT} gradient spikes or more (a norm {SPIKE:.0f} times the medians before and after it), "
+        f"{SPIKE_SHARE:.0%} of the lines at least; or {SKIPPED_SHARE:.1%} of the steps skipped; or, on {ENOUGH_LINES} "
+        f"lines or more, the loss has fallen back by {FELL_BACK:.0%} of the way from start to floor",
+    ),
     ("starved of data", f"late in the run more than {WAITING:.0%} of the time goes into waiting for pictures"),
-    ("learning", f"the loss has come {PROGRESS:.0%} of the way from start to floor, and own pictures are found "
-     f"{ABOVE_CHANCE:.0f} times as often as by chance"),
+    (
+        "learning",
+        f"the loss has come {PROGRESS:.0%} of the way from start to floor, and own pictures are found "
+        f"{ABOVE_CHANCE:.0f} times as often as by chance",
+    ),
     ("not learning yet", "none of these"),
-]  # fmt: skip
+]
 """Verdicts and their rules, in the order in which the first that holds gives the headline; others are listed too."""
 
-_WORDS = {"early": "too early to tell", "collapsed": "collapsed", "unstable": "unstable", "starved": "starved of data",
-          "learning": "learning", "stalled": "not learning yet"}  # fmt: skip
+_WORDS = {
+    "early": "too early to tell",
+    "collapsed": "collapsed",
+    "unstable": "unstable",
+    "starved": "starved of data",
+    "learning": "learning",
+    "stalled": "not learning yet",
+}
 
 
 @dataclass(frozen=True)
@@ -111,14 +126,20 @@ def diagnose(run: Run) -> Diagnosis:
         return Diagnosis([*trouble, learning])
     if not facts.warm:
         return Diagnosis([*trouble, _early(facts)])
-    return Diagnosis([*trouble, Finding(
-        "stalled", f"The loss has come {_percent(facts.progress)} of the way to its floor, and "
-                   f"{_percent(facts.found)} of "
-        f"queries find their own picture (chance {_percent(facts.chance)}).",
-        "Give it time: the first epochs move little. If it stays so, try a higher --lr (or a lower one if the "
-        "loss jumps), "
-        "and look at the views below: they may hide what tells pictures apart.",
-    )])  # fmt: skip
+    return Diagnosis(
+        [
+            *trouble,
+            Finding(
+                "stalled",
+                f"The loss has come {_percent(facts.progress)} of the way to its floor, and "
+                f"{_percent(facts.found)} of "
+                f"queries find their own picture (chance {_percent(facts.chance)}).",
+                "Give it time: the first epochs move little. If it stays so, try a higher --lr (or a lower one if the "
+                "loss jumps), "
+                "and look at the views below: they may hide what tells pictures apart.",
+            ),
+        ]
+    )
 
 
 def _facts(run: Run) -> _Facts:
@@ -148,17 +169,25 @@ def _collapsed(f: _Facts) -> Finding | None:
     config = f.run.config
     width = min(config.moco_dim, 2 * config.batch_size) if config is not None else float("nan")
     if rank < RANK_SHARE * width and rank < RANK_FALL * first:
-        return Finding("collapsed", f"The queries use {rank:.1f} of {width:.0f} directions (effective rank; "
-                                    f"{first:.1f} at the "
-                       "start): dimensional collapse.", advice)  # fmt: skip
+        return Finding(
+            "collapsed",
+            f"The queries use {rank:.1f} of {width:.0f} directions (effective rank; "
+            f"{first:.1f} at the "
+            "start): dimensional collapse.",
+            advice,
+        )
     if math.isnan(f.chance) or len(f.run) < ENOUGH_LINES:
         return None
     lost = f.progress < 0.01 and f.found < 1.5 * f.chance
     if lost and (f.best > PROGRESS or f.warm):
         before = f"after {_percent(f.best)}" if f.best > PROGRESS else "and has never left it"
-        return Finding("collapsed", f"The loss is at its start ({_percent(f.progress)} of the way, {before}) and "
-                       f"{_percent(f.found)} of queries find their own picture (chance {_percent(f.chance)}): all keys "
-                       "look alike.", advice)  # fmt: skip
+        return Finding(
+            "collapsed",
+            f"The loss is at its start ({_percent(f.progress)} of the way, {before}) and "
+            f"{_percent(f.found)} of queries find their own picture (chance {_percent(f.chance)}): all keys "
+            "look alike.",
+            advice,
+        )
     return None
 
 
@@ -231,17 +260,22 @@ def _starved(f: _Facts) -> Finding | None:
     hints.insert(
         0, "more loader processes (-j), smaller copies of large pictures, a local disk, or --views-on device on a GPU"
     )
-    return Finding("starved", f"{_percent(wait)} of the time goes into waiting for pictures: the loader sets the pace, "
-                   "not the network.", f"Try {'; '.join(hints)}.")  # fmt: skip
+    return Finding(
+        "starved",
+        f"{_percent(wait)} of the time goes into waiting for pictures: the loader sets the pace, not the network.",
+        f"Try {'; '.join(hints)}.",
+    )
 
 
 def _learning(f: _Facts) -> Finding | None:
     above = math.isnan(f.chance) or f.found >= ABOVE_CHANCE * f.chance
     if not (f.progress >= PROGRESS and above):
         return None
-    reason = (f"The loss has come {_percent(f.progress)} of the way from start to floor, and "
-              f"{_percent(f.found)} of queries "
-              f"find their own picture among the keys (chance {_percent(f.chance)}).")  # fmt: skip
+    reason = (
+        f"The loss has come {_percent(f.progress)} of the way from start to floor, and "
+        f"{_percent(f.found)} of queries "
+        f"find their own picture among the keys (chance {_percent(f.chance)})."
+    )
     knn = f.run.knn
     if len(knn):
         reason += f" k-NN accuracy {knn[-1, 2]:.1f} % (best {knn[:, 2].max():.1f} %)."
@@ -259,8 +293,11 @@ def _early(f: _Facts) -> Finding:
     config = f.run.config
     warming = config is not None and not f.warm
     why = f"the warm-up ends after {config.warmup_epochs} epochs" if warming and config else "a verdict needs ten lines"
-    return Finding("early", f"{len(f.run)} lines of metrics, {f.run.epochs_done:.1f} epochs: {why}.",
-                   "Look again later: mocov3 report makes this page anew at any time.")  # fmt: skip
+    return Finding(
+        "early",
+        f"{len(f.run)} lines of metrics, {f.run.epochs_done:.1f} epochs: {why}.",
+        "Look again later: mocov3 report makes this page anew at any time.",
+    )
 
 
 def _median(values: np.ndarray) -> float:

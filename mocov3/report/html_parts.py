@@ -16,10 +16,13 @@ def table(rows: Iterable[Sequence[Any]], head: Sequence[Any] = (), *, kind: str 
     """A table of texts; the first cell of each row names it."""
     top = f"<thead><tr>{''.join(f'<th scope=col>{text(h)}</th>' for h in head)}</tr></thead>" if head else ""
     body = "".join(
-        "<tr>" + "".join(f"<th scope=row>{text(c)}</th>" if i == 0 and not kind else f"<td>{text(c)}</td>"
-                         for i, c in enumerate(row)) + "</tr>"
+        "<tr>"
+        + "".join(
+            f"<th scope=row>{text(c)}</th>" if i == 0 and not kind else f"<td>{text(c)}</td>" for i, c in enumerate(row)
+        )
+        + "</tr>"
         for row in rows
-    )  # fmt: skip
+    )
     kinds = f' class="{kind}"' if kind else ""
     return f'<div class="scroll" tabindex="0"><table{kinds}>{top}<tbody>{body}</tbody></table></div>'
 
@@ -55,8 +58,10 @@ def thumb(sheet: str, columns: int, index: int, name: str, *, other: bool = Fals
     """A thumbnail out of a sheet of many; ``other`` marks one of another class."""
     x, y = index % columns, index // columns
     mark = " other" if other else ""
-    return (f'<span class="thumb {sheet}{mark}" role="img" aria-label="{text(name)}" title="{text(name)}" '
-            f'style="--cols:{columns};--x:{x};--y:{y}"></span>')  # fmt: skip
+    return (
+        f'<span class="thumb {sheet}{mark}" role="img" aria-label="{text(name)}" title="{text(name)}" '
+        f'style="--cols:{columns};--x:{x};--y:{y}"></span>'
+    )
 
 
 def notes(remarks: Iterable[str]) -> str:

@@ -180,9 +180,17 @@ def _learn(
         about = f"{n} of {len(pool)} {about}"
     else:
         about = f"all {n} {about}"
-    return Learned(about, [chosen.name(i) for i in range(n)], labels, chosen.classes if labels is not None else [],
-                   sprite(thumbs, columns), columns, queries, networks,
-                   _attention(trained, chosen, queries, world))  # fmt: skip
+    return Learned(
+        about,
+        [chosen.name(i) for i in range(n)],
+        labels,
+        chosen.classes if labels is not None else [],
+        sprite(thumbs, columns),
+        columns,
+        queries,
+        networks,
+        _attention(trained, chosen, queries, world),
+    )
 
 
 def _thumbs(pool: Source, indices: np.ndarray, reading: Reading) -> tuple[list[Image.Image], np.ndarray]:
@@ -205,8 +213,16 @@ def _features(frozen: Frozen, source: Source, world: World, most: int | None) ->
     order = _shuffle(len(source))[:most]
     batches = [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
     parts, began, count = [], time.monotonic(), 0
-    for part in stream(frozen.network, frozen.features, source, frozen.view, batches, device=world.device,
-                       mean=frozen.preset.mean, std=frozen.preset.std):  # fmt: skip
+    for part in stream(
+        frozen.network,
+        frozen.features,
+        source,
+        frozen.view,
+        batches,
+        device=world.device,
+        mean=frozen.preset.mean,
+        std=frozen.preset.std,
+    ):
         parts.append(part.features.cpu())
         count += len(part.indices)
         if count >= FEWEST and time.monotonic() - began > SECONDS:
@@ -242,8 +258,14 @@ def _network(title: str, x: Tensor, labels: np.ndarray | None, queries: np.ndarr
         own = torch.from_numpy(np.asarray(labels, np.int64))
         chosen = vote(found, own, [k], [TEMPERATURE], classes=int(own.max()) + 1)[k, TEMPERATURE]
         correct = (chosen == own).numpy()
-    return Network(title, flat_map(x).numpy(), spectrum(x).numpy(), quality.rankme(x),
-                   found.index[queries, :_SHOWN].numpy(), correct)  # fmt: skip
+    return Network(
+        title,
+        flat_map(x).numpy(),
+        spectrum(x).numpy(),
+        quality.rankme(x),
+        found.index[queries, :_SHOWN].numpy(),
+        correct,
+    )
 
 
 def _choose(labels: np.ndarray | None, n: int) -> np.ndarray:
@@ -265,7 +287,10 @@ def _attention(frozen: Frozen, source: Source, queries: np.ndarray, world: World
         return []
     heads = found.cpu().numpy().astype(float)
     return [
-        (source.name(i), encoded(heated(picture, weights.mean(0), _SIDE)),
-         [encoded(heated(picture, one, _SIDE // 2)) for one in weights[:_HEADS]])
+        (
+            source.name(i),
+            encoded(heated(picture, weights.mean(0), _SIDE)),
+            [encoded(heated(picture, one, _SIDE // 2)) for one in weights[:_HEADS]],
+        )
         for i, picture, weights in zip(looked, (np.asarray(shown(p)) for p in pixels), heads, strict=True)
-    ]  # fmt: skip
+    ]

@@ -78,11 +78,15 @@ def render(shown: Sequence[Shown]) -> str:
     parts[0] = (
         f'<div class="cards">{parts[0]}</div>{"".join(_tiles(s) for s in shown) if len(shown) == 1 else ""}{_rules()}'
     )
-    body = "".join(f'<section id="s{i}"><h2>{i}. {name}</h2>{part}</section>'
-                   for i, (name, part) in enumerate(zip(_SECTIONS, parts, strict=True), 1))  # fmt: skip
+    body = "".join(
+        f'<section id="s{i}"><h2>{i}. {name}</h2>{part}</section>'
+        for i, (name, part) in enumerate(zip(_SECTIONS, parts, strict=True), 1)
+    )
     links = "".join(f'<a href="#s{i}">{name}</a>' for i, name in enumerate(_SECTIONS, 1))
-    data = {"charts": {c["id"]: {k: c[k] for k in ("data", "layout", "steps", "map") if k in c} for c in charts},
-            "sets": {f"r{i}": s.panel.set for i, s in enumerate(shown) if s.panel}}  # fmt: skip
+    data = {
+        "charts": {c["id"]: {k: c[k] for k in ("data", "layout", "steps", "map") if k in c} for c in charts},
+        "sets": {f"r{i}": s.panel.set for i, s in enumerate(shown) if s.panel},
+    }
     style = _asset("page.css") + "".join(s.panel.style for s in shown if s.panel)
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return f"""<!doctype html>
@@ -170,8 +174,10 @@ def _verdict(s: Shown, *, alone: bool) -> str:
     )
     name = "" if alone else f"<h3>{text(s.run.name)}</h3>"
     word = "" if d.title.lower() == d.word else f'<span class="word">{text(d.word)}</span>'
-    return (f'<div class="verdict {d.state}">{name}{word}'
-            f"<p>{text(d.title)}</p><ul>{points}</ul>{'' if alone else _tiles(s)}</div>")  # fmt: skip
+    return (
+        f'<div class="verdict {d.state}">{name}{word}'
+        f"<p>{text(d.title)}</p><ul>{points}</ul>{'' if alone else _tiles(s)}</div>"
+    )
 
 
 def _rules() -> str:
@@ -195,17 +201,24 @@ def _tiles(s: Shown) -> str:
     judged = [q for q in run.quality if q.get("name") == "epoch"]
     if judged:
         base = {q.get("name"): q["retrieval"] for q in run.quality}
-        items.append(("Unseen found again", f"{judged[-1]['retrieval']:.1f} %",
-                      f"start {base.get('start', math.nan):.1f}, pixels "
-                      f"{base.get('pixels', math.nan):.1f}"))  # fmt: skip
+        items.append(
+            (
+                "Unseen found again",
+                f"{judged[-1]['retrieval']:.1f} %",
+                f"start {base.get('start', math.nan):.1f}, pixels {base.get('pixels', math.nan):.1f}",
+            )
+        )
     count = {name: sections.highest(c[name]) for name in ("skipped", "corrupt", "resumed")}
     of = f" of {run.config.epochs}" if run.config else ""
     items += [
         ("Epochs", f"{run.epochs_done:.1f}{of}", f"{c['step'][-1] + 1:.0f} steps"),
         ("Speed", f"{mean('images_per_second'):.0f} img/s", f"{100 * mean('data_wait'):.0f} % waiting for pictures"),
-        ("Faults", f"{count['skipped']:.0f} skipped", f"{count['corrupt']:.0f} unreadable pictures, "
-         f"{count['resumed']:.0f} resumes"),
-    ]  # fmt: skip
+        (
+            "Faults",
+            f"{count['skipped']:.0f} skipped",
+            f"{count['corrupt']:.0f} unreadable pictures, {count['resumed']:.0f} resumes",
+        ),
+    ]
     return tiles(items)
 
 
@@ -229,15 +242,19 @@ def _projection(config: PretrainConfig, found: int) -> str:
     if config.arch.startswith("vit_conv"):
         return ". The convolutional stem is trained; it is the other cure for spikes that the paper names"
     if config.stop_grad_conv1:
-        return (". The patch projection is kept as initialised (--stop-grad-conv1), so the first layer here "
-                "is the first one "
-                "that is trained. The paper found spikes to begin in the projection, and that freezing a random one "
-                "steadies training and costs nothing")  # fmt: skip
+        return (
+            ". The patch projection is kept as initialised (--stop-grad-conv1), so the first layer here "
+            "is the first one "
+            "that is trained. The paper found spikes to begin in the projection, and that freezing a random one "
+            "steadies training and costs nothing"
+        )
     helps = "it is the first thing to try here" if found else "worth knowing should spikes come"
-    return (". The patch projection is trained. In the paper spikes begin there and reach the last layer some "
-            "dozens of steps "
-            f"later; keeping the projection as initialised (--stop-grad-conv1) prevents most of them: "
-            f"{helps}")  # fmt: skip
+    return (
+        ". The patch projection is trained. In the paper spikes begin there and reach the last layer some "
+        "dozens of steps "
+        f"later; keeping the projection as initialised (--stop-grad-conv1) prevents most of them: "
+        f"{helps}"
+    )
 
 
 def _settings(shown: Sequence[Shown]) -> str:
@@ -265,8 +282,10 @@ def _one_run(s: Shown) -> str:
         result = [(_flag(f.name), base[f.name], v) for f, v in differing if f.metadata["result"]]
         rest = [(_flag(f.name), base[f.name], v) for f, v in differing if not f.metadata["result"]]
         head = ("setting", f"recipe {recipe}", "this run")
-        parts.append(f"<h4>What differs from the recipe {text(recipe)}</h4>"
-                     + (table(result, head) if result else notes(["nothing that changes results"])))  # fmt: skip
+        parts.append(
+            f"<h4>What differs from the recipe {text(recipe)}</h4>"
+            + (table(result, head) if result else notes(["nothing that changes results"]))
+        )
         if rest:
             others = "Settings that do not change results"
             parts.append(f"<details><summary>{others}</summary>{table(rest, head)}</details>")
@@ -282,9 +301,17 @@ def _one_run(s: Shown) -> str:
 
 
 def _facts(facts: dict[str, Any]) -> list[tuple[str, Any]]:
-    names = {"checkpoint": "checkpoint", "epochs": "epochs in it", "step": "steps in it", "seed": "seed", "run": "run",
-             "pictures": "pictures", "data_digest": "digest of the pictures", "origin": "origin of the weights",
-             "licence": "licence of the weights"}  # fmt: skip
+    names = {
+        "checkpoint": "checkpoint",
+        "epochs": "epochs in it",
+        "step": "steps in it",
+        "seed": "seed",
+        "run": "run",
+        "pictures": "pictures",
+        "data_digest": "digest of the pictures",
+        "origin": "origin of the weights",
+        "licence": "licence of the weights",
+    }
     return [(title, facts[key]) for key, title in names.items() if facts.get(key) is not None]
 
 

@@ -30,13 +30,13 @@ def views(source: Source, config: PretrainConfig) -> str:
     cells = "".join(f"<figure>{_row(row, config)}</figure>" for row in rows)
     return (
         f'<p class="lead">Two views of each picture, as this run draws them in its first {_EPOCHS} epochs '
-        f'(preset {text(config.view_preset)}, crops of {config.crop_min:g}–1 of the area, {config.image_size} '
-        'px). The boxes '
+        f"(preset {text(config.view_preset)}, crops of {config.crop_min:g}–1 of the area, {config.image_size} "
+        "px). The boxes "
         'are the crops of epoch 0: <b class="box1">view 1</b>, <b class="box2">view 2</b>. If you can no '
-        'longer tell that '
+        "longer tell that "
         "both views show the same thing, the network can't either; if nothing changes, it learns nothing.</p>"
         f'<div class="views">{cells}</div>'
-    )  # fmt: skip
+    )
 
 
 def _row(row: Seen, config: PretrainConfig) -> str:
@@ -108,9 +108,14 @@ def learned(found: Any, key: str) -> Panel:
         parts.append("<h4>Class by class</h4>" + figures([bars], wide=[bars["id"]]))
     if found.attention:
         parts.append(_attention(found))
-    thumbs = {"sheet": sheet, "columns": found.columns, "side": THUMB, "names": found.names,
-              "labels": None if found.labels is None else [int(v) for v in found.labels],
-              "classes": found.classes}  # fmt: skip
+    thumbs = {
+        "sheet": sheet,
+        "columns": found.columns,
+        "side": THUMB,
+        "names": found.names,
+        "labels": None if found.labels is None else [int(v) for v in found.labels],
+        "classes": found.classes,
+    }
     style = f'.{sheet}{{background-image:url("{encoded(found.sprite, 78)}")}}'
     ranks = ", ".join(f"{n.rankme:.1f} {t}" for n, t in zip(found.networks, names, strict=True))
     parts.append(f'<p class="about">Effective rank of the features (RankMe): {text(ranks)}.</p>')
@@ -152,16 +157,34 @@ def _map(found: Any, which: int, id: str, key: str) -> Chart:
         groups = [(found.classes[c], np.flatnonzero(found.labels == c)) for c in np.unique(found.labels).tolist()]
     symbols = itertools.chain(["circle"] * 10, itertools.repeat("diamond"))
     data = [
-        {"type": "scatter", "mode": "markers", "name": plain(name), "x": numbers(network.map[at, 0], 4),
-         "y": numbers(network.map[at, 1], 4), "customdata": at.tolist(), "hoverinfo": "none",
-         "marker": {"size": 6, "opacity": 0.75, "symbol": symbol}, "meta": {"colour": i}}
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": plain(name),
+            "x": numbers(network.map[at, 0], 4),
+            "y": numbers(network.map[at, 1], 4),
+            "customdata": at.tolist(),
+            "hoverinfo": "none",
+            "marker": {"size": 6, "opacity": 0.75, "symbol": symbol},
+            "meta": {"colour": i},
+        }
         for i, ((name, at), symbol) in enumerate(zip(groups, symbols, strict=False))
-    ]  # fmt: skip
-    about = ("The first two principal components of the normalised features; pictures that lie together look "
-             "alike to the "
-             "network. Point at one to see it; zoom in until few are in sight to see all of them.")  # fmt: skip
-    made = chart(id, f"Map, {network.title}", about, data, x="first component", y="second component", height=420,
-                 showlegend=len(data) > 1)  # fmt: skip
+    ]
+    about = (
+        "The first two principal components of the normalised features; pictures that lie together look "
+        "alike to the "
+        "network. Point at one to see it; zoom in until few are in sight to see all of them."
+    )
+    made = chart(
+        id,
+        f"Map, {network.title}",
+        about,
+        data,
+        x="first component",
+        y="second component",
+        height=420,
+        showlegend=len(data) > 1,
+    )
     return made | {"map": key}
 
 
@@ -174,32 +197,53 @@ def _classes(found: Any, id: str) -> Chart:
     labels = [plain(f"{found.classes[present[i]]} ({int((found.labels == present[i]).sum())})") for i in shown]
     for i, network in enumerate(found.networks):
         share = [100 * float(network.correct[found.labels == present[j]].mean()) for j in shown]
-        data.append({"type": "bar", "orientation": "h", "name": plain(network.title), "x": numbers(share, 4),
-                     "y": labels,
-                     "meta": {"colour": 8 if i + 1 < len(found.networks) else 0},
-                     "hovertemplate": "%{x:.1f} %<extra></extra>"})  # fmt: skip
+        data.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": plain(network.title),
+                "x": numbers(share, 4),
+                "y": labels,
+                "meta": {"colour": 8 if i + 1 < len(found.networks) else 0},
+                "hovertemplate": "%{x:.1f} %<extra></extra>",
+            }
+        )
         rows.append(share)
     overall = "; ".join(f"{n.title} {100 * n.correct.mean():.1f} %" for n in found.networks)
     more = "" if len(shown) == len(order) else f" Of {len(order)} classes, the twenty worst and the twenty best."
-    table = {"head": ["class (pictures)", *(n.title for n in found.networks)],
-             "rows": [[found.classes[present[j]], *(f"{r[i]:.1f}" for r in rows)]
-                      for i, j in enumerate(shown)]}  # fmt: skip
-    about = (f"Each picture judged by its nearest others among those looked at (k 20, leave-one-out). All "
-             "classes together: "
-             f"{overall}. Few pictures: compare networks within this page only.{more}")  # fmt: skip
-    return chart(id, "k-NN accuracy by class", about, data, x="correct, %", table=table,
-                 height=max(26 * len(shown) + 110, 200),
-                 barmode="group", yaxis={"automargin": True, "title": None}, xaxis={"range": [0, 100]},
-                 hovermode="closest")  # fmt: skip
+    table = {
+        "head": ["class (pictures)", *(n.title for n in found.networks)],
+        "rows": [[found.classes[present[j]], *(f"{r[i]:.1f}" for r in rows)] for i, j in enumerate(shown)],
+    }
+    about = (
+        f"Each picture judged by its nearest others among those looked at (k 20, leave-one-out). All "
+        "classes together: "
+        f"{overall}. Few pictures: compare networks within this page only.{more}"
+    )
+    return chart(
+        id,
+        "k-NN accuracy by class",
+        about,
+        data,
+        x="correct, %",
+        table=table,
+        height=max(26 * len(shown) + 110, 200),
+        barmode="group",
+        yaxis={"automargin": True, "title": None},
+        xaxis={"range": [0, 100]},
+        hovermode="closest",
+    )
 
 
 def _attention(found: Any) -> str:
     cells = []
     for name, mean, heads in found.attention:
         each = "".join(f'<img src="{h}" alt="head {i + 1}" width="56" height="56">' for i, h in enumerate(heads))
-        cells.append(f'<figure><img src="{mean}" alt="attention on {text(name)}" width="112" height="112">'
-                     f'<div class="heads">{each}</div><figcaption '
-                     f'class="about">{text(name)}</figcaption></figure>')  # fmt: skip
+        cells.append(
+            f'<figure><img src="{mean}" alt="attention on {text(name)}" width="112" height="112">'
+            f'<div class="heads">{each}</div><figcaption '
+            f'class="about">{text(name)}</figcaption></figure>'
+        )
     return (
         '<h4>Attention of the cls token</h4><p class="about">Where the last block looks, averaged over heads '
         "(large) and by "

@@ -14,36 +14,58 @@ def learning(runs: Sequence[Run]) -> list[Chart]:
     """Section 2: does it learn, and what does it cost."""
     curves = Curves(runs)
     charts = [_loss(runs, curves)]
-    charts.append(curves.chart(
-        "retrieval", "Own picture found again",
-        "Share of queries whose nearest key of the whole batch is their own picture's other view. Chance is one in the "
-        "batch size. It rises while the loss falls, and can be compared between temperatures.",
-        "retrieval_accuracy", y="found, %", scale=100, smoothed=True, yaxis={"rangemode": "tozero"},
-    ))  # fmt: skip
+    charts.append(
+        curves.chart(
+            "retrieval",
+            "Own picture found again",
+            "Share of queries whose nearest key of the whole batch is their own picture's other view. Chance is one in "
+            "the batch size. It rises while the loss falls, and can be compared between temperatures.",
+            "retrieval_accuracy",
+            y="found, %",
+            scale=100,
+            smoothed=True,
+            yaxis={"rangemode": "tozero"},
+        )
+    )
     if any(len(run.knn) for run in runs):
         first = next(run for run in runs if len(run.knn))
-        charts.append(chart(
-            "knn", "k-NN accuracy",
-            "Labelled pictures judged by their nearest training pictures (k 20), on the backbone's features: the "
-            "plainest test of what has been learned. Marked dips recover later; see the gradients below.",
-            curves.knn(), y="k-NN, %", table=sampled(["step", "epoch", "k-NN, %"], list(first.knn.T)),
-        ))  # fmt: skip
+        charts.append(
+            chart(
+                "knn",
+                "k-NN accuracy",
+                "Labelled pictures judged by their nearest training pictures (k 20), on the backbone's features: the "
+                "plainest test of what has been learned. Marked dips recover later; see the gradients below.",
+                curves.knn(),
+                y="k-NN, %",
+                table=sampled(["step", "epoch", "k-NN, %"], list(first.knn.T)),
+            )
+        )
     charts += _quality(runs)
     charts += [
         curves.chart("lr", "Learning rate", "Linear warm-up, then a half cosine to 0.", "lr", y="learning rate"),
         _momentum(runs),
         curves.chart(
-            "speed", "Pictures a second", "Over all ranks; a fall that lasts is worth a look at the machine.",
-            "images_per_second", y="pictures a second", smoothed=True, yaxis={"rangemode": "tozero"},
+            "speed",
+            "Pictures a second",
+            "Over all ranks; a fall that lasts is worth a look at the machine.",
+            "images_per_second",
+            y="pictures a second",
+            smoothed=True,
+            yaxis={"rangemode": "tozero"},
         ),
         curves.chart(
-            "wait", "Waiting for pictures",
+            "wait",
+            "Waiting for pictures",
             "Share of the time in which the network had nothing to do. Below a tenth is fine; above three tenths the "
             "loader, not the network, sets the pace.",
-            "data_wait", y="waiting, %", scale=100, smoothed=True,
-            yaxis={"rangemode": "tozero", "range": [0, 100]}, levels=[level(30, "starved above 30 %")],
+            "data_wait",
+            y="waiting, %",
+            scale=100,
+            smoothed=True,
+            yaxis={"rangemode": "tozero", "range": [0, 100]},
+            levels=[level(30, "starved above 30 %")],
         ),
-    ]  # fmt: skip
+    ]
     return charts + _faults(runs, curves)
 
 
@@ -51,23 +73,29 @@ def _loss(runs: Sequence[Run], curves: Curves) -> Chart:
     if not curves.alone:
         shares = [_share(run, i) for i, run in enumerate(runs)]
         return chart(
-            "loss", "Loss, from start (0 %) to floor (100 %)",
+            "loss",
+            "Loss, from start (0 %) to floor (100 %)",
             "Runs of different batch sizes and temperatures have different losses; their way from start to floor can "
             "be compared roughly. No run reaches the floor: other pictures are not unrelated.",
-            shares, y="way to the floor, %",
-        )  # fmt: skip
+            shares,
+            y="way to the floor, %",
+        )
     run = runs[0]
     start, floor = _levels(run)
     return chart(
-        "loss", "Loss between start and floor",
+        "loss",
+        "Loss between start and floor",
         "It starts near 4τ·ln N, where all keys look alike, and cannot fall below the floor, where each "
         "picture is found "
         "and all others are unrelated. Where it settles depends on batch and temperature: judge it between the two "
         "lines only.",
-        curves.of("loss", "loss", smoothed=True), y="loss", table=curves.table("loss", "loss"),
+        curves.of("loss", "loss", smoothed=True),
+        y="loss",
+        table=curves.table("loss", "loss"),
         levels=[level(start, f"start {start:.2f}"), level(floor, f"floor {floor:.2f}", below=True)],
-        yaxis={"range": _range(run.columns["loss"], start, floor)}, shapes=_resumes(run),
-    )  # fmt: skip
+        yaxis={"range": _range(run.columns["loss"], start, floor)},
+        shapes=_resumes(run),
+    )
 
 
 def highest(values: np.ndarray) -> float:
@@ -105,28 +133,40 @@ def _resumes(run: Run) -> list[dict[str, object]]:
     """A dotted line where a run was resumed."""
     count = run.columns["resumed"]
     at = run.columns["step"][np.flatnonzero(np.diff(count) > 0) + 1]
-    return [{"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "line": {"dash": "dot", "width": 1}}
-            for x in at.tolist()[:200]]  # fmt: skip
+    return [
+        {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "line": {"dash": "dot", "width": 1}}
+        for x in at.tolist()[:200]
+    ]
 
 
 def _momentum(runs: Sequence[Run]) -> Chart:
     return Curves(runs).chart(
-        "momentum", "Momentum of the key encoder",
+        "momentum",
+        "Momentum of the key encoder",
         "How much of the old key encoder each step keeps; with --moco-m-cos it rises to 1, so that keys come to rest.",
-        "momentum", y="momentum",
-    )  # fmt: skip
+        "momentum",
+        y="momentum",
+    )
 
 
 def _quality(runs: Sequence[Run]) -> list[Chart]:
     charts = []
     names = (
-        ("found", "retrieval", "Quality without labels: pictures found again, %",
-         "Unseen pictures found again among all others from views of kinds that were never trained on. The higher the "
-         "better; it goes along with k-NN best of all measures that need no labels."),
-        ("rankme", "rankme", "Quality without labels: effective rank (RankMe)",
-         "How many directions the features of unseen pictures use. A fall while the share found falls too is a "
-         "warning."),
-    )  # fmt: skip
+        (
+            "found",
+            "retrieval",
+            "Quality without labels: pictures found again, %",
+            "Unseen pictures found again among all others from views of kinds that were never trained on. The higher "
+            "the better; it goes along with k-NN best of all measures that need no labels.",
+        ),
+        (
+            "rankme",
+            "rankme",
+            "Quality without labels: effective rank (RankMe)",
+            "How many directions the features of unseen pictures use. A fall while the share found falls too is a "
+            "warning.",
+        ),
+    )
     for id, key, title, about in names:
         data, levels = [], []
         for i, run in enumerate(runs):
@@ -144,8 +184,11 @@ def _quality(runs: Sequence[Run]) -> list[Chart]:
 
 def _faults(runs: Sequence[Run], curves: Curves) -> list[Chart]:
     data = []
-    for name, label, colour in (("skipped", "skipped steps", 3), ("corrupt", "unreadable pictures", 4),
-                                ("resumed", "resumes", 0)):  # fmt: skip
+    for name, label, colour in (
+        ("skipped", "skipped steps", 3),
+        ("corrupt", "unreadable pictures", 4),
+        ("resumed", "resumes", 0),
+    ):
         if any(highest(run.columns[name]) > 0 for run in runs):
             found = curves.of(name, label, colour=colour)
             for trace, run in zip(found, runs, strict=True):
@@ -156,9 +199,11 @@ def _faults(runs: Sequence[Run], curves: Curves) -> list[Chart]:
                     data.append(trace)
     if not data:
         return []
-    about = ("Counts so far. A skipped step had a loss or gradient that was not finite, or a spike, and "
-             "changed nothing; "
-             "an unreadable picture was replaced by another.")  # fmt: skip
+    about = (
+        "Counts so far. A skipped step had a loss or gradient that was not finite, or a spike, and "
+        "changed nothing; "
+        "an unreadable picture was replaced by another."
+    )
     return [chart("faults", "Skips, resumes, unreadable pictures", about, data, y="count")]
 
 
@@ -175,9 +220,15 @@ def stability(runs: Sequence[Run]) -> list[Chart]:
     if not curves.alone:
         return [
             chart("first", "Gradient norm, first layer", about, first, y="norm", yaxis={"type": "log"}),
-            chart("last", "Gradient norm, last layer", "The same of the backbone's last layer.", last, y="norm",
-                  yaxis={"type": "log"}),
-        ]  # fmt: skip
+            chart(
+                "last",
+                "Gradient norm, last layer",
+                "The same of the backbone's last layer.",
+                last,
+                y="norm",
+                yaxis={"type": "log"},
+            ),
+        ]
     run = runs[0]
     layout: dict[str, Any]
     data, layout, height = first + last, {"yaxis": {"type": "log", "title": {"text": "gradient norm"}}}, 340
@@ -187,7 +238,7 @@ def stability(runs: Sequence[Run]) -> list[Chart]:
             "yaxis": {"type": "log", "title": {"text": "gradient norm"}, "domain": [0.42, 1]},
             "yaxis2": {"title": {"text": "k-NN, %"}, "domain": [0, 0.32], "anchor": "x"},
             "xaxis": {"anchor": "y2"},
-        }  # fmt: skip
+        }
         data, height = data + below, 480
     c = run.columns
     table = sampled(["step", "first layer", "last layer"], [c["step"], c["grad_norm_first"], c["grad_norm_last"]])
@@ -204,20 +255,32 @@ def collapse(runs: Sequence[Run], spectra: Sequence[tuple[str, np.ndarray]]) -> 
         spectra: (name, variances of the principal components) of networks.
     """
     curves = Curves(runs)
-    charts = [curves.chart(
-        "spread", "Spread of the queries",
-        "Standard deviation of the normalised queries over the batch, times √dim: 1 when they are spread "
-        "evenly, 0 when "
-        "all are the same (collapsed).",
-        "feature_std", y="spread", yaxis={"range": [0, 1.1]}, levels=[level(1, "even", below=True)],
-    )]  # fmt: skip
+    charts = [
+        curves.chart(
+            "spread",
+            "Spread of the queries",
+            "Standard deviation of the normalised queries over the batch, times √dim: 1 when they are spread "
+            "evenly, 0 when "
+            "all are the same (collapsed).",
+            "feature_std",
+            y="spread",
+            yaxis={"range": [0, 1.1]},
+            levels=[level(1, "even", below=True)],
+        )
+    ]
     if any(np.isfinite(run.columns["effective_rank"]).any() for run in runs):
-        charts.append(curves.chart(
-            "rank", "Effective rank of the queries",
-            "How many directions a batch's queries use, by the entropy of their singular values (Garrido et al. 2023): "
-            "from 1, all on a line, to the width of the embedding, or the number of queries where that is smaller.",
-            "effective_rank", y="effective rank", yaxis={"rangemode": "tozero"},
-        ))  # fmt: skip
+        charts.append(
+            curves.chart(
+                "rank",
+                "Effective rank of the queries",
+                "How many directions a batch's queries use, by the entropy of their singular values (Garrido et al. "
+                "2023): from 1, all on a line, to the width of the embedding, or the number of queries where that is "
+                "smaller.",
+                "effective_rank",
+                y="effective rank",
+                yaxis={"rangemode": "tozero"},
+            )
+        )
     if spectra:
         data = []
         for i, (name, v) in enumerate(spectra):
@@ -225,13 +288,21 @@ def collapse(runs: Sequence[Run], spectra: Sequence[tuple[str, np.ndarray]]) -> 
             data.append(line(np.arange(1, len(v) + 1), shown, name, i))
         for trace in data:
             trace["hovertemplate"] = f"component %{{x}}: %{{y:.3~%}} of the variance<extra>{trace['name']}</extra>"
-        charts.append(chart(
-            "spectrum", "Spectrum of the features",
-            "Share of the variance of each principal component of the backbone's features, largest first. A "
-            "cliff means "
-            "that few directions carry everything (dimensional collapse).",
-            data, x="component", y="share of variance", xaxis={"type": "log"}, yaxis={"type": "log"},
-            table=sampled(["component", "share of variance"],
-                          [np.arange(1, len(spectra[-1][1]) + 1), spectra[-1][1]]),
-        ))  # fmt: skip
+        charts.append(
+            chart(
+                "spectrum",
+                "Spectrum of the features",
+                "Share of the variance of each principal component of the backbone's features, largest first. A "
+                "cliff means "
+                "that few directions carry everything (dimensional collapse).",
+                data,
+                x="component",
+                y="share of variance",
+                xaxis={"type": "log"},
+                yaxis={"type": "log"},
+                table=sampled(
+                    ["component", "share of variance"], [np.arange(1, len(spectra[-1][1]) + 1), spectra[-1][1]]
+                ),
+            )
+        )
     return charts

@@ -47,8 +47,10 @@ def told(contents: dict[str, Any], kind: str, state: dict[str, Tensor], where: s
         if count is None:  # as built unless told otherwise
             return Known(HEADS.get(width), "as mocov3 builds it")
         if isinstance(count, bool) or not isinstance(count, int) or count < 1 or width % count:
-            raise UserError(f"{where}: its configuration is damaged ({str(count)[:40]!r} attention heads of a ViT of "
-                            f"width {width}); use another file")  # fmt: skip
+            raise UserError(
+                f"{where}: its configuration is damaged ({str(count)[:40]!r} attention heads of a ViT of "
+                f"width {width}); use another file"
+            )
         return Known(count, "as the file says")
     if kind.startswith("pre-training"):
         return Known(HEADS.get(width), "a pre-training checkpoint of MoCo v3")
@@ -75,8 +77,10 @@ def settled(known: Known, asked: int | None, width: int | None, where: str) -> K
     if width % asked:
         raise UserError(f"{where}: --heads {asked} does not divide the width {width}; likely: {likely_heads(width)}")
     if known.number not in (None, asked):
-        raise UserError(f"{where}: has {known.number} attention heads ({known.by}), not {asked}; leave --heads out, or "
-                        f"give --heads {known.number}")  # fmt: skip
+        raise UserError(
+            f"{where}: has {known.number} attention heads ({known.by}), not {asked}; leave --heads out, or "
+            f"give --heads {known.number}"
+        )
     return Known(asked, "--heads")
 
 
@@ -130,5 +134,7 @@ def check_built(network: Any, known: Known, state: dict[str, Tensor], where: str
         if not hasattr(network, "backbone") and (asked := choices(width)):  # timm's by name has its own
             raise _nobody_says(width, asked, where)
     elif built != known.number:
-        raise UserError(f"{where}: has {known.number} attention heads ({known.by}), the network to load it into has "
-                        f"{built}: the same shapes, other features; take one of our ViTs (--arch)")  # fmt: skip
+        raise UserError(
+            f"{where}: has {known.number} attention heads ({known.by}), the network to load it into has "
+            f"{built}: the same shapes, other features; take one of our ViTs (--arch)"
+        )

@@ -22,13 +22,7 @@ __all__ = ["Position", "check_state", "newest", "pack", "prune", "read", "restor
 FORMAT_VERSION = 1
 PREFIX = "module."
 _NAME = re.compile(r"checkpoint_(\d{4,})(?:_step(\d{9,}))?\.pth\.tar")
-_SCALER = {
-    "scale": 65536.0,
-    "growth_factor": 2.0,
-    "backoff_factor": 0.5,
-    "growth_interval": 2000,
-    "_growth_tracker": 0,
-}
+_SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
 _MID_EPOCH_KEPT = 2
 
 
@@ -61,12 +55,7 @@ def pack(
         "state_dict": {PREFIX + key: value for key, value in whole(model.state_dict(), keep=keep).items()},
         "optimizer": whole(optimizer.state_dict(), keep=keep),
         "scaler": {**_SCALER, **scaler},
-        "mocov3": {
-            "format": FORMAT_VERSION,
-            "iteration": position.iteration,
-            "step": position.step,
-            **extra,
-        },
+        "mocov3": {"format": FORMAT_VERSION, "iteration": position.iteration, "step": position.step, **extra},
     }
 
 

@@ -109,8 +109,10 @@ def _uses(path: str, contents: dict[str, Any], kind: str, arch: str | None, aske
         return uses, missing
     uses.append(f"starting: mocov3 pretrain DIR --recipe adapt --init {path}{' --heads N' if asked else ''}")
     if contents.get("arch"):
-        uses.append(f"features: mocov3.load_backbone('{path}'{', heads=N' if asked else ''}); "
-                    f"judging: mocov3 compare {path} DIR{' --heads N' if asked else ''}")  # fmt: skip
+        uses.append(
+            f"features: mocov3.load_backbone('{path}'{', heads=N' if asked else ''}); "
+            f"judging: mocov3 compare {path} DIR{' --heads N' if asked else ''}"
+        )
     else:
         missing.append("features by load_backbone: the file does not name its arch; give arch" + " and heads" * asked)
     if kind.startswith("pre-training"):

@@ -91,8 +91,11 @@ def guess_arch(state: dict[str, Tensor]) -> str | None:
                 encoder = build_backbone(arch, image_size=4 * patch, patch_size=patch, small_stem=small_stem)
         except (ValueError, UserError):
             continue
-        ours = {k: tuple(v.shape) for k, v in encoder.state_dict().items()
-                if k != "pos_embed" and not k.startswith(("fc.", "head."))}  # fmt: skip
+        ours = {
+            k: tuple(v.shape)
+            for k, v in encoder.state_dict().items()
+            if k != "pos_embed" and not k.startswith(("fc.", "head."))
+        }
         if ours == shapes:
             return arch
     return None
@@ -103,16 +106,19 @@ def _from_timm(init: str, heads: int | None) -> BackboneWeights:
 
     name = init.removeprefix("timm/")
     if not timm.is_model(name):
-        raise UserError(f"--init {init}: timm {timm.__version__} has no such model; "
-                        f"{nearest(name, timm.list_models())[:300]}")  # fmt: skip
+        raise UserError(
+            f"--init {init}: timm {timm.__version__} has no such model; {nearest(name, timm.list_models())[:300]}"
+        )
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "10")
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except RuntimeError as error:
         raise UserError(f"--init {init}: timm has no weights of this name ({str(error)[:100]})") from None
     except Exception as error:  # the hub's client raises its own errors, the network others
-        raise UserError(f"--init {init}: its weights could not be fetched ({type(error).__name__}); fetch them on a "
-                        "machine with a network and give the file") from None  # fmt: skip
+        raise UserError(
+            f"--init {init}: its weights could not be fetched ({type(error).__name__}); fetch them on a "
+            "machine with a network and give the file"
+        ) from None
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(("fc.", "head."))}
     known = attention_heads.Known(attention_heads.heads_of(model), "timm's network")
     known = attention_heads.settled(known, heads, attention_heads.width_of(state), f"--init {init}")

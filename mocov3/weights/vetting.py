@@ -20,10 +20,19 @@ from mocov3.errors import UserError, printable
 _CHUNK = 4 << 20
 _FOLDER = 0x10  # of DOS's attributes, which no checksum covers: for a folder torch's reader fills nothing in
 _ITEM_BYTES = {
-    "DoubleStorage": 8, "LongStorage": 8, "FloatStorage": 4, "IntStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
-    "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1, "ComplexFloatStorage": 8,
+    "DoubleStorage": 8,
+    "LongStorage": 8,
+    "FloatStorage": 4,
+    "IntStorage": 4,
+    "HalfStorage": 2,
+    "BFloat16Storage": 2,
+    "ShortStorage": 2,
+    "CharStorage": 1,
+    "ByteStorage": 1,
+    "BoolStorage": 1,
+    "ComplexFloatStorage": 8,
     "ComplexDoubleStorage": 16,
-}  # fmt: skip
+}
 _LEGACY_HEADER = 3  # magic number, protocol, facts of the system: a pickle each, before the one that counts
 
 
@@ -246,13 +255,31 @@ _CALLS: dict[str, Callable[[_Vetter, tuple[Any, ...]], Any]] = {
     "_codecs.encode": lambda *_: _OTHER,  # how protocol 2 writes bytes
 }
 _CONSTANTS = {
-    "EMPTY_DICT": _CONTAINER, "EMPTY_LIST": _CONTAINER, "EMPTY_TUPLE": (), "EMPTY_SET": _CONTAINER,
-    "NEWTRUE": True, "NEWFALSE": False, "NONE": None,
-}  # fmt: skip
+    "EMPTY_DICT": _CONTAINER,
+    "EMPTY_LIST": _CONTAINER,
+    "EMPTY_TUPLE": (),
+    "EMPTY_SET": _CONTAINER,
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "NONE": None,
+}
 _SCALARS = (
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
-    "BINUNICODE8", "SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES",
-)  # fmt: skip
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "LONG4",
+    "INT",
+    "LONG",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "SHORT_BINSTRING",
+    "BINSTRING",
+    "SHORT_BINBYTES",
+    "BINBYTES",
+)
 _PUTS = ("BINPUT", "LONG_BINPUT", "MEMOIZE")
 _GETS = ("BINGET", "LONG_BINGET")
 _SILENT = ("PROTO", "STOP", "FRAME")

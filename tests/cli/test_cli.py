@@ -85,8 +85,7 @@ def test_every_command_of_our_documents_parses(document):
     assert len(found) >= 3
     for script, argv in found:
         if script.startswith("mocov3"):
-            scripts = {"convert": "convert_to_deit.py", "lincls": "main_lincls.py",
-                       "finetune": "transfer/main.py"}  # fmt: skip
+            scripts = {"convert": "convert_to_deit.py", "lincls": "main_lincls.py", "finetune": "transfer/main.py"}
             more = {"knn": parse_knn, "embed": parse_embed}
             command = script.split()[1]
             if command == "pretrain":
@@ -156,18 +155,34 @@ def test_help_and_refusals_come_without_torch(tmp_path):
         "print('torch' in sys.modules, round(time.perf_counter() - began, 3), code)"
     )
     for argv, code_wanted in (
-        (["--help"], 0), (["pretrain", "--help"], 0), (["convert", "--help"], 0), (["demo", "--help"], 0),
-        (["finetune", "--help"], 0), (["export", "--help"], 0), (["finetune", "--data-path", str(tmp_path)], 2),
+        (["--help"], 0),
+        (["pretrain", "--help"], 0),
+        (["convert", "--help"], 0),
+        (["demo", "--help"], 0),
+        (["finetune", "--help"], 0),
+        (["export", "--help"], 0),
+        (["finetune", "--data-path", str(tmp_path)], 2),
         (["export", "none.pth", "--to", "deit", "--output", "o"], 2),
-        (["lincls", "--help"], 0), (["knn", "--help"], 0), (["embed", "--help"], 0), (["verify", "--help"], 0),
-        (["lincls", str(tmp_path / "none")], 2), (["knn", "fashion-mnist"], 2), (["embed", "x"], 2),
-        (["--version"], 0), (["pretrain", str(tmp_path / "none")], 2), (["nothing"], 2),
+        (["lincls", "--help"], 0),
+        (["knn", "--help"], 0),
+        (["embed", "--help"], 0),
+        (["verify", "--help"], 0),
+        (["lincls", str(tmp_path / "none")], 2),
+        (["knn", "fashion-mnist"], 2),
+        (["embed", "x"], 2),
+        (["--version"], 0),
+        (["pretrain", str(tmp_path / "none")], 2),
+        (["nothing"], 2),
         (["pretrain", "fashion-mnist", "--lr", "-1"], 2),
-    ):  # fmt: skip
+    ):
         done = subprocess.run(
-            [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
-        )  # fmt: skip
+            [sys.executable, "-c", code, *argv],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=tmp_path,
+        )
         loaded, seconds, got = done.stdout.splitlines()[-1].split()
         assert (loaded, int(got)) == ("False", code_wanted), argv
         if code_wanted == 0:
@@ -203,10 +218,7 @@ def test_help_and_refusals_come_without_torch(tmp_path):
         (["--resume", "missing.pth.tar"], "no such file"),
         (["--init", "missing.pth"], "no such file"),
         (["--config", "missing.yaml"], "cannot be read"),
-        (
-            ["--gpu", "99", "--device", "cuda"],
-            "GPU 99" if torch.cuda.is_available() else "no CUDA device",
-        ),
+        (["--gpu", "99", "--device", "cuda"], "GPU 99" if torch.cuda.is_available() else "no CUDA device"),
     ],
 )
 def test_bad_values(flags, message, pictures, tmp_path):
@@ -280,9 +292,14 @@ def test_bad_output(tmp_path, pictures):
 def test_bad_configuration_files(tmp_path, pictures):
     file = tmp_path / "c.yaml"
     for text, message in (
-        ("lr: [", "is not YAML"), ("- 1", "holds no"), ("lrr: 1", "did you mean lr"), ("epochs: many", "must be int"),
-        ("moco_m_cos: 1", "must be bool"), ("optimizer: sgd", "one of"), ("!!python/object:os.system {}", "not YAML"),
-    ):  # fmt: skip
+        ("lr: [", "is not YAML"),
+        ("- 1", "holds no"),
+        ("lrr: 1", "did you mean lr"),
+        ("epochs: many", "must be int"),
+        ("moco_m_cos: 1", "must be bool"),
+        ("optimizer: sgd", "one of"),
+        ("!!python/object:os.system {}", "not YAML"),
+    ):
         file.write_text(text)
         assert message in refused("pretrain", pictures, "--config", file, "--output-dir", tmp_path / "out"), text
 
@@ -300,9 +317,10 @@ def test_bad_checkpoints(tmp_path, pictures):
     made = torch.optim.AdamW(model.parameters())
     checkpoint.write(
         bad,
-        checkpoint.pack(arch="resnet18", model=model, optimizer=made, scaler={}, position=checkpoint.Position(1, 0, 4),
-                        extra={}),
-    )  # fmt: skip
+        checkpoint.pack(
+            arch="resnet18", model=model, optimizer=made, scaler={}, position=checkpoint.Position(1, 0, 4), extra={}
+        ),
+    )
     assert "--arch resnet18" in refused(*flags, "--resume", bad)
     assert "conv1.weight" in refused(*flags, "--init", bad)
     torch.save({"weights": 3}, bad)

@@ -137,11 +137,20 @@ def test_what_cannot_be_used_is_listed(pictures, tmp_path):
     path = archive(
         tmp_path / "x.tar",
         [
-            ("a.jpg", good), ("a.cls", b"3"), ("../../b.jpg", good), ("/c.jpg", good), (link, b""), (device, b""),
-            ("d.txt", b"words"), ("d.json", b"{}"), ("e.cls", b"dog"), ("f.JPG", good), ("g.jpg\n\x1b[2J.jpg", good),
+            ("a.jpg", good),
+            ("a.cls", b"3"),
+            ("../../b.jpg", good),
+            ("/c.jpg", good),
+            (link, b""),
+            (device, b""),
+            ("d.txt", b"words"),
+            ("d.json", b"{}"),
+            ("e.cls", b"dog"),
+            ("f.JPG", good),
+            ("g.jpg\n\x1b[2J.jpg", good),
             ("no ending", b""),
         ],
-    )  # fmt: skip
+    )
     found, problems = read_members(str(path))
     assert [m.name for m in found] == [b"a.jpg", b"f.JPG", b"g.jpg\n\x1b[2J.jpg"]
     assert [m.label for m in found] == [3, -1, -1]
@@ -273,10 +282,26 @@ def test_killed_and_resumed_on_archives(packed, tmp_path):
 
     def command(workers):
         return lambda folder: [
-            sys.executable, "-m", "mocov3", "pretrain", str(packed), *TINY, "--epochs", "6", "-j", str(workers),
-            "--checkpoint-every", "6", "--checkpoint-steps", "2", "--output-dir", str(folder), "--resume", "auto",
+            sys.executable,
+            "-m",
+            "mocov3",
+            "pretrain",
+            str(packed),
+            *TINY,
+            "--epochs",
+            "6",
+            "-j",
+            str(workers),
+            "--checkpoint-every",
+            "6",
+            "--checkpoint-steps",
+            "2",
+            "--output-dir",
+            str(folder),
+            "--resume",
+            "auto",
             "--quiet",
-        ]  # fmt: skip
+        ]
 
     Process(command(0)(tmp_path / "whole")).finish()
     kill_until_done([command(n) for n in (0, 1, 2)], tmp_path / "killed", kills=2, rng=random.Random(5))

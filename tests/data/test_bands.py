@@ -179,8 +179,21 @@ def test_training_and_judging_by_channels(deep_folder, tmp_path, run_program, ch
             tifffile.imwrite(file, tifffile.imread(file)[..., 0])
     reading = ["--channels", channels, "--bit-window", "0,4095"]
     run = tmp_path / "run"
-    run_program("pretrain", deep_folder, *TINY, *reading, "--mean-std", "auto", "-b", "8", "--knn-every", "2",
-                "--output-dir", run, cwd=tmp_path)  # fmt: skip
+    run_program(
+        "pretrain",
+        deep_folder,
+        *TINY,
+        *reading,
+        "--mean-std",
+        "auto",
+        "-b",
+        "8",
+        "--knn-every",
+        "2",
+        "--output-dir",
+        run,
+        cwd=tmp_path,
+    )
     checkpoint = run / "checkpoint_0001.pth.tar"
     config = torch.load(checkpoint, weights_only=True)["mocov3"]["config"]
     # all values lie between 0 and 3547 of 4095, so the measured mean is near the middle; by the upper 8 bits it is 0.03
@@ -194,8 +207,21 @@ def test_training_and_judging_by_channels(deep_folder, tmp_path, run_program, ch
     if channels == 1:
         return
     linear = tmp_path / "linear"
-    run_program("lincls", deep_folder, "--pretrained", checkpoint, "--epochs", 1, "-b", 8, "-j", 0, "--output-dir",
-                linear, cwd=tmp_path)  # fmt: skip
+    run_program(
+        "lincls",
+        deep_folder,
+        "--pretrained",
+        checkpoint,
+        "--epochs",
+        1,
+        "-b",
+        8,
+        "-j",
+        0,
+        "--output-dir",
+        linear,
+        cwd=tmp_path,
+    )
     run_program("compare", checkpoint, deep_folder, cwd=tmp_path)
     checked = run_program("check", deep_folder, *reading, "--sheet", "sheet.png", cwd=tmp_path).stdout
     assert "over 8 bits      16 pictures" in checked

@@ -84,9 +84,13 @@ PINNED_CROP = [27, 39, 299, 283]
 
 
 @given(
-    st.integers(1, 6000), st.integers(1, 4000), st.floats(0.01, 1), st.sampled_from(sorted(PRESETS)),
-    st.integers(0, 2**31), st.integers(0, 1),
-)  # fmt: skip
+    st.integers(1, 6000),
+    st.integers(1, 4000),
+    st.floats(0.01, 1),
+    st.sampled_from(sorted(PRESETS)),
+    st.integers(0, 2**31),
+    st.integers(0, 1),
+)
 @settings(deadline=None, max_examples=200)
 def test_every_crop_lies_in_the_picture(width, height, crop_min, preset, seed, view):
     d = draw(PRESETS[preset], crop_min, width, height, seed=seed, epoch=0, index=3, view=view)
@@ -209,12 +213,7 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\x04IDAT"
 
 
-BAD = {
-    "empty.jpg": b"",
-    "text.png": b"this is no picture",
-    "cut.jpg": None,
-    "bomb.png": png_header(100_000, 100_000),
-}
+BAD = {"empty.jpg": b"", "text.png": b"this is no picture", "cut.jpg": None, "bomb.png": png_header(100_000, 100_000)}
 
 
 @pytest.fixture

@@ -118,8 +118,13 @@ def test_pixels_in_distribution(cell, backend):
             )
     for view, rows in enumerate(measured):
         recorded = CELLS[cell.removesuffix("1") + str(view + 1)]
-        wanted = [*recorded["channel_mean"], *recorded["channel_std"], recorded["abs_dx"], recorded["abs_dy"],
-                  recorded["abs_laplacian"]]  # fmt: skip
+        wanted = [
+            *recorded["channel_mean"],
+            *recorded["channel_std"],
+            recorded["abs_dx"],
+            recorded["abs_dy"],
+            recorded["abs_laplacian"],
+        ]
         values = np.array(rows)
         for i, want in enumerate(wanted):
             near(values[:, i].mean(), values[:, i].std() / draws**0.5, want, (view, i))

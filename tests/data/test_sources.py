@@ -104,13 +104,18 @@ def test_lists(tmp_path):
     assert [source.read(i) for i in range(4)] == [b"x"] * 4
     assert source.labels is None
     table = tmp_path / "list.csv"
-    for text in ("label,path\ncat,a/1.jpg\ndog,b/ü 2.png\n", "a/1.jpg,cat\nb/ü 2.png,dog\n",
-                 "\ufefffile;class\na/1.jpg;cat\n\"b/ü 2.png\";dog\n"):  # fmt: skip
+    for text in (
+        "label,path\ncat,a/1.jpg\ndog,b/ü 2.png\n",
+        "a/1.jpg,cat\nb/ü 2.png,dog\n",
+        '\ufefffile;class\na/1.jpg;cat\n"b/ü 2.png";dog\n',
+    ):
         table.write_text(text, encoding="utf-8")
         source = open_source(str(table))
         assert (names(source), source.classes, source.labels.tolist()) == (
-            ["a/1.jpg", "b/ü 2.png"], ["cat", "dog"], [0, 1],
-        )  # fmt: skip
+            ["a/1.jpg", "b/ü 2.png"],
+            ["cat", "dog"],
+            [0, 1],
+        )
     table.write_text("path,label\na/1.jpg,cat\n#3.jpg,\n")
     assert open_source(str(table)).labels is None
 
@@ -158,7 +163,7 @@ def test_bad_lists(name, content, message, tmp_path):
         (["DIR", "--mean-std", "0.5,0"], "--mean-std"),
         (["DIR", "--turn-probability", "nan"], "--turn-probability"),
     ],
-)  # fmt: skip
+)
 def test_bad_sources_and_strengths(words, message, tmp_path):
     tree(tmp_path / "d", "a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg")
     (tmp_path / "d" / "empty").mkdir()
@@ -229,8 +234,12 @@ def test_groups_are_read_from_names(tmp_path):
 
 def test_aerial_views_show_all_eight_ways_up():
     picture = np.arange(16 * 16, dtype=np.uint8).reshape(16, 16)
-    still = {"jitter_probability": 0.0, "gray_probability": 0.0, "blur_probability": (0.0, 0.0),
-             "solarize_probability": (0.0, 0.0)}  # fmt: skip
+    still = {
+        "jitter_probability": 0.0,
+        "gray_probability": 0.0,
+        "blur_probability": (0.0, 0.0),
+        "solarize_probability": (0.0, 0.0),
+    }
     preset = dataclasses.replace(PRESETS["aerial"], **still)
     ways = {np.rot90(m, k).tobytes() for m in (picture, picture[:, ::-1]) for k in range(4)}
     for backend in ("fast", "pillow"):
@@ -247,8 +256,9 @@ def test_aerial_views_show_all_eight_ways_up():
 def test_strengths_are_flags_over_the_preset(tmp_path):
     argv = "x --view-preset inspection --blur-probability 0.7 --hue 0 --mean-std 0.5,0.25 --crop-pad 0.1"
     config = parse_script("main_moco.py", argv.split())
-    wanted = dataclasses.replace(PRESETS["inspection"], blur_probability=(0.7, 0.7), hue=0.0, pad=0.1,
-                                 mean=(0.5,) * 3, std=(0.25,) * 3)  # fmt: skip
+    wanted = dataclasses.replace(
+        PRESETS["inspection"], blur_probability=(0.7, 0.7), hue=0.0, pad=0.1, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
     assert config.preset == preset_of(dataclasses.asdict(config)) == wanted
     assert config.crop_min == PRESETS["inspection"].crop_min
     assert parse_script("main_moco.py", ["x", "--view-preset", "aerial", "--crop-min", "0.5"]).crop_min == 0.5

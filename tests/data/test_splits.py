@@ -71,13 +71,26 @@ def said(source):
 
 def test_dots_in_names_keep_their_classes(tmp_path):
     members = [x for i in range(5) for x in (f"cam/shot.{i}.png", (f"cam/shot.{i}.cls", str(i % 3).encode()))]
-    more = ["plain.jpg", ("plain.cls", b"7"), "stereo.left.jpg", "stereo.right.jpg", ("stereo.cls", b"4"),
-            "photo.v2.jpg", ("photo.cls", b"2"), "a.b.JPG", ("a.b.cls", b"1")]  # fmt: skip
+    more = [
+        "plain.jpg",
+        ("plain.cls", b"7"),
+        "stereo.left.jpg",
+        "stereo.right.jpg",
+        ("stereo.cls", b"4"),
+        "photo.v2.jpg",
+        ("photo.cls", b"2"),
+        "a.b.JPG",
+        ("a.b.cls", b"1"),
+    ]
     source = open_source(str(tar(tmp_path / "x.tar", *members, *more)))
     assert classes(source) == {
         **{f"cam/shot.{i}.png": i % 3 for i in range(5)},
-        "plain.jpg": 7, "stereo.left.jpg": 4, "stereo.right.jpg": 4, "photo.v2.jpg": 2, "a.b.JPG": 1,
-    }  # fmt: skip
+        "plain.jpg": 7,
+        "stereo.left.jpg": 4,
+        "stereo.right.jpg": 4,
+        "photo.v2.jpg": 2,
+        "a.b.JPG": 1,
+    }
     assert len(source.skipped) == 1
     assert "5 images share" in said(source)
 
@@ -106,12 +119,34 @@ def test_classes_that_contradict_each_other(tmp_path):
 
 
 def test_masks_are_left_out_beside_images_only(tmp_path):
-    members = ["1.jpg", "1.seg.png", ("1.cls", b"0"), "2.jpg", "2.depth.png", "2.normal.png", ("2.cls", b"1"),
-               "d/3.jpg", "d/3.left.jpg", ("d/3.cls", b"2"), "seg.4.jpg", ("seg.4.cls", b"3"),
-               "x.normal.jpg", ("x.cls", b"4"), "carnival_mask.jpg", ("carnival_mask.cls", b"5")]  # fmt: skip
+    members = [
+        "1.jpg",
+        "1.seg.png",
+        ("1.cls", b"0"),
+        "2.jpg",
+        "2.depth.png",
+        "2.normal.png",
+        ("2.cls", b"1"),
+        "d/3.jpg",
+        "d/3.left.jpg",
+        ("d/3.cls", b"2"),
+        "seg.4.jpg",
+        ("seg.4.cls", b"3"),
+        "x.normal.jpg",
+        ("x.cls", b"4"),
+        "carnival_mask.jpg",
+        ("carnival_mask.cls", b"5"),
+    ]
     source = open_source(str(tar(tmp_path / "x.tar", *members)))
-    assert classes(source) == {"1.jpg": 0, "2.jpg": 1, "d/3.jpg": 2, "d/3.left.jpg": 2, "seg.4.jpg": 3,
-                               "x.normal.jpg": 4, "carnival_mask.jpg": 5}  # fmt: skip
+    assert classes(source) == {
+        "1.jpg": 0,
+        "2.jpg": 1,
+        "d/3.jpg": 2,
+        "d/3.left.jpg": 2,
+        "seg.4.jpg": 3,
+        "x.normal.jpg": 4,
+        "carnival_mask.jpg": 5,
+    }
     assert source.skipped == [
         "3 masks or the like beside images are left out (.seg.png, .mask.png, .depth.png …); first: x.tar: 1.seg.png"
     ]
@@ -154,23 +189,44 @@ def test_an_archive_of_several_parts_is_used_and_said(tmp_path):
 @pytest.mark.parametrize(
     ("name", "split"),
     [
-        ("train-00000-of-00001.parquet", "train"), ("imagenet-val-000.tar", "val"), ("x/validation-1.tar", "val"),
-        ("set_test_3.tar", "test"), ("DEV.tar", "val"), ("speed-test-train-001.tar", "train"),
+        ("train-00000-of-00001.parquet", "train"),
+        ("imagenet-val-000.tar", "val"),
+        ("x/validation-1.tar", "val"),
+        ("set_test_3.tar", "test"),
+        ("DEV.tar", "val"),
+        ("speed-test-train-001.tar", "train"),
         ("training.tar", "train"),
-        ("latest.tar", None), ("contest-0.tar", None), ("trainer-0.tar", None), ("testament.parquet", None),
-        ("000.tar", None), ("intervals-val2.tar", "val"),
+        ("latest.tar", None),
+        ("contest-0.tar", None),
+        ("trainer-0.tar", None),
+        ("testament.parquet", None),
+        ("000.tar", None),
+        ("intervals-val2.tar", "val"),
     ],
-)  # fmt: skip
+)
 def test_words_of_files(name, split):
     assert split_of_file(name) == split
 
 
 def test_words_of_folders():
     expected = {
-        "train": "train", "TRAIN": "train", "Validation": "val", "dev": "val", "eval": "val", "test": "test",
-        "val2017": "val", "01_train": "train", "training": "train", "latest": None, "contest": None,
-        "train_station": None, "test_tube": None, "trainset": None, "t-rain": None, "": None,
-    }  # fmt: skip
+        "train": "train",
+        "TRAIN": "train",
+        "Validation": "val",
+        "dev": "val",
+        "eval": "val",
+        "test": "test",
+        "val2017": "val",
+        "01_train": "train",
+        "training": "train",
+        "latest": None,
+        "contest": None,
+        "train_station": None,
+        "test_tube": None,
+        "trainset": None,
+        "t-rain": None,
+        "": None,
+    }
     assert {name: split_of_folder(name) for name in expected} == expected
 
 
@@ -265,8 +321,12 @@ def test_a_part_that_looks_like_one(tmp_path):
     tree(tmp_path / "b", "train/cat/1.jpg", "train/dog/2.jpg", "extra/3.jpg", "extra/4.jpg")  # classes are inside
     tree(tmp_path / "c", "train/1.jpg", "unlabeled/2.jpg", "test/3.jpg")  # another part is beside
     tree(tmp_path / "d", "train/1.jpg", "masks/1.png")
-    for name, left in (("a", "1 images directly"), ("b", "extra/ (2 images)"), ("c", "unlabeled/ (1 image)"),
-                       ("d", "masks/ (1 image)")):  # fmt: skip
+    for name, left in (
+        ("a", "1 images directly"),
+        ("b", "extra/ (2 images)"),
+        ("c", "unlabeled/ (1 image)"),
+        ("d", "masks/ (1 image)"),
+    ):
         source = open_source(str(tmp_path / name))
         assert all(n.endswith(("1.jpg", "dog/2.jpg")) for n in names(source)), name
         assert left in said(source)
@@ -398,8 +458,20 @@ def test_commands_say_it(tmp_path, capsys, monkeypatch):
     d = tmp_path / "d"
     for path in tree(d, *(f"{c}/{i}.jpg" for c in ("bus", "train") for i in range(4))).rglob("*.jpg"):
         path.write_bytes(jpeg(len(str(path)) + int(path.stem)))
-    assert embed.main(EmbedConfig(model="resnet10_w16", data=str(d), output=str(tmp_path / "e.npy"), image_size=32,
-                                  workers=0, device="cpu", untrained=True)) == 0  # fmt: skip
+    assert (
+        embed.main(
+            EmbedConfig(
+                model="resnet10_w16",
+                data=str(d),
+                output=str(tmp_path / "e.npy"),
+                image_size=32,
+                workers=0,
+                device="cpu",
+                untrained=True,
+            )
+        )
+        == 0
+    )
     assert "train/ taken for a class, like bus/" in capsys.readouterr().err
     assert cli.main(["pack", str(d), "--out", str(tmp_path / "p")]) == 0
     out = capsys.readouterr()

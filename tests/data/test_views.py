@@ -101,7 +101,7 @@ def test_kernel_and_library_make_the_same_views():
 @built
 @given(
     st.integers(1, 70), st.integers(1, 70), st.integers(1, 50), st.integers(0, 2**31), st.sampled_from([0, 128, 255])
-)  # fmt: skip
+)
 @settings(deadline=None, max_examples=150)
 def test_kernel_stays_inside(width, height, size, seed, value):
     """Any sizes: bytes around the output stay, one colour stays one colour (nothing overflows)."""
@@ -161,9 +161,13 @@ def test_large_pictures_are_decoded_smaller(tmp_path):
 
 
 @given(
-    st.integers(1, 400), st.integers(1, 400), st.sampled_from(["RGB", "L", "RGBA", "LA", "P", "CMYK", "1", "I;16"]),
-    st.sampled_from(["JPEG", "PNG", "TIFF", "WEBP"]), st.sampled_from([1, 17, 32, 96]), st.integers(0, 2**40),
-)  # fmt: skip
+    st.integers(1, 400),
+    st.integers(1, 400),
+    st.sampled_from(["RGB", "L", "RGBA", "LA", "P", "CMYK", "1", "I;16"]),
+    st.sampled_from(["JPEG", "PNG", "TIFF", "WEBP"]),
+    st.sampled_from([1, 17, 32, 96]),
+    st.integers(0, 2**40),
+)
 @settings(deadline=None, max_examples=120)
 def test_any_picture_any_view(width, height, mode, kind, size, index):
     """Any size, kind of pixels and file: the fast views are near Pillow's of the same draws."""
@@ -215,9 +219,13 @@ def test_without_the_kernel(tmp_path):
     )
     picture = GOLDEN / "images" / "china.jpg"
     done = subprocess.run(
-        [sys.executable, "-c", code, picture], cwd=ROOT, env={**os.environ, "MOCOV3_NATIVE": "0"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code, picture],
+        cwd=ROOT,
+        env={**os.environ, "MOCOV3_NATIVE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     views = TwoViews(32, backend="library")(picture.read_bytes(), seed=1, epoch=0, index=0)
     assert [int(x) for x in done.stdout.split()] == [int(v.sum()) for v in views]
 
@@ -234,9 +242,12 @@ def test_building(compiler, tmp_path):
         ROOT / "mocov3/data/views/native", tmp_path / "mocov3/data/views/native", ignore=shutil.ignore_patterns("*.so")
     )
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env={**os.environ, "CC": compiler},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     made = native._load(str(tmp_path / "mocov3/data/views/native"))
     assert (made is not None) == (compiler == "cc"), done.stderr

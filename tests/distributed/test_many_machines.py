@@ -39,11 +39,27 @@ def test_a_rank_that_never_comes_is_named(rank, missing, pictures, tmp_path, cap
 def test_a_world_that_does_not_divide_uses_the_largest_that_does(pictures, tmp_path):
     assert [largest_dividing(n, 4096) for n in (1, 3, 24, 64)] == [1, 2, 16, 64]
     assert largest_dividing(7, 0) == 7
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "127.0.0.1:0", str(ROOT / "main_moco.py"), *TINY, "--max-steps", "2",
-               "--output-dir", str(tmp_path), str(pictures)]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "3",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        str(ROOT / "main_moco.py"),
+        *TINY,
+        "--max-steps",
+        "2",
+        "--output-dir",
+        str(tmp_path),
+        str(pictures),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "a batch of 16 does not divide over 3 processes: 2 train, 1 stand by" in done.stderr
     assert "2 process(es)" in done.stdout
@@ -56,10 +72,21 @@ def test_shared_weights_leave_whole_files(pictures, tmp_path):
     flags = [str(pictures), *TINY, "-a", "vit_tiny", "--patch-size", "16", "--checkpoint-steps", "1"]
 
     def go(folder, steps, *more):
-        command = [sys.executable, str(ROOT / "tests" / "pretrain64.py"), *flags, "--max-steps", str(steps),
-                   "--output-dir", str(tmp_path / folder), "--resume", "auto", *more]  # fmt: skip
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                              timeout=300)  # fmt: skip
+        command = [
+            sys.executable,
+            str(ROOT / "tests" / "pretrain64.py"),
+            *flags,
+            "--max-steps",
+            str(steps),
+            "--output-dir",
+            str(tmp_path / folder),
+            "--resume",
+            "auto",
+            *more,
+        ]
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         newest = max((tmp_path / folder).glob("checkpoint_*_step*.pth.tar"))
         return torch.load(newest)
@@ -120,8 +147,25 @@ def test_traffic_and_time_by_hand():
 
 
 def test_plan(capsys):
-    flags = ["plan", "-a", "vit_tiny", "--image-size", "32", "-b", "512", "--epochs", "2", "--warmup-epochs", "1",
-             "--pictures", "5120", "--precision", "fp32", "--optimizer", "adamw"]  # fmt: skip
+    flags = [
+        "plan",
+        "-a",
+        "vit_tiny",
+        "--image-size",
+        "32",
+        "-b",
+        "512",
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "1",
+        "--pictures",
+        "5120",
+        "--precision",
+        "fp32",
+        "--optimizer",
+        "adamw",
+    ]
     assert main([*flags, "--gpus", "4", "--gpu-memory", "24", "--images-per-second", "128", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["pictures_per_gpu"], found["micro_batch"], found["steps"]) == (128, 0, 20)
@@ -131,10 +175,13 @@ def test_plan(capsys):
     assert re.search(r"512 pictures a GPU in \d+ passes of \d+", out)
     assert "torchrun --nproc-per-node 1 main_moco.py --recipe defaults --micro-batch auto" in out
     for wrong, message in (
-        (["--gpu-memory", "1.4"], "a smaller --batch-size"), (["--gpus", "0"], "--gpus must be"),
-        (["--gpus", "3"], "does not divide"), (["--recipe", "auto"], "name another"),
-        (["--images-per-second", "-1"], "--images-per-second"), (["--gpu-memory", "nan"], "--gpu-memory"),
-    ):  # fmt: skip
+        (["--gpu-memory", "1.4"], "a smaller --batch-size"),
+        (["--gpus", "0"], "--gpus must be"),
+        (["--gpus", "3"], "does not divide"),
+        (["--recipe", "auto"], "name another"),
+        (["--images-per-second", "-1"], "--images-per-second"),
+        (["--gpu-memory", "nan"], "--gpu-memory"),
+    ):
         assert main([*flags, *wrong]) == 2
         error = capsys.readouterr().err
         assert message in error

@@ -107,17 +107,47 @@ def spawned(*commands, env=None, timeout=120):
 def test_spawn_on_two_nodes(pictures, tmp_path, one_process):
     # two "nodes" meet at a loopback address; each spawns one process
     address = free_loopback_address()
-    common = [sys.executable, str(ROOT / "main_moco.py"), *TINY, "--max-steps", "3", "--multiprocessing-distributed",
-              "--world-size", "2", "--dist-url", address, "--output-dir", str(tmp_path), str(pictures)]  # fmt: skip
+    common = [
+        sys.executable,
+        str(ROOT / "main_moco.py"),
+        *TINY,
+        "--max-steps",
+        "3",
+        "--multiprocessing-distributed",
+        "--world-size",
+        "2",
+        "--dist-url",
+        address,
+        "--output-dir",
+        str(tmp_path),
+        str(pictures),
+    ]
     for process, out, err in spawned([*common, "--rank", "0"], [*common, "--rank", "1"]):
         assert process.returncode == 0, out + err
     assert losses(tmp_path)[0] == pytest.approx(one_process[0], rel=1e-5)
 
 
 def test_torchrun(pictures, tmp_path, one_process):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(ROOT / "main_moco.py"),
-               *TINY, "--max-steps", "3", "--output-dir", str(tmp_path), str(pictures)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        str(ROOT / "main_moco.py"),
+        *TINY,
+        "--max-steps",
+        "3",
+        "--output-dir",
+        str(tmp_path),
+        str(pictures),
+    ]
     ((process, out, err),) = spawned(command)
     assert process.returncode == 0, out + err
     assert losses(tmp_path)[0] == pytest.approx(one_process[0], rel=1e-5)

@@ -50,8 +50,11 @@ def test_knn_is_scikit_learns(vectors):
                 k, metric="cosine", algorithm="brute", weights=lambda d, t=t: np.exp((1 - d) / t)
             ).fit(bank.double().numpy(), labels.numpy())
             assert np.array_equal(got[k, t].numpy(), theirs.predict(queries.double().numpy())), (k, t)
-    distance, index = NearestNeighbors(n_neighbors=200, metric="cosine", algorithm="brute").fit(
-        bank.double().numpy()).kneighbors(queries.double().numpy())  # fmt: skip
+    distance, index = (
+        NearestNeighbors(n_neighbors=200, metric="cosine", algorithm="brute")
+        .fit(bank.double().numpy())
+        .kneighbors(queries.double().numpy())
+    )
     assert np.array_equal(found.index.numpy(), index)
     assert np.abs(found.similarity.numpy() - (1 - distance)).max() < 1e-10
     same = labels.numpy()[index] == y[5000:].numpy()[:, None]
@@ -61,8 +64,9 @@ def test_knn_is_scikit_learns(vectors):
 def test_leave_one_out(vectors):
     x = vectors[0][:300]
     found = nearest(x, x, 5, own=torch.arange(300))
-    _, index = NearestNeighbors(n_neighbors=6, metric="cosine", algorithm="brute").fit(x.double()).kneighbors(
-        x.double())  # fmt: skip
+    _, index = (
+        NearestNeighbors(n_neighbors=6, metric="cosine", algorithm="brute").fit(x.double()).kneighbors(x.double())
+    )
     assert np.array_equal(found.index.numpy(), index[:, 1:])
 
 
@@ -164,8 +168,10 @@ def test_embeddings_are_the_features(pictures, pretrained, tmp_path):
 def test_layers_of_a_vit(tmp_path):
     write_pretrained(tmp_path / "v.pth.tar", "vit_tiny")
     x = torch.randn(2, 3, 32, 32)
-    made = {layer: open_frozen(str(tmp_path / "v.pth.tar"), flag="", layer=layer).features(x)
-            for layer in ("", "cls", "mean", "patches", "projector")}  # fmt: skip
+    made = {
+        layer: open_frozen(str(tmp_path / "v.pth.tar"), flag="", layer=layer).features(x)
+        for layer in ("", "cls", "mean", "patches", "projector")
+    }
     torch.testing.assert_close(made[""], made["cls"])  # of the last block only what is asked for is computed
     assert made["patches"].shape == (2, 4, 192)
     assert torch.equal(made["patches"].mean(1), made["mean"])

@@ -108,12 +108,14 @@ def test_every_head_is_its_own_run(pictures, pretrained, run, tmp_path):
     assert [h["head"] for h in many["heads"]] == ["linear"] * 3 + ["bn-linear"] * 3
     for i in (1, 5):
         entry = many["heads"][i]
-        one = lincls(pictures, pretrained, tmp_path / str(i), "--lr", entry["lr"], "--head", entry["head"], "--wd",
-                     "1e-3")["mocov3"]  # fmt: skip
+        one = lincls(
+            pictures, pretrained, tmp_path / str(i), "--lr", entry["lr"], "--head", entry["head"], "--wd", "1e-3"
+        )["mocov3"]
         assert torch.equal(one["state"]["weights"][0], many["state"]["weights"][i])
         assert torch.equal(one["state"]["biases"][0], many["state"]["biases"][i])
-        assert all(torch.equal(a, b) for a, b in zip(one["state"]["momenta"], many["state"]["momenta"][2 * i :],
-                                                    strict=False))  # fmt: skip
+        assert all(
+            torch.equal(a, b) for a, b in zip(one["state"]["momenta"], many["state"]["momenta"][2 * i :], strict=False)
+        )
         assert one["heads"][0] == entry
 
 
@@ -180,14 +182,44 @@ def test_a_file_of_the_reference(pictures, pretrained, run, tmp_path, capsys):
 def test_killed_and_resumed_is_never_killed(pictures, pretrained, tmp_path):
     def command(workers):
         def argv(folder):
-            return [sys.executable, "-m", "mocov3", "lincls", str(pictures), *FLAGS, "-j", workers, "--epochs", "20",
-                    "--pretrained", str(pretrained), "--lr", "0.1,3", "--head", "linear,bn-linear", "-b", "24",
-                    "--checkpoint-steps", "2", "--output-dir", str(folder), "--resume", "auto", "--quiet"]  # fmt: skip
+            return [
+                sys.executable,
+                "-m",
+                "mocov3",
+                "lincls",
+                str(pictures),
+                *FLAGS,
+                "-j",
+                workers,
+                "--epochs",
+                "20",
+                "--pretrained",
+                str(pretrained),
+                "--lr",
+                "0.1,3",
+                "--head",
+                "linear,bn-linear",
+                "-b",
+                "24",
+                "--checkpoint-steps",
+                "2",
+                "--output-dir",
+                str(folder),
+                "--resume",
+                "auto",
+                "--quiet",
+            ]
 
         return argv
 
-    report = kill_until_done([command("0"), command("1")], tmp_path / "killed", kills=3, rng=random.Random(5),
-                             metrics="lincls.jsonl", within=0.25)  # fmt: skip
+    report = kill_until_done(
+        [command("0"), command("1")],
+        tmp_path / "killed",
+        kills=3,
+        rng=random.Random(5),
+        metrics="lincls.jsonl",
+        within=0.25,
+    )
     assert report.kills >= 2
     Process(command("0")(tmp_path / "whole")).finish()
     for last in ("checkpoint.pth.tar", "model_best.pth.tar"):
@@ -274,8 +306,28 @@ def test_table_and_edges():
 
 
 def test_the_script_door(pictures, pretrained, tmp_path, run_program):
-    flags = ["-a", ARCH, "--lr", "3", "--pretrained", pretrained, "-b", "16", "--epochs", "2", "-p", "2", "-j", "0",
-             "--seed", "1", "--image-size", "32", "--device", "cpu"]  # fmt: skip
+    flags = [
+        "-a",
+        ARCH,
+        "--lr",
+        "3",
+        "--pretrained",
+        pretrained,
+        "-b",
+        "16",
+        "--epochs",
+        "2",
+        "-p",
+        "2",
+        "-j",
+        "0",
+        "--seed",
+        "1",
+        "--image-size",
+        "32",
+        "--device",
+        "cpu",
+    ]
     done = run_program(*flags, pictures, cwd=tmp_path, script="main_lincls.py")
     number, average = r"\s*[\d.e+-]+", r"\(\s*[\d.e+-]+\)"
     meters = "\t".join(f"{name}{number} {average}" for name in ("Time", "Data", "Loss", "Acc@1", "Acc@5"))
@@ -328,8 +380,7 @@ def test_training_view_and_epochs(pictures):
     assert 3 <= sum(turned) <= 17
     assert all(t or near(m, whole) for t, m in zip(turned, made, strict=True))
     # every picture once an epoch, whatever the ranks; the global batches are the same
-    plans = {n: [list(plan_all(10, seed=4, batch_size=4, rank=r, ranks=n, epochs=2)) for r in range(n)]
-             for n in (1, 3)}  # fmt: skip
+    plans = {n: [list(plan_all(10, seed=4, batch_size=4, rank=r, ranks=n, epochs=2)) for r in range(n)] for n in (1, 3)}
     for i in range(6):
         parts = [plan[i].indices for plan in plans[3]]
         assert np.array_equal(np.concatenate(parts), plans[1][0][i].indices)
@@ -397,15 +448,17 @@ def test_bad_files_and_data(pictures, pretrained, run, tmp_path):
         path.unlink()
     assert "holds no picture" in refused(*go, few, "--pretrained", pretrained)
     assert "class0/val" in refused(*go, pictures / "train" / "class0", "--pretrained", pretrained)
-    assert "former linear evaluation" in refused("lincls", pictures, *FLAGS, "--pretrained", pretrained,
-                                                 "--output-dir", run)  # fmt: skip
+    assert "former linear evaluation" in refused(
+        "lincls", pictures, *FLAGS, "--pretrained", pretrained, "--output-dir", run
+    )
     other = tmp_path / "other.pth.tar"
     write_pretrained(other, view_preset="gray")
     state = torch.load(other, weights_only=True)
     state["state_dict"]["module.base_encoder.conv1.weight"][:] += 1
     torch.save(state, other)
-    assert "another backbone" in refused(*go, pictures, "--pretrained", other, "--resume", run / "checkpoint.pth.tar",
-                                         "--allow-config-change")  # fmt: skip
+    assert "another backbone" in refused(
+        *go, pictures, "--pretrained", other, "--resume", run / "checkpoint.pth.tar", "--allow-config-change"
+    )
     state["state_dict"]["module.base_encoder.conv1.weight"][:] = torch.nan
     torch.save(state, other)
     assert "class0" in refused(*go, pictures, "--pretrained", other, "--cache-features")

@@ -215,9 +215,12 @@ def test_compare_refuses(watched, pictures, tmp_path):
     assert "too few" in refused("compare", ckpt, few)
     table = tmp_path / "l.csv"
     for text, message in (
-        ("class0/none.jpg,a\n", "none of the pictures"), ("class0/00.jpg,a\nclass0/00.jpg,b\n", "two labels"),
-        ("class0/00.jpg,a\n", "too few"), ("class0/00.jpg\n", "no label"), ("00.jpg,a\n", "several"),
-    ):  # fmt: skip
+        ("class0/none.jpg,a\n", "none of the pictures"),
+        ("class0/00.jpg,a\nclass0/00.jpg,b\n", "two labels"),
+        ("class0/00.jpg,a\n", "too few"),
+        ("class0/00.jpg\n", "no label"),
+        ("00.jpg,a\n", "several"),
+    ):
         table.write_text(text)
         assert message in refused("compare", ckpt, pictures, "--labels", table), text
     assert "no such file" in refused("compare", ckpt, pictures, "--labels", tmp_path / "none.csv")

@@ -309,8 +309,18 @@ def test_the_card_says_what_it_is(checkpoints, tmp_path):
     path, _ = checkpoints("vit_tiny")
     card = (exported(path, "timm", tmp_path / "out") / "README.md").read_text()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    for text in ("vit_tiny", "32 × 32", "0.485, 0.456, 0.406", digest, "Apache-2.0", "license: apache-2.0",
-                 "trained from scratch by mocov3", "after 7 epochs", "lr: 0.3", "largest difference"):  # fmt: skip
+    for text in (
+        "vit_tiny",
+        "32 × 32",
+        "0.485, 0.456, 0.406",
+        digest,
+        "Apache-2.0",
+        "license: apache-2.0",
+        "trained from scratch by mocov3",
+        "after 7 epochs",
+        "lr: 0.3",
+        "largest difference",
+    ):
         assert text in card, text
     assert "SECRET-PLACE" not in card
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -346,9 +356,13 @@ def test_a_classifier_goes_along(tuned, tmp_path, x):
         assert "fine-tuned on pets" in card
         if not arch.startswith("timm/"):
             file = exported(path, "torchvision", tmp_path / f"{arch}.pth", "--classifier")
-            made = tv.resnet18(num_classes=3) if arch == "resnet18" else tv.VisionTransformer(
-                32, 16, 12, 3, 192, 768, num_classes=3, norm_layer=lambda d: torch.nn.LayerNorm(d, eps=1e-6)
-            )  # fmt: skip
+            made = (
+                tv.resnet18(num_classes=3)
+                if arch == "resnet18"
+                else tv.VisionTransformer(
+                    32, 16, 12, 3, 192, 768, num_classes=3, norm_layer=lambda d: torch.nn.LayerNorm(d, eps=1e-6)
+                )
+            )
             made.load_state_dict(torch.load(file, weights_only=True))  # the class as it comes, strictly
             with torch.no_grad():
                 close(made.eval()(x), want)

@@ -29,8 +29,26 @@ from mocov3.export import write
 from mocov3.finetuning.files import find_start
 from mocov3.weights import checkpoint, convert
 
-SMALL = ["-a", "resnet10_w32", "--image-size", "32", "-b", "8", "--epochs", "2", "--warmup-epochs", "1", "-j", "0",
-         "-p", "1", "--device", "cpu", "--seed", "3"]  # fmt: skip
+SMALL = [
+    "-a",
+    "resnet10_w32",
+    "--image-size",
+    "32",
+    "-b",
+    "8",
+    "--epochs",
+    "2",
+    "--warmup-epochs",
+    "1",
+    "-j",
+    "0",
+    "-p",
+    "1",
+    "--device",
+    "cpu",
+    "--seed",
+    "3",
+]
 
 
 def finetune(folder, *flags, code=0):
@@ -106,10 +124,12 @@ def test_weights_are_started_from(pictures, pretrained, tmp_path, capsys):
     torch.save(torch.load(deit)["model"], bare)
     data = ["--data-set", "folder", "--data-path", pictures, "--view-preset", "gray", "--max-steps", 1]
     for name, flags in {
-        "raw": ["--finetune", raw], "resume": ["--resume", raw], "deit": ["--resume", deit],
+        "raw": ["--finetune", raw],
+        "resume": ["--resume", raw],
+        "deit": ["--resume", deit],
         "bare": ["--finetune", bare],
         "auto": ["--resume", "auto", "--finetune", deit],
-    }.items():  # fmt: skip
+    }.items():
         finetune(tmp_path / name, *data, *flags)
         assert "new: fc.weight, fc.bias" in capsys.readouterr().out
         assert losses(tmp_path / name) == losses(tmp_path / "raw")
@@ -139,9 +159,26 @@ def test_eval_and_export_of_a_tuned_model(whole, pictures, tmp_path, capsys):
 
 def test_a_trained_position_table_moves_to_another_grid(pictures, pretrained, tmp_path):
     finetune(
-        tmp_path, "--data-set", "folder", "--data-path", pictures, "-a", "vit_tiny", "--max-steps", 3,
-        "--finetune", pretrained["vit_tiny"], "--lr", 0.1, "--warmup-lr", 0.01, "--clip-grad", 1, "--layer-decay", 0.75,
-    )  # fmt: skip
+        tmp_path,
+        "--data-set",
+        "folder",
+        "--data-path",
+        pictures,
+        "-a",
+        "vit_tiny",
+        "--max-steps",
+        3,
+        "--finetune",
+        pretrained["vit_tiny"],
+        "--lr",
+        0.1,
+        "--warmup-lr",
+        0.01,
+        "--clip-grad",
+        1,
+        "--layer-decay",
+        0.75,
+    )
     file = tmp_path / "checkpoint.pth"
     table = torch.load(file)["model"]["pos_embed"]
     fixed = torch.load(pretrained["vit_tiny"])["state_dict"]["module.base_encoder.pos_embed"]
@@ -158,11 +195,37 @@ def test_killed_and_resumed_is_never_killed(pictures, pretrained, tmp_path):
     def command(workers):
         def argv(folder):
             return [
-                sys.executable, "-m", "mocov3", "finetune", *SMALL, "-a", "vit_tiny", "--epochs", "5", "-j", workers,
-                "--data-set", "folder", "--data-path", str(pictures), "--finetune", str(pretrained["vit_tiny"]),
-                "--drop-path", "0.3", "--checkpoint-steps", "2", "--model-ema-decay", "0.9", "--lr", "0.01",
-                "--output_dir", str(folder), "--resume", "auto", "--quiet",
-            ]  # fmt: skip
+                sys.executable,
+                "-m",
+                "mocov3",
+                "finetune",
+                *SMALL,
+                "-a",
+                "vit_tiny",
+                "--epochs",
+                "5",
+                "-j",
+                workers,
+                "--data-set",
+                "folder",
+                "--data-path",
+                str(pictures),
+                "--finetune",
+                str(pretrained["vit_tiny"]),
+                "--drop-path",
+                "0.3",
+                "--checkpoint-steps",
+                "2",
+                "--model-ema-decay",
+                "0.9",
+                "--lr",
+                "0.01",
+                "--output_dir",
+                str(folder),
+                "--resume",
+                "auto",
+                "--quiet",
+            ]
 
         return argv
 
@@ -180,9 +243,12 @@ def test_the_reference_command_on_two_ranks_is_one_process(tmp_path, pretrained)
     command = next(line for line in COMMANDS.read_text().splitlines() if "--data-set cifar10" in line)
     port = free_loopback_address().rsplit(":")[-1]
     for old, new in (
-        ("--nproc_per_node=8", f"--nproc_per_node=2 --master_port={port}"), ("DATA", tmp_path), ("128", "8"),
-        ("CKPT", pretrained["vit_tiny"]), ("OUT", tmp_path / "two"),
-    ):  # fmt: skip
+        ("--nproc_per_node=8", f"--nproc_per_node=2 --master_port={port}"),
+        ("DATA", tmp_path),
+        ("128", "8"),
+        ("CKPT", pretrained["vit_tiny"]),
+        ("OUT", tmp_path / "two"),
+    ):
         command = command.replace(old, str(new))
     extra = ["--device", "cpu", "-p", "1", "--max-steps", "3", "--num_workers", "0", "--warmup-lr", "1e-4"]
     argv = [sys.executable, *shlex.split(command)[1:], *extra]
@@ -221,8 +287,18 @@ def test_recipes_mean_the_references_commands():
             config = parse_script(script, argv)
             by_set[config.data_set] = config
     assert len(by_set) == 4
-    fields = ("epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "repeated_aug", "mixup", "cutmix",
-              "drop_path", "reprob")  # fmt: skip
+    fields = (
+        "epochs",
+        "batch_size",
+        "lr",
+        "weight_decay",
+        "warmup_epochs",
+        "repeated_aug",
+        "mixup",
+        "cutmix",
+        "drop_path",
+        "reprob",
+    )
     for data_set, want in by_set.items():
         got = parse_finetune(["--recipe", f"transfer_{data_set}"], prog="x")
         assert got.arch == "vit_base"
@@ -313,8 +389,13 @@ def test_a_resume_is_of_the_same_run(whole, pictures, pretrained, tmp_path, caps
     ],
 )
 def test_bad_input(flags, message, pictures, pretrained, tmp_path):
-    files = {"TEXT": tmp_path / "text.pth", "CUT": tmp_path / "cut.pth", "VIT": pretrained["vit_tiny"],
-             "RAW": pretrained["resnet10_w32"], "TEN": tmp_path / "ten.pth"}  # fmt: skip
+    files = {
+        "TEXT": tmp_path / "text.pth",
+        "CUT": tmp_path / "cut.pth",
+        "VIT": pretrained["vit_tiny"],
+        "RAW": pretrained["resnet10_w32"],
+        "TEN": tmp_path / "ten.pth",
+    }
     files["TEXT"].write_text("no weights")
     files["CUT"].write_bytes(pretrained["vit_tiny"].read_bytes()[:60_000])
     state = convert.find_backbone(checkpoint.read(pretrained["resnet10_w32"]), "f").state

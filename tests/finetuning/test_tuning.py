@@ -224,9 +224,15 @@ def test_deit_augment_is_timms_and_seeded():
     assert (a.shape, a.dtype) == ((64, 64, 3), np.uint8)
     assert not np.array_equal(a, ours(image, seed=2, epoch=1, index=8)[0])
     theirs = create_transform(
-        64, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic",
-        re_prob=0.25, re_mode="pixel", re_count=1,
-    )  # fmt: skip
+        64,
+        is_training=True,
+        color_jitter=0.4,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
+    )
     # DeiT's pipeline up to its tensor, drawn from the same generators
     with seeded(key(2, 8, 1, 7)):
         picture = Image.fromarray(image)
@@ -250,9 +256,14 @@ def test_transfer_crop_is_torchvisions():
         if index < 5:
             (got,) = CropView(32, TRANSFER_CROP)(image, seed=1, epoch=0, index=index)
             want = resized_crop(
-                Image.fromarray(image), choice.top, choice.left, choice.height, choice.width, [32, 32],
+                Image.fromarray(image),
+                choice.top,
+                choice.left,
+                choice.height,
+                choice.width,
+                [32, 32],
                 InterpolationMode.BILINEAR,
-            )  # fmt: skip
+            )
             want = np.asarray(want)[:, ::-1] if choice.flip else np.asarray(want)
             assert np.abs(got.astype(int) - want).max() <= 1  # the compiled resize rounds its own way
     assert min(areas) < 0.1
@@ -291,9 +302,14 @@ def test_one_step_is_plain_torch(clip):
     ema = timm.utils.ModelEmaV3(model, decay=0.9)
     average = {k: v.clone() for k, v in other.state_dict().items()}
     step = TuneStep(
-        model, ours, build_criterion(mixes=True, smoothing=0.1), world=WORLD, precision=Precision("fp32", WORLD.device),
-        clip=clip, ema=ema,
-    )  # fmt: skip
+        model,
+        ours,
+        build_criterion(mixes=True, smoothing=0.1),
+        world=WORLD,
+        precision=Precision("fp32", WORLD.device),
+        clip=clip,
+        ema=ema,
+    )
     for _ in range(3):
         x, y = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.rand(8, 5, dtype=torch.float64).softmax(1)
         outcome = step([(x, y, lambda: None)])

@@ -80,9 +80,13 @@ def test_the_way_is_taken_where_it_pays(monkeypatch):
 
 @pytest.mark.parametrize(
     ("maker", "capability", "expected"),
-    [("vendor_id : AuthenticAMD", "AVX512", True), ("vendor_id : GenuineIntel", "AVX512", False),
-     ("Intel64 Family 6", "AVX512", False), ("vendor_id : AuthenticAMD", "AVX2", False)],
-)  # fmt: skip
+    [
+        ("vendor_id : AuthenticAMD", "AVX512", True),
+        ("vendor_id : GenuineIntel", "AVX512", False),
+        ("Intel64 Family 6", "AVX512", False),
+        ("vendor_id : AuthenticAMD", "AVX2", False),
+    ],
+)
 def test_processors(monkeypatch, maker, capability, expected):
     monkeypatch.setattr(products, "_maker", lambda: maker)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)

@@ -90,10 +90,16 @@ def test_the_way_is_taken_where_it_pays(taken):
     assert not any(way(*shape) for shape in [(31, 12, 2, 2), (32, 12, 3, 2), (32, 12, 2, 3), (12, 2, 2)])
     assert not way(32, 12, 2, 2, dtype=torch.float64)
     others = [
-        nn.Conv2d(12, 20, 1, bias=False), nn.Conv2d(12, 20, 3, bias=False), nn.Conv2d(12, 20, 3, padding=1),
-        layer((3, 3), stride=2), layer((3, 3), groups=4), layer((3, 3), padding_mode="circular"), layer((2, 2)),
-        nn.Conv2d(12, 20, 3, padding=2, dilation=2, bias=False), nn.Conv2d(12, 20, 3, padding="same", bias=False),
-    ]  # fmt: skip
+        nn.Conv2d(12, 20, 1, bias=False),
+        nn.Conv2d(12, 20, 3, bias=False),
+        nn.Conv2d(12, 20, 3, padding=1),
+        layer((3, 3), stride=2),
+        layer((3, 3), groups=4),
+        layer((3, 3), padding_mode="circular"),
+        layer((2, 2)),
+        nn.Conv2d(12, 20, 3, padding=2, dilation=2, bias=False),
+        nn.Conv2d(12, 20, 3, padding="same", bias=False),
+    ]
     for other in others:
         use_whole_maps(other)
         assert type(other) is nn.Conv2d

@@ -23,8 +23,9 @@ def said():
 def use(folder, name, *, first_step=0, steps=range(5)):
     """Log a little and close."""
     lines, warn = said()
-    loggers = Loggers([name], folder, config={"lr": 0.3, "seed": None, "data": "a|b"}, first_step=first_step,
-                      quiet=True, warn=warn)  # fmt: skip
+    loggers = Loggers(
+        [name], folder, config={"lr": 0.3, "seed": None, "data": "a|b"}, first_step=first_step, quiet=True, warn=warn
+    )
     for step in steps:
         loggers.scalars({"loss": 10.0 - step, "knn": None}, step)
     loggers.image("views", PICTURE, steps[-1])
@@ -130,8 +131,18 @@ def test_a_run_logs_numbers_and_pictures(pictures, tmp_path):
     tags = found.Tags()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [e.value for e in found.Scalars("knn")] == pytest.approx([lines[-1]["knn"]])
-    assert {"lr", "momentum", "retrieval_accuracy", "feature_std", "images_per_second", "data_wait", "grad_norm_first",
-            "grad_norm_last", "quality/retrieval", "quality/rankme"} <= set(tags["scalars"])  # fmt: skip
+    assert {
+        "lr",
+        "momentum",
+        "retrieval_accuracy",
+        "feature_std",
+        "images_per_second",
+        "data_wait",
+        "grad_norm_first",
+        "grad_norm_last",
+        "quality/retrieval",
+        "quality/rankme",
+    } <= set(tags["scalars"])
     assert set(tags["images"]) == {"views", "neighbours"}
     (views,), (neighbours,) = found.Images("views"), found.Images("neighbours")
     assert (views.step, views.width) == (0, 940)

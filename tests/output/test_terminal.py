@@ -92,9 +92,12 @@ def test_no_colour_and_terminals_that_cannot_move():
 def test_a_file_gets_short_lines_of_any_encoding():
     for encoding, arrow in (("utf-8", "→"), ("ascii", ">"), ("cp1252", ">")):
         done = subprocess.run(
-            [sys.executable, "-c", SHOWS], capture_output=True, cwd=ROOT, check=True,
+            [sys.executable, "-c", SHOWS],
+            capture_output=True,
+            cwd=ROOT,
+            check=True,
             env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1"},
-        )  # fmt: skip
+        )
         text = done.stdout.decode(encoding)
         assert "\r" not in text.replace(os.linesep, "\n")
         assert "\x1b" not in text
@@ -163,5 +166,9 @@ def test_time_left():
     clock.advance(100, now=1100.0)
     assert clock.left == "0:00:00"
     assert [duration(s) for s in (0, 59.6, 3600, 47 * 3600, 50 * 3600)] == [
-        "0:00:00", "0:01:00", "1:00:00", "47:00:00", "2 d 02:00",
-    ]  # fmt: skip
+        "0:00:00",
+        "0:01:00",
+        "1:00:00",
+        "47:00:00",
+        "2 d 02:00",
+    ]

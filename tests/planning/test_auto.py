@@ -91,8 +91,13 @@ def test_what_is_given_stays_and_decides_the_rest():
     assert (config.arch, config.batch_size, config.optimizer, config.quality_every) == ("vit_small", 48, "adamw", 0)
     assert config.stop_grad_conv1
     assert "arch" not in choices
-    fitted = plan(Pictures(9000, 375, "photos", "x", "0.5,0.2", False), MACHINES["8 GB"], None, {},
-                  lambda values: (1.0, {"batch_size": 8}))  # fmt: skip
+    fitted = plan(
+        Pictures(9000, 375, "photos", "x", "0.5,0.2", False),
+        MACHINES["8 GB"],
+        None,
+        {},
+        lambda values: (1.0, {"batch_size": 8}),
+    )
     assert [c.value for c in fitted if c.name == "batch_size"] == [8]
 
 
@@ -289,11 +294,28 @@ def test_adapt_takes_the_rate_of_the_kind_of_network(arch):
 def test_adapt_on_a_vit_from_the_command_line(pictures, tmp_path):
     start = tmp_path / "start.pth.tar"
     model = models.build("vit_tiny", image_size=32, dim=16, mlp_dim=32)
-    checkpoint.write(start, {"arch": "vit_tiny", "epoch": 1,
-                             "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}})  # fmt: skip
+    checkpoint.write(
+        start, {"arch": "vit_tiny", "epoch": 1, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}
+    )
     out = tmp_path / "out"
-    flags = ["--recipe", "adapt", "--init", start, "-j", "0", "--device", "cpu", "--image-size", "32", "-b", "16",
-             "--max-steps", "1", "--patch-size", "16"]  # fmt: skip
+    flags = [
+        "--recipe",
+        "adapt",
+        "--init",
+        start,
+        "-j",
+        "0",
+        "--device",
+        "cpu",
+        "--image-size",
+        "32",
+        "-b",
+        "16",
+        "--max-steps",
+        "1",
+        "--patch-size",
+        "16",
+    ]
     assert main(["pretrain", str(pictures), *map(str, flags), "--output-dir", str(out)]) == 0
     saved = read_yaml(out / "config.yaml", PretrainConfig)
     assert (saved["optimizer"], saved["lr"], saved["layer_decay"], saved["warmup_epochs"]) == ("adamw", 1.5e-4, 0.75, 1)
@@ -326,11 +348,37 @@ def test_adapt_holds_then_trains_and_resumes(pictures, tmp_path):
     start = tmp_path / "start.pth.tar"
     torch.manual_seed(2)
     model = models.build("resnet10_w32", dim=16, mlp_dim=32)
-    checkpoint.write(start, {"arch": "resnet10_w32", "epoch": 1,
-                             "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
-                             "mocov3": {"origin": "made by hand", "licence": "CC-BY-NC 4.0"}})  # fmt: skip
-    flags = ["--recipe", "adapt", "--init", str(start), "-j", "0", "--device", "cpu", "--seed", "1", "-b", "16",
-             "--epochs", "3", "--freeze-epochs", "1", "--quality-every", "2", "--image-size", "32"]  # fmt: skip
+    checkpoint.write(
+        start,
+        {
+            "arch": "resnet10_w32",
+            "epoch": 1,
+            "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
+            "mocov3": {"origin": "made by hand", "licence": "CC-BY-NC 4.0"},
+        },
+    )
+    flags = [
+        "--recipe",
+        "adapt",
+        "--init",
+        str(start),
+        "-j",
+        "0",
+        "--device",
+        "cpu",
+        "--seed",
+        "1",
+        "-b",
+        "16",
+        "--epochs",
+        "3",
+        "--freeze-epochs",
+        "1",
+        "--quality-every",
+        "2",
+        "--image-size",
+        "32",
+    ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(["pretrain", str(pictures), *flags, "--output-dir", str(whole), "--hold-out", "0"]) == 0
     saved = [torch.load(whole / f"checkpoint_000{e}.pth.tar", weights_only=True) for e in range(3)]
@@ -343,19 +391,37 @@ def test_adapt_holds_then_trains_and_resumes(pictures, tmp_path):
     assert "made by hand" in origin_of(saved[0])["origin"]
     for steps in ("5", "12"):
         more = ["--resume", "auto"] if steps == "12" else []
-        assert main(["pretrain", str(pictures), *flags, "--output-dir", str(parts), "--hold-out", "0",
-                     "--max-steps", steps, *more]) == 0  # fmt: skip
+        assert (
+            main(
+                [
+                    "pretrain",
+                    str(pictures),
+                    *flags,
+                    "--output-dir",
+                    str(parts),
+                    "--hold-out",
+                    "0",
+                    "--max-steps",
+                    steps,
+                    *more,
+                ]
+            )
+            == 0
+        )
     ended = torch.load(parts / "checkpoint_0002.pth.tar", weights_only=True)["state_dict"]
     assert all(torch.equal(v, ended[k]) for k, v in saved[2]["state_dict"].items())
     assert load_backbone(parts / "best_unlabelled.pth.tar")
 
 
-@pytest.mark.parametrize(("arch", "flags", "kept"), [
-    ("vit_tiny", {"patch_size": 8}, {"patch_size": 8, "image_size": 24}),
-    ("vit_tiny", {"patch_size": 16}, {"patch_size": 16, "image_size": 16}),
-    ("resnet18", {}, {"small_stem": False, "image_size": 28}),
-    ("resnet18", {"small_stem": True}, {"small_stem": True, "image_size": 28}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arch", "flags", "kept"),
+    [
+        ("vit_tiny", {"patch_size": 8}, {"patch_size": 8, "image_size": 24}),
+        ("vit_tiny", {"patch_size": 16}, {"patch_size": 16, "image_size": 16}),
+        ("resnet18", {}, {"small_stem": False, "image_size": 28}),
+        ("resnet18", {"small_stem": True}, {"small_stem": True, "image_size": 28}),
+    ],
+)
 def test_adapting_keeps_the_shapes_of_its_weights_on_small_images(arch, flags, kept, tmp_path, monkeypatch):
     """What is chosen for images of 28 px, of any network, are not the patches and the stem that weights came with."""
     rng = np.random.default_rng(0)
@@ -364,8 +430,9 @@ def test_adapting_keeps_the_shapes_of_its_weights_on_small_images(arch, flags, k
         Image.fromarray(rng.integers(0, 255, (28, 30, 3), dtype=np.uint8)).save(tmp_path / "data" / f"{i}.png")
     start = tmp_path / "start.pth.tar"
     model = models.build(arch, image_size=32, dim=16, mlp_dim=32, **flags)
-    checkpoint.write(start, {"arch": arch, "epoch": 1,
-                             "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}})  # fmt: skip
+    checkpoint.write(
+        start, {"arch": arch, "epoch": 1, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}
+    )
     monkeypatch.setattr(speed, "epoch_seconds", lambda config, source, count: (1.0, 0.1, config.batch_size))
     layers = read_pretrain(
         [str(tmp_path / "data"), "--recipe", "adapt", "--init", str(start), "--device", "cpu"], "x", None

@@ -63,8 +63,18 @@ def test_check_finds_what_is_there(mixed, tmp_path, capsys):
         assert image.height > 700
     assert main(["check", str(mixed), *flags, "--view-preset", "aerial", "-b", "16"]) == 0
     out = capsys.readouterr().out
-    for text in ("65 pictures", "3 (4.6 %", "is not a picture, as notes.png", "bound by", "GB", "meet a near-copy",
-                 "view-preset", "aerial", "given by you", "copies           1 equal"):  # fmt: skip
+    for text in (
+        "65 pictures",
+        "3 (4.6 %",
+        "is not a picture, as notes.png",
+        "bound by",
+        "GB",
+        "meet a near-copy",
+        "view-preset",
+        "aerial",
+        "given by you",
+        "copies           1 equal",
+    ):
         assert text in out
 
 
@@ -144,8 +154,15 @@ def test_inspect_tells_files_apart(tmp_path, capsys):
     assert found["arch"].startswith("resnet18")
     assert found["licence"].startswith("not stated")
     assert any("going on" in text for text in found["not_for"])
-    checkpoint.write(path, {"state_dict": {"module.conv1.weight": torch.ones(1)}, "best_acc1": torch.tensor(68.9),
-                            "epoch": 90, "arch": "resnet50"})  # fmt: skip
+    checkpoint.write(
+        path,
+        {
+            "state_dict": {"module.conv1.weight": torch.ones(1)},
+            "best_acc1": torch.tensor(68.9),
+            "epoch": 90,
+            "arch": "resnet50",
+        },
+    )
     assert "68.90" in inspected(capsys, path)["kind"]
     torch.save({"weights": 3}, path)
     assert "no weights" in refused("inspect", path)

@@ -146,11 +146,15 @@ def test_stages():
     assert made() == [Stage(0, 10, 224, 16, 1.0, 0)]
     assert made(token_keep="0.25") == [Stage(0, 8, 224, 16, 0.25, 14), Stage(8, 10, 224, 16, 1.0, 0)]
     assert made("resnet50", image_size_schedule="128:0.3,160:0.4") == [
-        Stage(0, 3, 128, 16, 1.0, 0), Stage(3, 7, 160, 16, 1.0, 0), Stage(7, 10, 224, 16, 1.0, 0),
-    ]  # fmt: skip
+        Stage(0, 3, 128, 16, 1.0, 0),
+        Stage(3, 7, 160, 16, 1.0, 0),
+        Stage(7, 10, 224, 16, 1.0, 0),
+    ]
     assert made(token_keep="0.5:0.6", patch_size_schedule="32:0.3") == [
-        Stage(0, 3, 224, 32, 0.5, 14), Stage(3, 6, 224, 16, 0.5, 14), Stage(6, 10, 224, 16, 1.0, 0),
-    ]  # fmt: skip
+        Stage(0, 3, 224, 32, 0.5, 14),
+        Stage(3, 6, 224, 16, 0.5, 14),
+        Stage(6, 10, 224, 16, 1.0, 0),
+    ]
     assert made(epochs=2, token_keep="0.5:0.99")[0].end == 1
     assert (made(token_keep="0.25")[0].tokens, made(token_keep="0.25")[0].kept) == (196, 49)
 
@@ -186,9 +190,27 @@ def test_schedules_that_mean_nothing(flags, message, capsys):
 
 
 def test_resumes_across_stages_are_bit_exact(pictures, tmp_path):
-    flags = [str(pictures), *TINY, "-a", "vit_tiny", "--patch-size", "8", "--optimizer", "adamw", "--lr", "1e-2",
-             "--epochs", "3", "--token-keep", "0.5:0.6", "--image-size-schedule", "16:0.3",
-             "--knn-every", "2", "--moco-m-cos"]  # fmt: skip
+    flags = [
+        str(pictures),
+        *TINY,
+        "-a",
+        "vit_tiny",
+        "--patch-size",
+        "8",
+        "--optimizer",
+        "adamw",
+        "--lr",
+        "1e-2",
+        "--epochs",
+        "3",
+        "--token-keep",
+        "0.5:0.6",
+        "--image-size-schedule",
+        "16:0.3",
+        "--knn-every",
+        "2",
+        "--moco-m-cos",
+    ]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert main(["pretrain", *flags, "--output-dir", str(straight)]) == 0
     # 4 steps an epoch; stages change after 4 and 8: stopped within, at and after a change

@@ -64,9 +64,15 @@ def test_views_share_a_pass_where_they_cannot_meet(float64):
 
 @pytest.mark.parametrize(
     ("arch", "meet"),
-    [("resnet10_w32", True), ("vit_conv_small", True), ("vit_tiny", False), ("timm/resnet10t", True),
-     ("timm/convnext_atto", False), ("timm/resnet26t.ra2_in1k", True)],
-)  # fmt: skip
+    [
+        ("resnet10_w32", True),
+        ("vit_conv_small", True),
+        ("vit_tiny", False),
+        ("timm/resnet10t", True),
+        ("timm/convnext_atto", False),
+        ("timm/resnet26t.ra2_in1k", True),
+    ],
+)
 def test_batch_statistics_are_found(arch, meet):
     dims = {"embed_dim": 24, "depth": 1, "num_heads": 3} if "vit" in arch else {}
     assert models.build(arch, image_size=32, dim=8, mlp_dim=8, **dims).views_meet == meet
@@ -160,8 +166,19 @@ def test_lars_in_any_layout(told):
 
 PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 """Tensors a launch by the number of lists (ATen/native/cuda/MultiTensorApply.cuh); at most 320 blocks of 65,536."""
-NO_KERNEL = ("view", "as_strided", "slice", "empty", "detach", "unsqueeze", "select", "alias", "unbind", "zeros_like",
-             "split")  # fmt: skip
+NO_KERNEL = (
+    "view",
+    "as_strided",
+    "slice",
+    "empty",
+    "detach",
+    "unsqueeze",
+    "select",
+    "alias",
+    "unbind",
+    "zeros_like",
+    "split",
+)
 
 
 class Launches(TorchDispatchMode):
@@ -202,8 +219,23 @@ def test_update_is_few_launches(arch, optimizer):
     assert 5 <= launches.count <= 30, launches.by_name
 
 
-READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__", "__repr__",
-         "__format__", "is_nonzero", "nonzero", "equal", "allclose"}  # fmt: skip
+READS = {
+    "item",
+    "tolist",
+    "numpy",
+    "cpu",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__array__",
+    "__repr__",
+    "__format__",
+    "is_nonzero",
+    "nonzero",
+    "equal",
+    "allclose",
+}
 
 
 class Reads(TorchFunctionMode):
@@ -228,8 +260,9 @@ def test_nothing_is_read_between_print_steps(arch, optimizer, tmp_path):
     made = build_optimizer(model.parameters(), optimizer, weight_decay=0.1, momentum=0.9)
     step = Step(model, made, world=world, precision=Precision("bf16", CPU), spike_factor=10.0)
     step.world = dataclasses.replace(world, device=torch.device("cuda"))  # it does from here on as on a GPU
-    log = RunLog(tmp_path, active=True, style="quiet", epochs=1, iterations=8, start=1.0, floor=0.0, first_step=0,
-                 corrupt={})  # fmt: skip
+    log = RunLog(
+        tmp_path, active=True, style="quiet", epochs=1, iterations=8, start=1.0, floor=0.0, first_step=0, corrupt={}
+    )
     recorder = Recorder(world, log, Counters(), batch_size=4, print_freq=4, pictures=lambda *_: [])
     read, weights = [], [p.clone() for p in model.parameters()]
     for i in range(5):

@@ -136,8 +136,18 @@ def test_lines_wait_for_the_disk(tmp_path, capsys):
 def test_the_lost_rank_is_named(pictures, tmp_path, fault, lost):
     # two "nodes", so that nobody but the other rank can notice
     address = free_loopback_address()
-    flags = ["--epochs", 2000, "--checkpoint-every", 3000, "--world-size", 2, "--dist-url", address,
-             "--dist-timeout", 0.1]  # fmt: skip
+    flags = [
+        "--epochs",
+        2000,
+        "--checkpoint-every",
+        3000,
+        "--world-size",
+        2,
+        "--dist-url",
+        address,
+        "--dist-timeout",
+        0.1,
+    ]
     ranks = [Process(pretrain(pictures, tmp_path, *flags, "--rank", r)) for r in (0, 1)]
     try:
         ranks[0].wait_until(lambda: len(lines(tmp_path)) > 3)
@@ -148,8 +158,11 @@ def test_the_lost_rank_is_named(pictures, tmp_path, fault, lost):
         assert code == 1, text
         assert f"mocov3: error: rank {lost} " in text
         assert "Traceback" not in text
-        record(f"rank {lost} of 2 gets {fault}", 1, f"the other ended in {time.monotonic() - began:.0f} s and named it "
-               "(silence allowed: 6 s)")  # fmt: skip
+        record(
+            f"rank {lost} of 2 gets {fault}",
+            1,
+            f"the other ended in {time.monotonic() - began:.0f} s and named it (silence allowed: 6 s)",
+        )
     finally:
         for process in ranks:
             process.kill()
@@ -281,8 +294,22 @@ def newest_step(folder):
 @linux
 def test_memory_and_files_stay(pictures, tmp_path):
     steps = trials(2000, 20000)
-    flags = ["--image-size", 8, "-b", 4, "--epochs", steps, "--max-steps", steps, "-p", 20, "--checkpoint-every", 9**9,
-             "--checkpoint-steps", steps // 20]  # fmt: skip
+    flags = [
+        "--image-size",
+        8,
+        "-b",
+        4,
+        "--epochs",
+        steps,
+        "--max-steps",
+        steps,
+        "-p",
+        20,
+        "--checkpoint-every",
+        9**9,
+        "--checkpoint-steps",
+        steps // 20,
+    ]
     process = Process(pretrain(pictures, tmp_path, *flags))
     seen = []
     process.wait_until(lambda: bool(lines(tmp_path)))

@@ -27,19 +27,25 @@ PLAIN = [(name, dtype, {}) for dtype in ("float32", "float64") for name in WAYS]
 # float32 by convolution: not the "mid" run. At its step 0 one unit before a ReLU is at 1.8e-6, float32 of either kind
 # is good to 1.5e-5 there, and AdamW makes 2e-4 of its sign by step 3.
 OTHER = [(name, "float64", way) for name, way in WAYS.items() if way]
-OTHER += [("vit_tiny_adamw_readme_lr", "float32", {"by_convolution": True}),
-          ("vit_tiny_adamw", "float32", {"by_convolution": True})]  # fmt: skip
+OTHER += [
+    ("vit_tiny_adamw_readme_lr", "float32", {"by_convolution": True}),
+    ("vit_tiny_adamw", "float32", {"by_convolution": True}),
+]
 CASES = {
     # the first steps of a ResNet in float64 tell every known error of LARS (tests/golden/sensitivity.json); all twenty
     # take minutes
-    "suite": [("resnet18_lars", "float64", {"steps": 4}), ("resnet18_lars", "float32", {}),
-              ("vit_tiny_adamw_mid", "float64", {}), ("vit_tiny_adamw_mid", "float64", {"micro_batch": 6, "steps": 6}),
-              ("vit_tiny_adamw", "float64", {"micro_batch": 8, "steps": 7}),
-              ("vit_tiny_adamw_readme_lr", "float64", {"by_convolution": True, "steps": 7}),
-              ("vit_tiny_adamw_readme_lr", "float32", {"by_convolution": True})],
+    "suite": [
+        ("resnet18_lars", "float64", {"steps": 4}),
+        ("resnet18_lars", "float32", {}),
+        ("vit_tiny_adamw_mid", "float64", {}),
+        ("vit_tiny_adamw_mid", "float64", {"micro_batch": 6, "steps": 6}),
+        ("vit_tiny_adamw", "float64", {"micro_batch": 8, "steps": 7}),
+        ("vit_tiny_adamw_readme_lr", "float64", {"by_convolution": True, "steps": 7}),
+        ("vit_tiny_adamw_readme_lr", "float32", {"by_convolution": True}),
+    ],
     "float32": [case for case in PLAIN + OTHER if case[1] == "float32"],
     "all": PLAIN + OTHER,
-}[RUNS]  # fmt: skip
+}[RUNS]
 
 
 @pytest.mark.parametrize(("name", "dtype", "way"), CASES, ids=str)
@@ -48,8 +54,9 @@ def test_trajectory(name, dtype, way):
 
 
 def test_adamw_decays_every_trainable_parameter():
-    model = models.build("vit_small", image_size=32, embed_dim=48, depth=1, num_heads=3, dim=8, mlp_dim=8,
-                         stop_grad_conv1=True)  # fmt: skip
+    model = models.build(
+        "vit_small", image_size=32, embed_dim=48, depth=1, num_heads=3, dim=8, mlp_dim=8, stop_grad_conv1=True
+    )
     fill_model(model)
     optimizer = build_optimizer(model.parameters(), "adamw", weight_decay=0.1, momentum=0.9)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
@@ -142,5 +149,9 @@ def test_recipes_are_the_recorded_ones():
         c = parse_script("main_moco.py", ["--recipe", name.removesuffix("_b4096"), "DIR"])
         recorded = r["config"]
         assert (c.lr, c.batch_size, c.epochs, c.warmup_epochs, c.moco_m) == (
-            recorded["lr"], recorded["batch"], recorded["epochs"], recorded["warmup_epochs"], recorded["moco_m"],
-        )  # fmt: skip
+            recorded["lr"],
+            recorded["batch"],
+            recorded["epochs"],
+            recorded["warmup_epochs"],
+            recorded["moco_m"],
+        )

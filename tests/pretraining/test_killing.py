@@ -19,10 +19,23 @@ def command(pictures, *flags, program=("-m", "mocov3", "pretrain")):
 
     def argv(folder):
         return [
-            sys.executable, *program, str(pictures), *TINY, "--epochs", str(EPOCHS),
-            "--checkpoint-every", "4", "--checkpoint-steps", "2", "--output-dir", str(folder), "--resume", "auto",
-            "--quiet", *flags,
-        ]  # fmt: skip
+            sys.executable,
+            *program,
+            str(pictures),
+            *TINY,
+            "--epochs",
+            str(EPOCHS),
+            "--checkpoint-every",
+            "4",
+            "--checkpoint-steps",
+            "2",
+            "--output-dir",
+            str(folder),
+            "--resume",
+            "auto",
+            "--quiet",
+            *flags,
+        ]
 
     return argv
 
@@ -49,8 +62,11 @@ def test_killed_and_resumed_is_never_killed(pictures, tmp_path):
     reference = whole(pictures, tmp_path / "whole")
     for folder in folders:
         assert_same_run(reference, folder, last=LAST)
-    record("SIGKILL at a random moment, resumed with 0, 1, 2 loader processes", kills,
-           f"all {len(folders)} runs bit-equal to the run never killed; {writing} kills fell into a write")  # fmt: skip
+    record(
+        "SIGKILL at a random moment, resumed with 0, 1, 2 loader processes",
+        kills,
+        f"all {len(folders)} runs bit-equal to the run never killed; {writing} kills fell into a write",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +87,28 @@ def test_own_pictures_killed_and_resumed(pictures, tmp_path):
 
     def auto(folder):
         return [
-            sys.executable, "-m", "mocov3", "pretrain", str(pictures), *TINY, "--recipe", "auto", "--epochs", "9",
-            "--hold-out", "16", "--quality-every", "3", "--checkpoint-steps", "2", "--output-dir", str(folder),
-            "--resume", "auto", "--quiet",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "mocov3",
+            "pretrain",
+            str(pictures),
+            *TINY,
+            "--recipe",
+            "auto",
+            "--epochs",
+            "9",
+            "--hold-out",
+            "16",
+            "--quality-every",
+            "3",
+            "--checkpoint-steps",
+            "2",
+            "--output-dir",
+            str(folder),
+            "--resume",
+            "auto",
+            "--quiet",
+        ]
 
     kills, _, folders = kill_many(auto, tmp_path, count=trials(2, 20), seed=5)
     Process(auto(tmp_path / "whole")).finish()
@@ -122,9 +156,24 @@ def test_a_killed_worker_restarts_the_group(pictures, whole_of_two, tmp_path):
         "    threading.Thread(target=die, daemon=True).start()\n"
         "sys.exit(main(['pretrain', *sys.argv[1:]]))\n"
     )
-    argv = command(pictures, program=(
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--monitor-interval", "0.1",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script)))(tmp_path / "dies")  # fmt: skip
+    argv = command(
+        pictures,
+        program=(
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            "2",
+            "--monitor-interval",
+            "0.1",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "127.0.0.1:0",
+            str(script),
+        ),
+    )(tmp_path / "dies")
     at = argv.index("--resume")
     argv[at : at + 2] = []  # it resumes without being told
     text = Process(argv).finish()

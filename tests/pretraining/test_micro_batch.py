@@ -31,9 +31,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("batch", "size", "message"), [
-    (8, 1, "give 2 or more"), (3, 2, "give 0 (none)"), (7, 3, None), (5, 3, None), (11, 2, "give 3 or more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch", "size", "message"),
+    [(8, 1, "give 2 or more"), (3, 2, "give 0 (none)"), (7, 3, None), (5, 3, None), (11, 2, "give 3 or more")],
+)
 def test_batch_norm_never_meets_one_image(batch, size, message):
     model = build("resnet10_w16", {})
     config = PretrainConfig(arch="resnet10_w16", batch_size=batch, micro_batch=size)
@@ -185,8 +186,21 @@ def test_non_finite_numbers_change_nothing():
 
 
 def test_a_run_in_micro_batches_is_the_run(pictures, tmp_path, capsys):
-    flags = ["pretrain", str(pictures), *TINY, "-a", "vit_small", "--patch-size", "16", "--optimizer", "adamw",
-             "--lr", "0.0015", "--max-steps", "3"]  # fmt: skip
+    flags = [
+        "pretrain",
+        str(pictures),
+        *TINY,
+        "-a",
+        "vit_small",
+        "--patch-size",
+        "16",
+        "--optimizer",
+        "adamw",
+        "--lr",
+        "0.0015",
+        "--max-steps",
+        "3",
+    ]
     lines = {}
     for micro in ("0", "5", "auto"):
         folder = tmp_path / micro

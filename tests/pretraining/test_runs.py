@@ -64,9 +64,14 @@ def whole(pictures, tmp_path_factory):
 
 def test_files_of_a_run(whole, pictures):
     assert sorted(p.name for p in whole.iterdir()) == [
-        "checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "config.yaml", "machine.jsonl",
-        "metrics.jsonl", "pictures.txt.gz", "tensorboard",
-    ]  # fmt: skip
+        "checkpoint_0000.pth.tar",
+        "checkpoint_0001.pth.tar",
+        "config.yaml",
+        "machine.jsonl",
+        "metrics.jsonl",
+        "pictures.txt.gz",
+        "tensorboard",
+    ]
     saved = contents(whole / "checkpoint_0001.pth.tar")
     assert (saved["epoch"], saved["mocov3"]["step"], saved["mocov3"]["iteration"]) == (2, 8, 0)
     assert saved["mocov3"]["config"]["arch"] == saved["arch"] == "resnet10_w32"
@@ -112,9 +117,36 @@ def test_first_loss_is_theory(tmp_path):
 
 def test_the_floor_is_reached(tmp_path):
     # sixty-four pictures seen often enough: within 10 % of the floor, every picture found among the others
-    flags = ["--epochs", 45, "--warmup-epochs", 5, "-b", 64, "--optimizer", "adamw", "--lr", 2e-2, "--wd", 1e-3,
-             "--moco-dim", 64, "--moco-mlp-dim", 128, "--crop-min", 0.9, "--moco-t", 1.0, "--checkpoint-every", 60,
-             "--moco-m", 0.9, "--image-size", 16, "--view-preset", "gray"]  # fmt: skip
+    flags = [
+        "--epochs",
+        45,
+        "--warmup-epochs",
+        5,
+        "-b",
+        64,
+        "--optimizer",
+        "adamw",
+        "--lr",
+        2e-2,
+        "--wd",
+        1e-3,
+        "--moco-dim",
+        64,
+        "--moco-mlp-dim",
+        128,
+        "--crop-min",
+        0.9,
+        "--moco-t",
+        1.0,
+        "--checkpoint-every",
+        60,
+        "--moco-m",
+        0.9,
+        "--image-size",
+        16,
+        "--view-preset",
+        "gray",
+    ]
     rng = np.random.Generator(np.random.PCG64(2))
     for i in range(64):  # pictures that differ plainly
         small = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))

@@ -271,9 +271,16 @@ def test_training_leaves_its_page(trained):
 def test_charts_hold_the_metrics(trained):
     charts = data_of((trained / "report.html").read_text())["charts"]
     lines = [line for line in lines_of(trained) if line["knn"] is None]
-    names = {"loss": ("loss", 1), "retrieval": ("retrieval_accuracy", 100), "lr": ("lr", 1),
-             "momentum": ("momentum", 1), "speed": ("images_per_second", 1), "wait": ("data_wait", 100),
-             "spread": ("feature_std", 1),             "rank": ("effective_rank", 1)}  # fmt: skip
+    names = {
+        "loss": ("loss", 1),
+        "retrieval": ("retrieval_accuracy", 100),
+        "lr": ("lr", 1),
+        "momentum": ("momentum", 1),
+        "speed": ("images_per_second", 1),
+        "wait": ("data_wait", 100),
+        "spread": ("feature_std", 1),
+        "rank": ("effective_rank", 1),
+    }
     for id, (name, scale) in names.items():
         curve = charts[id]["data"][0]
         assert curve["x"] == [line["step"] for line in lines]
@@ -388,8 +395,11 @@ def test_what_is_missing_is_said(trained, tmp_path, capsys):
 
 
 def test_numbers_of_any_kind_make_a_page(tmp_path, capsys):
-    odd = [{}, {"loss": 1e308, "loss_start": 0, "loss_floor": 0, "lr": "x", "skipped": 5, "retrieval_accuracy": 1e300},
-           {"loss": None, "iteration": -7, "grad_norm_first": -1, "data_wait": {"a": 1}}]  # fmt: skip
+    odd = [
+        {},
+        {"loss": 1e308, "loss_start": 0, "loss_floor": 0, "lr": "x", "skipped": 5, "retrieval_accuracy": 1e300},
+        {"loss": None, "iteration": -7, "grad_norm_first": -1, "data_wait": {"a": 1}},
+    ]
     for i, more in enumerate(odd):
         folder = tmp_path / str(i)
         folder.mkdir()

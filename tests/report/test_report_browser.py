@@ -160,11 +160,14 @@ def test_map_shows_thumbnails_on_hover_and_zoom(opened):
     page = opened()
     id = "map-r0-1"
     near(page, id)
-    place = page.evaluate("""id => {
+    place = page.evaluate(
+        """id => {
         const plot = document.getElementById(id), l = plot._fullLayout, box = plot.getBoundingClientRect();
         const t = plot.data[0];
         return [box.x + l._size.l + l.xaxis.l2p(t.x[3]), box.y + l._size.t + l.yaxis.l2p(t.y[3]), t.customdata[3]];
-    }""", id)  # fmt: skip
+    }""",
+        id,
+    )
     page.mouse.move(place[0] - 3, place[1])
     page.mouse.move(place[0], place[1], steps=4)
     page.wait_for_selector("#tip:not([hidden])", timeout=10_000)

@@ -98,17 +98,25 @@ KNOWN = {
     "ours before the field": (lambda: pretrained(mocos(), own=own()), 12),
     "ours of the default": (lambda: pretrained(mocos(), own=own(heads=None)), 12),
     "fine-tuned by us": (lambda: {"model": bare(theirs()), "arch": "vit_small", "mocov3": own(heads=6)}, 6),
-    "linear file of ours": (lambda: {"state_dict": {f"module.{k}": v for k, v in bare(theirs()).items()},
-                                     "arch": "vit_small", "mocov3": own(heads=3)}, 3),
+    "linear file of ours": (
+        lambda: {
+            "state_dict": {f"module.{k}": v for k, v in bare(theirs()).items()},
+            "arch": "vit_small",
+            "mocov3": own(heads=3),
+        },
+        3,
+    ),
     "the reference's": (lambda: pretrained(mocos()), 12),
     "converted": (lambda: convert.to_deit(pretrained(mocos()), "x"), 12),
     "converted, of 6": (lambda: convert.to_deit(pretrained(mocos(6), own=own(heads=6)), "x"), 6),
-    "the reference's linear file": (lambda: {"state_dict": {f"module.{k}": v for k, v in bare(mocos()).items()},
-                                             "arch": "vit_small"}, 12),
+    "the reference's linear file": (
+        lambda: {"state_dict": {f"module.{k}": v for k, v in bare(mocos()).items()}, "arch": "vit_small"},
+        12,
+    ),
     "half precision": (lambda: {"model": {k: v.half() for k, v in bare(mocos()).items()}}, 12),
     "bfloat16": (lambda: {"model": {k: v.bfloat16() for k, v in bare(mocos()).items()}}, 12),
     "convolutional stem": (lambda: {"model": bare(build_backbone("vit_conv_small", image_size=SIZE))}, 12),
-}  # fmt: skip
+}
 UNKNOWN = {
     "DeiT's": lambda: {"model": bare(theirs())},
     "DINO's": lambda: bare(theirs()),
@@ -157,14 +165,17 @@ def test_a_damaged_number_is_refused(heads):
         find_backbone(pretrained(mocos(), own=own(heads=heads)), "file")
 
 
-@pytest.mark.parametrize(("heads", "arch", "message"), [
-    (5, "vit_small", "does not divide the width 384 of vit_small; likely: 3, 4, 6, 8, 12"),
-    (0, "vit_small", "must be at least 1, not 0"),
-    (-1, "", "must be at least 1, not -1"),
-    (385, "vit_small", "does not divide"),
-    (6, "resnet50", "not resnet50: it has no attention"),
-    (6, "timm/vit_small_patch16_224", "heads are those of its name"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("heads", "arch", "message"),
+    [
+        (5, "vit_small", "does not divide the width 384 of vit_small; likely: 3, 4, 6, 8, 12"),
+        (0, "vit_small", "must be at least 1, not 0"),
+        (-1, "", "must be at least 1, not -1"),
+        (385, "vit_small", "does not divide"),
+        (6, "resnet50", "not resnet50: it has no attention"),
+        (6, "timm/vit_small_patch16_224", "heads are those of its name"),
+    ],
+)
 def test_numbers_that_cannot_be(heads, arch, message):
     with pytest.raises(UserError, match=message):
         check_heads(heads, arch)
@@ -227,16 +238,62 @@ DOORS = {
     "embed": ("embed", "PICTURES", "--model", "FILE", "-a", "vit_small", "-o", "OUT.npy", "--image-size", SIZE, *CPU),
     "knn": ("knn", "PICTURES", "--model", "FILE", "-a", "vit_small", "--image-size", SIZE, *CPU),
     "lincls": ("lincls", "PICTURES", "--pretrained", "FILE", "-a", "vit_small", "--output-dir", "OUT", *STEP),
-    "finetune": ("finetune", "--data-set", "folder", "--data-path", "PICTURES", "--finetune", "FILE", "-a",
-                 "vit_small", "--output_dir", "OUT", *TRAIN),
-    "finetune --resume": ("finetune", "--data-set", "folder", "--data-path", "PICTURES", "--resume", "FILE", "-a",
-                          "vit_small", "--output_dir", "OUT", *TRAIN),
-    "pretrain": ("pretrain", "PICTURES", "--recipe", "defaults", "-a", "vit_small", "--init", "FILE", "--output-dir",
-                 "OUT", *TRAIN, *PRETRAIN),
+    "finetune": (
+        "finetune",
+        "--data-set",
+        "folder",
+        "--data-path",
+        "PICTURES",
+        "--finetune",
+        "FILE",
+        "-a",
+        "vit_small",
+        "--output_dir",
+        "OUT",
+        *TRAIN,
+    ),
+    "finetune --resume": (
+        "finetune",
+        "--data-set",
+        "folder",
+        "--data-path",
+        "PICTURES",
+        "--resume",
+        "FILE",
+        "-a",
+        "vit_small",
+        "--output_dir",
+        "OUT",
+        *TRAIN,
+    ),
+    "pretrain": (
+        "pretrain",
+        "PICTURES",
+        "--recipe",
+        "defaults",
+        "-a",
+        "vit_small",
+        "--init",
+        "FILE",
+        "--output-dir",
+        "OUT",
+        *TRAIN,
+        *PRETRAIN,
+    ),
     "compare": ("compare", "LARGE", "PICTURES", "-a", "vit_small", "--device", "cpu", "-j", "0"),
-    "export": ("export", "FILE", "--to", "safetensors", "--output", "OUT.safetensors", "-a", "vit_small",
-               "--image-size", SIZE),
-}  # fmt: skip
+    "export": (
+        "export",
+        "FILE",
+        "--to",
+        "safetensors",
+        "--output",
+        "OUT.safetensors",
+        "-a",
+        "vit_small",
+        "--image-size",
+        SIZE,
+    ),
+}
 
 
 @pytest.fixture
@@ -263,8 +320,14 @@ def images(size):
 
 
 def argv(door, six, kind, pictures, out):
-    places = {"PICTURES": pictures, "FILE": six[kind, SIZE], "LARGE": six[kind, 224], "OUT": out,
-              "OUT.npy": out / "x.npy", "OUT.safetensors": out / "x.safetensors"}  # fmt: skip
+    places = {
+        "PICTURES": pictures,
+        "FILE": six[kind, SIZE],
+        "LARGE": six[kind, 224],
+        "OUT": out,
+        "OUT.npy": out / "x.npy",
+        "OUT.safetensors": out / "x.safetensors",
+    }
     return [str(places.get(word, word)) for word in DOORS[door]]
 
 
@@ -293,8 +356,22 @@ def test_every_door(door, six, pictures, tmp_path, loaded, capsys):
 
 def test_adapting_asks(six, pictures, tmp_path):
     """Before anything is measured."""
-    go = ("pretrain", pictures, "--recipe", "adapt", "--init", six["deit", SIZE], "-a", "vit_small", "--output-dir",
-          tmp_path, *STEP, *PRETRAIN, "--epochs", "3")  # fmt: skip
+    go = (
+        "pretrain",
+        pictures,
+        "--recipe",
+        "adapt",
+        "--init",
+        six["deit", SIZE],
+        "-a",
+        "vit_small",
+        "--output-dir",
+        tmp_path,
+        *STEP,
+        *PRETRAIN,
+        "--epochs",
+        "3",
+    )
     assert f"a ViT of width 384 {ASKED}" in refused(*go)
 
 
@@ -305,8 +382,25 @@ def test_adapting_asks(six, pictures, tmp_path):
 def run(six, pictures, tmp_path_factory):
     """A pre-training run from DeiT's weights of 6 heads: two steps, of which the first is by --max-steps."""
     folder = tmp_path_factory.mktemp("run")
-    go = list(map(str, ("pretrain", pictures, "--recipe", "defaults", "-a", "vit_small", "--init", six["deit", SIZE],
-                        "--output-dir", folder, *TRAIN, *PRETRAIN)))  # fmt: skip
+    go = list(
+        map(
+            str,
+            (
+                "pretrain",
+                pictures,
+                "--recipe",
+                "defaults",
+                "-a",
+                "vit_small",
+                "--init",
+                six["deit", SIZE],
+                "--output-dir",
+                folder,
+                *TRAIN,
+                *PRETRAIN,
+            ),
+        )
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backbones._VITS, "vit_small", {**backbones._VITS["vit_small"], "depth": 1})
         assert main([*go, "--heads", "6"]) == 0
@@ -347,21 +441,55 @@ def test_its_files_need_no_word(run, pictures, tmp_path, loaded):
     loaded.clear()
     small = ("-b", "16", *CPU)
     flags = (*small, "--epochs", "1", "--max-steps", "1", "--lr", "0.1")
-    tune = ("finetune", "--data-set", "folder", "--data-path", pictures, "--warmup-epochs", "0", *small, "--epochs",
-            "1", "--output_dir", out / "tune")  # fmt: skip
+    tune = (
+        "finetune",
+        "--data-set",
+        "folder",
+        "--data-path",
+        pictures,
+        "--warmup-epochs",
+        "0",
+        *small,
+        "--epochs",
+        "1",
+        "--output_dir",
+        out / "tune",
+    )
     for go in (
         ("embed", pictures / "val", "--model", file, "-o", out / "x.npy", *small),
         ("lincls", pictures, "--pretrained", file, "--output-dir", out / "lin", *flags),
-        ("lincls", pictures, "--resume", "auto", "--output-dir", out / "lin", *flags[:-4], "--max-steps", "2", "--lr",
-         "0.1"),
+        (
+            "lincls",
+            pictures,
+            "--resume",
+            "auto",
+            "--output-dir",
+            out / "lin",
+            *flags[:-4],
+            "--max-steps",
+            "2",
+            "--lr",
+            "0.1",
+        ),
         ("lincls", pictures, "-e", "--resume", out / "lin" / "checkpoint.pth.tar", *small),
         (*tune, "--max-steps", "1", "--finetune", file),
         ("convert", "--input", file, "--output", out / "deit.pth"),
-        ("embed", pictures / "val", "--model", out / "deit.pth", "-a", "vit_small", "-o", out / "y.npy", "--image-size",
-         SIZE, *small),
+        (
+            "embed",
+            pictures / "val",
+            "--model",
+            out / "deit.pth",
+            "-a",
+            "vit_small",
+            "-o",
+            out / "y.npy",
+            "--image-size",
+            SIZE,
+            *small,
+        ),
         ("export", file, "--to", "safetensors", "--output", out / "w.safetensors"),
         ("embed", pictures / "val", "--model", out / "w.safetensors", "-o", out / "z.npy", *small),
-    ):  # fmt: skip
+    ):
         assert main(list(map(str, go))) == 0, go
     assert len(loaded) >= 7
     assert all((features - expected).abs().max() <= 1e-5 * expected.abs().max() for _, features in loaded)
@@ -394,8 +522,17 @@ def test_the_average_of_tuned_weights_knows(tmp_path):
 
 def test_files_from_before_go_on(pictures, tmp_path):
     """A run of 12 heads whose files have no such field."""
-    go = ["pretrain", str(pictures), "--recipe", "defaults", "-a", "vit_small", "--output-dir", str(tmp_path),
-          *map(str, (*TRAIN, *PRETRAIN))]  # fmt: skip
+    go = [
+        "pretrain",
+        str(pictures),
+        "--recipe",
+        "defaults",
+        "-a",
+        "vit_small",
+        "--output-dir",
+        str(tmp_path),
+        *map(str, (*TRAIN, *PRETRAIN)),
+    ]
     assert main(go) == 0
     file, settings = newest(tmp_path), tmp_path / "config.yaml"
     contents = checkpoint.read(file)
@@ -416,8 +553,24 @@ def test_files_from_before_go_on(pictures, tmp_path):
 
 def test_a_new_network_of_other_heads(pictures, tmp_path):
     """From scratch its table is MoCo v3's, so every file of it must say its heads."""
-    assert main(["pretrain", str(pictures), "--recipe", "defaults", "-a", "vit_small", "--heads", "6", "--output-dir",
-                 str(tmp_path), *map(str, (*TRAIN, *PRETRAIN))]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "pretrain",
+                str(pictures),
+                "--recipe",
+                "defaults",
+                "-a",
+                "vit_small",
+                "--heads",
+                "6",
+                "--output-dir",
+                str(tmp_path),
+                *map(str, (*TRAIN, *PRETRAIN)),
+            ]
+        )
+        == 0
+    )
     file, converted = str(newest(tmp_path)), str(tmp_path / "deit.pth")
     assert main(["convert", "--input", file, "--output", converted]) == 0
     for path in (file, converted):

@@ -106,8 +106,13 @@ def test_a_checkpoint_of_the_reference_resumes(tmp_path):
     model = fill_model(models.build("resnet18", dim=256, mlp_dim=512))
     numbered = list(model.parameters())
     state = {i: {"mu": torch.full_like(p, 0.5)} for i, p in enumerate(numbered) if p.requires_grad}
-    group = {"lr": 0.1, "weight_decay": 1e-6, "momentum": 0.9, "trust_coefficient": 0.001,
-             "params": list(range(len(numbered)))}  # fmt: skip
+    group = {
+        "lr": 0.1,
+        "weight_decay": 1e-6,
+        "momentum": 0.9,
+        "trust_coefficient": 0.001,
+        "params": list(range(len(numbered))),
+    }
     path = tmp_path / "checkpoint_0002.pth.tar"
     torch.save(
         {
@@ -115,11 +120,16 @@ def test_a_checkpoint_of_the_reference_resumes(tmp_path):
             "arch": "resnet18",
             "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
             "optimizer": {"state": state, "param_groups": [group]},
-            "scaler": {"scale": 1024.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
-                       "_growth_tracker": 7},
+            "scaler": {
+                "scale": 1024.0,
+                "growth_factor": 2.0,
+                "backoff_factor": 0.5,
+                "growth_interval": 2000,
+                "_growth_tracker": 7,
+            },
         },
         path,
-    )  # fmt: skip
+    )
     other = models.build("resnet18", dim=256, mlp_dim=512)
     optimizer = build_optimizer(other.parameters(), "lars", weight_decay=1e-6, momentum=0.9)
     assert restore(path, other, optimizer, "resnet18") == Position(3, 0, 15)
@@ -143,8 +153,9 @@ def test_states_in_another_memory_order_resume_bit_equal(optimizer, on_device, w
     def update(model, made, seed):
         generator = torch.Generator().manual_seed(seed)
         for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=generator).to(memory_format=weights if p.ndim == 4 else
-                                                                  torch.contiguous_format)  # fmt: skip
+            p.grad = torch.randn(p.shape, generator=generator).to(
+                memory_format=weights if p.ndim == 4 else torch.contiguous_format
+            )
             p.grad = p.grad if p.requires_grad else None
         if on_device:  # the path of GPUs
             made.found_inf, made.grad_scale = torch.zeros(()), None
@@ -176,8 +187,12 @@ def test_lars_takes_states_of_another_memory_order_from_torchs_own_loading():
     kept, loaded = (torch.nn.Parameter(weight.clone()) for _ in "12")
     one, two = LARS([kept], lr=0.1), LARS([loaded], lr=0.1)
     mu = torch.randn(8, 4, 3, 3)
-    one.load_state_dict({"state": {0: {"mu": mu.to(memory_format=torch.channels_last)}},
-                         "param_groups": one.state_dict()["param_groups"]})  # fmt: skip
+    one.load_state_dict(
+        {
+            "state": {0: {"mu": mu.to(memory_format=torch.channels_last)}},
+            "param_groups": one.state_dict()["param_groups"],
+        }
+    )
     two.load_state_dict({"state": {0: {"mu": mu}}, "param_groups": one.state_dict()["param_groups"]})
     for made, p in ((one, kept), (two, loaded)):
         for _ in "12":

@@ -51,8 +51,14 @@ def whole(tmp_path_factory):
     model.train()(torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32), 0.9).backward()
     optimizer.step()
     path = tmp_path_factory.mktemp("whole") / "checkpoint_0000.pth.tar"
-    contents = checkpoint.pack(arch="vit_small", model=model, optimizer=optimizer, scaler={},
-                               position=checkpoint.Position(1, 0, 5), extra={"seed": 1})  # fmt: skip
+    contents = checkpoint.pack(
+        arch="vit_small",
+        model=model,
+        optimizer=optimizer,
+        scaler={},
+        position=checkpoint.Position(1, 0, 5),
+        extra={"seed": 1},
+    )
     checkpoint.write(path, contents)
     return path
 
@@ -94,8 +100,11 @@ def test_cut_and_flipped_checkpoints(whole, tmp_path):
         equal += not refused_or_equal(path, expected)
         flips += 1
     record("checkpoints cut at a random place", cuts, "all refused in one line")
-    record("checkpoints with a flipped bit", flips, f"{flips - equal} refused in one line, {equal} read equal "
-           "(the bit lay in padding or a date), none half-loaded")  # fmt: skip
+    record(
+        "checkpoints with a flipped bit",
+        flips,
+        f"{flips - equal} refused in one line, {equal} read equal (the bit lay in padding or a date), none half-loaded",
+    )
 
 
 @pytest.mark.parametrize(("place", "bit"), [(38, 0x10), (24, 0x08), (24, 0x80), (26, 0x01)])
@@ -221,9 +230,11 @@ def test_no_bytes_break_the_reader(tmp_path_factory, data, archive):
 # --- configuration -----------------------------------------------------------------------------------------
 
 FLAGS = sorted(
-    name for f in PretrainConfig.__dataclass_fields__.values() if not f.metadata["positional"]
+    name
+    for f in PretrainConfig.__dataclass_fields__.values()
+    if not f.metadata["positional"]
     for name in (f.metadata["names"] or (f"--{f.name.replace('_', '-')}",))
-)  # fmt: skip
+)
 VALUES = st.one_of(
     st.sampled_from(
         ["", "0", "-1", "1e999", "nan", "inf", "-0", "1e-320", "9" * 400, "auto", "x\ny", "<b>", "\x1b[2J"]
@@ -257,11 +268,14 @@ def test_no_flags_break_the_configuration(pairs):
         st.binary(max_size=200),
         st.dictionaries(
             st.sampled_from([*PretrainConfig.__dataclass_fields__, "x"]),
-            st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-                         lambda inner: st.lists(inner, max_size=3)), max_size=4,
+            st.recursive(
+                st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+                lambda inner: st.lists(inner, max_size=3),
+            ),
+            max_size=4,
         ).map(lambda d: json.dumps(d).encode()),
     )
-)  # fmt: skip
+)
 def test_no_file_breaks_the_configuration(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_bytes(data)
@@ -298,9 +312,15 @@ def encoded():
     exif[274], exif[270] = 6, "words"
     made = []
     for kind, options in (
-        ("JPEG", {"exif": exif, "icc_profile": b"\0" * 200}), ("JPEG", {"progressive": True}), ("PNG", {"exif": exif}),
-        ("WEBP", {}), ("TIFF", {"compression": "tiff_lzw"}), ("GIF", {}), ("BMP", {}), ("PPM", {}),
-    ):  # fmt: skip
+        ("JPEG", {"exif": exif, "icc_profile": b"\0" * 200}),
+        ("JPEG", {"progressive": True}),
+        ("PNG", {"exif": exif}),
+        ("WEBP", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("GIF", {}),
+        ("BMP", {}),
+        ("PPM", {}),
+    ):
         file = io.BytesIO()
         image.save(file, kind, **options)
         made.append(file.getvalue())
@@ -355,9 +375,17 @@ def test_names_cannot_forge_lines(tmp_path, capsys):
     data = tmp_path / "data"
     data.mkdir()
     rng = np.random.Generator(np.random.PCG64(0))
-    names = [b"<script>alert(1)</script>".replace(b"/", b"_"), b"a\nmocov3: error: forged", b"\x1b[2J\x07bell",
-             b"\xff\xfe not utf-8", "ünïcode \u202e rtl".encode(), b"'\"; rm -rf ~", b"$(id)", b" ",
-             b"%s%n"]  # fmt: skip
+    names = [
+        b"<script>alert(1)</script>".replace(b"/", b"_"),
+        b"a\nmocov3: error: forged",
+        b"\x1b[2J\x07bell",
+        b"\xff\xfe not utf-8",
+        "ünïcode \u202e rtl".encode(),
+        b"'\"; rm -rf ~",
+        b"$(id)",
+        b" ",
+        b"%s%n",
+    ]
     for i, name in enumerate(names):
         file = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(file, "PNG")
@@ -377,9 +405,16 @@ def test_names_cannot_forge_lines(tmp_path, capsys):
 def test_the_number_of_fuzzed_inputs():
     counts = [
         function._hypothesis_internal_use_settings.max_examples
-        for function in (test_no_bytes_break_the_reader, test_no_flags_break_the_configuration,
-                         test_no_file_breaks_the_configuration, test_no_picture_breaks_the_views)
-    ]  # fmt: skip
+        for function in (
+            test_no_bytes_break_the_reader,
+            test_no_flags_break_the_configuration,
+            test_no_file_breaks_the_configuration,
+            test_no_picture_breaks_the_views,
+        )
+    ]
     assert sum(counts) >= 500
-    record("fuzzed inputs: bytes of checkpoints, flags, configuration files, bytes of pictures", sum(counts),
-           "no traceback, no hang")  # fmt: skip
+    record(
+        "fuzzed inputs: bytes of checkpoints, flags, configuration files, bytes of pictures",
+        sum(counts),
+        "no traceback, no hang",
+    )

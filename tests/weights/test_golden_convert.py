@@ -40,9 +40,10 @@ def test_to_deit(arch, checkpoints, tmp_path):
     kept = [row for row in G[arch]["keys"] if not row[0].startswith("fc.")]  # the reference left the projector in
     assert sorted([k, list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in model.items()) == sorted(kept)
     if arch != "resnet18":
-        assert fill.sha256_arrays(
-            {k: v.numpy() for k, v in model.items() if v.is_floating_point()}
-        ) == G[arch]["sha256_all_float_keys_sorted"]  # fmt: skip
+        assert (
+            fill.sha256_arrays({k: v.numpy() for k, v in model.items() if v.is_floating_point()})
+            == G[arch]["sha256_all_float_keys_sorted"]
+        )
     for key, want in G[arch]["fingerprint"].items():
         if key in model:
             got = fill.fingerprint(key, model[key].numpy())
@@ -90,8 +91,10 @@ def test_linear_evaluation_loads_the_same(arch, checkpoints):
     assert bool((head.bias == 0).all()) == want["head_bias_all_zero"]
     config = LinclsConfig()
     assert (config.initial_lr, config.momentum, config.weight_decay) == (
-        want["lr"], want["momentum"], want["weight_decay"],
-    )  # fmt: skip
+        want["lr"],
+        want["momentum"],
+        want["weight_decay"],
+    )
 
 
 def test_load_backbone_gives_the_features(checkpoints):

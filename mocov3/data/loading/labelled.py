@@ -57,14 +57,7 @@ class CropView:
 
 
 def plan_all(
-    n: int,
-    *,
-    seed: int,
-    batch_size: int,
-    rank: int,
-    ranks: int,
-    start: tuple[int, int] = (0, 0),
-    epochs: int,
+    n: int, *, seed: int, batch_size: int, rank: int, ranks: int, start: tuple[int, int] = (0, 0), epochs: int
 ) -> Iterator[Work]:
     """The batches of this rank from ``start`` (epoch, iteration) on; the last part batch of an epoch is kept.
 
@@ -108,5 +101,7 @@ def check_same_classes(train: list[str], val: list[str], where: str) -> None:
         return
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
     first = f"val lacks {only_train[0]!r}" if only_train else f"train lacks {only_val[0]!r}"
-    raise UserError(f"{where}: train has {len(train)} classes, val {len(val)}, and they differ: {first}; "
-                    "numbers of classes would not mean the same")  # fmt: skip
+    raise UserError(
+        f"{where}: train has {len(train)} classes, val {len(val)}, and they differ: {first}; "
+        "numbers of classes would not mean the same"
+    )

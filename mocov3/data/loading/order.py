@@ -73,8 +73,10 @@ class Order:
                 f"--batch-size {self.batch_size} is larger than the {self.pictures} pictures of an epoch; "
                 f"give --batch-size {self.pictures} or less"
             )
-        raise UserError(f"--group-by: there are {int(self.groups.max()) + 1} groups, and a batch holds one picture of "
-                        f"each; give --batch-size {int(self.groups.max()) + 1} or less")  # fmt: skip
+        raise UserError(
+            f"--group-by: there are {int(self.groups.max()) + 1} groups, and a batch holds one picture of "
+            f"each; give --batch-size {int(self.groups.max()) + 1} or less"
+        )
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         """Indices of the pictures, int64, in order; the first ``iterations · batch_size`` are used."""

@@ -21,8 +21,17 @@ class FashionMnist:
     """
 
     classes: list[str] = [  # noqa: RUF012 (never changed)
-        "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-    ]  # fmt: skip
+        "T-shirt/top",
+        "trouser",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "shirt",
+        "sneaker",
+        "bag",
+        "ankle boot",
+    ]
 
     def __init__(self, split: str = "train", root: str | None = None) -> None:
         self.split, self.root = split, root
@@ -32,10 +41,7 @@ class FashionMnist:
         images, labels = images[part], labels[part]
         if root is not None and split == "train":
             raw = Path(root) / "FashionMNIST" / "raw"
-            more = (
-                _idx(_either(raw / "train-images-idx3-ubyte")),
-                _idx(_either(raw / "train-labels-idx1-ubyte")),
-            )
+            more = (_idx(_either(raw / "train-images-idx3-ubyte")), _idx(_either(raw / "train-labels-idx1-ubyte")))
             if more[0].shape[1:] != images.shape[1:] or len(more[0]) != len(more[1]):
                 raise UserError(f"data {raw}: the files do not hold 28×28 pictures with as many labels")
             images, labels = np.concatenate([more[0], images]), np.concatenate([more[1], labels])

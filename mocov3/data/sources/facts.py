@@ -86,8 +86,10 @@ def _fact(source: Source, index: int, reading: Reading) -> Fact:
         data = source.read(index)
         pixels = Picture(data, reading).pixels()[0]
     except (DecodeError, OSError) as error:
-        return Fact(index, error=printable(str(error.strerror if isinstance(error, OSError) and error.strerror
-                                               else error))[:200])  # fmt: skip
+        return Fact(
+            index,
+            error=printable(str(error.strerror if isinstance(error, OSError) and error.strerror else error))[:200],
+        )
     height, width, count = pixels.shape
     kind, mode, turned, size, deep = "pixels", f"{count} × 8 bits", False, height * width, None
     if isinstance(data, bytes):

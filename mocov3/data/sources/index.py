@@ -113,8 +113,9 @@ class Index:
 # --- what is remembered of a tree -------------------------------------------------------------------------
 
 
-def remember(root: bytes, settings: str, began_ns: int, changed_ns: dict[bytes, int], classes: list[str],
-             index: Index) -> None:  # fmt: skip
+def remember(
+    root: bytes, settings: str, began_ns: int, changed_ns: dict[bytes, int], classes: list[str], index: Index
+) -> None:
     """Keep that the tree below ``root`` gave ``index``, with every folder (relative) and its time of last change.
 
     ``began_ns`` is the time before the first folder was read. Small indices and unwritable caches are left alone.

@@ -62,8 +62,11 @@ def read_labels(file: Path, pictures: Source) -> Labels:
             raise UserError(f"--labels {file}: {printable(name)} has no label; write path,label a line")
         index = by_name.get(name)
         if index is None:
-            ends = [i for i in by_last.get(name.rsplit("/", 1)[-1], [])
-                    if name.endswith(pictures.name(i)) or pictures.name(i).endswith(name)]  # fmt: skip
+            ends = [
+                i
+                for i in by_last.get(name.rsplit("/", 1)[-1], [])
+                if name.endswith(pictures.name(i)) or pictures.name(i).endswith(name)
+            ]
             if len(ends) != 1:
                 why = "is the end of several paths" if ends else "is none of the pictures judged"
                 raise UserError(f"--labels {file}: {printable(name)} {why}; write the path below the folder")
@@ -72,8 +75,10 @@ def read_labels(file: Path, pictures: Source) -> Labels:
             raise UserError(f"--labels {file}: {printable(name)} has two labels, {found[index]} and {label}")
     classes = sorted(set(found.values()))
     if len(classes) < 2 or len(found) < 4:
-        raise UserError(f"--labels {file}: {len(found)} pictures of {len(classes)} classes are too few; "
-                        "label 10 or more of 2 or more classes")  # fmt: skip
+        raise UserError(
+            f"--labels {file}: {len(found)} pictures of {len(classes)} classes are too few; "
+            "label 10 or more of 2 or more classes"
+        )
     indices = np.array(sorted(found))
     return Labels(indices, np.array([classes.index(found[i]) for i in indices.tolist()]), classes)
 

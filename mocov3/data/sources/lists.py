@@ -32,8 +32,10 @@ def read_list(file: Path) -> tuple[str, Index, list[str], list[str]]:
     step = max(len(paths) // _PROBED, 1)
     if not any(os.path.isfile(os.path.join(root, path)) for path in paths[::step]):
         first = os.fsdecode(paths[0])
-        raise UserError(f"data {file}: none of the files it names is there, first: {first}; "
-                        f"paths are relative to {file.parent or '.'} or absolute")  # fmt: skip
+        raise UserError(
+            f"data {file}: none of the files it names is there, first: {first}; "
+            f"paths are relative to {file.parent or '.'} or absolute"
+        )
     labels = [label for _, label in rows]
     classes = sorted(set(labels)) if all(labels) else []
     number = {name: i for i, name in enumerate(classes)}

@@ -21,13 +21,40 @@ from mocov3.errors import printable
 
 _LABEL_BYTES = 20
 _ANNOTATIONS = {
-    "seg", "segm", "segs", "segmentation", "mask", "masks", "depth", "disparity", "trimap", "gt", "groundtruth",
-    "annot", "annotation", "annotations", "labelids", "labelmap", "labelmask", "instanceids", "panoptic",
-}  # fmt: skip
+    "seg",
+    "segm",
+    "segs",
+    "segmentation",
+    "mask",
+    "masks",
+    "depth",
+    "disparity",
+    "trimap",
+    "gt",
+    "groundtruth",
+    "annot",
+    "annotation",
+    "annotations",
+    "labelids",
+    "labelmap",
+    "labelmask",
+    "instanceids",
+    "panoptic",
+}
 """Words between the dots of a name (``0001.seg.png``) that say: about an image, not one."""
 _BESIDE = _ANNOTATIONS | {
-    "label", "labels", "alpha", "matte", "normal", "normals", "flow", "edge", "edges", "semantic", "instance",
-}  # fmt: skip
+    "label",
+    "labels",
+    "alpha",
+    "matte",
+    "normal",
+    "normals",
+    "flow",
+    "edge",
+    "edges",
+    "semantic",
+    "instance",
+}
 """Words that say so only where the image itself lies beside: ``x.normal.png`` alone may be an image."""
 
 
@@ -80,8 +107,10 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
                 if info.isdir():
                     continue
                 if passed_over(path.parts):
-                    remarks.count("{} members in hidden folders, or added by macOS or NAS systems, are passed over",
-                                  f"{where}: {name}")  # fmt: skip
+                    remarks.count(
+                        "{} members in hidden folders, or added by macOS or NAS systems, are passed over",
+                        f"{where}: {name}",
+                    )
                 elif not info.isreg() or info.issparse():
                     remarks.lines.append(f"{where}: {name}: is no plain file")
                 elif ".." in path.parts or info.name.startswith(("/", "\\")):
@@ -185,13 +214,17 @@ def _label(key: str, sample: _Sample, where: str, remarks: Remarks) -> None:
     """Give the images of a sample their class."""
     for raw, number in Counter(member.name for _, member in sample.images).items():
         if number > 1:
-            remarks.count("{} images have the name of an earlier member; all are used",
-                          f"{where}: {os.fsdecode(raw)}", number - 1)  # fmt: skip
+            remarks.count(
+                "{} images have the name of an earlier member; all are used", f"{where}: {os.fsdecode(raw)}", number - 1
+            )
     if not sample.classes:
         return
     if not sample.images:
-        remarks.count("{} .cls files lie beside no image", f"{where}: {key.lstrip('/')}.{sample.classes[0][0]}",
-                      len(sample.classes))  # fmt: skip
+        remarks.count(
+            "{} .cls files lie beside no image",
+            f"{where}: {key.lstrip('/')}.{sample.classes[0][0]}",
+            len(sample.classes),
+        )
         return
     by_stem: dict[str, set[int]] = {}
     for ending, label in sample.classes:
@@ -207,8 +240,12 @@ def _label(key: str, sample: _Sample, where: str, remarks: Remarks) -> None:
         _give(by_stem.get(stem, set()), [member])
     dotted = [member for ending, member in sample.images if _stem(ending) and member.label >= 0]
     if dotted:
-        remarks.count("{} images share their name up to the first dot with others: their .cls is the one that is alike "
-                      "up to the last dot", f"{where}: {os.fsdecode(dotted[0].name)}", len(dotted))  # fmt: skip
+        remarks.count(
+            "{} images share their name up to the first dot with others: their .cls is the one that is alike "
+            "up to the last dot",
+            f"{where}: {os.fsdecode(dotted[0].name)}",
+            len(dotted),
+        )
     if lone := sorted(set(by_stem) - taken):
         name = ".".join(filter(None, (key.lstrip("/"), lone[0], "cls")))
         remarks.count("{} .cls files lie beside no image", f"{where}: {name}", len(lone))
@@ -242,8 +279,9 @@ def _say_repeated(key: str, sample: _Sample, by_stem: dict[str, set[int]], where
         name = ".".join(filter(None, (key.lstrip("/"), stem, "cls")))
         if len(labels) > 1:
             numbers = " and ".join(map(str, sorted(labels)[:3]))
-            remarks.lines.append(f"{where}: {printable(name)}: is there more than once, with classes {numbers}; "
-                                 "its image gets none")  # fmt: skip
+            remarks.lines.append(
+                f"{where}: {printable(name)}: is there more than once, with classes {numbers}; its image gets none"
+            )
         elif sum(_stem(ending) == stem for ending, _ in sample.classes) > 1:
             remarks.count("{} .cls files are there more than once, with one class", f"{where}: {name}")
 
@@ -258,5 +296,7 @@ def _say_parts(kept: list[Member], where: str, remarks: Remarks) -> None:
                 break
     if len(parts) > 1:
         counts = ", ".join(f"{number} {split}" for split, number in parts.items())
-        remarks.lines.append(f"{where}: holds folders of several splits ({counts} images), all are used; "
-                             "make an archive of each, or unpack it")  # fmt: skip
+        remarks.lines.append(
+            f"{where}: holds folders of several splits ({counts} images), all are used; "
+            "make an archive of each, or unpack it"
+        )

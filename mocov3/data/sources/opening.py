@@ -90,8 +90,10 @@ def open_unseen(data: str) -> Source:
     """
     source = open_source(data, "val")
     if not has_unseen(data):
-        raise UserError(f"data {data.replace(SEPARATOR, ' ')}: has one part only, so there are no other images to "
-                        "validate on; name a folder that holds train/ and val/")  # fmt: skip
+        raise UserError(
+            f"data {data.replace(SEPARATOR, ' ')}: has one part only, so there are no other images to "
+            "validate on; name a folder that holds train/ and val/"
+        )
     return source
 
 
@@ -105,8 +107,10 @@ def _share(name: str) -> tuple[str, float]:
     except ValueError:
         return name, 1.0
     if not 0 < share <= 1:
-        raise UserError(f"data {name}: the share of a folder's pictures in an epoch is above 0 and at most 1, "
-                        f"not {tail}; to raise one folder, lower the others")  # fmt: skip
+        raise UserError(
+            f"data {name}: the share of a folder's pictures in an epoch is above 0 and at most 1, "
+            f"not {tail}; to raise one folder, lower the others"
+        )
     return head, share
 
 

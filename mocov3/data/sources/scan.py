@@ -14,9 +14,31 @@ from mocov3.data.sources.index import Chunk, Index, recall, remember
 from mocov3.errors import UserError
 
 EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif",
-    ".jfif", ".jpe", ".jp2", ".j2k", ".avif", ".pbm", ".pnm", ".tga", ".dib", ".pcx", ".qoi", ".sgi", ".apng", ".mpo",
-)  # fmt: skip
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".pgm",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".gif",
+    ".jfif",
+    ".jpe",
+    ".jp2",
+    ".j2k",
+    ".avif",
+    ".pbm",
+    ".pnm",
+    ".tga",
+    ".dib",
+    ".pcx",
+    ".qoi",
+    ".sgi",
+    ".apng",
+    ".mpo",
+)
 """Endings taken for pictures; what is in a file is decided by its content."""
 _ENDINGS = tuple(e.encode() for e in EXTENSIONS)
 _SETTINGS = " ".join(EXTENSIONS)

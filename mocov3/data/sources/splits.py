@@ -19,10 +19,17 @@ from mocov3.errors import UserError, printable
 _PARTS = ("train", "val", "test")
 _TITLES = {"train": "training", "val": "validation", "test": "test", "": "of no part"}
 _WORDS = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val", "evaluation": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "evaluation": "val",
+    "test": "test",
+    "testing": "test",
+}
 _LETTERS = re.compile(r"[^\W\d_]+")
 _ABOUT_IMAGES = {"annotation", "annotations", "mask", "masks", "label", "labels", "segmentation", "segmentations"}
 _NAMED = 3
@@ -84,8 +91,10 @@ def no_part(folder: str, split: str) -> UserError:
         return UserError(f"data {place}: there is no such folder, nor another with validation or test images")
     if not holds(place):
         return UserError(f"data {place}: holds no picture ({', '.join(EXTENSIONS[:10])} …)")
-    return UserError(f"data {folder}: {split}/ looks like a class among others, not like the validation part; "
-                     "put the classes into train/ beside it")  # fmt: skip
+    return UserError(
+        f"data {folder}: {split}/ looks like a class among others, not like the validation part; "
+        "put the classes into train/ beside it"
+    )
 
 
 def apart(folder: str) -> bool:
@@ -102,8 +111,13 @@ def parts_of(folder: str) -> list[str]:
     train = choose(folder, "train")
     if apart(folder):
         return ["train", "val"]
-    return ["train"] if train and os.path.abspath(train.place) != os.path.abspath(folder) and (
-        split_of_folder(os.path.basename(train.place)) == "train") else []  # fmt: skip
+    return (
+        ["train"]
+        if train
+        and os.path.abspath(train.place) != os.path.abspath(folder)
+        and (split_of_folder(os.path.basename(train.place)) == "train")
+        else []
+    )
 
 
 def remark_on_mix(pattern: str, files: list[str]) -> list[str]:
@@ -169,8 +183,10 @@ def _one(folder: str, kind: str, names: dict[str, str]) -> str:
     """The folder of a part: the one called just so, or the only one."""
     found = [name for name, word in names.items() if word == kind]
     if kind not in found and len(found) > 1:
-        raise UserError(f"data {folder}: {_listed(f'{n}/' for n in found)} are named for the {_TITLES[kind]} part; "
-                        "name the one to use")  # fmt: skip
+        raise UserError(
+            f"data {folder}: {_listed(f'{n}/' for n in found)} are named for the {_TITLES[kind]} part; "
+            "name the one to use"
+        )
     return kind if kind in found else found[0]
 
 
@@ -181,8 +197,10 @@ def _inside(folder: str, name: str, kind: str, said: list[str]) -> Part:
     parts = _by_part(contents.packed)
     files = parts.get(kind) or parts.get("") or contents.packed
     if rest := [file for file in contents.packed if file not in files]:
-        said = [*said, f"{place}: {len(files)} of {len(contents.packed)} files are used; left out: "
-                       f"{_counted(_by_part(rest))}"]  # fmt: skip
+        said = [
+            *said,
+            f"{place}: {len(files)} of {len(contents.packed)} files are used; left out: {_counted(_by_part(rest))}",
+        ]
     others = [inner for inner in contents.folders if files and holds(place, inner)]
     return Part(place, tuple(files), (), (*said, *(_beside(place, others, contents, within=True) if files else ())))
 
@@ -251,8 +269,9 @@ def _of_files(folder: str, split: str, files: list[str], said: list[str]) -> Par
     else:
         kind = "train" if "train" in kinds else "" if "" in parts else kinds[0]
         if kind not in ("train", "") and len(kinds) > 1:
-            raise UserError(f"data {folder}: holds files of the parts {_listed(kinds)} and none of train; "
-                            "name the files to use")  # fmt: skip
+            raise UserError(
+                f"data {folder}: holds files of the parts {_listed(kinds)} and none of train; name the files to use"
+            )
         if len(parts) > 1:
             rest = {other: found for other, found in parts.items() if other != kind}
             used = f"{len(parts[kind])} of {len(files)} files are used ({_TITLES[kind]})"

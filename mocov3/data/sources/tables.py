@@ -57,8 +57,9 @@ class Parquet:
             raise UserError(f"data {files[0]}: holds no row")
         self.labels = _as_labels(np.concatenate(labels)) if labels else None
         if labels and self.labels is None:
-            self.skipped.append(f"{files[0]}: column {self._label} does not hold numbers from 0 on in every row: "
-                                "no classes are used")  # fmt: skip
+            self.skipped.append(
+                f"{files[0]}: column {self._label} does not hold numbers from 0 on in every row: no classes are used"
+            )
         self.classes = [] if self.labels is None else [str(i) for i in range(int(self.labels.max()) + 1)]
         if self.labels is not None:
             name_hash.update(self.labels.tobytes())

@@ -77,15 +77,7 @@ def pad_pixels(preset: ViewPreset, width: int, height: int) -> int:
 
 
 def draw(
-    preset: ViewPreset,
-    crop_min: float,
-    width: int,
-    height: int,
-    *,
-    seed: int,
-    epoch: int,
-    index: int,
-    view: int,
+    preset: ViewPreset, crop_min: float, width: int, height: int, *, seed: int, epoch: int, index: int, view: int
 ) -> Draw:
     """The draw of one view (0 or 1) of picture ``index``, whose size before padding is width × height pixels."""
     bits = _philox(seed, _VIEW + 2 * view, index, epoch)

@@ -150,10 +150,7 @@ class CentreView:
         width, height = image.size
         short = min(width, height)
         if short != side:
-            image = image.resize(
-                (max(side * width // short, side), max(side * height // short, side)),
-                self.resample,
-            )
+            image = image.resize((max(side * width // short, side), max(side * height // short, side)), self.resample)
         width, height = image.size
         left, top = round((width - self.image_size) / 2), round((height - self.image_size) / 2)
         return np.asarray(image.crop((left, top, left + self.image_size, top + self.image_size)))

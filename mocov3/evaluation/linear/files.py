@@ -123,8 +123,14 @@ def restore(contents: dict[str, Any], heads: Heads, where: str, *, iterations: i
     if len(heads.specs) != 1 or heads.specs[0].kind != "linear":
         raise UserError(f"{where}: holds one linear head (the reference wrote it); resume it with one --lr")
     momenta = _momenta(contents.get("optimizer"), found, where)
-    heads.load({"weights": [found.weight], "biases": [found.bias], "momenta": momenta,
-                "norm": [heads.norm.mean.cpu(), heads.norm.variance.cpu()]})  # fmt: skip
+    heads.load(
+        {
+            "weights": [found.weight],
+            "biases": [found.bias],
+            "momenta": momenta,
+            "norm": [heads.norm.mean.cpu(), heads.norm.variance.cpu()],
+        }
+    )
     return Position(epoch, 0, epoch * iterations)
 
 

@@ -182,8 +182,11 @@ class Heads:
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes, as tensors on the CPU."""
-        momenta = [self.optimizer.state[p].get("momentum_buffer") for w in zip(self.weights, self.biases, strict=True)
-                   for p in w]  # fmt: skip
+        momenta = [
+            self.optimizer.state[p].get("momentum_buffer")
+            for w in zip(self.weights, self.biases, strict=True)
+            for p in w
+        ]
         return {
             "weights": [w.detach().cpu().clone() for w in self.weights],
             "biases": [b.detach().cpu().clone() for b in self.biases],

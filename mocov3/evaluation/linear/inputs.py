@@ -13,11 +13,7 @@ from mocov3.output.log import warn_left_out
 SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Learning rates that ``mocov3 lincls`` trains side by side unless told otherwise."""
 
-PUBLISHED = {
-    "resnet50": {100: 68.9, 300: 72.8, 1000: 74.6},
-    "vit_small": {300: 73.2},
-    "vit_base": {300: 76.7},
-}
+PUBLISHED = {"resnet50": {100: 68.9, 300: 72.8, 1000: 74.6}, "vit_small": {300: 73.2}, "vit_base": {300: 76.7}}
 """The reference's figures (its README): arch → epochs of pre-training → top-1 in % on ImageNet-1k. Not ours."""
 
 

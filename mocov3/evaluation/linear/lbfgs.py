@@ -13,11 +13,7 @@ _ITERATIONS = 500
 
 
 def fit(
-    x: Float[Tensor, "batch width"],
-    target: Int[Tensor, "batch"],
-    classes: int,
-    weight_decay: float,
-    world: World,
+    x: Float[Tensor, "batch width"], target: Int[Tensor, "batch"], classes: int, weight_decay: float, world: World
 ) -> tuple[Float[Tensor, "classes width"], Float[Tensor, "classes"]]:
     """Weight and bias that minimise mean cross-entropy + ½·wd·‖weight‖² over the rows of all ranks.
 
@@ -25,8 +21,14 @@ def fit(
     """
     both = torch.zeros(classes, x.shape[1] + 1, dtype=x.dtype, device=x.device, requires_grad=True)
     n = float(world.sum(torch.tensor([float(len(x))], device=x.device)))
-    optimizer = torch.optim.LBFGS([both], max_iter=_ITERATIONS, tolerance_grad=1e-7, tolerance_change=1e-12,
-                                  history_size=20, line_search_fn="strong_wolfe")  # fmt: skip
+    optimizer = torch.optim.LBFGS(
+        [both],
+        max_iter=_ITERATIONS,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure() -> Tensor:
         weight, bias = both.detach()[:, :-1], both.detach()[:, -1]

@@ -53,8 +53,10 @@ def table(results: Sequence[HeadResult]) -> str:
     lines = [f"  {'head':<10} {'lr':>8} {'wd':>8} {'Acc@1':>8} {'epoch':>6}   {'last Acc@1':>10} {'Acc@5':>8}"]
     for place, i in enumerate(order):
         r = results[i]
-        lines.append(f"{'*' if place == 0 else ' '} {r.head:<10} {r.lr:>8g} {r.weight_decay:>8g} {r.best_acc1:>8.3f} "
-                     f"{r.best_epoch:>6}   {r.acc1:>10.3f} {r.acc5:>8.3f}")  # fmt: skip
+        lines.append(
+            f"{'*' if place == 0 else ' '} {r.head:<10} {r.lr:>8g} {r.weight_decay:>8g} {r.best_acc1:>8.3f} "
+            f"{r.best_epoch:>6}   {r.acc1:>10.3f} {r.acc5:>8.3f}"
+        )
     return "\n".join(lines)
 
 
@@ -91,14 +93,29 @@ class EvaluationLog:
     """
 
     def __init__(
-        self, folder: Path, *, active: bool, style: str, epochs: int, iterations: int, batch_size: int,
-        first_epoch: int, done: int = 0, write: bool = True, loggers: Sequence[str] = (),
+        self,
+        folder: Path,
+        *,
+        active: bool,
+        style: str,
+        epochs: int,
+        iterations: int,
+        batch_size: int,
+        first_epoch: int,
+        done: int = 0,
+        write: bool = True,
+        loggers: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.active, self.batch_size = folder, active, batch_size
         self.terminal = Terminal(style, epochs=epochs, iterations=iterations, done=done, active=active)
-        self._meters = [Meter("Time", "6.3f"), Meter("Data", "6.3f"), Meter("Loss", ".4e"),
-                        Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")]  # fmt: skip
+        self._meters = [
+            Meter("Time", "6.3f"),
+            Meter("Data", "6.3f"),
+            Meter("Loss", ".4e"),
+            Meter("Acc@1", "6.2f"),
+            Meter("Acc@5", "6.2f"),
+        ]
         self._progress = Progress(iterations, self._meters)
         self._clock, self._epoch, self._done = Stopwatch(), -1, done
         self._waited = 0.0
@@ -149,19 +166,20 @@ class EvaluationLog:
         self.terminal.line(self._progress.line(epoch, iteration))
         if self.terminal.moves:  # a file gets one line an epoch
             seconds, waited = self._meters[0].total, self._meters[1].total
-            self.terminal.status([
-                f"loss {mean[0]:.3f}",
-                self._best,
-                f"{self.batch_size * self._meters[0].count / max(seconds, 1e-9):.0f} img/s",
-                f"wait {100 * waited / max(seconds, 1e-9):.0f}%",
-                f"training Acc@1 {mean[1]:.1f}",
-            ])  # fmt: skip
+            self.terminal.status(
+                [
+                    f"loss {mean[0]:.3f}",
+                    self._best,
+                    f"{self.batch_size * self._meters[0].count / max(seconds, 1e-9):.0f} img/s",
+                    f"wait {100 * waited / max(seconds, 1e-9):.0f}%",
+                    f"training Acc@1 {mean[1]:.1f}",
+                ]
+            )
 
     def test(self, iteration: int, iterations: int, seconds: float, values: Sequence[float]) -> None:
         """An evaluation: loss, Acc@1, Acc@5 on average so far."""
         meters = [Meter("Time", "6.3f", seconds, seconds, 1)]
-        for (name, form), value in zip((("Loss", ".4e"), ("Acc@1", "6.2f"), ("Acc@5", "6.2f")), values,
-                                       strict=True):  # fmt: skip
+        for (name, form), value in zip((("Loss", ".4e"), ("Acc@1", "6.2f"), ("Acc@5", "6.2f")), values, strict=True):
             meters.append(Meter(name, form, value, value, 1))
         self.terminal.line(Progress(iterations, meters).line(None, iteration))
 

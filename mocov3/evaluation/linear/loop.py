@@ -59,8 +59,9 @@ class Evaluation:
     def __init__(self, world: World, job: Job) -> None:
         self.world, self.folder = world, Path(job.config.output_dir)
         self.source, self.val_source = open_labelled(job.config.data)
-        self.labels, self.val_labels = (torch.as_tensor(s.labels, dtype=torch.long, device=world.device)
-                                        for s in (self.source, self.val_source))  # fmt: skip
+        self.labels, self.val_labels = (
+            torch.as_tensor(s.labels, dtype=torch.long, device=world.device) for s in (self.source, self.val_source)
+        )
         self.iterations = -(-len(self.source) // job.config.batch_size)
         where, found = find(job.config)
         self.frozen, self.config = open_backbone(job.config, world, where, found)
@@ -69,9 +70,15 @@ class Evaluation:
         check_same_run(where, found, c, self.source)
         lrs = c.lrs if c.solver == "sgd" else (0.0,)  # L-BFGS has none
         specs = [HeadSpec(kind, lr, wd) for kind in c.kinds for wd in c.weight_decays for lr in lrs]
-        self.heads = Heads(specs, width=self.frozen.width, classes=len(self.source.classes),
-                           seed=c.seed or 0, momentum=c.momentum, world=world,
-                           dtype=torch.get_default_dtype())  # fmt: skip
+        self.heads = Heads(
+            specs,
+            width=self.frozen.width,
+            classes=len(self.source.classes),
+            seed=c.seed or 0,
+            momentum=c.momentum,
+            world=world,
+            dtype=torch.get_default_dtype(),
+        )
         self.results = [HeadResult(s.kind, s.lr, s.weight_decay) for s in specs]
         self.position = Position(c.start_epoch, 0, c.start_epoch * self.iterations)
         self._zero_counts()
@@ -86,9 +93,17 @@ class Evaluation:
         self._train: Collected | None = None
         self._loader: Loader | None = None
         self._saved_at = -1
-        self.log = open_log(c, world, self.frozen, (len(self.source), len(self.val_source)), self.heads,
-                            self.iterations, self.position, resumed=found is not None,
-                            script_door=job.script_door)  # fmt: skip
+        self.log = open_log(
+            c,
+            world,
+            self.frozen,
+            (len(self.source), len(self.val_source)),
+            self.heads,
+            self.iterations,
+            self.position,
+            resumed=found is not None,
+            script_door=job.script_door,
+        )
         self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
 
     def _restore(self, where: str, found: dict[str, Any]) -> None:
@@ -110,8 +125,7 @@ class Evaluation:
 
     def _settings(self) -> dict[str, Any]:
         preset = self.frozen.preset
-        return {"mean": preset.mean, "std": preset.std, "workers": self._workers(),
-                "autocast": self.precision.autocast}  # fmt: skip
+        return {"mean": preset.mean, "std": preset.std, "workers": self._workers(), "autocast": self.precision.autocast}
 
     def batches(self) -> Iterator[tuple[Work, Batch | None]]:
         """This rank's batches from the present position to the end; without pixels where features are cached."""
@@ -119,8 +133,15 @@ class Evaluation:
         if p.epoch >= c.epochs or self._stop.steps_done(p.step):
             self.log.say(f"nothing left to do: {p.step} steps, {p.epoch} epochs are done")
             return
-        works = plan_all(len(self.source), seed=c.seed or 0, batch_size=c.batch_size, rank=world.rank,
-                         ranks=world.size, start=(p.epoch, p.iteration), epochs=c.epochs)  # fmt: skip
+        works = plan_all(
+            len(self.source),
+            seed=c.seed or 0,
+            batch_size=c.batch_size,
+            rank=world.rank,
+            ranks=world.size,
+            start=(p.epoch, p.iteration),
+            epochs=c.epochs,
+        )
         if c.cache_features:
             self._collect_train()
             self.log.restart()
@@ -137,8 +158,14 @@ class Evaluation:
 
     def _collect_train(self) -> Collected:
         if self._train is None:
-            self._train = collect(self.frozen.network, self.frozen.features, self.source, self.frozen.view,
-                                  world=self.world, **self._settings())  # fmt: skip
+            self._train = collect(
+                self.frozen.network,
+                self.frozen.features,
+                self.source,
+                self.frozen.view,
+                world=self.world,
+                **self._settings(),
+            )
             self._note_unreadable("train", self._train.corrupt)
         return self._train
 
@@ -193,12 +220,26 @@ class Evaluation:
         lead = self.results[best_of(self.results)]
         self.log.evaluated(lead, done - 1, c.epochs, len(self.results) > 1)
         rate = round(len(self.source) / seconds, 1) if seconds else None
-        self.log.write([
-            {"epoch": done - 1, "head": r.head, "lr": r.lr, "weight_decay": r.weight_decay, "train_loss": t[0],
-             "train_acc1": t[1], "train_acc5": t[2], "val_loss": r.loss, "acc1": r.acc1, "acc5": r.acc5,
-             "best_acc1": r.best_acc1, "images_per_second": rate, "protocol": protocol(c)}
-            for r, t in zip(self.results, trained, strict=True)
-        ])  # fmt: skip
+        self.log.write(
+            [
+                {
+                    "epoch": done - 1,
+                    "head": r.head,
+                    "lr": r.lr,
+                    "weight_decay": r.weight_decay,
+                    "train_loss": t[0],
+                    "train_acc1": t[1],
+                    "train_acc5": t[2],
+                    "val_loss": r.loss,
+                    "acc1": r.acc1,
+                    "acc5": r.acc5,
+                    "best_acc1": r.best_acc1,
+                    "images_per_second": rate,
+                    "protocol": protocol(c),
+                }
+                for r, t in zip(self.results, trained, strict=True)
+            ]
+        )
         self._zero_counts()
         if done in (1, c.epochs):
             self._check_backbone()
@@ -259,17 +300,31 @@ class Evaluation:
             lead = best_of(self.results)
             view = self.frozen.preset
             contents = files.pack(
-                self.frozen, self.heads, lead, position=p, best_acc1=self.results[lead].best_acc1,
+                self.frozen,
+                self.heads,
+                lead,
+                position=p,
+                best_acc1=self.results[lead].best_acc1,
                 extra={
                     "config": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(c).items()},
-                    "seed": c.seed, "classes": list(self.source.classes), "data_digest": self.source.digest,
-                    "heads": [dataclasses.asdict(r) for r in self.results], "counts": counts,
-                    "protocol": protocol(c), "backbone": self.digest,
-                    "view": {"mean": list(view.mean), "std": list(view.std), "zoom": view.evaluation_zoom,
-                             "channels": view.reading.channels, "window": list(view.reading.window or ())},
-                    "origin": self.frozen.about, "licence": "that of the backbone's weights",
+                    "seed": c.seed,
+                    "classes": list(self.source.classes),
+                    "data_digest": self.source.digest,
+                    "heads": [dataclasses.asdict(r) for r in self.results],
+                    "counts": counts,
+                    "protocol": protocol(c),
+                    "backbone": self.digest,
+                    "view": {
+                        "mean": list(view.mean),
+                        "std": list(view.std),
+                        "zoom": view.evaluation_zoom,
+                        "channels": view.reading.channels,
+                        "window": list(view.reading.window or ()),
+                    },
+                    "origin": self.frozen.about,
+                    "licence": "that of the backbone's weights",
                 },
-            )  # fmt: skip
+            )
             # the best first: killed between the two, a resume makes it again
             for name in (*([files.BEST] if best else []), files.CHECKPOINT):
                 try:
@@ -286,11 +341,19 @@ class Evaluation:
         if self.results[0].best_epoch >= 0:
             c = self.config
             bad = {part: len(set().union(*self.world.gather(set(met)))) for part, met in self.unreadable.items()}
-            self.log.result(self.results, {
-                "protocol": protocol(c), "backbone": self.frozen.about, "data": c.data,
-                "epochs": self.position.epoch, "batch_size": c.batch_size, "solver": c.solver, "seed": c.seed,
-                "unreadable": bad,
-            })  # fmt: skip
+            self.log.result(
+                self.results,
+                {
+                    "protocol": protocol(c),
+                    "backbone": self.frozen.about,
+                    "data": c.data,
+                    "epochs": self.position.epoch,
+                    "batch_size": c.batch_size,
+                    "solver": c.solver,
+                    "seed": c.seed,
+                    "unreadable": bad,
+                },
+            )
         return 0
 
     def __enter__(self) -> "Evaluation":

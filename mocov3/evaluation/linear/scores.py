@@ -125,25 +125,39 @@ def _score(world: World, job: Job, source: Source) -> tuple[HeadResult, dict[str
     own = contents.get("mocov3") or {}
     if isinstance(own.get("classes"), list) and len(own["classes"]) == len(source.classes):
         check_same_classes(own["classes"], list(source.classes), f"{where} and data {c.data}")
-    frozen = open_frozen(path, flag="--resume", arch=c.arch, image_size=c.image_size, view_preset=c.view_preset,
-                         heads=c.heads)  # fmt: skip
+    frozen = open_frozen(
+        path, flag="--resume", arch=c.arch, image_size=c.image_size, view_preset=c.view_preset, heads=c.heads
+    )
     width = frozen.width
     files.check_shape(found, len(source.classes), width, where)
-    heads = Heads([HeadSpec("linear", 0.0, 0.0)], width=width, classes=len(source.classes), seed=0, momentum=0.0,
-                  world=world)  # fmt: skip
+    heads = Heads(
+        [HeadSpec("linear", 0.0, 0.0)], width=width, classes=len(source.classes), seed=0, momentum=0.0, world=world
+    )
     heads.set(0, found.weight, found.bias)
     frozen.to(world.device)
     precision = Precision(resolve_precision(c.precision, world.device, script_door=job.script_door), world.device)
     workers = min(c.workers, max(usable_cores() // world.local_size, 1))
-    settings = {"mean": frozen.preset.mean, "std": frozen.preset.std, "workers": workers,
-                "autocast": precision.autocast}  # fmt: skip
+    settings = {
+        "mean": frozen.preset.mean,
+        "std": frozen.preset.std,
+        "workers": workers,
+        "autocast": precision.autocast,
+    }
     labels = torch.as_tensor(source.labels, dtype=torch.long, device=world.device)
     batches, bad = validation_features(frozen, source, labels, world, settings)
     if bad:
         warn(f"{len(bad)} unreadable pictures left out, first: {source.name(min(bad))}: {bad[min(bad)]}")
     style = "quiet" if c.quiet or c.json else "lines"
-    log = EvaluationLog(Path(c.output_dir), active=world.main, style=style, epochs=1, iterations=1,
-                        batch_size=c.batch_size, first_epoch=0, write=False)  # fmt: skip
+    log = EvaluationLog(
+        Path(c.output_dir),
+        active=world.main,
+        style=style,
+        epochs=1,
+        iterations=1,
+        batch_size=c.batch_size,
+        first_epoch=0,
+        write=False,
+    )
     result = HeadResult("linear", 0.0, 0.0)
     result.update(*evaluated(heads, batches, world, log, c.print_freq)[0], epoch=int(contents["epoch"]) - 1)
     return result, contents, frozen.about

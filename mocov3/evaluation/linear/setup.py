@@ -71,9 +71,13 @@ def open_backbone(config: LinclsConfig, world: World, path: str, found: Contents
         frozen = open_frozen(c.arch, flag="--arch", **common)
     preset = next((name for name, p in PRESETS.items() if p == frozen.preset), c.view_preset)
     return frozen, dataclasses.replace(
-        c, arch=frozen.arch, seed=seed, image_size=frozen.image_size, view_preset=preset,
+        c,
+        arch=frozen.arch,
+        seed=seed,
+        image_size=frozen.image_size,
+        view_preset=preset,
         heads=stored_heads(frozen.heads, frozen.arch, c.heads),
-    )  # fmt: skip
+    )
 
 
 def check_same_run(path: str, found: Contents | None, config: LinclsConfig, source: Source) -> None:
@@ -90,30 +94,51 @@ def check_same_run(path: str, found: Contents | None, config: LinclsConfig, sour
         if name in saved:
             saved[name] = numbers(saved[name])
     if (changed := changed_fields(config, saved)) and not config.allow_config_change:
-        raise UserError(f"--resume {path}: these fields differ from the checkpoint's: {', '.join(changed)}; "
-                        "give them as they were, or --allow-config-change")  # fmt: skip
+        raise UserError(
+            f"--resume {path}: these fields differ from the checkpoint's: {', '.join(changed)}; "
+            "give them as they were, or --allow-config-change"
+        )
     classes = own.get("classes")
     if isinstance(classes, list) and classes != list(source.classes):
-        raise UserError(f"--resume {path}: was trained on {len(classes)} classes, first {classes[0]!r}; "
-                        f"{config.data} has {len(source.classes)}, first {source.classes[0]!r}")  # fmt: skip
+        raise UserError(
+            f"--resume {path}: was trained on {len(classes)} classes, first {classes[0]!r}; "
+            f"{config.data} has {len(source.classes)}, first {source.classes[0]!r}"
+        )
     if own.get("data_digest", source.digest) != source.digest and not config.allow_config_change:
-        raise UserError(f"--resume {path}: was trained on other pictures than those of {config.data}; give the same, "
-                        "or --allow-config-change")  # fmt: skip
+        raise UserError(
+            f"--resume {path}: was trained on other pictures than those of {config.data}; give the same, "
+            "or --allow-config-change"
+        )
 
 
 def open_log(
-    config: LinclsConfig, world: World, frozen: Frozen, pictures: tuple[int, int], heads: Heads, iterations: int,
-    position: Position, *, resumed: bool, script_door: bool,
-) -> EvaluationLog:  # fmt: skip
+    config: LinclsConfig,
+    world: World,
+    frozen: Frozen,
+    pictures: tuple[int, int],
+    heads: Heads,
+    iterations: int,
+    position: Position,
+    *,
+    resumed: bool,
+    script_door: bool,
+) -> EvaluationLog:
     """The log of a run, ``lincls.yaml``, and what is said at the beginning."""
     c = config
     style = style_of(quiet=c.quiet, json=c.json, script_door=script_door)
     folder = Path(c.output_dir)
     log = EvaluationLog(
-        folder, active=world.main, style=style, epochs=c.epochs, iterations=iterations, batch_size=c.batch_size,
-        first_epoch=position.epoch, done=position.epoch * iterations + position.iteration,
-        loggers=logger_names(c.logger), config=dataclasses.asdict(c),
-    )  # fmt: skip
+        folder,
+        active=world.main,
+        style=style,
+        epochs=c.epochs,
+        iterations=iterations,
+        batch_size=c.batch_size,
+        first_epoch=position.epoch,
+        done=position.epoch * iterations + position.iteration,
+        loggers=logger_names(c.logger),
+        config=dataclasses.asdict(c),
+    )
     if world.main:
         complete = dataclasses.replace(c, resume="", config="")
         write_yaml(complete, folder / "lincls.yaml", "re-run by: mocov3 lincls --config FILE")
@@ -121,9 +146,11 @@ def open_log(
             warn("no --pretrained: the backbone is untrained")
     if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
         log.say("no CUDA here: ranks talk over gloo instead of nccl")
-    log.say(f"{protocol(c)} of {frozen.about}: {pictures[0]} training and {pictures[1]} validation pictures, "
-            f"{heads.classes} classes, {len(heads.specs)} heads, {iterations} steps of {c.batch_size} an epoch, "
-            f"{c.epochs} epochs; {world.size} process(es) on {world.device.type}; seed {c.seed}")  # fmt: skip
+    log.say(
+        f"{protocol(c)} of {frozen.about}: {pictures[0]} training and {pictures[1]} validation pictures, "
+        f"{heads.classes} classes, {len(heads.specs)} heads, {iterations} steps of {c.batch_size} an epoch, "
+        f"{c.epochs} epochs; {world.size} process(es) on {world.device.type}; seed {c.seed}"
+    )
     if resumed:
         log.say(f"resumed at epoch {position.epoch}, iteration {position.iteration}")
     return log

@@ -80,9 +80,13 @@ class Safetensors:
 
 def _ours(model: Exported, state: dict[str, Any], x: Tensor) -> Tensor:
     encoder = build_backbone(
-        model.arch, image_size=model.image_size, patch_size=model.patch_size, small_stem=model.small_stem,
-        in_chans=model.in_chans, **model.dims,
-    )  # fmt: skip
+        model.arch,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        small_stem=model.small_stem,
+        in_chans=model.in_chans,
+        **model.dims,
+    )
     head = nn.Linear(encoder.num_features, model.classes) if model.classes else nn.Identity()
     setattr(encoder, encoder.projector_name, head)
     encoder.load_state_dict(state)

@@ -47,8 +47,16 @@ def _load(folder: str | None = None) -> Any:
             call.restype = ctypes.c_int
             pointer = ctypes.c_void_p
             call.argtypes = [
-                pointer, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_int, pointer, pointer, ctypes.c_int, pointer, pointer,
-            ]  # fmt: skip
+                pointer,
+                ctypes.c_ssize_t,
+                ctypes.c_int,
+                ctypes.c_int,
+                pointer,
+                pointer,
+                ctypes.c_int,
+                pointer,
+                pointer,
+            ]
             return call
     return None
 
