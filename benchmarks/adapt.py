@@ -3,11 +3,11 @@
     python benchmarks/adapt.py                  # about 6 minutes a seed on one quiet core
     python benchmarks/adapt.py --seeds 0
 
-Half A is embedded Fashion-MNIST pictures 0–3,999 as they are, half B pictures 4,000–7,999 as a camera that is mounted
+Half A is embedded Fashion-MNIST images 0–3,999 as they are, half B images 4,000–7,999 as a camera that is mounted
 otherwise might show them: turned by up to 20°, shifted by up to 3 px, scaled by 0.75–1.1, darker, noisy. Trained on A
 for 30 epochs, then on B for 3 (and 10) by ``--recipe adapt``; beside it B from scratch for 30, ten times the steps.
-k-NN is leave-one-out over the 2,000 test pictures of each kind, as ``mocov3 compare`` judges them. Prints the table of
-docs/own-pictures.md.
+k-NN is leave-one-out over the 2,000 test images of each kind, as ``mocov3 compare`` judges them. Prints the table of
+docs/own-images.md.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _COMMON = ["--image-size", "28", "-j", "0", "--device", "cpu", "--quiet"]
 
 
 def other_camera(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A picture turned, shifted, scaled, darker and noisy."""
+    """An image turned, shifted, scaled, darker and noisy."""
     matrix = cv2.getRotationMatrix2D((13.5, 13.5), rng.uniform(-20, 20), rng.uniform(0.75, 1.1))
     matrix[:, 2] += rng.uniform(-3, 3, 2)
     levels = 0.6 * cv2.warpAffine(pixels, matrix, (28, 28)).astype(float) + 20 + rng.normal(0, 5, (28, 28))
@@ -56,7 +56,7 @@ def mocov3(*args: object) -> str:
 
 
 def one_seed(halves: Path, folder: Path, seed: int) -> dict[str, float]:
-    """k-NN in % of the networks of a seed, on the old kind of pictures (A) and on the new (B)."""
+    """k-NN in % of the networks of a seed, on the old kind of images (A) and on the new (B)."""
     seeded = [*_COMMON, "--seed", seed]
 
     def train(name: str, half: str, epochs: int, *flags: object) -> Path:

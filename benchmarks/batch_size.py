@@ -1,12 +1,12 @@
 """k-NN accuracy against batch size: ``python benchmarks/batch_size.py`` (25 minutes of one core).
 
-A tiny ViT (width 64, 3 blocks, patches of 7 px, no batch norm in the backbone) on the embedded Fashion-MNIST pictures
+A tiny ViT (width 64, 3 blocks, patches of 7 px, no batch norm in the backbone) on the embedded Fashion-MNIST images
 at 28 px, the same epochs for all, learning rate by the linear rule from the batch that is named, three seeds:
 
 - exact: one step on the whole batch, in micro-batches of 64 (``--micro-batch 64``: equal to one pass).
 - accumulated: the gradients of micro-batches of 64 added up, as ``--accum-iter`` does for a classifier: negatives and
-  the heads' batch norm stay inside each 64. Same memory, steps, pictures and learning rates as exact.
-- small batch: steps on 64 pictures.
+  the heads' batch norm stay inside each 64. Same memory, steps, images and learning rates as exact.
+- small batch: steps on 64 images.
 
 Every run is printed as a line of JSON when it ends, so that a stopped benchmark can go on (``--done FILE``).
 """
@@ -115,7 +115,7 @@ def train(kind: str, batch: int, seed: int, epochs: int, lr: float) -> dict[str,
 
 
 def judge(model: models.MoCo) -> float:
-    """k-NN accuracy (k 20, τ .07) of 2,000 test pictures among the 8,000 of training, in %."""
+    """k-NN accuracy (k 20, τ .07) of 2,000 test images among the 8,000 of training, in %."""
     view = CentreView(28, PRESET.evaluation_zoom)
     sources = FashionMnist("train"), FashionMnist("val")
     bank, queries = (
@@ -130,7 +130,7 @@ def main() -> None:
     """Run what is not done yet, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=2e-3, help="for 256 pictures")
+    parser.add_argument("--lr", type=float, default=2e-3, help="for 256 images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--done", type=Path, help="file of lines of a former run, which is gone on with")
     args = parser.parse_args()

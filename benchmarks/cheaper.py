@@ -1,8 +1,8 @@
 """What cheaper pre-training costs and gives: ``python benchmarks/cheaper.py [--epochs 8] [--seeds 3]``.
 
-A small ViT (width 64, depth 4, patches of 4 px) trains on the embedded pictures by ``mocov3 pretrain``'s own loop, once
+A small ViT (width 64, depth 4, patches of 4 px) trains on the embedded images by ``mocov3 pretrain``'s own loop, once
 as usual and once by each way of ``WAYS``; seconds are of processor time of the whole training, loading included, on one
-thread. Printed: k-NN accuracy on the test pictures and cost, mean over seeds. Results are kept in ``--results`` as they
+thread. Printed: k-NN accuracy on the test images and cost, mean over seeds. Results are kept in ``--results`` as they
 come, so that a stopped measurement goes on; ``--readme FILE`` puts the table into a Markdown file.
 """
 
@@ -72,7 +72,7 @@ WAYS = {
     PLAIN: "",
     "token dropout": "--token-keep 0.25:0.8",
     "larger patches": "--patch-size-schedule 7:0.8",
-    "smaller pictures": "--image-size-schedule 16:0.8",
+    "smaller images": "--image-size-schedule 16:0.8",
 }
 MARKS = "<!-- cheaper -->", "<!-- /cheaper -->"
 

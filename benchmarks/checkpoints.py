@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoints.py
 
-Trains a network on random pictures with a checkpoint after every ``--every`` steps. Per kind, in turn: the time that
+Trains a network on random images with a checkpoint after every ``--every`` steps. Per kind, in turn: the time that
 ``save`` keeps the step waiting, and how much longer the steps are while a file is being written, both as a share of
 the time between checkpoints. Medians over rounds.
 """

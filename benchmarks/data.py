@@ -1,9 +1,9 @@
-"""How fast two views of a picture are made, against other ways, in one run: ``make bench-data``.
+"""How fast two views of an image are made, against other ways, in one run: ``make bench-data``.
 
     python benchmarks/data.py [--rounds N] [--readme FILE] [--quick]
 
 Times are processor time of one thread, so that other programs on the machine change them little; every way sees the
-same pictures, in turns, and the ratios are of medians over rounds. Peers need ``pip install albumentations``; one that
+same images, in turns, and the ratios are of medians over rounds. Peers need ``pip install albumentations``; one that
 is missing is left out. ``--readme`` puts the table between the marks of a Markdown file.
 """
 
@@ -28,11 +28,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from benchmarks import peers, pictures
+from benchmarks import images, peers
 from mocov3.data import Loader, TwoViews, open_source
 from mocov3.data.loading.loader import plan
 from mocov3.data.views import native as kernel
-from mocov3.data.views.decode import Picture, decode
+from mocov3.data.views.decode import ImageBytes, decode
 
 MARKS = "<!-- bench-data -->", "<!-- /bench-data -->"
 CROP_MIN = 0.08
@@ -51,7 +51,7 @@ def ours(size: int, backend: str = "fast") -> Callable[[bytes], Any]:
 
 
 def alternate(ways: dict[str, Callable[[bytes], Any]], data: list[bytes], rounds: int) -> Times:
-    """Milliseconds of processor time a picture, by way and round."""
+    """Milliseconds of processor time an image, by way and round."""
     times: Times = {name: [] for name in ways}
     for round in range(rounds + 1):
         for name, run in ways.items():
@@ -90,30 +90,25 @@ def measure(rounds: int, quick: bool) -> list[list[str]]:
         (
             "JPEG 500×375",
             224,
-            [pictures.jpeg(p, 92) for p in pictures.several(500, 375, 2 * few)],
+            [images.jpeg(p, 92) for p in images.several(500, 375, 2 * few)],
             [peers.reference, peers.albumentations, peers.torchvision_v2],
         ),
         ("ImageNet-like mix", 224, mix(), [peers.reference, peers.albumentations, peers.torchvision_v2]),
-        ("JPEG 28×28", 28, [pictures.jpeg(p, 95) for p in pictures.several(28, 28, 4 * few)], [peers.reference]),
-        ("JPEG 64×64", 64, [pictures.jpeg(p, 95) for p in pictures.several(64, 64, 4 * few)], [peers.reference]),
-        ("JPEG 96×96", 96, [pictures.jpeg(p, 95) for p in pictures.several(96, 96, 4 * few)], [peers.reference]),
-        ("PNG 32×32", 32, [pictures.png(p) for p in pictures.several(32, 32, 4 * few)], [peers.reference]),
+        ("JPEG 28×28", 28, [images.jpeg(p, 95) for p in images.several(28, 28, 4 * few)], [peers.reference]),
+        ("JPEG 64×64", 64, [images.jpeg(p, 95) for p in images.several(64, 64, 4 * few)], [peers.reference]),
+        ("JPEG 96×96", 96, [images.jpeg(p, 95) for p in images.several(96, 96, 4 * few)], [peers.reference]),
+        ("PNG 32×32", 32, [images.png(p) for p in images.several(32, 32, 4 * few)], [peers.reference]),
         (
             "JPEG 4000×3000 (12 Mpx)",
             224,
-            [pictures.jpeg(pictures.mosaic(4000, 3000, i), 90) for i in range(3)],
+            [images.jpeg(images.mosaic(4000, 3000, i), 90) for i in range(3)],
             [peers.reference],
         ),
-        (
-            "PNG 2304×1728 (4 Mpx)",
-            224,
-            [pictures.png(pictures.mosaic(2304, 1728, i)) for i in range(3)],
-            [peers.reference],
-        ),
+        ("PNG 2304×1728 (4 Mpx)", 224, [images.png(images.mosaic(2304, 1728, i)) for i in range(3)], [peers.reference]),
         (
             "TIFF 16-bit 2304×1728, deflated",
             224,
-            [pictures.tiff16(pictures.mosaic(2304, 1728, i)) for i in range(3)],
+            [images.tiff16(images.mosaic(2304, 1728, i)) for i in range(3)],
             [peers.reference],
         ),
     ]
@@ -137,8 +132,8 @@ def measure(rounds: int, quick: bool) -> list[list[str]]:
 def mix() -> list[bytes]:
     """Twenty JPEGs of ImageNet's usual sizes."""
     found = []
-    for (width, height), count in pictures.MIX:
-        found += [pictures.jpeg(p, 92) for p in pictures.several(width, height, count)]
+    for (width, height), count in images.MIX:
+        found += [images.jpeg(p, 92) for p in images.several(width, height, count)]
     return found
 
 
@@ -146,7 +141,7 @@ def loading(rounds: int) -> dict[str, float]:
     """What the loader adds to the views (processor time), and what a second process brings (clock)."""
     batch, steps = 32, 24
     with tempfile.TemporaryDirectory() as name:
-        source = open_source(str(pictures.folder(Path(name) / "pictures", batch * steps)))
+        source = open_source(str(images.folder(Path(name) / "pictures", batch * steps)))
         views = TwoViews(224, CROP_MIN)
         works = list(plan(len(source), seed=0, batch_size=batch, rank=0, ranks=1, start=(0, 0), epochs=1))
         out = np.empty((2, 224, 224, 3), np.uint8)
@@ -186,7 +181,7 @@ def loading(rounds: int) -> dict[str, float]:
 
 
 def _speed(source: Any, views: Any, works: list[Any], batch: int, workers: int) -> tuple[float, float]:
-    """Pictures a second by the clock, and seconds of processor time a picture of the busiest loader process."""
+    """Images a second by the clock, and seconds of processor time an image of the busiest loader process."""
     with Loader(source, views, batch_size=batch, seed=0, workers=workers) as loader:
         coming = loader.run(works)
         for _ in range(3):  # past the starting of processes and what was prepared ahead
@@ -208,11 +203,11 @@ def _processor_time(pid: int) -> float:
 
 
 def shrunk_sharpness() -> float:
-    """Largest mean difference (of 255) that decoding 12 Mpx pictures smaller makes to a view without colour changes."""
+    """Largest mean difference (of 255) that decoding 12 Mpx images smaller makes to a view without colour changes."""
     from mocov3.config import ViewPreset
 
     plain = ViewPreset(jitter_probability=0, gray_probability=0, blur_probability=(0, 0), solarize_probability=(0, 0))
-    data = pictures.jpeg(pictures.mosaic(4000, 3000), 90)
+    data = images.jpeg(images.mosaic(4000, 3000), 90)
     whole = np.asarray(decode(data))
     worst = 0.0
     for index in range(12):
@@ -224,14 +219,7 @@ def shrunk_sharpness() -> float:
 
 def table(rows: list[list[str]], found: dict[str, float], worst: float, rounds: int) -> str:
     """The table in Markdown."""
-    head = [
-        "pictures → views",
-        "ours, ms",
-        "reference's pipeline",
-        "albumentations",
-        "torchvision v2",
-        "of decode-only",
-    ]
+    head = ["images → views", "ours, ms", "reference's pipeline", "albumentations", "torchvision v2", "of decode-only"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     made = "compiled kernel" if kernel.available() else "library path (no compiled kernel)"
@@ -239,15 +227,15 @@ def table(rows: list[list[str]], found: dict[str, float], worst: float, rounds: 
     system = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     lines += [
         "",
-        f"Milliseconds of processor time a picture for both views, one thread, median of {rounds} rounds, {made};",
+        f"Milliseconds of processor time an image for both views, one thread, median of {rounds} rounds, {made};",
         "how many times as long others take; speed as a share of decoding alone (simplejpeg for JPEG, OpenCV for PNG,",
         "Pillow for TIFF). JPEG quality 92 (12 Mpx: 90; up to 96 px: 95), cut from photographs in scikit-learn and",
         "scikit-image. albumentations resizes with OpenCV's area filter, which antialiases. The reference's pipeline",
         "goes on to float tensors, in the loader processes; ours stays uint8 and normalises on the device. 12 Mpx",
-        f"pictures are decoded smaller where every crop allows: views differ by at most {worst:.1f}/255 in the mean.",
+        f"images are decoded smaller where every crop allows: views differ by at most {worst:.1f}/255 in the mean.",
         f"The loader adds {loader:.0f} % to the views' time; of two loader processes the busier spends "
         f"1/{found['processor']:.2f} of what one",
-        f"alone does, and by the clock two make {found['clock']:.2f} times as many pictures (load average "
+        f"alone does, and by the clock two make {found['clock']:.2f} times as many images (load average "
         f"{found['load']:.0f} here). {system}.",
     ]
     return "\n".join(lines)
@@ -257,14 +245,14 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--quick", action="store_true", help="fewer pictures")
+    parser.add_argument("--quick", action="store_true", help="fewer images")
     parser.add_argument("--readme", type=Path, help="Markdown file to put the table into")
     args = parser.parse_args()
     cv2.setNumThreads(0)
     import torch
 
     torch.set_num_threads(1)
-    assert Picture(pictures.jpeg(next(pictures.several(500, 375, 1)))).width == 500
+    assert ImageBytes(images.jpeg(next(images.several(500, 375, 1)))).width == 500
     text = table(measure(args.rounds, args.quick), loading(max(3, args.rounds // 2)), shrunk_sharpness(), args.rounds)
     print("\n" + text)
     if args.readme:

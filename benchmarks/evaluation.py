@@ -99,7 +99,7 @@ def embed(rounds: int) -> None:
             small.resize((500, 375)).save(Path(folder) / "pictures" / f"{i}.jpg", quality=90)
         x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
         config = EmbedConfig(
-            data=f"{folder}/pictures",
+            data=f"{folder}/images",
             model="resnet50",
             output=f"{folder}/x.npy",
             batch_size=batch,
@@ -116,7 +116,7 @@ def embed(rounds: int) -> None:
         got = best({"bare": bare, "embed": lambda: run_embed(HERE, config)}, rounds)
     print(
         f"embed: resnet50, {n} JPEG of 500×375: bare forward {n / got['bare']:.1f}, embed {n / got['embed']:.1f} "
-        f"pictures/s; ratio {got['bare'] / got['embed']:.3f}"
+        f"images/s; ratio {got['bare'] / got['embed']:.3f}"
     )
 
 

@@ -63,7 +63,7 @@ class Machine:
     device: torch.device
     rehearsal: bool
     folder: Path
-    """For pictures and runs."""
+    """For images and runs."""
 
     def need_gpu(self) -> None:
         """Skip where there is none."""
@@ -75,13 +75,13 @@ class Machine:
         return toy if self.rehearsal else full
 
     @functools.cached_property
-    def pictures(self) -> Path:
+    def images(self) -> Path:
         """A folder of JPEGs."""
         try:
-            from benchmarks import pictures
+            from benchmarks import images
         except ImportError as error:
-            raise Skip(f"pictures to load need the bench extra ({error})") from None
-        return pictures.folder(self.folder / "pictures", self.pick(8192, 32))
+            raise Skip(f"images to load need the bench extra ({error})") from None
+        return images.folder(self.folder / "pictures", self.pick(8192, 32))
 
     def pretrain(self, *flags: Any, name: str, steps: int) -> list[dict[str, Any]]:
         """Lines of metrics of a run by the program itself."""
@@ -101,7 +101,7 @@ class Machine:
             out,
             "--quiet",
         ]
-        command = [sys.executable, "-m", "mocov3", "pretrain", self.pictures, *common, *flags]
+        command = [sys.executable, "-m", "mocov3", "pretrain", self.images, *common, *flags]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -217,7 +217,7 @@ def goldens(machine: Machine) -> list[str]:
 
 
 def flops_of(arch: str, size: int) -> float:
-    """Floating-point operations of a training step a picture: both views, gradients, keys; counted by torch."""
+    """Floating-point operations of a training step an image: both views, gradients, keys; counted by torch."""
     model = models.build(arch, image_size=size).train()
     x = torch.randn(2, 2, 3, size, size)
     with FlopCounterMode(display=False) as counter:
@@ -254,10 +254,10 @@ def _batch(machine: Machine, on_80_gb: int) -> int:
 
 
 def speed(machine: Machine) -> list[str]:
-    """Pictures a second and share of the peak: steps alone, compiled, and whole runs from JPEG files."""
+    """Images a second and share of the peak: steps alone, compiled, and whole runs from JPEG files."""
     machine.need_gpu()
     peak, source = peak_of(machine)
-    lines = ["| arch | what | batch | pictures/s | of bf16 peak | waiting for data |", "|---|---|---:|---:|---:|---:|"]
+    lines = ["| arch | what | batch | images/s | of bf16 peak | waiting for data |", "|---|---|---:|---:|---:|---:|"]
     size, rounds = machine.pick((224, 20), (32, 1))
     for arch, base in machine.pick({"resnet50": 512, "vit_small": 512, "vit_base": 512}, {"vit_tiny": 4}).items():
         flops, batch = flops_of(arch, size), _batch(machine, base)
@@ -322,7 +322,7 @@ def against_eager(machine: Machine) -> list[str]:
 def views_on_device(machine: Machine) -> list[str]:
     """Colours and blur on the CPU or on the device."""
     machine.need_gpu()
-    lines = ["| views on | pictures/s | waiting for data |", "|---|---:|---:|"]
+    lines = ["| views on | images/s | waiting for data |", "|---|---:|---:|"]
     for where in ("cpu", "device"):
         found = machine.pretrain(
             "-a",
@@ -390,7 +390,7 @@ def large_batch(machine: Machine) -> list[str]:
         "-c",
         code,
         "pretrain",
-        machine.pictures,
+        machine.images,
         "--recipe",
         "defaults",
         "-p",
@@ -412,7 +412,7 @@ def large_batch(machine: Machine) -> list[str]:
     rate = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["images_per_second"]
     return [
         f"ViT-B, 224 px, batch 4096, `--micro-batch auto`, bf16: {peak / 1e9:.1f} GB reserved at most, "
-        f"{rate:.0f} pictures/s."
+        f"{rate:.0f} images/s."
     ]
 
 

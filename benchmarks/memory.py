@@ -1,6 +1,6 @@
 """Memory of the data path over many samples: ``python benchmarks/memory.py [--samples N]`` (200,000 take some minutes).
 
-Loader processes make views of pictures of every kind, unreadable ones among them; after each tenth the resident memory
+Loader processes make views of images of every kind, unreadable ones among them; after each tenth the resident memory
 of this process and of its loader processes is printed. It must not grow: exit code 1 if the last exceeds the second by
 more than 5 %.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import pictures
+from benchmarks import images
 from mocov3.data import Loader, TwoViews, open_source
 from mocov3.data.loading.loader import plan
 
@@ -29,20 +29,20 @@ def resident(pid: int) -> int:
 
 
 def mixed(root: Path, count: int) -> Path:
-    """A folder of small pictures of every kind; one in fifty is damaged."""
+    """A folder of small images of every kind; one in fifty is damaged."""
     root.mkdir()
     shapes = [(28, 28), (64, 48), (33, 90), (500, 375)]
-    made = [list(pictures.several(w, h, 4)) for w, h in shapes]
+    made = [list(images.several(w, h, 4)) for w, h in shapes]
     for i in range(count):
-        picture = made[i % 4][i // 4 % 4]
+        image = made[i % 4][i // 4 % 4]
         if i % 50 == 49:
-            (root / f"{i}.jpg").write_bytes(pictures.jpeg(picture)[:200])
+            (root / f"{i}.jpg").write_bytes(images.jpeg(image)[:200])
         elif i % 7 == 0:
-            (root / f"{i}.png").write_bytes(pictures.png(picture.convert("RGBA" if i % 2 else "L")))
+            (root / f"{i}.png").write_bytes(images.png(image.convert("RGBA" if i % 2 else "L")))
         elif i % 11 == 0:
-            (root / f"{i}.tif").write_bytes(pictures.tiff16(picture))
+            (root / f"{i}.tif").write_bytes(images.tiff16(image))
         else:
-            (root / f"{i}.jpg").write_bytes(pictures.jpeg(picture))
+            (root / f"{i}.jpg").write_bytes(images.jpeg(image))
     return root
 
 

@@ -1,8 +1,8 @@
 """Memory and time of a large batch in micro-batches against a small batch: ``python benchmarks/micro_batch.py``.
 
-Each side is a process of its own with one thread: ViT-S on 64 px views, AdamW, uint8 pictures as the loader gives them.
+Each side is a process of its own with one thread: ViT-S on 64 px views, AdamW, uint8 images as the loader gives them.
 Peak memory is the largest resident set (and what of it is beyond the libraries); time is processor time of a step's
-update, gradients and normalisation, divided by pictures. Sides take turns; the best of several rounds counts.
+update, gradients and normalisation, divided by images. Sides take turns; the best of several rounds counts.
 
 - memory and time: batch 1024 in micro-batches of 64, against batch 64.
 - the price of the second forward pass alone: batch 128 in micro-batches of 64, against batch 128 in one pass.
@@ -23,12 +23,12 @@ sys.path.insert(0, str(ROOT))
 
 SIDES = {"64": (64, 0), "1024 in 64": (1024, 64), "128": (128, 0), "128 in 64": (128, 64)}
 """Name → batch, micro-batch."""
-_PICTURES = 1024
+_IMAGES = 1024
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def measure(arch: str, side: int, batch: int, micro_batch: int) -> dict[str, float]:
-    """Peak bytes, bytes beyond the libraries, and processor seconds a picture, of this process."""
+    """Peak bytes, bytes beyond the libraries, and processor seconds an image, of this process."""
     import numpy as np
     import torch
 
@@ -49,8 +49,8 @@ def measure(arch: str, side: int, batch: int, micro_batch: int) -> dict[str, flo
         model, optimizer, world=World(0, 1, device), precision=Precision("fp32", device), micro_batch=micro_batch
     )
     rng = np.random.default_rng(0)
-    steps = max(_PICTURES // batch // 2, 1)
-    warm = 1 if batch < _PICTURES else 0
+    steps = max(_IMAGES // batch // 2, 1)
+    warm = 1 if batch < _IMAGES else 0
     seconds = []
     for _ in range(warm + steps):
         pixels = rng.integers(0, 256, (2, batch, side, side, 3), dtype=np.uint8)
@@ -95,7 +95,7 @@ def main() -> int:
             found[side].append(json.loads(done.stdout))
     best = {side: {key: min(r[key] for r in results) for key in results[0]} for side, results in found.items()}
     print(f"{args.arch}, {args.image_size} px, {args.rounds} rounds\n")
-    print("| batch | peak memory | of it beyond the libraries | ms a picture |")
+    print("| batch | peak memory | of it beyond the libraries | ms an image |")
     print("|---|---:|---:|---:|")
     for side, b in best.items():
         print(f"| {side} | {b['peak'] / 1e9:.2f} GB | {b['training'] / 1e9:.2f} GB | {1000 * b['seconds']:.1f} |")
@@ -107,7 +107,7 @@ def main() -> int:
     beyond = ratio("training", "1024 in 64", "64")
     print(
         f"\n1024 in micro-batches of 64 against 64: memory {memory:.2f}× (beyond the libraries {beyond:.2f}×), "
-        f"time a picture {time_ratio:.2f}×"
+        f"time an image {time_ratio:.2f}×"
     )
     print(
         f"128 in micro-batches of 64 against 128 in one pass: time {ratio('seconds', '128 in 64', '128'):.2f}×, "

@@ -18,7 +18,7 @@ BLUR, SOLARIZE = (1.0, 0.1), (0.0, 0.2)
 
 
 def reference(size: int, crop_min: float) -> Pipeline:
-    """torchvision v1 on Pillow pictures."""
+    """torchvision v1 on Pillow images."""
     from torchvision import transforms as T
 
     def blur(image: Image.Image) -> Image.Image:

@@ -7,7 +7,7 @@ Photographs of 500×375 px, no limit of time (epochs are then cut to the time th
 
 from typing import Any
 
-from mocov3.planning.auto import GIB, Machine, Pictures, memory_of, plan
+from mocov3.planning.auto import GIB, Images, Machine, memory_of, plan
 
 _COUNTS = {"50": 50, "500": 500, "5 k": 5_000, "50 k": 50_000, "1.3 M": 1_281_167}
 _MACHINES = {
@@ -20,12 +20,12 @@ _MACHINES = {
 
 def main() -> None:
     """Print the table."""
-    print("| pictures | machine | arch, px | batch | optimizer, lr | epochs (steps) | held out | memory, estimated |")
+    print("| images | machine | arch, px | batch | optimizer, lr | epochs (steps) | held out | memory, estimated |")
     print("|---|---|---|---|---|---|---|---|")
     for title, count in _COUNTS.items():
         for name, machine in _MACHINES.items():
-            pictures = Pictures(count, 375, "photos", "", "", gray=False)
-            made: dict[str, Any] = {c.name: c.value for c in plan(pictures, machine, None, {}, lambda _: (0.0, {}))}
+            images = Images(count, 375, "photos", "", "", gray=False)
+            made: dict[str, Any] = {c.name: c.value for c in plan(images, machine, None, {}, lambda _: (0.0, {}))}
             held = made.get("hold_out", 0)
             steps = (count - held) // made["batch_size"] * made["epochs"]
             each, fixed = memory_of(

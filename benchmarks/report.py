@@ -29,7 +29,7 @@ def main() -> None:
         page_file = Path(folder) / "report.html"
         write_long_run(Path(folder))
         began = time.perf_counter()
-        write_page([read_run(Path(folder))], page_file, pictures=0)
+        write_page([read_run(Path(folder))], page_file, images=0)
         made = time.perf_counter() - began
         chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

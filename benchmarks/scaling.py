@@ -22,7 +22,7 @@ ARCHS = {
     "vit_huge": ("adamw", 224, 14),
 }
 SPEEDS = {"resnet50": 700.0, "vit_small": 900.0, "vit_base": 350.0, "vit_large": 110.0}
-"""Pictures a second of one GPU in 16 bits, stated: about a third of the 312 TFLOP/s of an A100."""
+"""Images a second of one GPU in 16 bits, stated: about a third of the 312 TFLOP/s of an A100."""
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 CARDS = (12, 24, 80)
 BATCH = 4096
@@ -44,14 +44,14 @@ def config_of(arch: str) -> PretrainConfig:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--speed", action="append", default=[], metavar="ARCH=N", help="pictures/s of one GPU")
+    parser.add_argument("--speed", action="append", default=[], metavar="ARCH=N", help="images/s of one GPU")
     parser.add_argument("--gigabytes-per-second", type=float, default=25.0)
     args = parser.parse_args()
     speeds = SPEEDS | {name: float(value) for name, value in (text.split("=") for text in args.speed)}
     counts = {arch: count_memory(config_of(arch), sixteen_bits=True) for arch in ARCHS}
     cards = " | ".join(f"one pass / micro-batch of {BATCH}, {card} GB" for card in CARDS)
     print(
-        f"| arch | weights, both encoders | gradients | optimizer | a picture (2 views) | heads of {BATCH} | {cards} |"
+        f"| arch | weights, both encoders | gradients | optimizer | an image (2 views) | heads of {BATCH} | {cards} |"
     )
     print("|---|" + "---:|" * (5 + len(CARDS)))
     for arch, c in counts.items():
@@ -65,7 +65,7 @@ def main() -> None:
             f"{2 * (c.backbone + c.heads) / 1e6:.0f} MB | {2 * BATCH * c.heads / 1e9:.2f} GB | "
             f"{' | '.join(fits)} |"
         )
-    print(f"\n| arch, pictures/s a GPU | sent a step | {' | '.join(f'{n} GPUs' for n in GPUS)} |")
+    print(f"\n| arch, images/s a GPU | sent a step | {' | '.join(f'{n} GPUs' for n in GPUS)} |")
     print("|---|---:|" + "---:|" * len(GPUS))
     for arch, speed in speeds.items():
         config, c, row = config_of(arch), counts[arch], []

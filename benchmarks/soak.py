@@ -4,7 +4,7 @@
     python benchmarks/soak.py --share 0.1         # a tenth of the trials
     python benchmarks/soak.py --keep soak.jsonl   # can be stopped: what has passed is in the file and not run again
 
-Runs the tests of the suite (tests/trials.py says how often they try), then fuzzes the readers of pictures and of
+Runs the tests of the suite (tests/trials.py says how often they try), then fuzzes the readers of images and of
 checkpoints by coverage (atheris, where it is installed), and writes the counts into docs/reliability.md.
 """
 
@@ -43,7 +43,7 @@ def main() -> int:
     if done.returncode == 0:
         table.append(
             {
-                "promise": "pictures and checkpoints fuzzed by coverage (atheris)",
+                "promise": "images and checkpoints fuzzed by coverage (atheris)",
                 "trials": runs,
                 "outcome": "no traceback, no hang",
             }

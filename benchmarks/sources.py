@@ -1,4 +1,4 @@
-"""Opening many pictures: time to open a tree again, and memory of ten million paths with sixteen loader processes.
+"""Opening many images: time to open a tree again, and memory of ten million paths with sixteen loader processes.
 
     python benchmarks/sources.py tree 1280000    # makes and removes a tree of empty files in the temporary folder
     python benchmarks/sources.py paths 10000000

@@ -1,8 +1,8 @@
 """One training step against an eager step in the reference's manner: ``python benchmarks/step.py [--quick]``.
 
-The eager step follows the paper's algorithm 1 as one writes it down: pictures in NCHW, each view its own pass,
+The eager step follows the paper's algorithm 1 as one writes it down: images in NCHW, each view its own pass,
 attention as two products and a softmax, the momentum encoder and LARS a parameter at a time with new tensors, AdamW a
-parameter at a time. Both sides train the same network on the same pictures, in one process, by turns; the fastest of
+parameter at a time. Both sides train the same network on the same images, in one process, by turns; the fastest of
 the rounds counts. Printed: the ratio of the step and of the update alone (momentum encoder and optimizer), and where
 the time goes. On a GPU both sides run as their programs do there: bf16 autocast here, fp16 with a scaler there.
 """
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="small pictures, few rounds: does it run?")
+    parser.add_argument("--quick", action="store_true", help="small images, few rounds: does it run?")
     args = parser.parse_args()
     size, rounds = (32, 1) if args.quick else (args.image_size, args.rounds)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

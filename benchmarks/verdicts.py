@@ -63,7 +63,7 @@ SHARP = ["-b", "8", "--moco-t", ".05", "--epochs", "2", "--warmup-epochs", "0", 
 BARE = ["--moco-m", "0"]
 
 RUNS: dict[str, tuple[str, list[str]]] = {
-    # name: (verdict, flags); names with "bare" have no predictor, those with "big" read large pictures
+    # name: (verdict, flags); names with "bare" have no predictor, those with "big" read large images
     "resnet": ("learning", [*RESNET]),
     "resnet_lars": ("learning", [*LARS]),
     "resnet_tau1": ("learning", [*RESNET, "--moco-t", "1"]),
@@ -86,8 +86,8 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-def pictures(folder: Path, name: str, count: int = 0) -> Path:
-    """1,200 embedded pictures as small files; 192 of 1.4 Mpx each for the names with ``big``; or ``count``."""
+def images(folder: Path, name: str, count: int = 0) -> Path:
+    """1,200 embedded images as small files; 192 of 1.4 Mpx each for the names with ``big``; or ``count``."""
     from PIL import Image
 
     from mocov3.data import FashionMnist
@@ -137,7 +137,7 @@ def train(name: str, data: Path, out: Path, more: Sequence[str]) -> None:
 
 def train_apart(name: str, place: Path, more: Sequence[str] = (), count: int = 0) -> None:
     """Train one run in a process of its own, into ``place/name``; ``more`` flags come last."""
-    data, out = pictures(place, name, count), place / name
+    data, out = images(place, name, count), place / name
     command = [sys.executable, __file__, "--train", name, str(data), str(out), *more]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 

@@ -1,8 +1,8 @@
-"""``mocov3 demo``: pre-train on the embedded Fashion-MNIST pictures and show what was learned, without a GPU.
+"""``mocov3 demo``: pre-train on the embedded Fashion-MNIST images and show what was learned, without a GPU.
 
-Pictures 0–7,999 are for pre-training (labels unused) and are the bank; 8,000–9,999 are the test. The table compares
+Images 0–7,999 are for pre-training (labels unused) and are the bank; 8,000–9,999 are the test. The table compares
 raw pixels, HOG (Dalal & Triggs 2005, by scikit-image), the untrained network and the trained one, on the test
-pictures as they are and moved: shifted, scaled and brightened, the bank unchanged.
+images as they are and moved: shifted, scaled and brightened, the bank unchanged.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     folder = Path(args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-demo")
     began = time.monotonic()
-    print(f"Pre-training on 8,000 pictures without labels, then comparing features; files in {folder}", flush=True)
+    print(f"Pre-training on 8,000 images without labels, then comparing features; files in {folder}", flush=True)
     from mocov3.config.command_lines import parse_pretrain
     from mocov3.data import FashionMnist
     from mocov3.pretraining.task import main as pretrain
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     _write_sheet(folder / "neighbours.png", bank, test, nearest)
     result = {"seed": args.seed, "epochs": config.epochs, "training_seconds": round(trained, 1), "accuracy": rows}
     (folder / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"Pictures with their nearest neighbours: {folder / 'neighbours.png'}")
+    print(f"Images with their nearest neighbours: {folder / 'neighbours.png'}")
     _write_page(folder)
     print(f"Use the features: mocov3.load_backbone('{folder}/checkpoint_{config.epochs - 1:04d}.pth.tar')")
     return 0
@@ -98,12 +98,12 @@ def _epochs_in_time(config: PretrainConfig) -> int:
 
     if saved := saved_fields(dataclasses.asdict(config)):
         return int(saved.get("epochs", config.epochs))
-    pictures = FashionMnist("train")
-    seconds = sum(epoch_seconds(config, pictures, len(pictures), best=True)[:2])
+    images = FashionMnist("train")
+    seconds = sum(epoch_seconds(config, images, len(images), best=True)[:2])
     epochs = max(min(config.epochs, int(_LONGEST / seconds)), config.warmup_epochs + 1)
     if epochs < config.epochs:
         print(
-            f"This machine trains about {len(pictures) / seconds:.0f} pictures a second: {epochs} epochs instead of "
+            f"This machine trains about {len(images) / seconds:.0f} images a second: {epochs} epochs instead of "
             f"{config.epochs}, to end within 8 minutes (--epochs {config.epochs} for all)",
             flush=True,
         )
@@ -111,7 +111,7 @@ def _epochs_in_time(config: PretrainConfig) -> int:
 
 
 def compare(bank: Any, test: Any, folder: Path, config: Any) -> tuple[Rows, dict[str, np.ndarray]]:
-    """Accuracies of all features, and the nearest bank pictures of the sheet's queries by network."""
+    """Accuracies of all features, and the nearest bank images of the sheet's queries by network."""
     import torch
 
     from mocov3.distributed import World
@@ -146,8 +146,8 @@ def compare(bank: Any, test: Any, folder: Path, config: Any) -> tuple[Rows, dict
     for name, describe in described.items():
         features = describe(bank)
         rows[name] = {}
-        for suffix, pictures in (("", test), ("_moved", _Moved(moved))):
-            queries, answers = describe(pictures), torch.from_numpy(test.labels).long()
+        for suffix, images in (("", test), ("_moved", _Moved(moved))):
+            queries, answers = describe(images), torch.from_numpy(test.labels).long()
             rows[name]["knn" + suffix] = _knn(features, labels, queries, answers)
             rows[name]["few" + suffix] = few_labels(features, labels, queries, answers)
             if suffix == "":
@@ -156,7 +156,7 @@ def compare(bank: Any, test: Any, folder: Path, config: Any) -> tuple[Rows, dict
 
 
 class _Moved:
-    """Test pictures after ``move``, as a source."""
+    """Test images after ``move``, as a source."""
 
     labels = None
     classes: list[str] = []  # noqa: RUF012 (never changed)
@@ -176,10 +176,10 @@ class _Moved:
 
 
 def move(images: np.ndarray, seed: int) -> np.ndarray:
-    """Pictures shifted, scaled about their centre and brightened by draws of ``seed``; black comes in from outside.
+    """Images shifted, scaled about their centre and brightened by draws of ``seed``; black comes in from outside.
 
     Args:
-        images: uint8, (pictures, height, width).
+        images: uint8, (images, height, width).
         seed: of numpy's PCG64; the draws depend on nothing else.
     """
     import cv2
@@ -200,7 +200,7 @@ def move(images: np.ndarray, seed: int) -> np.ndarray:
 
 
 def hog(images: np.ndarray) -> np.ndarray:
-    """Histograms of oriented gradients of grey pictures, as float32 (pictures, width)."""
+    """Histograms of oriented gradients of grey images, as float32 (images, width)."""
     from skimage.feature import hog as describe
 
     return np.stack(
@@ -209,7 +209,7 @@ def hog(images: np.ndarray) -> np.ndarray:
 
 
 def few_labels(bank: Any, labels: Any, queries: Any, answers: Any) -> float:
-    """Accuracy in % of the nearest centroid with ten labelled bank pictures a class, over twenty draws."""
+    """Accuracy in % of the nearest centroid with ten labelled bank images a class, over twenty draws."""
     import torch
 
     from mocov3.evaluation.neighbours import centroid_predict
@@ -243,7 +243,7 @@ def _sheet_queries(labels: np.ndarray) -> np.ndarray:
 
 
 def _write_sheet(path: Path, bank: Any, test: Any, nearest: dict[str, np.ndarray]) -> None:
-    """A picture: one query a class, its nearest bank pictures by the untrained and the trained network."""
+    """An image: one query a class, its nearest bank images by the untrained and the trained network."""
     from PIL import Image, ImageDraw
 
     side, gap, margin = _SHEET_SIDE, 4, 22
@@ -286,7 +286,7 @@ def _print_table(rows: Rows) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="accuracy in % on 2,000 test pictures")
+    table = Table(title="accuracy in % on 2,000 test images")
     table.add_column("features")
     for title in COLUMNS.values():
         table.add_column(title, justify="right")

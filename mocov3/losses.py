@@ -34,7 +34,7 @@ def contrastive_loss(
 
 
 def retrieved(scores: Float[Tensor, "batch keys"], target: Int[Tensor, "batch"]) -> Int[Tensor, ""]:
-    """How many queries find their own picture's other view before all other keys."""
+    """How many queries find their own image's other view before all other keys."""
     return (scores.argmax(1) == target).sum()
 
 

@@ -76,13 +76,13 @@ class MetricsLine:
     """The same of the backbone's last weight before the projector."""
     images_per_second: float
     data_wait: float
-    """Share of the time since the last line spent waiting for pictures."""
+    """Share of the time since the last line spent waiting for images."""
     skipped: int
     """Steps so far whose loss or gradient was not finite and which changed nothing."""
     resumed: int
     """How often the run was resumed."""
     corrupt: int
-    """Distinct unreadable pictures met so far."""
+    """Distinct unreadable images met so far."""
     effective_rank: float | None = None
     """Directions that the batch's queries use: exp of the entropy of their normalised singular values, 1 to dim."""
     knn: float | None = None

@@ -1,4 +1,4 @@
-"""``mocov3 pack DIR --out SHARDS``: pictures into tar archives that can be read fast and moved as a few files.
+"""``mocov3 pack DIR --out SHARDS``: images into tar archives that can be read fast and moved as a few files.
 
 The archives are WebDataset's: ``folder/name.jpg`` beside ``folder/name.cls`` (number of the class, where there are
 classes). The training and validation part of DIR become SHARDS/train and SHARDS/val. ``mocov3 pretrain SHARDS`` reads
@@ -22,12 +22,12 @@ from mocov3.data.loading.loader import usable_cores
 from mocov3.data.sources.archives import CLASSES_FILE
 from mocov3.data.sources.scan import EXTENSIONS
 from mocov3.data.sources.splits import parts_of
-from mocov3.data.views.decode import DecodeError, Picture
+from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.errors import UserError, printable
 from mocov3.output.log import warn, warn_left_out
 
-_LISTED = 10  # unreadable pictures named one by one
-_AHEAD = 8  # pictures a thread that are prepared ahead
+_LISTED = 10  # unreadable images named one by one
+_AHEAD = 8  # images a thread that are prepared ahead
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,12 +49,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> Any:
     parser = Parser(prog="mocov3 pack", description=__doc__)
-    parser.add_argument("data", metavar="DIR", help="folder of pictures, or whatever else pretrain takes")
+    parser.add_argument("data", metavar="DIR", help="folder of images, or whatever else pretrain takes")
     parser.add_argument("--out", required=True, metavar="SHARDS", help="folder to write; new or empty")
     parser.add_argument(
         "--resize", type=int, default=0, metavar="PX", help="shorten the shorter side to PX where longer"
     )
-    parser.add_argument("--quality", type=int, default=92, help="JPEG quality of resized pictures (default 92)")
+    parser.add_argument("--quality", type=int, default=92, help="JPEG quality of resized images (default 92)")
     parser.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="size of an archive (default 256)")
     parser.add_argument("-j", "--workers", type=int, default=usable_cores(), help="threads that read and resize")
     args = parser.parse_args(list(argv))
@@ -94,12 +94,12 @@ def _pack(source: Source, place: Path, args: Any) -> None:
     if len(bad) > _LISTED:
         warn(f"left out: {len(bad) - _LISTED} more")
     if not written:
-        raise UserError(f"data {args.data}: none of {len(source)} pictures can be read")
-    print(f"{printable(str(place))}: {written} pictures in {writer.number} archive(s), {writer.total / 1e6:.1f} MB")
+        raise UserError(f"data {args.data}: none of {len(source)} images can be read")
+    print(f"{printable(str(place))}: {written} images in {writer.number} archive(s), {writer.total / 1e6:.1f} MB")
 
 
 def _prepared(source: Source, args: Any) -> Iterator[tuple[int, Any]]:
-    """Every picture's (ending, bytes) or the reason against it, in order; a bounded number is ahead."""
+    """Every image's (ending, bytes) or the reason against it, in order; a bounded number is ahead."""
     ahead: list[tuple[int, Future[Any]]] = []
     with ThreadPoolExecutor(args.workers) as pool:
         for index in range(len(source)):
@@ -114,13 +114,13 @@ def _prepared(source: Source, args: Any) -> Iterator[tuple[int, Any]]:
 def _prepare(source: Source, index: int, side: int, quality: int) -> tuple[str, bytes] | Exception:
     try:
         data = source.read(index)
-        picture = Picture(data)
-        short = min(picture.width, picture.height)
+        image = ImageBytes(data)
+        short = min(image.width, image.height)
         if side and short > side:
             shrink = next((s for s in (8, 4, 2) if short >= 2 * side * s), 1)
-            image = Image.fromarray(picture.pixels(shrink)[0])
-            size = round(side * picture.width / short), round(side * picture.height / short)
-            return ".jpg", _saved(image.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=quality)
+            loaded = Image.fromarray(image.pixels(shrink)[0])
+            size = round(side * image.width / short), round(side * image.height / short)
+            return ".jpg", _saved(loaded.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=quality)
         if isinstance(data, np.ndarray):
             return ".png", _saved(Image.fromarray(data), "PNG")
         ending = os.path.splitext(source.name(index))[1].lower()
@@ -161,7 +161,7 @@ class _Writer:
         self._tar: tarfile.TarFile | None = None
 
     def add(self, key: str, ending: str, data: bytes, label: int | None) -> None:
-        """One picture and its class, in the same archive."""
+        """One image and its class, in the same archive."""
         if self._tar is not None and self._tar.offset + len(data) > self.size:
             self.close()
         if self._tar is None:
@@ -174,7 +174,7 @@ class _Writer:
 
     def _member(self, name: str, data: bytes) -> None:
         assert self._tar is not None
-        info = tarfile.TarInfo(name)  # no times, no owners: the same pictures make the same bytes
+        info = tarfile.TarInfo(name)  # no times, no owners: the same images make the same bytes
         info.size = len(data)
         self._tar.addfile(info, io.BytesIO(data))
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: shape and type checks of the whole package, thread counts, golden numbers, tiny pictures."""
+"""Shared by all tests: shape and type checks of the whole package, thread counts, golden numbers, tiny images."""
 
 import os
 import subprocess
@@ -63,8 +63,8 @@ def _seeded():
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """A folder of 64 training and 16 validation pictures of 4 classes, of several sizes, modes and formats."""
+def images(tmp_path_factory):
+    """A folder of 64 training and 16 validation images of 4 classes, of several sizes, modes and formats."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.Generator(np.random.PCG64(0))
     modes = [("RGB", ".jpg"), ("L", ".png"), ("RGBA", ".png"), ("RGB", ".webp")]

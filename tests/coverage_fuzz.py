@@ -1,4 +1,4 @@
-"""Fuzz the readers of pictures and checkpoints by coverage: ``python tests/coverage_fuzz.py -runs=10000`` (atheris)."""
+"""Fuzz the readers of images and checkpoints by coverage: ``python tests/coverage_fuzz.py -runs=10000`` (atheris)."""
 
 import contextlib
 import sys

@@ -308,11 +308,11 @@ def _rough_weights(got, final, start, exact, optimizer, wild):
 # --- what L and M are fed ---------------------------------------------------------------------------------------------
 
 
-class Pictures:
-    """A source whose pictures are the recorded batches: as many as an epoch has, with labels for all epochs.
+class Images:
+    """A source whose images are the recorded batches: as many as an epoch has, with labels for all epochs.
 
     Args:
-        batches: (pictures, labels) of every step.
+        batches: (images, labels) of every step.
         length: of an epoch.
         classes: how many.
     """
@@ -330,7 +330,7 @@ class Pictures:
         return self.length
 
     def read(self, index):
-        raise AssertionError("pictures come from the recorded batches")
+        raise AssertionError("images come from the recorded batches")
 
     def name(self, index):
         return str(index)
@@ -399,7 +399,7 @@ def linear_evaluation(name, dtype, epochs=0):
     got = Deviations(f"L {name} {dtype}" + (f", {epochs} epochs" if epochs else ""), bounds)
     sizes = (c["size"], c["classes"], "l_lincls")
     steps = c["iters_per_epoch"] * (epochs or c["epochs"])
-    train = Pictures(
+    train = Images(
         [_batch(name, s, c["batch"], *sizes) for s in range(c["iters_per_epoch"] * c["epochs"])][:steps],
         c["batch"] * c["iters_per_epoch"],
         c["classes"],
@@ -408,7 +408,7 @@ def linear_evaluation(name, dtype, epochs=0):
         _batch(name, s, len(t), *sizes, labels=t)
         for s, t in zip(("val0", "val1", "last"), exact["val_targets"], strict=True)
     ]
-    val = Pictures(held, sum(len(t) for _, t in held), c["classes"])
+    val = Images(held, sum(len(t) for _, t in held), c["classes"])
     seen = {"loss": [], "lr": [], "validation": []}
 
     class Watched(linear.Evaluation):
@@ -554,8 +554,8 @@ def fine_tuning(name, dtype):
     got = Deviations(f"M {name} {dtype}", TUNING64 if dtype == "float64" else TUNING32)
     steps = c["iters_per_epoch"] * c["epochs"]
     batches = [_batch(name, s, c["batch"], c["size"], c["classes"], "m_deit") for s in range(steps)]
-    train = Pictures(batches, c["batch"] * c["iters_per_epoch"], c["classes"])
-    test = Pictures(batches[:1], c["batch"], c["classes"])
+    train = Images(batches, c["batch"] * c["iters_per_epoch"], c["classes"])
+    test = Images(batches[:1], c["batch"], c["classes"])
     mixes = iter(exact["mixes"])
     seen = {"loss": [], "lr": []}
     build_classifier, drawn = setup.build_classifier, []

@@ -92,7 +92,7 @@ def each(world, payloads):
 
 
 def bad_on_one_rank(world, _):
-    """A NaN in one rank's pictures: no rank's weights move, and all count the step."""
+    """A NaN in one rank's images: no rank's weights move, and all count the step."""
     from mocov3 import models
     from mocov3.models.precision import Precision
     from mocov3.optim import build_optimizer
@@ -135,7 +135,7 @@ def heads(world, path):
 
 
 def differing(world, _):
-    """Ranks of another flag, other pictures, or the same but for what may differ."""
+    """Ranks of another flag, other images, or the same but for what may differ."""
     from mocov3.config import PretrainConfig
     from mocov3.distributed.agreement import check_agreement
     from mocov3.errors import UserError
@@ -145,7 +145,7 @@ def differing(world, _):
     cases = [
         (PretrainConfig(lr=0.5 if second else 0.6), "a", "ranks differ in --lr: 0.6 on rank 0; 0.5 on rank 1;"),
         (PretrainConfig(micro_batch="auto" if second else 0), "a", "in --micro-batch: 0 on rank 0; 'auto' on rank 1;"),
-        (PretrainConfig(), "b" if second else "a", "in pictures: a on rank 0; b on rank 1; every machine needs"),
+        (PretrainConfig(), "b" if second else "a", "in images: a on rank 0; b on rank 1; every machine needs"),
         (PretrainConfig(recipe="auto", epochs=10 + world.rank), "a", "--recipe auto measures on each rank"),
     ]
     for config, digest, message in cases:

@@ -25,10 +25,10 @@ def test_the_page_of_flags_is_made_from_the_configuration():
     assert flags.PAGE.read_text(encoding="utf-8") == page, "stale: run python tools/flags.py"
 
 
-def test_features_in_ten_lines(pictures):
+def test_features_in_ten_lines(images):
     code = code_of(API)[0]
     assert len(code.strip().splitlines()) <= 12  # two are not code
-    scope = {"CHECKPOINT": "resnet10_w32", "PICTURES": str(pictures)}
+    scope = {"CHECKPOINT": "resnet10_w32", "IMAGES": str(images)}
     exec(code, scope)
     assert scope["features"].shape == (16, 256)
 

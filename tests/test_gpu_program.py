@@ -30,4 +30,4 @@ def test_parts_run():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Skipped" not in done.stdout
     assert "| resnet10_w32 | lars |" in done.stdout
-    assert "pictures/s" in done.stdout
+    assert "images/s" in done.stdout

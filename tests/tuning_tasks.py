@@ -4,7 +4,7 @@ import torch
 
 
 def tune_steps(world, payload):
-    """Steps of fine-tuning on fixed pictures, two groups a step: two ranks, or one that accumulates two batches."""
+    """Steps of fine-tuning on fixed images, two groups a step: two ranks, or one that accumulates two batches."""
     from functools import partial
 
     import numpy as np
@@ -33,10 +33,10 @@ def tune_steps(world, payload):
         clip=1.0,
         ema=ModelEmaV3(model, decay=0.9),
     )
-    pictures = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
     def micro(work):
-        x = pictures[torch.from_numpy(work.indices // 3)].clone()
+        x = images[torch.from_numpy(work.indices // 3)].clone()
         erase(x, work.indices, probability=0.5, seed=1, epoch=work.epoch)
         target = torch.from_numpy((work.indices // 3 % 5).astype(np.int64))
         x, target = mixer(x, target, epoch=work.epoch, index=int(work.indices[0]))

@@ -41,21 +41,21 @@ _HELP = f"""mocov3 {__version__}: self-supervised pre-training of ResNet and ViT
 
 usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
 
-  pretrain   learn features from a folder of pictures without labels
-  check      look at pictures and machine before training: facts, faults, speed, a sheet of views
+  pretrain   learn features from a folder of images without labels
+  check      look at images and machine before training: facts, faults, speed, a sheet of views
   plan       micro-batch, memory and time on GPUs that are not at hand
   inspect    what a weights file is, what it is good for, its origin and licence
   compare    networks side by side, judged without labels or with few
   finetune   train a classifier end to end from pre-trained weights (DeiT's recipe), and transfer
-  pack       a folder of pictures into tar archives
+  pack       a folder of images into tar archives
   lincls     linear evaluation of frozen features, many learning rates in one pass
   knn        k-NN accuracy and retrieval of frozen features
-  embed      features of every picture of a folder, as .parquet or .npy
+  embed      features of every image of a folder, as .parquet or .npy
   verify     the accuracy of a published linear file beside the published figure
   convert    a pre-training checkpoint to DeiT's format
   export     a backbone for timm, torchvision, transformers, ONNX …, verified
   report     one page of a run, or of several: verdict, curves, views, neighbours, a map
-  demo       train on 8,000 embedded pictures (5 to 8 minutes on 2 cores) and show what was learned
+  demo       train on 8,000 embedded images (5 to 8 minutes on 2 cores) and show what was learned
 
 The reference's commands work too: python main_moco.py …, python main_lincls.py …, python convert_to_deit.py …
 """

@@ -23,7 +23,7 @@ from mocov3.errors import UserError, printable
 
 
 def chosen(layers: Layers) -> PretrainConfig:
-    """The configuration of pre-training, with what is left to be chosen or measured on pictures and machine."""
+    """The configuration of pre-training, with what is left to be chosen or measured on images and machine."""
     config = _by_recipe(layers)
     if config.mean_std == "auto":
         from mocov3.planning.choose import measured_normalisation
@@ -67,7 +67,7 @@ def _plan(argv: list[str]) -> int:
     args, rest = parse(argv)
     config = parse_pretrain(rest, prog="mocov3 plan", defaults={"recipe": "defaults"})
     if config.recipe in ("auto", "adapt"):
-        raise UserError(f"--recipe {config.recipe} looks at pictures and machine; name another to plan for others")
+        raise UserError(f"--recipe {config.recipe} looks at images and machine; name another to plan for others")
     return main(args, config)
 
 

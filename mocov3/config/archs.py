@@ -56,7 +56,7 @@ def is_resnet(arch: str) -> bool:
 
 
 def is_vit(arch: str) -> bool:
-    """Whether ``arch`` is one of our Vision Transformers (their picture side must divide into patches)."""
+    """Whether ``arch`` is one of our Vision Transformers (their image side must divide into patches)."""
     return arch in VITS or arch in CONV_VITS
 
 

@@ -1,6 +1,6 @@
-"""Flags of cheaper pre-training: parts of the run at fewer tokens or smaller pictures, back to full before the end.
+"""Flags of cheaper pre-training: parts of the run at fewer tokens or smaller images, back to full before the end.
 
-Random token dropout and larger patches (Lin et al. 2024, arXiv 2410.22364, who report 4× for MoCo v3), smaller pictures
+Random token dropout and larger patches (Lin et al. 2024, arXiv 2410.22364, who report 4× for MoCo v3), smaller images
 (FFCV-SSL: 160 before 224 pixels). The first share of the epochs is cheap, the rest is as without these flags.
 """
 

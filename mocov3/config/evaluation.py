@@ -10,7 +10,7 @@ from mocov3.config.fields import flag
 from mocov3.config.presets import PRESETS
 from mocov3.errors import UserError, nearest
 
-MODEL, OUTPUT, PICTURES, RUNNING = "model", "result", "pictures", "running"
+MODEL, OUTPUT, IMAGES, RUNNING = "model", "result", "images", "running"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 HEADS_HELP = "attention heads of a ViT, of a file that does not tell (ViT-S: 12 in MoCo v3; 6 in DeiT, DINO, timm)"
@@ -35,9 +35,9 @@ integers.__name__, several.__name__ = "comma list of integers", "comma list of n
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """Which features of which pictures: shared by k-NN evaluation and embedding."""
+    """Which features of which images: shared by k-NN evaluation and embedding."""
 
-    data: str = flag("", "folder of pictures, or the built-in fashion-mnist[:ROOT]", positional=True, metavar="DIR")
+    data: str = flag("", "folder of images, or the built-in fashion-mnist[:ROOT]", positional=True, metavar="DIR")
     model: str = flag(
         "",
         "a weights file (ours, the reference's, DeiT's, timm's), the name of an arch (untrained), "
@@ -57,16 +57,14 @@ class FeatureConfig:
         group=MODEL,
     )
     untrained: bool = flag(False, "timm/NAME without its published weights", kind=bool, group=MODEL)
-    image_size: int = flag(
-        0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int, group=PICTURES
-    )
+    image_size: int = flag(0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int, group=IMAGES)
     view_preset: str = flag(
         "",
         "normalisation and centre crop; unless given that of pre-training, else photos",
         choices=("", *PRESETS),
-        group=PICTURES,
+        group=IMAGES,
     )
-    batch_size: int = flag(256, "pictures a pass", "-b", "--batch-size", kind=int, group=RUNNING)
+    batch_size: int = flag(256, "images a pass", "-b", "--batch-size", kind=int, group=RUNNING)
     workers: int = flag(
         32,
         "data loading processes of a rank; at most the usable cores",
@@ -123,8 +121,8 @@ class KnnConfig(FeatureConfig):
     recall: tuple[int, ...] = flag(RECALLS, "recall@k of these", kind=integers, group=OUTPUT, metavar="K[,K…]")
     labels: str = flag(
         "",
-        "CSV of path,label: use these pictures of the folder (10–100 are of use), each left out in turn",
-        group=PICTURES,
+        "CSV of path,label: use these images of the folder (10–100 are of use), each left out in turn",
+        group=IMAGES,
         metavar="FILE",
     )
     json: bool = flag(False, "print the result as JSON", kind=bool, result=False, group=OUTPUT)
@@ -137,7 +135,7 @@ class KnnConfig(FeatureConfig):
         """
         super().check()
         if self.layer == "patches":
-            raise UserError("--layer patches gives many features a picture; k-NN needs one: use mean or cls")
+            raise UserError("--layer patches gives many features an image; k-NN needs one: use mean or cls")
         for name, ks in (("--k", self.k), ("--recall", self.recall)):
             if not ks or min(ks) < 1:
                 raise UserError(f"{name} must be 1 or more, not {','.join(map(str, ks))}")
@@ -148,14 +146,14 @@ class KnnConfig(FeatureConfig):
 
 @dataclass(frozen=True)
 class EmbedConfig(FeatureConfig):
-    """Features of every picture of a folder as a table."""
+    """Features of every image of a folder as a table."""
 
     output: str = flag(
         "", "file to write: NAME.parquet, or NAME.npy beside NAME.jsonl with the paths", "-o", "--output", group=OUTPUT
     )
     duplicates: float = flag(
         0.0,
-        "also list groups of pictures whose features agree to at least this cosine, for "
+        "also list groups of images whose features agree to at least this cosine, for "
         "example 0.98, in NAME.duplicates.jsonl",
         kind=float,
         result=False,
@@ -176,7 +174,7 @@ class EmbedConfig(FeatureConfig):
         if not 0 <= self.duplicates <= 1:
             raise UserError(f"--duplicates is a cosine between 0 and 1, not {self.duplicates}")
         if self.duplicates and self.layer == "patches":
-            raise UserError("--duplicates needs one feature a picture; --layer patches gives many")
+            raise UserError("--duplicates needs one feature an image; --layer patches gives many")
 
 
 def at_least(config: Any, low: int, names: tuple[str, ...]) -> None:

@@ -36,7 +36,7 @@ class FinetuneConfig:
         group=DATA,
     )
     data_path: str = flag("", "its folder", "--data-path", result=False, group=DATA, metavar="PATH")
-    fraction: float = flag(1.0, "share of the training pictures of every class, a fixed choice", kind=float, group=DATA)
+    fraction: float = flag(1.0, "share of the training images of every class, a fixed choice", kind=float, group=DATA)
     output_dir: str = flag(
         "",
         "folder of checkpoints and logs (default runs/TIME-finetune)",
@@ -55,7 +55,7 @@ class FinetuneConfig:
     )
     image_size: int = flag(
         0,
-        "side of the pictures in pixels (default: of the weights, else 224)",
+        "side of the images in pixels (default: of the weights, else 224)",
         "--input-size",
         "--image-size",
         kind=int,
@@ -92,7 +92,7 @@ class FinetuneConfig:
     eval: bool = flag(False, "only evaluate the weights of --resume", "--eval", kind=bool, result=False, group=RUN)
     eval_freq: int = flag(1, "epochs between evaluations", "--eval-freq", kind=int, result=False, group=RUN)
     # --- optimisation ------------------------------------------------------------------------------------
-    batch_size: int = flag(64, "pictures a step and process", "-b", "--batch-size", kind=int, group=METHOD)
+    batch_size: int = flag(64, "images a step and process", "-b", "--batch-size", kind=int, group=METHOD)
     accum_iter: int = flag(
         1,
         "batches a process adds up before a step, as if so many more processes ran",
@@ -102,7 +102,7 @@ class FinetuneConfig:
         group=METHOD,
     )
     epochs: int = flag(300, "epochs", kind=int, group=METHOD)
-    lr: float = flag(5e-4, "learning rate for 512 pictures", "--lr", kind=float, group=METHOD)
+    lr: float = flag(5e-4, "learning rate for 512 images", "--lr", kind=float, group=METHOD)
     warmup_lr: float = flag(
         1e-6, "learning rate at the beginning of warm-up, not scaled", "--warmup-lr", kind=float, group=METHOD
     )
@@ -135,7 +135,7 @@ class FinetuneConfig:
     )
     reprob: float = flag(0.25, "probability of random erasing", "--reprob", kind=float, group=DATA)
     repeated_aug: bool = flag(
-        True, "every picture thrice an epoch, a third of the pictures", "--repeated-aug", kind=bool, group=DATA
+        True, "every image thrice an epoch, a third of the images", "--repeated-aug", kind=bool, group=DATA
     )
     mixup: float = flag(0.8, "mixup α (0: none)", "--mixup", kind=float, group=DATA)
     cutmix: float = flag(1.0, "cutmix α (0: none)", "--cutmix", kind=float, group=DATA)
@@ -200,7 +200,7 @@ class FinetuneConfig:
 
     @property
     def repeats(self) -> int:
-        """How often a picture of an epoch is drawn (Hoffer et al. 2020; 3 in DeiT)."""
+        """How often an image of an epoch is drawn (Hoffer et al. 2020; 3 in DeiT)."""
         return 3 if self.repeated_aug else 1
 
     @property
@@ -255,7 +255,7 @@ class FinetuneConfig:
             )
         if self.mixes and self.batch_size % 2:
             raise UserError(
-                f"--batch-size {self.batch_size} is odd: mixing pairs pictures; make it even, or --mixup 0 --cutmix 0"
+                f"--batch-size {self.batch_size} is odd: mixing pairs images; make it even, or --mixup 0 --cutmix 0"
             )
         if self.eval and not self.resume:
             raise UserError("--eval: name the weights by --resume")

@@ -57,10 +57,10 @@ class LinclsConfig:
     )
     epochs: int = flag(90, "epochs", kind=int, group=METHOD)
     start_epoch: int = flag(0, "epoch to begin at without a checkpoint", kind=int, result=False, group=RUN)
-    batch_size: int = flag(1024, "pictures a step, over all ranks", "-b", "--batch-size", kind=int, group=METHOD)
+    batch_size: int = flag(1024, "images a step, over all ranks", "-b", "--batch-size", kind=int, group=METHOD)
     lr: float | tuple[float, ...] = flag(
         0.1,
-        "learning rate for 256 pictures; a comma list trains a head for each",
+        "learning rate for 256 images; a comma list trains a head for each",
         "--lr",
         "--learning-rate",
         kind=numbers,
@@ -135,9 +135,7 @@ class LinclsConfig:
         choices=("", *PRESETS),
         group=DATA,
     )
-    crop_min: float = flag(
-        0.08, "smallest crop of the training view, as a share of the picture", kind=float, group=DATA
-    )
+    crop_min: float = flag(0.08, "smallest crop of the training view, as a share of the image", kind=float, group=DATA)
     output_dir: str = flag(".", "folder of the files", result=False, group=RUN)
     recipe: str = flag("", "named set of flags, see the list at the end", result=False, group=RUN)
     config: str = flag("", "YAML file of flags, for example a run's lincls.yaml", result=False, group=RUN)
@@ -160,7 +158,7 @@ class LinclsConfig:
 
     @property
     def lrs(self) -> tuple[float, ...]:
-        """Learning rates for 256 pictures, in the order given."""
+        """Learning rates for 256 images, in the order given."""
         return self.lr if isinstance(self.lr, tuple) else (self.lr,)
 
     @property
@@ -180,7 +178,7 @@ class LinclsConfig:
 
     @property
     def lr_scale(self) -> float:
-        """What a learning rate for 256 pictures is multiplied by."""
+        """What a learning rate for 256 images is multiplied by."""
         return self.batch_size / 256
 
     def check(self) -> None:

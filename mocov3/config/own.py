@@ -1,4 +1,4 @@
-"""Flags for own pictures: a budget of time, judging without labels, groups, and going on from existing weights."""
+"""Flags for own images: a budget of time, judging without labels, groups, and going on from existing weights."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,12 @@ from mocov3.config.fields import flag
 from mocov3.config.views import ViewFlags
 from mocov3.errors import UserError
 
-OWN = "own pictures"
+OWN = "own images"
 
 
 @dataclass(frozen=True)
 class OwnFlags(ViewFlags):
-    """What pre-training on own pictures adds; the defaults change nothing."""
+    """What pre-training on own images adds; the defaults change nothing."""
 
     budget: str = flag(
         "",
@@ -22,11 +22,11 @@ class OwnFlags(ViewFlags):
         metavar="TIME",
     )
     hold_out: int = flag(
-        0, "pictures kept from training, for the quality without labels", kind=int, group=OWN, metavar="N"
+        0, "images kept from training, for the quality without labels", kind=int, group=OWN, metavar="N"
     )
     quality_every: int = flag(
         0,
-        "epochs between judgements without labels, on pictures of --hold-out or DIR/val (0: none); keeps the best "
+        "epochs between judgements without labels, on images of --hold-out or DIR/val (0: none); keeps the best "
         "network as best_unlabelled.pth.tar",
         kind=int,
         result=False,
@@ -43,7 +43,7 @@ class OwnFlags(ViewFlags):
     )
     group_by: str = flag(
         "",
-        "regular expression; pictures whose names match it alike (its first bracket) are never in one batch",
+        "regular expression; images whose names match it alike (its first bracket) are never in one batch",
         group=OWN,
         metavar="REGEX",
     )

@@ -11,7 +11,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Reading:
-    """How the samples of a file become the channels of a picture; the rules are in ``mocov3.data.views.decode``."""
+    """How the samples of a file become the channels of an image; the rules are in ``mocov3.data.views.decode``."""
 
     channels: int = 3
     """1: grey; 3: RGB; any other number: the file's own samples, which must be as many."""
@@ -24,12 +24,12 @@ RGB = Reading()
 
 @dataclass(frozen=True)
 class ViewPreset:
-    """What the views of a picture are drawn from. Pairs give the values of view 1 and view 2."""
+    """What the views of an image are drawn from. Pairs give the values of view 1 and view 2."""
 
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of the crop, drawn uniformly in its logarithm."""
     pad: float = 0.0
-    """Black border added on each side before the crop, as a share of the picture's side (zooms out, shifts)."""
+    """Black border added on each side before the crop, as a share of the image's side (zooms out, shifts)."""
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.2
@@ -51,12 +51,12 @@ class ViewPreset:
     evaluation_zoom: float = 256 / 224
     """For evaluation the shorter side is resized to ``round(size * zoom)`` and the centre is cut out."""
     crop_min: float = 0.08
-    """Smallest crop as a share of the picture, where ``--crop-min`` is not given."""
+    """Smallest crop as a share of the image, where ``--crop-min`` is not given."""
 
 
 PRESETS: dict[str, ViewPreset] = {
     "photos": ViewPreset(),
-    "gray": ViewPreset(  # small grey pictures of centred objects; settings chosen in docs/demo.md
+    "gray": ViewPreset(  # small grey images of centred objects; settings chosen in docs/demo.md
         pad=1 / 28,
         brightness=0.4,
         contrast=0.4,

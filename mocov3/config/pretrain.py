@@ -28,7 +28,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
 
     data: str = flag(
         "",
-        "folder of pictures (DIR/train is used where it exists), list of them (.txt, .csv), several of these "
+        "folder of images (DIR/train is used where it exists), list of them (.txt, .csv), several of these "
         "(DIR2:0.3 uses 30 % of DIR2 in each epoch), or the built-in fashion-mnist[:ROOT]",
         positional=True,
         result=False,
@@ -50,8 +50,8 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     start_epoch: int = flag(
         0, "epoch to begin at without a checkpoint; --resume sets it from the file", kind=int, result=False, group=RUN
     )
-    batch_size: int = flag(4096, "pictures a step, over all ranks", "-b", "--batch-size", kind=int, group=METHOD)
-    lr: float = flag(0.6, "learning rate for 256 pictures", "--lr", "--learning-rate", kind=float, group=METHOD)
+    batch_size: int = flag(4096, "images a step, over all ranks", "-b", "--batch-size", kind=int, group=METHOD)
+    lr: float = flag(0.6, "learning rate for 256 images", "--lr", "--learning-rate", kind=float, group=METHOD)
     momentum: float = flag(0.9, "momentum of LARS", kind=float, group=METHOD)
     weight_decay: float = flag(1e-6, "weight decay", "--wd", "--weight-decay", kind=float, group=METHOD)
     print_freq: int = flag(10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN)
@@ -84,7 +84,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     stop_grad_conv1: bool = flag(False, "keep the patch projection of a ViT as initialised", kind=bool, group=METHOD)
     optimizer: str = flag("lars", "optimizer", choices=("lars", "adamw"), group=METHOD)
     warmup_epochs: int = flag(10, "epochs of linear warm-up", kind=int, group=METHOD)
-    crop_min: float = flag(0.08, "smallest crop as a share of the picture", "--crop-min", kind=float, group=DATA)
+    crop_min: float = flag(0.08, "smallest crop as a share of the image", "--crop-min", kind=float, group=DATA)
     # --- ours ------------------------------------------------------------------------------------------
     output_dir: str = flag(".", "folder of checkpoints, metrics and logs", result=False, group=RUN)
     recipe: str = flag("", "named set of flags (below); any flag still overrides", result=False, group=RUN)
@@ -101,7 +101,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         group=MODEL,
     )
     small_stem: bool = flag(
-        False, "3×3 stride-1 stem without pooling, for ResNets on pictures of 28–64 px", kind=bool, group=MODEL
+        False, "3×3 stride-1 stem without pooling, for ResNets on images of 28–64 px", kind=bool, group=MODEL
     )
     init: str = flag(
         "",
@@ -122,7 +122,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         group=DATA,
     )
     max_corrupt: float = flag(
-        0.01, "share of unreadable pictures (from 10 on) that stops the run", kind=float, result=False, group=DATA
+        0.01, "share of unreadable images (from 10 on) that stops the run", kind=float, result=False, group=DATA
     )
     checkpoint_every: int = flag(
         1, "epochs between checkpoints that are kept", kind=int, result=False, group=RUN, metavar="EPOCHS"
@@ -174,7 +174,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     allow_config_change: bool = flag(
         False, "resume although result-changing fields differ", kind=bool, result=False, group=RUN
     )
-    allow_data_change: bool = flag(False, "resume although the pictures differ", kind=bool, result=False, group=RUN)
+    allow_data_change: bool = flag(False, "resume although the images differ", kind=bool, result=False, group=RUN)
     logger: str = flag("tensorboard", LOGGER_HELP, result=False, group=RUN, metavar="NAMES")
     quiet: bool = flag(False, "print warnings and the result only", kind=bool, result=False, group=RUN)
     json: bool = flag(False, "print every metrics line as JSON instead of text", kind=bool, result=False, group=RUN)
@@ -191,7 +191,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
 
     @property
     def data_title(self) -> str:
-        """The pictures, for messages."""
+        """The images, for messages."""
         return self.data.replace("\n", " ")
 
     def check(self) -> None:
@@ -212,7 +212,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
                 raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
         if self.batch_size < 2:
             raise UserError(
-                f"--batch-size must be at least 2, not {self.batch_size}: the loss tells the pictures of a batch apart"
+                f"--batch-size must be at least 2, not {self.batch_size}: the loss tells the images of a batch apart"
             )
         not_negative = (
             "workers",

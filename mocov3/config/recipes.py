@@ -28,7 +28,7 @@ _VIT: dict[str, Any] = {
 }
 
 RECIPES: dict[str, Recipe] = {
-    "auto": Recipe({}, "chosen for the pictures and the machine; what mocov3 pretrain does unless told otherwise"),
+    "auto": Recipe({}, "chosen for the images and the machine; what mocov3 pretrain does unless told otherwise"),
     "adapt": Recipe(
         {  # optimizer and learning rate are those of the kind of network, as in auto
             "epochs": 20,
@@ -41,7 +41,7 @@ RECIPES: dict[str, Recipe] = {
             "quality_every": 1,
             "patience": 4,
         },
-        "ours: goes on from --init on other pictures; the rest as in auto",
+        "ours: goes on from --init on other images; the rest as in auto",
     ),
     "defaults": Recipe({}, "the reference's defaults; what main_moco.py does unless told otherwise"),
     "resnet50_100ep": Recipe(
@@ -88,7 +88,7 @@ RECIPES: dict[str, Recipe] = {
             "moco_m_cos": True,
             "moco_t": 0.2,
         },
-        "ours: colour pictures of 28–96 px, one GPU",
+        "ours: colour images of 28–96 px, one GPU",
     ),
     "fashion_mnist": Recipe(
         {

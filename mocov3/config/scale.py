@@ -7,7 +7,7 @@ from mocov3.config.own import OwnFlags
 from mocov3.errors import UserError
 
 
-def pictures_or_auto(text: str | int) -> int | str:
+def images_or_auto(text: str | int) -> int | str:
     """``auto``, or a number.
 
     Raises:
@@ -22,10 +22,10 @@ class ScaleFlags(OwnFlags):
 
     micro_batch: int | str = flag(
         0,
-        "most pictures of a process in a pass: loss and gradients stay those of the whole batch, in less memory, for a "
+        "most images of a process in a pass: loss and gradients stay those of the whole batch, in less memory, for a "
         "quarter more time (auto: the most that fit; 0: all). Exact for backbones without batch norm; others "
         "normalise by each micro-batch",
-        kind=pictures_or_auto,
+        kind=images_or_auto,
         result=False,
         group="ranks and devices",
         metavar="N|auto",

@@ -59,23 +59,20 @@ class ViewFlags:
     )
     crop_ratio: str = flag("", "smallest,largest width over height of the crop", group=VIEWS)
     crop_pad: float | None = flag(
-        None,
-        "black border added on each side before the crop, as a share of the picture's side",
-        kind=float,
-        group=VIEWS,
+        None, "black border added on each side before the crop, as a share of the image's side", kind=float, group=VIEWS
     )
     mean_std: str = flag(
         "",
-        "normalisation: 'auto' measures it on the pictures; or mean,std or a mean and then a deviation for every "
+        "normalisation: 'auto' measures it on the images; or mean,std or a mean and then a deviation for every "
         "channel, in 0–1",
         group=VIEWS,
     )
     channels: int = flag(
-        3, "channels of a picture: 1 (grey), 3 (RGB), or those that every file holds (TIFF)", kind=int, group=VIEWS
+        3, "channels of an image: 1 (grey), 3 (RGB), or those that every file holds (TIFF)", kind=int, group=VIEWS
     )
     bit_window: str = flag(
         "",
-        "LOW,HIGH: values that become black and white in pictures of more than 8 bits (default: their upper 8)",
+        "LOW,HIGH: values that become black and white in images of more than 8 bits (default: their upper 8)",
         group=VIEWS,
     )
 

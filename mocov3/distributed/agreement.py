@@ -1,6 +1,6 @@
 """Ranks that were started differently: found before the first step, by digest, naming field and ranks.
 
-Each rank reads its own command line, files and pictures. Where these differ the run would hang, or average gradients of
+Each rank reads its own command line, files and images. Where these differ the run would hang, or average gradients of
 different trainings without a word.
 """
 
@@ -39,19 +39,19 @@ PRIVATE = {
 """Fields that may differ: places, names, output, and what each rank decides for itself or with the others."""
 
 
-def check_agreement(world: World, config: PretrainConfig, pictures: dict[str, str]) -> None:
-    """Refuse ranks of different configuration, pictures or versions.
+def check_agreement(world: World, config: PretrainConfig, images: dict[str, str]) -> None:
+    """Refuse ranks of different configuration, images or versions.
 
     Args:
         world: this rank; all call this.
         config: as this rank read it.
-        pictures: name of a set of pictures → its digest.
+        images: name of a set of images → its digest.
 
     Raises:
         UserError: on every rank, naming the first field that differs, its values and ranks.
     """
     fields = {name: _shown(value) for name, value in dataclasses.asdict(config).items() if name not in PRIVATE}
-    facts = {"the version of mocov3": __version__, **pictures}
+    facts = {"the version of mocov3": __version__, **images}
     facts |= {f"--{name.replace('_', '-')}": value for name, value in fields.items()}
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()
     if len(set(world.gather(digest))) == 1:
@@ -68,8 +68,8 @@ def check_agreement(world: World, config: PretrainConfig, pictures: dict[str, st
 def _difference(name: str, values: dict[str, list[int]], config: PretrainConfig) -> str:
     parts = [f"{value} on rank {_ranks(ranks)}" for value, ranks in list(values.items())[:3]]
     cure = "start all with the same command and files"
-    if name == "pictures":
-        cure = "every machine needs the same pictures under the same names"
+    if name == "images":
+        cure = "every machine needs the same images under the same names"
     elif config.recipe in ("auto", "adapt"):
         cure = f"--recipe {config.recipe} measures on each rank: give {name}, or --nprocs-per-node instead of torchrun"
     more = " …" if len(values) > 3 else ""

@@ -32,7 +32,7 @@ class _SynchronisedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         x, weight, mean, inverse, total = ctx.saved_tensors
-        # Σ g·x̂ and Σ g over this rank's pictures, with the statistics of all
+        # Σ g·x̂ and Σ g over this rank's images, with the statistics of all
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, None, None, mean, inverse, True, 0.0, [False, True, True]
         )

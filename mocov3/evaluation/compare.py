@@ -1,7 +1,7 @@
 """Judge networks side by side, without labels or with few: ``mocov3 compare CKPT… DIR``.
 
 Every checkpoint is shown beside the same network untrained, the weights it started from where they are at hand, and
-plain pixels. Measures: ``mocov3.evaluation.quality``; which to trust: ``docs/own-pictures.md``.
+plain pixels. Measures: ``mocov3.evaluation.quality``; which to trust: ``docs/own-images.md``.
 """
 
 import json
@@ -26,29 +26,22 @@ def main(argv: Sequence[str]) -> int:
     """Judge every network, print the table; returns the exit code."""
     args = _parse(argv)
     if len(args.things) < 2:
-        raise UserError("compare takes checkpoints and then the folder of pictures: mocov3 compare CKPT… DIR")
+        raise UserError("compare takes checkpoints and then the folder of images: mocov3 compare CKPT… DIR")
     *files, data = args.things
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"{file}: there is no such checkpoint file")
-    whole, separate = _pictures(data)
+    whole, separate = _images(data)
     labels = read_labels(Path(args.labels), whole) if args.labels else own_labels(whole)
     from mocov3.evaluation.network_scores import judge_all, kept_back
 
     unseen = None if separate else kept_back(files, data, whole)
-    pictures = whole if unseen is None else unseen
-    if len(pictures) < 10:
-        raise UserError(f"data {data}: {len(pictures)} pictures are too few to judge by; 10 or more are needed")
+    images = whole if unseen is None else unseen
+    if len(images) < 10:
+        raise UserError(f"data {data}: {len(images)} images are too few to judge by; 10 or more are needed")
     warn_left_out(whole)
     rows = judge_all(
-        files,
-        pictures,
-        whole,
-        labels,
-        device=args.device,
-        workers=args.workers,
-        arch=args.arch or None,
-        heads=args.heads,
+        files, images, whole, labels, device=args.device, workers=args.workers, arch=args.arch or None, heads=args.heads
     )
     if args.json:
         for row in rows:
@@ -64,12 +57,12 @@ def _parse(argv: Sequence[str]) -> Any:
         "things",
         nargs="*",
         metavar="CKPT… DIR",
-        help="weights files, then pictures to judge by; "
-        "best pictures that were not trained on (DIR/val is used where it exists)",
+        help="weights files, then images to judge by; "
+        "best images that were not trained on (DIR/val is used where it exists)",
     )
     parser.add_argument("-a", "--arch", default="", help="backbone of files that do not name it")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT, of files that do not tell")
-    parser.add_argument("--labels", default="", metavar="CSV", help="path,label of some pictures (10–100 will do)")
+    parser.add_argument("--labels", default="", metavar="CSV", help="path,label of some images (10–100 will do)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device")
     parser.add_argument("--workers", "-j", type=int, default=usable_cores(), help="loading processes (0: none)")
     parser.add_argument("--json", action="store_true", help="print a JSON line a network instead of the table")
@@ -82,8 +75,8 @@ def _parse(argv: Sequence[str]) -> Any:
     return args
 
 
-def _pictures(data: str) -> tuple[Source, bool]:
-    """Pictures to judge on, and whether they are a part of their own (DIR/val)."""
+def _images(data: str) -> tuple[Source, bool]:
+    """Images to judge on, and whether they are a part of their own (DIR/val)."""
     return (open_source(data, "val"), True) if has_unseen(data) else (open_source(data), False)
 
 
@@ -102,7 +95,7 @@ def _print(rows: list[dict[str, Any]], labels: Labels | None, file: str, *, kept
     trained = [row for row in rows if row["kind"] == "checkpoint"]
     best = max(row["retrieval"] for row in trained)
     which = " that these runs kept back (--hold-out)" if kept else ""
-    print(f"{rows[0]['pictures']} pictures{which}, by views of kinds not trained on; *: finds most again\n")
+    print(f"{rows[0]['pictures']} images{which}, by views of kinds not trained on; *: finds most again\n")
     heads = [f"{title:>7}" for title, _ in _COLUMNS.values()] + (["k-NN % (95 %)"] if labels is not None else [])
     print(f"  {'network':<{_NAME}}" + " ".join(heads))
     for row in rows:
@@ -114,9 +107,9 @@ def _print(rows: list[dict[str, Any]], labels: Labels | None, file: str, *, kept
         mark = "*" if row["kind"] == "checkpoint" and row["retrieval"] == best else " "
         print(f"{mark} {name:<{_NAME}}" + " ".join(cells))
     print("\nBetter: more found, higher RankMe and LiDAR, lower alignment and uniformity. The share found")
-    print("again goes along with k-NN best (docs/own-pictures.md). Compare on the same pictures only.")
+    print("again goes along with k-NN best (docs/own-images.md). Compare on the same images only.")
     if labels is not None:
-        counted = f"{len(labels.indices)} labelled pictures of {len(labels.classes)} classes"
+        counted = f"{len(labels.indices)} labelled images of {len(labels.classes)} classes"
         print(
             f"k-NN: each of {counted} judged by the others (k 20, τ .07){' of ' + file if file else ''}; "
             "where intervals overlap, the labels can't tell networks apart."

@@ -1,6 +1,6 @@
-"""Features of every picture of a folder: ``mocov3 embed --model FILE DIR --output NAME.parquet``.
+"""Features of every image of a folder: ``mocov3 embed --model FILE DIR --output NAME.parquet``.
 
-As for training, these are the pictures of its training part where it has parts; name DIR/val for those of the other.
+As for training, these are the images of its training part where it has parts; name DIR/val for those of the other.
 
 Features are written as they come; a stopped pass goes on where it stood when the same command is given again.
 """
@@ -92,7 +92,7 @@ def embed(world: Any, config: EmbedConfig) -> int:
     side = frozen.image_size
     with torch.no_grad(), precision.autocast():
         shape = tuple(frozen.features(torch.zeros(1, 3, side, side, device=world.device)).shape[1:])
-    spool = Spool(Path(config.output), key, pictures=len(source), shape=shape, batch=config.batch_size, world=world)
+    spool = Spool(Path(config.output), key, images=len(source), shape=shape, batch=config.batch_size, world=world)
     if world.main and spool.found:
         _say(f"going on: {spool.found} of {spool.batches} batches are there")
     mine = spool.todo()
@@ -121,13 +121,13 @@ def embed(world: Any, config: EmbedConfig) -> int:
         errors = spool.finish(source, frozen.about)
         where = printable(config.output)
         _say(
-            f"{where}: {len(source)} pictures × {'×'.join(map(str, shape))} of {frozen.about}"
-            + (f"; {rate:.0f} pictures/s" if done else "")
+            f"{where}: {len(source)} images × {'×'.join(map(str, shape))} of {frozen.about}"
+            + (f"; {rate:.0f} images/s" if done else "")
             + other_part(config.data)
         )
         if errors:
             first = min(errors)
-            warn(f"{len(errors)} unreadable pictures have NaN features, first: {source.name(first)}: {errors[first]}")
+            warn(f"{len(errors)} unreadable images have NaN features, first: {source.name(first)}: {errors[first]}")
         if config.duplicates:
             _duplicates(config, source, errors)
     world.barrier()
@@ -146,7 +146,7 @@ def _duplicates(config: EmbedConfig, source: Source, errors: dict[int, str]) -> 
             )
     extra = sum(len(members) - 1 for _, members in groups)
     _say(
-        f"{len(groups)} groups of pictures with cosine ≥ {config.duplicates:g}, {extra} beyond the first of each: "
+        f"{len(groups)} groups of images with cosine ≥ {config.duplicates:g}, {extra} beyond the first of each: "
         f"{printable(str(file))}"
     )
     for least, members in groups[:5]:

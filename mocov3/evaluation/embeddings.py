@@ -1,7 +1,7 @@
 """Files of embeddings: a spool that a stopped pass goes on with, the finished ``.npy`` or ``.parquet``, duplicates.
 
 The spool lies beside the output: ``.NAME.spool.npy`` (features), ``.NAME.done`` (a byte a batch), ``.NAME.key.json``
-(what made them) and ``.NAME.errors.jsonl`` (unreadable pictures).
+(what made them) and ``.NAME.errors.jsonl`` (unreadable images).
 """
 
 import json
@@ -29,23 +29,23 @@ class Spool:
     Args:
         output: the file that is to be.
         key: what makes the features; a spool of another key is begun afresh.
-        pictures: how many.
-        shape: of one picture's features.
-        batch: pictures a batch.
+        images: how many.
+        shape: of one image's features.
+        batch: images a batch.
         world: this rank.
     """
 
     def __init__(
-        self, output: Path, key: dict[str, Any], *, pictures: int, shape: tuple[int, ...], batch: int, world: World
+        self, output: Path, key: dict[str, Any], *, images: int, shape: tuple[int, ...], batch: int, world: World
     ) -> None:
-        self.output, self.world, self.batch, self.pictures = output, world, batch, pictures
-        self.batches = -(-pictures // batch)
+        self.output, self.world, self.batch, self.images = output, world, batch, images
+        self.batches = -(-images // batch)
         names = ("spool.npy", "done", "key.json", "errors.jsonl")
         self._features_file, self._done_file, self._key_file, self._errors_file = (
             output.with_name(f".{output.name}.{name}") for name in names
         )
         if world.main:
-            self._prepare({**key, "shape": list(shape), "pictures_n": pictures}, shape)
+            self._prepare({**key, "shape": list(shape), "pictures_n": images}, shape)
         world.barrier()
         self._features: Any = np.load(self._features_file, mmap_mode="r+")
         self._done: Any = np.memmap(self._done_file, dtype=np.uint8, mode="r+", shape=(self.batches,))
@@ -65,7 +65,7 @@ class Spool:
             file.unlink(missing_ok=True)
         try:
             made = np.lib.format.open_memmap(
-                self._features_file, mode="w+", dtype=np.float32, shape=(self.pictures, *shape)
+                self._features_file, mode="w+", dtype=np.float32, shape=(self.images, *shape)
             )
             del made
             self._done_file.write_bytes(bytes(self.batches))
@@ -78,10 +78,10 @@ class Spool:
         missing = np.flatnonzero(self._done == 0)
         self.world.barrier()  # before anyone marks one
         mine = np.array_split(missing, self.world.size)[self.world.rank]
-        return [np.arange(b * self.batch, min((b + 1) * self.batch, self.pictures)) for b in mine.tolist()]
+        return [np.arange(b * self.batch, min((b + 1) * self.batch, self.images)) for b in mine.tolist()]
 
     def put(self, indices: np.ndarray, features: np.ndarray, errors: dict[int, str]) -> None:
-        """Write a batch; unreadable pictures get NaN."""
+        """Write a batch; unreadable images get NaN."""
         first = int(indices[0])
         self._features[first : first + len(indices)] = features
         if errors:
@@ -101,7 +101,7 @@ class Spool:
         self._flushed = time.monotonic()
 
     def finish(self, source: Source, about: str) -> dict[int, str]:
-        """Make the output, remove the spool; returns the unreadable pictures: index → reason."""
+        """Make the output, remove the spool; returns the unreadable images: index → reason."""
         errors = self._errors()
         del self._features, self._done
         if self.output.suffix == ".parquet":
@@ -134,7 +134,7 @@ class Spool:
 
 
 def class_of(source: Source, index: int) -> str:
-    """Name of the picture's class: of its label for the built-in set, else of the folder it lies in."""
+    """Name of the image's class: of its label for the built-in set, else of the folder it lies in."""
     if not hasattr(source, "root") or not hasattr(source, "index"):
         return source.classes[int(source.labels[index])] if source.labels is not None else ""
     return PurePosixPath(source.name(index).replace(os.sep, "/")).parent.name
@@ -176,7 +176,7 @@ def _utf8(name: str) -> str:
 
 
 def load(path: Path) -> torch.Tensor:
-    """Features of a finished file, (pictures, …)."""
+    """Features of a finished file, (images, …)."""
     if path.suffix == ".npy":
         return torch.from_numpy(np.load(path, mmap_mode="c"))
     import pyarrow.parquet as pq
@@ -188,9 +188,9 @@ def load(path: Path) -> torch.Tensor:
 
 
 def duplicate_groups(features: torch.Tensor, threshold: float, *, leave_out: set[int]) -> list[tuple[float, list[int]]]:
-    """Groups of pictures joined by a cosine of at least ``threshold``: (least cosine of a joining pair, members).
+    """Groups of images joined by a cosine of at least ``threshold``: (least cosine of a joining pair, members).
 
-    Largest groups first. A picture is compared with its 20 nearest.
+    Largest groups first. An image is compared with its 20 nearest.
     """
     kept = torch.tensor([i for i in range(len(features)) if i not in leave_out], dtype=torch.long)
     if len(kept) < 2:

@@ -1,6 +1,6 @@
-"""Features of a frozen backbone over a set of pictures, in evaluation mode, split over ranks.
+"""Features of a frozen backbone over a set of images, in evaluation mode, split over ranks.
 
-Pictures are taken in batches of a fixed grid, which ranks share out; so features do not depend on the number of
+Images are taken in batches of a fixed grid, which ranks share out; so features do not depend on the number of
 ranks, nor on where a stopped pass goes on.
 """
 
@@ -20,7 +20,7 @@ from mocov3.distributed.sharding import gathered
 from mocov3.errors import UserError
 from mocov3.losses import at_least_float32
 
-_FEW = 2000  # pictures below which starting loader processes takes longer than they save
+_FEW = 2000  # images below which starting loader processes takes longer than they save
 
 
 class Part(NamedTuple):
@@ -28,28 +28,28 @@ class Part(NamedTuple):
 
     indices: np.ndarray
     features: Tensor
-    """float32 (float64 of a network in float64), on the device, (pictures, …)."""
+    """float32 (float64 of a network in float64), on the device, (images, …)."""
     corrupt: list[Corrupt]
-    """Pictures that could not be read; their rows hold another's features."""
+    """Images that could not be read; their rows hold another's features."""
 
 
 class Collected(NamedTuple):
-    """Features of all pictures of a source, in order, on the CPU of every rank."""
+    """Features of all images of a source, in order, on the CPU of every rank."""
 
     features: Tensor
     corrupt: dict[int, str]
-    """Unreadable pictures, whose rows hold another's features: index → reason."""
+    """Unreadable images, whose rows hold another's features: index → reason."""
 
 
 def grid(n: int, batch_size: int, world: World) -> list[np.ndarray]:
-    """This rank's batches of ``n`` pictures: consecutive ones, of ``batch_size`` but the last of all."""
+    """This rank's batches of ``n`` images: consecutive ones, of ``batch_size`` but the last of all."""
     starts = np.array_split(np.arange(0, n, batch_size), world.size)[world.rank]
     return [np.arange(s, min(s + batch_size, n)) for s in starts.tolist()]
 
 
-def loader_workers(workers: int, pictures: int, world: World) -> int:
-    """Loader processes of this rank: at most its share of the usable cores, none for few pictures."""
-    return min(workers, max(usable_cores() // world.local_size, 1)) if pictures > _FEW else 0
+def loader_workers(workers: int, images: int, world: World) -> int:
+    """Loader processes of this rank: at most its share of the usable cores, none for few images."""
+    return min(workers, max(usable_cores() // world.local_size, 1)) if images > _FEW else 0
 
 
 @torch.no_grad()
@@ -66,14 +66,14 @@ def stream(
     workers: int = 0,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[Part]:
-    """Features of ``batches`` of pictures, one batch after the other.
+    """Features of ``batches`` of images, one batch after the other.
 
     Args:
         network: put in evaluation mode for the time and back.
         features: its call for features.
-        source: the pictures.
+        source: the images.
         view: the evaluation view.
-        batches: indices of the pictures of each batch.
+        batches: indices of the images of each batch.
         device: where the network is.
         mean: of the normalisation.
         std: of the normalisation.
@@ -106,20 +106,20 @@ def collect(
     check: bool = True,
     **settings: Any,
 ) -> Collected:
-    """Features of every picture of ``source``, and which could not be read; each rank computes a part.
+    """Features of every image of ``source``, and which could not be read; each rank computes a part.
 
     Args:
         network: see ``stream``, as the other settings.
         features: its call for features.
-        source: the pictures.
+        source: the images.
         view: the evaluation view.
         world: this rank.
-        batch_size: pictures a pass.
+        batch_size: images a pass.
         check: refuse features that are not finite.
         **settings: of ``stream``.
 
     Raises:
-        UserError: if features are not finite, naming the pictures.
+        UserError: if features are not finite, naming the images.
     """
     mine = grid(len(source), batch_size, world)
     own, filled = torch.empty(0), 0
@@ -143,9 +143,9 @@ def collect(
 def extract(
     network: nn.Module, features: Callable[[Tensor], Tensor], source: Source, view: CentreView, **settings: Any
 ) -> Tensor:
-    """Features of every picture of ``source``, in order, on the CPU of every rank, as float32 (pictures, width).
+    """Features of every image of ``source``, in order, on the CPU of every rank, as float32 (images, width).
 
-    An unreadable picture gets another's features, as in training. Settings are those of ``collect``.
+    An unreadable image gets another's features, as in training. Settings are those of ``collect``.
     """
     return collect(network, features, source, view, check=False, **settings).features
 
@@ -154,7 +154,7 @@ def refuse_not_finite(x: Tensor, indices: np.ndarray, source: Source) -> None:
     """Refuse features that are NaN or infinite.
 
     Raises:
-        UserError: naming the first pictures.
+        UserError: naming the first images.
     """
     if bool(torch.isfinite(x).all()):
         return

@@ -26,7 +26,7 @@ PIXELS = "pixels"
 
 @dataclass(frozen=True)
 class Frozen:
-    """A backbone in evaluation mode without gradients, and how pictures are prepared for it."""
+    """A backbone in evaluation mode without gradients, and how images are prepared for it."""
 
     network: nn.Module
     features: Callable[[Tensor], Tensor]
@@ -40,7 +40,7 @@ class Frozen:
 
     @property
     def width(self) -> int:
-        """Numbers of a picture's feature that linear evaluation uses."""
+        """Numbers of an image's feature that linear evaluation uses."""
         return int(self.network.num_features)  # type: ignore[arg-type]
 
     @property
@@ -75,7 +75,7 @@ class Frozen:
 
 
 class Pixels(nn.Module):
-    """No network: the pixels themselves, averaged down to at most 32×32. The baseline of small pictures."""
+    """No network: the pixels themselves, averaged down to at most 32×32. The baseline of small images."""
 
     projector_name = "head"
 
@@ -86,7 +86,7 @@ class Pixels(nn.Module):
         self.head: nn.Module = nn.Identity()
 
     def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
-        """Pixels as one row a picture."""
+        """Pixels as one row an image."""
         return nn.functional.adaptive_avg_pool2d(x, self.side).flatten(1)
 
 

@@ -1,7 +1,7 @@
 """k-NN evaluation (Wu et al. 2018; Caron et al. 2021): ``mocov3 knn --model FILE DIR``.
 
 With a training and a validation part (DIR/train, DIR/val) the first is the bank and the second is asked; one folder of
-classes is asked against itself, each picture left out in turn; so are the few that ``--labels some.csv`` names.
+classes is asked against itself, each image left out in turn; so are the few that ``--labels some.csv`` names.
 """
 
 import json
@@ -44,11 +44,9 @@ def open_sets(data: str, labels: str = "") -> tuple[Source, Source | None]:
     if labels:
         return Labelled(bank, read_labels(Path(labels), bank)), None
     queries = open_source(data, "val") if has_unseen(data) else None
-    for part, pictures in (("bank", bank), ("val", queries)):
-        if pictures is not None and (pictures.labels is None or len(pictures.classes) < 2):
-            raise UserError(
-                f"data {data} ({part}): needs two or more class folders with pictures, or --labels some.csv"
-            )
+    for part, images in (("bank", bank), ("val", queries)):
+        if images is not None and (images.labels is None or len(images.classes) < 2):
+            raise UserError(f"data {data} ({part}): needs two or more class folders with images, or --labels some.csv")
     if queries is not None:
         check_same_classes(bank.classes, queries.classes, f"data {data}")
     return bank, queries
@@ -64,12 +62,12 @@ def limits(config: KnnConfig, available: int) -> tuple[tuple[int, ...], tuple[in
     for flag, given, default in (("--k", config.k, KS), ("--recall", config.recall, RECALLS)):
         above = [k for k in given if k > available]
         if above and given != default:
-            raise UserError(f"{flag} {above[0]} is above the {available} pictures of the bank; give less")
+            raise UserError(f"{flag} {above[0]} is above the {available} images of the bank; give less")
         if above:
-            notes.append(f"{flag} {','.join(map(str, above))} left out: the bank has {available} pictures")
+            notes.append(f"{flag} {','.join(map(str, above))} left out: the bank has {available} images")
         kept.append(tuple(dict.fromkeys(k for k in given if k <= available)))
     if not kept[0]:
-        raise UserError(f"the bank has {available} pictures, too few for any k")
+        raise UserError(f"the bank has {available} images, too few for any k")
     return kept[0], kept[1], notes
 
 
@@ -120,7 +118,7 @@ def measure(world: Any, config: KnnConfig) -> int:
 
 
 def _features(world: Any, frozen: Any, config: KnnConfig, source: Source) -> tuple[Any, Any]:
-    """Features and classes of the readable pictures of a source, on the CPU."""
+    """Features and classes of the readable images of a source, on the CPU."""
     import torch
 
     from mocov3.evaluation.features import collect, loader_workers
@@ -144,12 +142,12 @@ def _features(world: Any, frozen: Any, config: KnnConfig, source: Source) -> tup
     if corrupt:
         if world.main:
             first = min(corrupt)
-            warn(f"{len(corrupt)} unreadable pictures left out, first: {source.name(first)}: {corrupt[first]}")
+            warn(f"{len(corrupt)} unreadable images left out, first: {source.name(first)}: {corrupt[first]}")
         keep = torch.ones(len(source), dtype=torch.bool)
         keep[list(corrupt)] = False
         features, labels = features[keep], labels[keep]
     if not len(features):
-        raise UserError(f"data {config.data}: no picture of a set can be read")
+        raise UserError(f"data {config.data}: no image of a set can be read")
     return features, labels
 
 
@@ -189,7 +187,7 @@ def _report(
         )
         return
     print(f"k-NN of {frozen.about}")
-    how = f"{asked} pictures, each left out in turn" if leave_one_out else f"bank {bank}, {asked} queries"
+    how = f"{asked} images, each left out in turn" if leave_one_out else f"bank {bank}, {asked} queries"
     print(
         f"{how}, {classes} classes; cosine, vote exp(similarity/τ); shorter side to {settings['resize']} px, "
         f"centre {view.image_size}; {settings['layer']}"
@@ -201,7 +199,7 @@ def _report(
         cells = (f"{accuracy[k, t]:8.3f}{'*' if (k, t) == best else ' '} " for t in temperatures)
         print(f"{k:6d}" + "".join(cells).rstrip())
     low, high = interval(round(accuracy[best] * asked / 100), asked)
-    print(f"*: the best; 95 % interval {low:.1f}–{high:.1f}, for the choice of these {asked} pictures")
+    print(f"*: the best; 95 % interval {low:.1f}–{high:.1f}, for the choice of these {asked} images")
     if recall:
         print("recall  " + "  ".join(f"@{k} {value:.3f}" for k, value in recall.items()))
     for note in notes:

@@ -1,7 +1,7 @@
-"""A verdict on a network without labels: held-out pictures, views of kinds never trained on, six measures.
+"""A verdict on a network without labels: held-out images, views of kinds never trained on, six measures.
 
 Sources of the measures: ``mocov3.evaluation.quality``. How far each goes along with k-NN accuracy:
-``docs/own-pictures.md``.
+``docs/own-images.md``.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.evaluation import quality
 
-PICTURES = 2000
-"""More pictures are not used: a draw of this many tells networks apart."""
+IMAGES = 2000
+"""More images are not used: a draw of this many tells networks apart."""
 _PIXELS = 16
 _SEED = 0
 
@@ -32,9 +32,9 @@ _SEED = 0
 class Verdict:
     """One network's measures."""
 
-    pictures: int
+    images: int
     retrieval: float
-    """Share in % of pictures found again among all by another view; the one that chooses ``best_unlabelled``."""
+    """Share in % of images found again among all by another view; the one that chooses ``best_unlabelled``."""
     rankme: float
     alpha: float
     lidar: float
@@ -42,14 +42,15 @@ class Verdict:
     uniformity: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Name → value, for JSON."""
-        return asdict(self)
+        """Name → value, for JSON; there ``images`` has been called ``pictures`` from the first version."""
+        values = asdict(self)
+        return {"pictures": values.pop("images"), **values}
 
 
-def judge(views: Float[Tensor, "pictures views dim"]) -> Verdict:
+def judge(views: Float[Tensor, "images views dim"]) -> Verdict:
     """Measures of features: view 0 is the evaluation view, the others its changed versions (three or more in all)."""
     return Verdict(
-        pictures=len(views),
+        images=len(views),
         retrieval=quality.retrieval(views[:, 1], views[:, 2]),
         rankme=quality.rankme(views[:, 0]),
         alpha=quality.alpha_req(views[:, 0]),
@@ -70,11 +71,11 @@ def features_of_views(
     workers: int = 0,
     network: nn.Module | None = None,
     batch_size: int = 64,
-) -> Float[Tensor, "pictures views dim"]:
-    """Features of at most ``PICTURES`` pictures, all views of each, on every rank's CPU as float32; unreadable pictures
+) -> Float[Tensor, "images views dim"]:
+    """Features of at most ``IMAGES`` images, all views of each, on every rank's CPU as float32; unreadable images
     are left out. ``network`` is put in evaluation mode for the time.
     """
-    chosen = scattered(len(source), PICTURES)
+    chosen = scattered(len(source), IMAGES)
     mine = np.array_split(chosen, world.size)[world.rank]
     works = [Work(0, i, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
     training = network.training if network is not None else False
@@ -100,5 +101,5 @@ def features_of_views(
 
 
 def pixel_features(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
-    """The pictures themselves, at 16×16: what a network must beat."""
+    """The images themselves, at 16×16: what a network must beat."""
     return nn.functional.adaptive_avg_pool2d(x, _PIXELS).flatten(1)

@@ -1,7 +1,7 @@
 """Nearest neighbours of features by cosine: exact search, weighted vote, retrieval; and nearest centroids.
 
 The search runs in float32 tile by tile, and decides in float64: what it finds, equal similarities included, does not
-depend on tiles, on the number of ranks or on how many pictures are asked for together.
+depend on tiles, on the number of ranks or on how many images are asked for together.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def nearest(
     """
     available = len(bank) - (own is not None)
     if not 1 <= k <= available:
-        raise ValueError(f"k must lie between 1 and the bank's {available} pictures, not {k}")
+        raise ValueError(f"k must lie between 1 and the bank's {available} images, not {k}")
     wanted = min(k + _SPARE + (own is not None), len(bank))
     lengths = _lengths(bank)
     value, index = _candidates(bank, lengths, queries, wanted, device or bank.device)

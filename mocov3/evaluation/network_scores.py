@@ -1,4 +1,4 @@
-"""Networks of files, judged on the same pictures: what ``mocov3 compare`` prints."""
+"""Networks of files, judged on the same images: what ``mocov3 compare`` prints."""
 
 import os
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 def kept_back(files: Sequence[str], data: str, whole: Source) -> Source | None:
-    """The pictures that the runs of these files kept from training, if all did so on this very data."""
+    """The images that the runs of these files kept from training, if all did so on this very data."""
     settings = set()
     for file in files:
         config = (checkpoint.read(file).get("mocov3") or {}).get("config") or {}
@@ -44,7 +44,7 @@ def kept_back(files: Sequence[str], data: str, whole: Source) -> Source | None:
 
 def judge_all(
     files: Sequence[str],
-    pictures: Source,
+    images: Source,
     whole: Source,
     labels: Labels | None,
     *,
@@ -57,7 +57,7 @@ def judge_all(
 
     Args:
         files: checkpoints.
-        pictures: to judge on.
+        images: to judge on.
         whole: what the indices of ``labels`` count in.
         labels: known classes.
         device: as ``--device``.
@@ -80,12 +80,12 @@ def judge_all(
         setting: dict[str, Any] = {"world": world, "config": config, "size": size, "workers": workers, "whole": whole}
         if f"pixels {size}" not in beside:
             beside.add(f"pixels {size}")
-            rows.append(_row("pixels", "pixels", None, pictures, labels, **setting))
+            rows.append(_row("pixels", "pixels", None, images, labels, **setting))
         if (built := str(settings)) not in beside:
             beside.add(built)
             torch.manual_seed(0)
             untrained = build_backbone(**settings)
-            rows.append(_row(f"untrained {settings['arch']}", "untrained", untrained, pictures, labels, **setting))
+            rows.append(_row(f"untrained {settings['arch']}", "untrained", untrained, images, labels, **setting))
         start = str(config.get("init") or "")
         if start and start not in beside:
             beside.add(start)
@@ -94,8 +94,8 @@ def judge_all(
             except UserError:  # elsewhere by now
                 before = None
             if before is not None:
-                rows.append(_row(f"start: {start}", "start", before, pictures, labels, **setting))
-        rows.append(_row(file, "checkpoint", encoder, pictures, labels, **setting))
+                rows.append(_row(f"start: {start}", "start", before, images, labels, **setting))
+        rows.append(_row(file, "checkpoint", encoder, images, labels, **setting))
     return rows
 
 
@@ -115,7 +115,7 @@ def _row(
     name: str,
     kind: str,
     encoder: Any,
-    pictures: Source,
+    images: Source,
     labels: Labels | None,
     *,
     world: World,
@@ -139,15 +139,15 @@ def _row(
             workers=workers if len(source) * size**2 > 500 * 64 * 64 else 0,
         )
 
-    views = features(pictures, 4)
+    views = features(images, 4)
     if len(views) < 10:
-        raise UserError(f"only {len(views)} of the pictures can be read; 10 or more are needed to judge by")
+        raise UserError(f"only {len(views)} of the images can be read; 10 or more are needed to judge by")
     row = {"name": name, "kind": kind, **judge(views).as_dict()}
     if labels is not None:
         chosen = features(Subset(whole, labels.indices), 0)[:, 0]
         if len(chosen) != len(labels.numbers):
             raise UserError(
-                f"{len(labels.numbers) - len(chosen)} of the labelled pictures cannot be read; "
+                f"{len(labels.numbers) - len(chosen)} of the labelled images cannot be read; "
                 "leave them out of the labels"
             )
         hits, n = leave_one_out(chosen, torch.as_tensor(labels.numbers))
@@ -156,8 +156,8 @@ def _row(
     return row
 
 
-def leave_one_out(features: Float[Tensor, "pictures dim"], labels: Int[Tensor, "pictures"]) -> tuple[int, int]:
-    """Pictures whose class the k nearest others vote for (weights as in ``neighbours``), and all pictures."""
+def leave_one_out(features: Float[Tensor, "images dim"], labels: Int[Tensor, "images"]) -> tuple[int, int]:
+    """Images whose class the k nearest others vote for (weights as in ``neighbours``), and all images."""
     n = len(features)
     k = min(K, n - 1)
     found = nearest(features, features, k, own=torch.arange(n))

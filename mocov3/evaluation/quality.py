@@ -13,10 +13,10 @@ _FIRST_RANK, _LAST_RANK = 3, 100
 """Eigenvalues that α-ReQ fits: the first ones follow no power law, the last ones are noise."""
 
 
-def rankme(features: Float[Tensor, "pictures dim"]) -> float:
+def rankme(features: Float[Tensor, "images dim"]) -> float:
     """Effective rank: exp of the entropy of the normalised singular values (Garrido et al. 2023, eq. 3).
 
-    From 1 (all features on a line) to min(pictures, dim).
+    From 1 (all features on a line) to min(images, dim).
     """
     return _effective_rank(torch.linalg.svdvals(_double(features)))
 
@@ -26,7 +26,7 @@ def rank_of_gram(gram: Float[Tensor, "dim dim"]) -> float:
     return _effective_rank(torch.linalg.eigvalsh(_double(gram)).clamp(min=0).sqrt())
 
 
-def alpha_req(features: Float[Tensor, "pictures dim"]) -> float:
+def alpha_req(features: Float[Tensor, "images dim"]) -> float:
     """Exponent α of the decay λ_j ∝ j^−α of the covariance's eigenvalues (Agrawal et al. 2022).
 
     By least squares over ranks 3–100 in double logarithms, weights 1/j, so that every octave counts alike. About 1 is
@@ -43,11 +43,11 @@ def alpha_req(features: Float[Tensor, "pictures dim"]) -> float:
     return float(-(w * x * y).sum() / (w * x * x).sum())
 
 
-def lidar(views: Float[Tensor, "pictures views dim"], delta: float = 1e-4) -> float:
-    """Effective rank of linear discriminant analysis with every picture as a class of its views (Thilak et al. 2023).
+def lidar(views: Float[Tensor, "images views dim"], delta: float = 1e-4) -> float:
+    """Effective rank of linear discriminant analysis with every image as a class of its views (Thilak et al. 2023).
 
-    Σ_b between pictures, Σ_w within plus δ·I; the entropy is of the eigenvalues of Σ_w^−½ Σ_b Σ_w^−½. From 1 to
-    min(pictures − 1, dim).
+    Σ_b between images, Σ_w within plus δ·I; the entropy is of the eigenvalues of Σ_w^−½ Σ_b Σ_w^−½. From 1 to
+    min(images − 1, dim).
     """
     x = _double(views)
     means = x.mean(1)
@@ -59,12 +59,12 @@ def lidar(views: Float[Tensor, "pictures views dim"], delta: float = 1e-4) -> fl
     return _effective_rank(torch.linalg.svdvals(whitened) ** 2)
 
 
-def alignment(first: Float[Tensor, "pictures dim"], second: Float[Tensor, "pictures dim"]) -> float:
-    """Mean squared distance of the normalised features of two views of a picture (Wang & Isola 2020); 0 best, ≤ 4."""
+def alignment(first: Float[Tensor, "images dim"], second: Float[Tensor, "images dim"]) -> float:
+    """Mean squared distance of the normalised features of two views of an image (Wang & Isola 2020); 0 best, ≤ 4."""
     return float((_unit(first) - _unit(second)).square().sum(1).mean())
 
 
-def uniformity(features: Float[Tensor, "pictures dim"]) -> float:
+def uniformity(features: Float[Tensor, "images dim"]) -> float:
     """log of the mean of exp(−2·squared distance) over pairs of normalised features (Wang & Isola 2020).
 
     0 when all are the same, towards −4 when spread over the sphere.
@@ -77,8 +77,8 @@ def uniformity(features: Float[Tensor, "pictures dim"]) -> float:
     return float(((total - n) / max(n * (n - 1), 1)).log())
 
 
-def retrieval(queries: Float[Tensor, "pictures dim"], keys: Float[Tensor, "pictures dim"]) -> float:
-    """Share in % of pictures whose other view is the nearest of all keys by cosine; ties count as missed."""
+def retrieval(queries: Float[Tensor, "images dim"], keys: Float[Tensor, "images dim"]) -> float:
+    """Share in % of images whose other view is the nearest of all keys by cosine; ties count as missed."""
     q, k = _unit(queries), _unit(keys)
     found = 0
     for start in range(0, len(q), 1024):

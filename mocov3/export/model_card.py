@@ -21,7 +21,7 @@ Written by mocov3 {version} as `{format}`. {gives}
 | | |
 |---|---|
 | arch | {arch} ({parameters:,} parameters, {features} features) |
-| pictures | {size} × {size} px, {channels}, shorter side resized to {resized} ({how}), centre cut out |
+| images | {size} × {size} px, {channels}, shorter side resized to {resized} ({how}), centre cut out |
 | mean, std | {mean}, {std} (of pixels scaled to 0–1) |
 | encoder | {encoder} |
 | source | {source}{epochs}, sha256 `{sha256}` |
@@ -43,7 +43,7 @@ Method: X. Chen, S. Xie, K. He, An Empirical Study of Training Self-Supervised V
 """
 
 
-def card(model: Exported, to: str, name: str, difference: float, pictures: int) -> str:
+def card(model: Exported, to: str, name: str, difference: float, images: int) -> str:
     """The model card, Markdown with the header that model hubs read.
 
     Args:
@@ -51,7 +51,7 @@ def card(model: Exported, to: str, name: str, difference: float, pictures: int) 
         to: the format.
         name: of the file or folder.
         difference: largest difference of a feature found when verifying.
-        pictures: how many were compared.
+        images: how many were compared.
     """
     return _CARD.format(
         tag=_tag(model.licence),
@@ -75,7 +75,7 @@ def card(model: Exported, to: str, name: str, difference: float, pictures: int) 
         sha256=model.sha256,
         origin=printable(model.origin),
         licence=printable(model.licence),
-        verified=f"outputs of this file, loaded as below, against the source's on {pictures} pictures: "
+        verified=f"outputs of this file, loaded as below, against the source's on {images} images: "
         f"largest difference {difference:.1e}",
         usage=FORMATS[to].usage(model, name),
         recipe=_recipe(model.recipe),

@@ -2,7 +2,7 @@
 
 Reads a checkpoint (ours, the reference's, a fine-tuned one), writes the backbone in a format of
 ``mocov3.export.formats`` with a model card, loads it back by the target's own library, and compares features on
-8 pictures before it says done.
+8 images before it says done.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--heads", type=int, default=None, help="attention heads of a ViT, of a file that does not tell"
     )
-    parser.add_argument("--image-size", type=int, default=None, help="side of the pictures (default: of training)")
+    parser.add_argument("--image-size", type=int, default=None, help="side of the images (default: of training)")
     parser.add_argument("--momentum", action="store_true", help="the momentum encoder, or the average of tuned weights")
     parser.add_argument("--classifier", action="store_true", help="with the classifier of a fine-tuned file")
     parser.add_argument("--licence", default="", help="licence to state in the card (default: what the file says)")

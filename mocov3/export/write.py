@@ -20,8 +20,8 @@ from mocov3.export.model_card import card
 from mocov3.export.places import FOLDERS, Staged
 from mocov3.weights import checkpoint, convert
 
-PICTURES = 8
-"""Pictures whose features are compared."""
+IMAGES = 8
+"""Images whose features are compared."""
 _REFERENCE = "not stated in the file; the public files of facebookresearch/moco-v3 are CC-BY-NC 4.0"
 _ORIGIN = "not stated in the file (the reference's files do not say)"
 
@@ -37,7 +37,7 @@ class Report:
 
     def __str__(self) -> str:
         return (
-            f"{printable(str(self.output))}: {self.format}, loaded back and compared on {PICTURES} pictures: largest "
+            f"{printable(str(self.output))}: {self.format}, loaded back and compared on {IMAGES} images: largest "
             f"difference of an output {self.difference:.1e} (largest output {self.largest:.3g})"
         )
 
@@ -61,7 +61,7 @@ def export(
         to: a format of ``mocov3.export.formats.FORMATS``.
         output: file or folder to make.
         arch: of a file that does not say it.
-        image_size: side of the pictures in pixels, unless that of training.
+        image_size: side of the images in pixels, unless that of training.
         momentum: take the momentum encoder, or the average of fine-tuned weights.
         classifier: keep the linear classifier of a fine-tuned file.
         licence: to state in the card, unless what the file says.
@@ -82,7 +82,7 @@ def export(
         writer.fits(model)
     except Unfit as reason:
         raise UserError(f"--to {to} cannot hold {model.arch}: {reason}") from None
-    x = pictures(model)
+    x = images(model)
     with torch.no_grad():
         ours = model.encoder(x)
     with Staged(output) as place:
@@ -90,7 +90,7 @@ def export(
         with torch.no_grad():
             theirs = writer.features(model, place, x)
         report = _compared(output, to, ours, theirs, writer.tolerance)
-        text = card(model, to, output.name, report.difference, PICTURES)
+        text = card(model, to, output.name, report.difference, IMAGES)
         if to in FOLDERS:
             (place / "README.md").write_text(text, encoding="utf-8")
     if to not in FOLDERS:
@@ -170,10 +170,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def pictures(model: Exported) -> Float[Tensor, "8 channels height width"]:
-    """Embedded pictures as the model sees them in evaluation."""
+def images(model: Exported) -> Float[Tensor, "8 channels height width"]:
+    """Embedded images as the model sees them in evaluation."""
     source = FashionMnist("val")
     view = CentreView(model.image_size, model.zoom)
-    pixels = np.stack([view(source.read(i))[0] for i in range(PICTURES)])
+    pixels = np.stack([view(source.read(i))[0] for i in range(IMAGES)])
     pixels = pixels[..., np.arange(model.in_chans) % 3]
     return normalise(pixels, torch.device("cpu"), model.mean, model.std).contiguous()

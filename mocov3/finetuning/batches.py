@@ -1,7 +1,7 @@
-"""Which pictures a step sees. The order is a function of (seed, epoch) and does not depend on the number of ranks.
+"""Which images a step sees. The order is a function of (seed, epoch) and does not depend on the number of ranks.
 
-DeiT deals the (repeated) pictures out to its processes like cards. Here that is done for ``groups`` of ``batch_size``
-pictures, whose number is ranks × accumulated batches: group g of a step goes to rank g mod ranks. So eight processes
+DeiT deals the (repeated) images out to its processes like cards. Here that is done for ``groups`` of ``batch_size``
+images, whose number is ranks × accumulated batches: group g of a step goes to rank g mod ranks. So eight processes
 and one that adds up eight batches train on the same groups.
 """
 
@@ -16,7 +16,7 @@ from mocov3.data.views.draws import permutation, replacement
 def group_order(n: int, *, repeats: int, groups: int, group: int) -> np.ndarray:
     """Places in the epoch's order, with their repetitions, that are dealt to one group: ``place · repeats + r``.
 
-    With repeated augmentation an epoch is a multiple of 256 of the (repeated) pictures where there are so many, as in
+    With repeated augmentation an epoch is a multiple of 256 of the (repeated) images where there are so many, as in
     DeiT's sampler and timm's ``RepeatAugSampler``; without, all are dealt, as ``DistributedSampler`` does.
     """
     dealt = n // 256 * 256 // groups if repeats > 1 and n >= 256 else -(-n // groups)
@@ -53,14 +53,14 @@ def plan(
                 yield Work(e, i, order[mine // repeats] * repeats + mine % repeats)
 
 
-def pictures_shown(work: Work, bad: set[int], *, seed: int, n: int) -> np.ndarray:
-    """Indices of the pictures that a batch really shows: others stand in for unreadable ones, with their own class.
+def images_shown(work: Work, bad: set[int], *, seed: int, n: int) -> np.ndarray:
+    """Indices of the images that a batch really shows: others stand in for unreadable ones, with their own class.
 
     Args:
         work: what was asked for.
         bad: indices that could not be read.
         seed: of the run.
-        n: pictures with repetitions.
+        n: images with repetitions.
     """
     shown = work.indices.copy()
     for place, index in enumerate(work.indices.tolist()):

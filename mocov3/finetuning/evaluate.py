@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on test pictures, split over ranks: counts, divided at the end."""
+"""Accuracy of a classifier on test images, split over ranks: counts, divided at the end."""
 
 from dataclasses import dataclass
 
@@ -15,19 +15,19 @@ from mocov3.models.precision import Precision
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Counts over all test pictures that could be read."""
+    """Counts over all test images that could be read."""
 
     hits: Int[np.ndarray, "classes"]
-    """Pictures of a class whose first guess was right."""
+    """Images of a class whose first guess was right."""
     hits5: int
-    pictures: Int[np.ndarray, "classes"]
-    """Pictures of a class."""
+    images: Int[np.ndarray, "classes"]
+    """Images of a class."""
     loss_sum: float
 
     @property
     def total(self) -> int:
-        """Pictures evaluated."""
-        return int(self.pictures.sum())
+        """Images evaluated."""
+        return int(self.images.sum())
 
     @property
     def acc1(self) -> float:
@@ -41,9 +41,9 @@ class Accuracy:
 
     @property
     def mean_class_acc1(self) -> float:
-        """Mean over the classes that have pictures of their top-1 accuracy, in %."""
-        present = self.pictures > 0
-        return 100 * float((self.hits[present] / self.pictures[present]).mean()) if present.any() else 0.0
+        """Mean over the classes that have images of their top-1 accuracy, in %."""
+        present = self.images > 0
+        return 100 * float((self.hits[present] / self.images[present]).mean()) if present.any() else 0.0
 
     @property
     def loss(self) -> float:
@@ -65,7 +65,7 @@ def evaluate(
 ) -> Accuracy:
     """Counts of a classifier over a labelled source, in evaluation mode; the same on every rank.
 
-    A picture that cannot be read is left out of the counts.
+    An image that cannot be read is left out of the counts.
     """
     labels = source.labels
     assert labels is not None
@@ -100,7 +100,7 @@ def evaluate(
 def count(
     scores: Float[Tensor, "batch classes"], target: Int[Tensor, "batch"], classes: int
 ) -> Float[Tensor, "counts"]:
-    """Right first guesses by class, pictures by class, right ones among five guesses, summed cross entropy."""
+    """Right first guesses by class, images by class, right ones among five guesses, summed cross entropy."""
     ranked = scores.topk(min(5, classes), dim=1).indices == target[:, None]
     hits = torch.bincount(target[ranked[:, 0]], minlength=classes)
     loss = nn.functional.cross_entropy(scores, target, reduction="sum")

@@ -83,7 +83,7 @@ def _completed(config: FinetuneConfig, contents: dict[str, Any] | None, where: s
         values[name] = value
     if saved.get("channels", 3) != 3 or saved.get("bit_window"):
         raise UserError(
-            "fine-tuning reads pictures as 8-bit RGB; these weights were trained with "
+            "fine-tuning reads images as 8-bit RGB; these weights were trained with "
             "--channels or --bit-window (mocov3 lincls, knn and embed take them)"
         )
     if not config.mean_std and not config.view_preset and isinstance(saved.get("mean_std"), str):
@@ -141,8 +141,8 @@ def check_classes(value: Tensor, classes: int, where: str) -> None:
         raise UserError(f"{where}: its classifier knows {have} classes, the data set has {classes}")
 
 
-def check_same_run(start: Start, *, total_batch: int, digest: str, pictures: int) -> None:
-    """Refuse to go on with other result-changing fields, another batch over all processes, or other pictures.
+def check_same_run(start: Start, *, total_batch: int, digest: str, images: int) -> None:
+    """Refuse to go on with other result-changing fields, another batch over all processes, or other images.
 
     Raises:
         UserError: naming what differs.
@@ -153,7 +153,7 @@ def check_same_run(start: Start, *, total_batch: int, digest: str, pictures: int
     changed = changed_fields(start.config, saved)
     if own.get("total_batch") != total_batch:
         before = own.get("total_batch")
-        changed.append(f"pictures a step in all ({before} → {total_batch}; --accum-iter makes up for processes)")
+        changed.append(f"images a step in all ({before} → {total_batch}; --accum-iter makes up for processes)")
     if changed and not start.config.allow_config_change:
         raise UserError(
             f"{start.where}: these differ from the checkpoint's: {', '.join(changed)}; give them as they were, "
@@ -161,7 +161,7 @@ def check_same_run(start: Start, *, total_batch: int, digest: str, pictures: int
         )
     if own.get("data_digest") != digest:
         raise UserError(
-            f"{start.where}: was trained on {own.get('pictures')} pictures; --data-path holds {pictures}, or others"
+            f"{start.where}: was trained on {own.get('pictures')} images; --data-path holds {images}, or others"
         )
 
 
@@ -192,7 +192,7 @@ def contents(
     best: bool,
     total_batch: int,
     digest: str,
-    pictures: int,
+    images: int,
     classes: list[str],
 ) -> dict[str, Any]:
     """What is written: everything a resume needs, or for the ``best`` weights only what names them.
@@ -203,9 +203,9 @@ def contents(
         position: where it stands.
         counters: what was counted so far.
         best: only the weights.
-        total_batch: pictures a step over all processes.
-        digest: of the training pictures.
-        pictures: how many.
+        total_batch: images a step over all processes.
+        digest: of the training images.
+        images: how many.
         classes: their names.
     """
     come_from, licence = origin(start)
@@ -219,7 +219,7 @@ def contents(
         "counters": counters,
         "total_batch": total_batch,
         "data_digest": digest,
-        "pictures": pictures,
+        "pictures": images,
         "classes": classes,
         "origin": come_from,
         "licence": licence,

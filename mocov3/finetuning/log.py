@@ -29,11 +29,11 @@ class TuneLine:
     """Euclidean norm of the gradient before clipping."""
     images_per_second: float | None
     data_wait: float | None
-    """Share of the time since the last line spent waiting for pictures."""
+    """Share of the time since the last line spent waiting for images."""
     skipped: int
     """Steps so far with a loss or gradient that was not finite, which changed nothing."""
     corrupt: int
-    """Distinct unreadable pictures met so far."""
+    """Distinct unreadable images met so far."""
     resumed: int
     acc1: float | None = None
     """Top-1 accuracy in % of the weights (not of their average), at evaluations."""

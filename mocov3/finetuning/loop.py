@@ -21,7 +21,7 @@ from mocov3.distributed import World
 from mocov3.distributed.stop import Stop
 from mocov3.errors import UserError
 from mocov3.finetuning import files, setup
-from mocov3.finetuning.batches import iterations, pictures_shown, plan
+from mocov3.finetuning.batches import images_shown, iterations, plan
 from mocov3.finetuning.evaluate import Accuracy, evaluate
 from mocov3.finetuning.inputs import Job
 from mocov3.finetuning.log import TuneLog
@@ -88,7 +88,7 @@ class Tuning:
         steps = iterations(n, repeats=c.repeats, groups=groups, batch_size=c.batch_size)
         if not steps and not c.eval:
             raise UserError(
-                f"--batch-size {c.batch_size} × {groups} (processes × --accum-iter) is more than the {n} pictures "
+                f"--batch-size {c.batch_size} × {groups} (processes × --accum-iter) is more than the {n} images "
                 f"of {c.data_set}; lower it"
             )
         return steps
@@ -99,7 +99,7 @@ class Tuning:
             return Position(0, 0, 0), Counters()
         if not c.eval:
             files.check_same_run(
-                self.start, total_batch=self.total_batch, digest=self.train.digest, pictures=len(self.train.source)
+                self.start, total_batch=self.total_batch, digest=self.train.digest, images=len(self.train.source)
             )
         return setup.restore(self.parts, contents, self.start.where, self.classes)
 
@@ -122,7 +122,7 @@ class Tuning:
             config=dataclasses.asdict(c),
         )
         log.say(
-            f"{c.arch} on {c.data_set}: {len(self.train.source)} pictures of {self.classes} classes, "
+            f"{c.arch} on {c.data_set}: {len(self.train.source)} images of {self.classes} classes, "
             f"{len(self.pair.test)} to test; {self.iterations} steps of {self.total_batch} an epoch, "
             f"{c.epochs} epochs; {world.size} process(es) on {world.device.type}, {self.parts.precision.name}; "
             f"seed {c.seed}"
@@ -175,9 +175,9 @@ class Tuning:
         return min(self.config.workers, max(usable_cores() // self.world.local_size, 1))
 
     def micro(self, batch: Batch) -> Micro:
-        """Pictures and targets on the device, erased and mixed, and the draws of stochastic depth."""
+        """Images and targets on the device, erased and mixed, and the draws of stochastic depth."""
         c, work, device = self.config, batch.work, self.world.device
-        shown = pictures_shown(work, {bad.index for bad in batch.corrupt}, seed=c.seed, n=len(self.train))
+        shown = images_shown(work, {bad.index for bad in batch.corrupt}, seed=c.seed, n=len(self.train))
         target = torch.from_numpy(self.labels[shown]).to(device)
         x = normalise(batch.pixels[0], device, self.preset.mean, self.preset.std).contiguous()
         if not c.transfer:
@@ -211,7 +211,7 @@ class Tuning:
         self.recorder.restart_clock()
 
     def evaluate(self) -> Accuracy:
-        """Accuracy of the present weights (not of their average) on the test pictures."""
+        """Accuracy of the present weights (not of their average) on the test images."""
         c = self.config
         bicubic = not c.transfer
         kind = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
@@ -269,7 +269,7 @@ class Tuning:
             best=best,
             total_batch=self.total_batch,
             digest=self.train.digest,
-            pictures=len(self.train.source),
+            images=len(self.train.source),
             classes=list(self.pair.train.classes),
         )
 

@@ -1,4 +1,4 @@
-"""What is random on the device: erasing, mixing, stochastic depth. Each draw belongs to (seed, epoch, picture).
+"""What is random on the device: erasing, mixing, stochastic depth. Each draw belongs to (seed, epoch, image).
 
 Erasing and mixing are timm's, with the generators they draw from seeded; stochastic depth (Huang et al. 2016) reads
 its draws from the batch instead of a generator.
@@ -20,12 +20,12 @@ _ERASE, _MIX, _DEPTH = 9, 10, 11  # streams of the seed
 def erase(
     x: Float[Tensor, "batch 3 height width"], indices: np.ndarray, *, probability: float, seed: int, epoch: int
 ) -> None:
-    """Random erasing (Zhong et al. 2017) of normalised pictures in place, by noise, as DeiT's ``--remode pixel``.
+    """Random erasing (Zhong et al. 2017) of normalised images in place, by noise, as DeiT's ``--remode pixel``.
 
     Args:
-        x: pictures.
-        indices: of the pictures, with repetitions.
-        probability: of each picture.
+        x: images.
+        indices: of the images, with repetitions.
+        probability: of each image.
         seed: of the run.
         epoch: of the run.
     """
@@ -33,9 +33,9 @@ def erase(
         return
     # noise from the CPU's generator: the same on every device
     erasing = RandomErasing(probability, mode="pixel", max_count=1, device="cpu")
-    for picture, index in zip(x, indices.tolist(), strict=True):
+    for image, index in zip(x, indices.tolist(), strict=True):
         with seeded(key(seed, _ERASE, epoch, index)):
-            erasing(picture)
+            erasing(image)
 
 
 class Mixer:
@@ -75,15 +75,15 @@ class Mixer:
     def __call__(
         self, x: Float[Tensor, "batch 3 height width"], labels: Int[Tensor, "batch"], *, epoch: int, index: int
     ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch classes"]]:
-        """Mixed pictures and soft targets; the draw is that of the batch's first picture, ``index``."""
+        """Mixed images and soft targets; the draw is that of the batch's first image, ``index``."""
         with seeded(key(self.seed, _MIX, epoch, index)):
             return self.mixup(x, labels)
 
 
 class Depth:
-    """Stochastic depth whose choices are functions of (seed, epoch, picture).
+    """Stochastic depth whose choices are functions of (seed, epoch, image).
 
-    Replaces every ``DropPath`` of timm in ``model``; call it with the pictures of a batch before its forward pass.
+    Replaces every ``DropPath`` of timm in ``model``; call it with the images of a batch before its forward pass.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -110,7 +110,7 @@ class Depth:
 
 
 class _Layer(nn.Module):
-    """A residual branch that is left out for the pictures whose number is not below the chance of keeping it."""
+    """A residual branch that is left out for the images whose number is not below the chance of keeping it."""
 
     def __init__(self, probability: float, scale: bool) -> None:
         super().__init__()

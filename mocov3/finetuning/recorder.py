@@ -34,9 +34,9 @@ class TuneRecorder:
     Args:
         log: where lines go.
         counters: counted on from a former run.
-        batch_size: pictures a step over all ranks.
+        batch_size: images a step over all ranks.
         print_freq: iterations between lines.
-        repeats: repetitions of a picture in the indices of batches.
+        repeats: repetitions of an image in the indices of batches.
     """
 
     log: TuneLog
@@ -45,29 +45,29 @@ class TuneRecorder:
     print_freq: int
     repeats: int
     corrupt: dict[int, str] = field(default_factory=dict)
-    """Unreadable pictures met by this process: index → name."""
+    """Unreadable images met by this process: index → name."""
     last: TuneLine | None = None
 
     def __post_init__(self) -> None:
         self._step, self._span = Stopwatch(), Stopwatch()
         self._fetched = self._waited = 0.0
-        self._pictures = 0
+        self._images = 0
 
     def restart_clock(self) -> None:
         """Time from here: what went before was not training."""
         self._step.lap()
         self._span.lap()
-        self._pictures, self._waited = 0, 0.0
+        self._images, self._waited = 0, 0.0
 
     def batches_came(self, batches: Sequence[Batch]) -> None:
         """The batches of a step have arrived; the time since the last step was spent waiting for them."""
         self._fetched = self._step.lap()
         self._waited += self._fetched
         for bad in (bad for batch in batches for bad in batch.corrupt):
-            picture = bad.index // self.repeats
-            if picture not in self.corrupt:
-                self.corrupt[picture] = bad.name
-                warn(f"{bad.name} cannot be read ({bad.reason}); another picture stands in")
+            image = bad.index // self.repeats
+            if image not in self.corrupt:
+                self.corrupt[image] = bad.name
+                warn(f"{bad.name} cannot be read ({bad.reason}); another image stands in")
 
     def step_done(self, work: Work, outcome: Outcome, *, step: int, lr: float) -> None:
         """Record one step."""
@@ -77,7 +77,7 @@ class TuneRecorder:
             counters.loss_count += 1
         else:
             counters.skipped += 1
-        self._pictures += self.batch_size
+        self._images += self.batch_size
         seconds = self._step.lap() + self._fetched
         show = work.iteration % self.print_freq == 0
         span = max(self._span.lap(), 1e-9) if show else 1.0
@@ -88,14 +88,14 @@ class TuneRecorder:
             loss=outcome.loss,
             lr=lr,
             grad_norm=outcome.grad_norm,
-            images_per_second=self._pictures / span,
+            images_per_second=self._images / span,
             data_wait=min(self._waited / span, 1.0),
             skipped=counters.skipped,
             corrupt=len(self.corrupt),
             resumed=counters.resumed,
         )
         if show:
-            self._pictures, self._waited = 0, 0.0
+            self._images, self._waited = 0, 0.0
         self.log.step(self.last, seconds=seconds, waited=self._fetched, show=show)
 
     def epoch_done(self, epoch: int, step: int, lr: float, accuracy: Accuracy | None) -> bool:

@@ -102,7 +102,7 @@ def transform(c: FinetuneConfig, preset: ViewPreset) -> Transform:
 
 
 def total_batch(config: FinetuneConfig, world: World) -> int:
-    """Pictures a step over all processes."""
+    """Images a step over all processes."""
     return config.batch_size * config.accum_iter * world.size
 
 

@@ -14,14 +14,14 @@ from mocov3.losses import at_least_float32
 from mocov3.models.precision import Precision
 
 Micro = tuple[Tensor, Tensor, Any]
-"""Pictures (batch, 3, height, width), targets (classes or soft), and what to call before their forward pass."""
+"""Images (batch, 3, height, width), targets (classes or soft), and what to call before their forward pass."""
 
 
 class Outcome(NamedTuple):
     """What one step did."""
 
     loss: float
-    """Mean over the pictures of all ranks."""
+    """Mean over the images of all ranks."""
     grad_norm: float
     """Euclidean norm of the gradient before clipping."""
     ok: bool

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ResNet(tv.ResNet):
-    """torchvision's ResNet with a call for the features, optional widths and a stem for small pictures.
+    """torchvision's ResNet with a call for the features, optional widths and a stem for small images.
 
     The last gain of every block starts at 0, as in the reference, except in ResNet-10: its stages have one block, and
     starting with all of them closed costs more than a short run can make up (measured: docs/demo.md).
@@ -50,7 +50,7 @@ class ResNet(tv.ResNet):
             self.conv1 = nn.Conv2d(in_chans, self.conv1.out_channels, 7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         if stem != "imagenet":
-            # CIFAR's stem (He et al. 2016, §4.2): 3×3, no pooling; stride 2 halves the cost of 28 px pictures again
+            # CIFAR's stem (He et al. 2016, §4.2): 3×3, no pooling; stride 2 halves the cost of 28 px images again
             stride = {"small": 1, "small_stride2": 2}[stem]
             self.conv1 = nn.Conv2d(in_chans, self.conv1.out_channels, 3, stride=stride, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -165,11 +165,11 @@ def build_backbone(
 
     Args:
         arch: a name of ``mocov3.config.archs`` or ``timm/NAME``.
-        image_size: side of the pictures in pixels (ViT: sets the position table).
+        image_size: side of the images in pixels (ViT: sets the position table).
         patch_size: side of a ViT's patches in pixels.
         stop_grad_conv1: freeze the patch projection of the plain ViTs.
         small_stem: 3×3 stride-1 stem without pooling (ResNets).
-        in_chans: channels of the pictures.
+        in_chans: channels of the images.
         **dims: other dimensions of the family's constructor (ViT: ``embed_dim``, ``depth``, ``num_heads``).
 
     Raises:

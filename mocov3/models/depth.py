@@ -16,12 +16,12 @@ class PlannedDropPath(DropPath):
 
     mask: Tensor | None = None
 
-    def draw(self, pictures: int, device: torch.device) -> Float[Tensor, "pictures"]:
-        """1 for pictures that keep the path, 0 for others."""
-        return torch.empty(pictures, device=device).bernoulli_(1 - self.drop_prob)
+    def draw(self, images: int, device: torch.device) -> Float[Tensor, "images"]:
+        """1 for images that keep the path, 0 for others."""
+        return torch.empty(images, device=device).bernoulli_(1 - self.drop_prob)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` with some pictures' paths dropped, the others scaled up."""
+        """``x`` with some images' paths dropped, the others scaled up."""
         if self.mask is None or not self.training:
             return super().forward(x)
         keep = 1 - self.drop_prob
@@ -36,7 +36,7 @@ class Plan:
         self._paths, self._masks = paths, masks
 
     def take(self, part: slice | None) -> None:
-        """Hand on the masks of these pictures; ``None``: draw as timm does."""
+        """Hand on the masks of these images; ``None``: draw as timm does."""
         for path, mask in zip(self._paths, self._masks, strict=True):
             path.mask = mask[part] if part is not None else None
 

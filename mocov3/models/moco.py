@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
     retrieved: Tensor
     """Queries, both directions, whose nearest key is their own."""
     queries: int
-    """How many queries there were: twice the pictures."""
+    """How many queries there were: twice the images."""
     feature_std: Tensor
     """√dim times the mean standard deviation of the normalised queries: 1 when spread evenly, 0 when collapsed."""
     embeddings: Tensor | None = None
@@ -130,7 +130,7 @@ class MoCo(nn.Module):
         x2: Float[Tensor, "batch channels height width"],
         m: float,
     ) -> Float[Tensor, ""]:
-        """The loss of two views of the same pictures; ``m`` is the momentum of this step."""
+        """The loss of two views of the same images; ``m`` is the momentum of this step."""
         return self.contrast(x1, x2, m)[0]
 
 
@@ -188,7 +188,7 @@ def _in_training(encoder: Encoder, compiled: Callable[..., Tensor]) -> Any:
 
 
 def uses_batch_statistics(encoder: Encoder) -> bool:
-    """Whether features of one picture depend on the others of the batch: batch norm of any kind in the backbone."""
+    """Whether features of one image depend on the others of the batch: batch norm of any kind in the backbone."""
     # every such layer keeps running statistics, whatever its class is called (timm has several)
     return any(
         "running_" in name and not name.startswith(f"{encoder.projector_name}.") for name, _ in encoder.named_buffers()

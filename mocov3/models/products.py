@@ -39,8 +39,8 @@ def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _worth_it(x, weight):
         return F.linear(x, weight, bias)
     # (batch, tokens, width) in memory is (batch, width, tokens, 1) in channels-last: nothing is copied
-    picture = x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    product = F.conv2d(picture, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    image = x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    product = F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
     return product.reshape(*x.shape[:-1], -1)
 
 

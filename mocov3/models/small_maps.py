@@ -1,7 +1,7 @@
 """Convolutions of maps so small that every place sees every other: one dense product instead.
 
 A 3×3 convolution of a 2×2 map spends more than half of its multiplications on the padding around it, and libraries
-are slow at rows so short. Such maps are the last stage of a ResNet on pictures of up to 64 px. Here the kernel is
+are slow at rows so short. Such maps are the last stage of a ResNet on images of up to 64 px. Here the kernel is
 spread to the matrix from all places of the map to all places, once for the whole batch, and multiplied by. The same
 sums in another order; weights and files are as ever.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mocov3.models.products import mkl_is_half_wide
 
 LEAST_BATCH = 32
-"""Pictures from which spreading the kernel is earned (measured)."""
+"""Images from which spreading the kernel is earned (measured)."""
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -115,25 +115,25 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
     """a·b; in float32 by way of a convolution where that is faster (``mocov3.models.products``)."""
     if not _by_convolution(a):
         return a @ b
-    return _rows(F.conv_transpose2d(_picture(a), b[:, :, None, None]))
+    return _rows(F.conv_transpose2d(_image(a), b[:, :, None, None]))
 
 
 def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
     """a·bᵀ, likewise."""
     if not _by_convolution(a):
         return a @ b.t()
-    return _rows(F.conv2d(_picture(a), b[:, :, None, None]))
+    return _rows(F.conv2d(_image(a), b[:, :, None, None]))
 
 
 def _by_convolution(a: Tensor) -> bool:
-    # of fewer than 16 pictures, one thread does not hand convolutions to oneDNN (torch's own rule)
+    # of fewer than 16 images, one thread does not hand convolutions to oneDNN (torch's own rule)
     return a.dtype == torch.float32 and len(a) % 16 == 0 and mkl_is_half_wide()
 
 
-def _picture(a: Tensor) -> Tensor:
-    """Rows as the pixels of sixteen pictures, in channels-last."""
+def _image(a: Tensor) -> Tensor:
+    """Rows as the pixels of sixteen images, in channels-last."""
     return a.view(16, len(a) // 16, 1, a.shape[1]).permute(0, 3, 1, 2)
 
 
-def _rows(picture: Tensor) -> Tensor:
-    return picture.permute(0, 2, 3, 1).reshape(-1, picture.shape[1])
+def _rows(image: Tensor) -> Tensor:
+    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])

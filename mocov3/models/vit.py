@@ -46,7 +46,7 @@ class ConvStem(nn.Module):
         self.proj = nn.Sequential(*layers)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens dim"]:
-        """Pictures → tokens in row-major order."""
+        """Images → tokens in row-major order."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -87,7 +87,7 @@ class VisionTransformer(TimmVisionTransformer):
                 nn.init.zeros_(projection.bias)
 
     def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
-        """The cls token after the last norm, of pictures or of strips (``mocov3.data.device.token_strips``)."""
+        """The cls token after the last norm, of images or of strips (``mocov3.data.device.token_strips``)."""
         if self._is_strip(x):
             tokens = self._tokens_of_strip(x)
         else:

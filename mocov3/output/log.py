@@ -13,7 +13,7 @@ from typing import Any
 from mocov3.data.loading.loader import Corrupt
 from mocov3.errors import printable
 from mocov3.metrics import Meter, MetricsLine, Progress
-from mocov3.output.loggers import Loggers, Picture
+from mocov3.output.loggers import ImageBytes, Loggers
 from mocov3.output.terminal import Terminal
 
 METRICS = "metrics.jsonl"
@@ -49,7 +49,7 @@ class RunLog:
         start: loss at the start and its floor, for the bar.
         floor: see ``start``.
         first_step: step at which this process begins; later lines of a former one are cut off.
-        corrupt: indices of the unreadable pictures met before it.
+        corrupt: indices of the unreadable images met before it.
         loggers: names of ``mocov3.output.loggers``.
         config: what loggers are told of the run.
     """
@@ -158,39 +158,39 @@ class RunLog:
 
     @property
     def takes_images(self) -> bool:
-        """Whether there is a logger that pictures are worth making for."""
+        """Whether there is a logger that images are worth making for."""
         return self.active and bool(self._loggers)
 
-    def image(self, name: str, picture: Picture, step: int) -> None:
-        """A picture, for the loggers."""
+    def image(self, name: str, image: ImageBytes, step: int) -> None:
+        """An image, for the loggers."""
         if self.active:
-            self._loggers.image(name, picture, step)
+            self._loggers.image(name, image, step)
 
-    def corrupt(self, pictures: Sequence[Corrupt], epoch: int) -> None:
-        """List unreadable pictures that are met for the first time."""
+    def corrupt(self, images: Sequence[Corrupt], epoch: int) -> None:
+        """List unreadable images that are met for the first time."""
         if not self.active:
             return
-        for picture in pictures:
+        for image in images:
             entry = {
                 "epoch": epoch,
-                "name": picture.name,
-                "index": picture.index,
-                "reason": picture.reason,
-                "replaced_by": picture.replaced_by,
+                "name": image.name,
+                "index": image.index,
+                "reason": image.reason,
+                "replaced_by": image.replaced_by,
             }
             self._corrupt.write(json.dumps(entry))
-        if pictures:
+        if images:
             warn(
-                f"{len(pictures)} unreadable pictures replaced (listed in {CORRUPT}), first: {pictures[0].name}: "
-                f"{pictures[0].reason}"
+                f"{len(images)} unreadable images replaced (listed in {CORRUPT}), first: {images[0].name}: "
+                f"{images[0].reason}"
             )
 
-    def skipped(self, *, step: int, epoch: int, iteration: int, loss: float, pictures: list[int]) -> None:
-        """List a step that changed nothing, with its pictures by index."""
+    def skipped(self, *, step: int, epoch: int, iteration: int, loss: float, images: list[int]) -> None:
+        """List a step that changed nothing, with its images by index."""
         if not self.active:
             return
         value = loss if math.isfinite(loss) else None
-        entry = {"step": step, "epoch": epoch, "iteration": iteration, "loss": value, "pictures": pictures}
+        entry = {"step": step, "epoch": epoch, "iteration": iteration, "loss": value, "pictures": images}
         self._skipped.write(json.dumps(entry))
         warn(f"step {step} skipped: its loss ({loss:.4g}) or gradient was not finite, or a spike (listed in {SKIPPED})")
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go besides its folder: TensorBoard, Weights & Biases, MLflow, behind three calls.
+"""Where a run's numbers and images go besides its folder: TensorBoard, Weights & Biases, MLflow, behind three calls.
 
 Places and accounts are each one's own business: ``WANDB_MODE=offline``, ``WANDB_PROJECT``, ``MLFLOW_TRACKING_URI``,
 ``MLFLOW_EXPERIMENT_NAME`` … A logger that fails costs no run: it is given up, with a warning.
@@ -24,7 +24,7 @@ RUN_ID = "logger_run.txt"
 _PARAMS, _METRICS = 100, 500  # what MLflow takes at once
 _PATIENCE = 60.0  # seconds that the end of a run waits for a server
 
-Picture = UInt8[np.ndarray, "height width 3"]
+ImageBytes = UInt8[np.ndarray, "height width 3"]
 
 
 class Logger(Protocol):
@@ -33,8 +33,8 @@ class Logger(Protocol):
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Numbers of a step."""
 
-    def image(self, name: str, picture: Picture, step: int) -> None:
-        """A picture of a step."""
+    def image(self, name: str, image: ImageBytes, step: int) -> None:
+        """An image of a step."""
 
     def close(self) -> None:
         """Hand over what is left."""
@@ -81,9 +81,9 @@ class Loggers:
         known = {name: float(value) for name, value in values.items() if value is not None}
         self._each(lambda logger: logger.scalars(known, step))
 
-    def image(self, name: str, picture: Picture, step: int) -> None:
-        """A picture of a step."""
-        self._each(lambda logger: logger.image(name, picture, step))
+    def image(self, name: str, image: ImageBytes, step: int) -> None:
+        """An image of a step."""
+        self._each(lambda logger: logger.image(name, image, step))
 
     def close(self) -> None:
         """Finish all of them."""
@@ -119,9 +119,9 @@ class TensorBoardLogger:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def image(self, name: str, picture: Picture, step: int) -> None:
+    def image(self, name: str, image: ImageBytes, step: int) -> None:
         """See ``Logger``."""
-        self._writer.add_image(name, picture, step, dataformats="HWC")
+        self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """See ``Logger``."""
@@ -151,9 +151,9 @@ class WandbLogger:
         """See ``Logger``."""
         self._run.log({**values, "step": step})
 
-    def image(self, name: str, picture: Picture, step: int) -> None:
+    def image(self, name: str, image: ImageBytes, step: int) -> None:
         """See ``Logger``."""
-        self._run.log({name: self._wandb.Image(picture), "step": step})
+        self._run.log({name: self._wandb.Image(image), "step": step})
 
     def close(self) -> None:
         """See ``Logger``."""
@@ -197,10 +197,10 @@ class MlflowLogger:
         for name, value in values.items():
             self._queue.put(self._metric(name, value, now, step))
 
-    def image(self, name: str, picture: Picture, step: int) -> None:
+    def image(self, name: str, image: ImageBytes, step: int) -> None:
         """See ``Logger``."""
         self._check()
-        self._queue.put((name, picture, step))
+        self._queue.put((name, image, step))
 
     def close(self) -> None:
         """See ``Logger``."""
@@ -233,8 +233,8 @@ class MlflowLogger:
         metrics = [item for item in items if not isinstance(item, tuple)]
         if metrics:
             self._client.log_batch(self._id, metrics=metrics)
-        for name, picture, step in (item for item in items if isinstance(item, tuple)):
-            self._client.log_image(self._id, picture, key=name, step=step)
+        for name, image, step in (item for item in items if isinstance(item, tuple)):
+            self._client.log_image(self._id, image, key=name, step=step)
 
 
 _OPEN: dict[str, Any] = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger, "mlflow": MlflowLogger}

@@ -1,4 +1,4 @@
-"""Pictures of pictures: each with its views as training draws them, and queries with their nearest neighbours."""
+"""Images of images: each with its views as training draws them, and queries with their nearest neighbours."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from mocov3.config import PretrainConfig
 from mocov3.config.presets import Reading
 from mocov3.data import Source, TwoViews
 from mocov3.data.sources.survey import scattered
-from mocov3.data.views.decode import DecodeError, Picture
+from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.draws import Draw, draw
 from mocov3.errors import UserError
 
@@ -21,19 +21,19 @@ _OTHER_CLASS = (214, 39, 40)
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture and its views in some epochs."""
+    """An image and its views in some epochs."""
 
     name: str
-    picture: Image.Image
+    image: Image.Image
     """Whole, RGB."""
     views: list[tuple[Image.Image, Image.Image]]
     """Views 1 and 2 of each epoch, RGB."""
     draws: list[tuple[Draw, Draw]]
-    """What was drawn for them; crops count in the padded picture."""
+    """What was drawn for them; crops count in the padded image."""
 
 
 def seen(source: Source, config: PretrainConfig, rows: int, epochs: int, *, seed: int = 0) -> Iterator[Seen]:
-    """At most ``rows`` readable pictures, scattered over ``source``, with their views in the first epochs."""
+    """At most ``rows`` readable images, scattered over ``source``, with their views in the first epochs."""
     preset = config.preset
     views = TwoViews(config.image_size, config.crop_min, preset, config.views)
     found = 0
@@ -42,7 +42,7 @@ def seen(source: Source, config: PretrainConfig, rows: int, epochs: int, *, seed
             return
         try:
             data = source.read(index)
-            whole = Picture(data, preset.reading).pixels()[0]
+            whole = ImageBytes(data, preset.reading).pixels()[0]
             made = [views(data, seed=seed, epoch=epoch, index=index) for epoch in range(epochs)]
         except (DecodeError, OSError):
             continue
@@ -61,7 +61,7 @@ def seen(source: Source, config: PretrainConfig, rows: int, epochs: int, *, seed
 
 
 def write_sheet(path: Path, source: Source, config: PretrainConfig) -> int:
-    """Write ``path`` (PNG): one picture a row, then pairs of its two views in four epochs. Returns the rows.
+    """Write ``path`` (PNG): one image a row, then pairs of its two views in four epochs. Returns the rows.
 
     Raises:
         UserError: if it cannot be written.
@@ -75,18 +75,18 @@ def write_sheet(path: Path, source: Source, config: PretrainConfig) -> int:
 
 
 def draw_views(source: Source, config: PretrainConfig) -> tuple[Image.Image, int]:
-    """One picture a row, then pairs of its two views in four epochs; and the number of rows."""
+    """One image a row, then pairs of its two views in four epochs; and the number of rows."""
     cell = _SIDE + _GAP
     width = cell * (1 + 2 * _PAIRS) + (1 + _PAIRS) * 2 * _GAP
     sheet = Image.new("RGB", (width, _TOP + _ROWS * cell), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((_GAP, 4), "picture", fill="black")
+    pen.text((_GAP, 4), "image", fill="black")
     for pair in range(_PAIRS):
         pen.text((_left(pair, 0), 4), f"views 1 and 2 (epoch {pair})", fill="black")
     row = 0
     for found in seen(source, config, _ROWS, _PAIRS):
         top = _TOP + row * cell
-        sheet.paste(_tile(found.picture), (_GAP, top))
+        sheet.paste(_tile(found.image), (_GAP, top))
         for pair, both in enumerate(found.views):
             for number, view in enumerate(both):
                 resized = view.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
@@ -103,7 +103,7 @@ def draw_neighbours(asked: Source, shown: np.ndarray, bank: Source, found: np.nd
         shown: their indices, (queries,).
         bank: where the neighbours are.
         found: their indices, (queries, neighbours).
-        reading: how pictures are read.
+        reading: how images are read.
     """
     cell = _SIDE + _GAP
     left = cell + 3 * _GAP
@@ -130,14 +130,14 @@ def _classes(asked: Source, bank: Source) -> tuple[np.ndarray, np.ndarray] | Non
 
 def _read(source: Source, index: int, reading: Reading) -> Image.Image:
     try:
-        return _tile(shown(Picture(source.read(index), reading).pixels()[0]))
+        return _tile(shown(ImageBytes(source.read(index), reading).pixels()[0]))
     except (DecodeError, OSError):
         return Image.new("RGB", (_SIDE, _SIDE), "grey")
 
 
-def _tile(picture: Image.Image) -> Image.Image:
+def _tile(image: Image.Image) -> Image.Image:
     tile = Image.new("RGB", (_SIDE, _SIDE), "white")
-    tile.paste(ImageOps.contain(picture, (_SIDE, _SIDE)))
+    tile.paste(ImageOps.contain(image, (_SIDE, _SIDE)))
     return tile
 
 

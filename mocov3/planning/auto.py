@@ -1,6 +1,6 @@
-"""``--recipe auto``: settings from the pictures, the machine and a budget of time, each with its reason.
+"""``--recipe auto``: settings from the images, the machine and a budget of time, each with its reason.
 
-Pure: what is measured (pictures, memory, speed) comes in as values, so that every plan can be shown and tested for
+Pure: what is measured (images, memory, speed) comes in as values, so that every plan can be shown and tested for
 machines that are not at hand. Where a rule rests on something measured or published, the reason says so; the others
 are our judgement.
 """
@@ -15,8 +15,8 @@ from mocov3.config.presets import PRESETS
 
 GIB = 1 << 30
 _SMALL_SIDE = 96
-"""Shorter side in pixels up to which pictures are used at their own size, by networks with a stem for it."""
-# activations of training on two views of one 224 px picture at 16 bits, in MB. ResNet-50 and ViT-S: from the batches
+"""Shorter side in pixels up to which images are used at their own size, by networks with a stem for it."""
+# activations of training on two views of one 224 px image at 16 bits, in MB. ResNet-50 and ViT-S: from the batches
 # that the reference fits into 32 GB (256 and 128 a GPU); the others scaled by their share of the computation's output
 _ACTIVATION_MB = {"resnet10_w32": 14.0, "resnet10_w48": 21.0, "resnet18": 40.0, "resnet50": 118.0, "vit_small": 220.0}
 _FIXED_GB = {"resnet10_w32": 0.1, "resnet10_w48": 0.2, "resnet18": 1.3, "resnet50": 2.2, "vit_small": 2.6}
@@ -30,7 +30,7 @@ _FEW_EPOCHS = 40
 _PLANNED, _LATEST = 0.85, 1.2
 """Shares of the budget: what steps are planned to take (judging and writing take some too), and where a run is cut."""
 _LEAST_BATCH = 64
-"""A contrastive step with fewer others to tell a picture from teaches little."""
+"""A contrastive step with fewer others to tell an image from teaches little."""
 _PASSES = 100 * 1.28e6**0.3
 _NO_SETTINGS = ("data", "recipe", "output_dir", "config", "resume", "quiet", "json")
 DEFAULT_HOURS = {"cpu": 1.0, "mps": 4.0, "cuda": 12.0}
@@ -49,8 +49,8 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What a look at some of the pictures showed."""
+class Images:
+    """What a look at some of the images showed."""
 
     count: int
     short_side: int
@@ -73,34 +73,32 @@ Speed = Callable[[dict[str, Any]], tuple[float, dict[str, Any]]]
 """Settings so far → seconds an epoch, and settings that had to change to fit the memory."""
 
 
-def plan(
-    pictures: Pictures, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed
-) -> list[Choice]:
+def plan(images: Images, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed) -> list[Choice]:
     """Every setting that ``given`` leaves open, in the order they depend on each other.
 
     Args:
-        pictures: what was seen of them.
+        images: what was seen of them.
         machine: where training runs.
         hours: budget of time; ``None``: that of the device by ``DEFAULT_HOURS``.
         given: fields the user set.
         speed: measures, or supposes, the time of an epoch.
     """
-    made = _made(pictures, machine, hours, given, speed, _CPU_SIDES[0])
+    made = _made(images, machine, hours, given, speed, _CPU_SIDES[0])
     if machine.device == "cpu" and made["image_size"] > _CPU_SIDES[1] and made["epochs"] < _FEW_EPOCHS:
-        made = _made(pictures, machine, hours, given, speed, _CPU_SIDES[1])
+        made = _made(images, machine, hours, given, speed, _CPU_SIDES[1])
     return made.choices
 
 
 def _made(
-    pictures: Pictures, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed, cpu_side: int
+    images: Images, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed, cpu_side: int
 ) -> "_Plan":
     made = _Plan(given)
-    _views(made, pictures, machine, cpu_side)
-    _network(made, pictures, machine)
-    _batch(made, pictures, machine)
+    _views(made, images, machine, cpu_side)
+    _network(made, images, machine)
+    _batch(made, images, machine)
     _optimisation(made)
-    _length(made, pictures, machine, hours, speed)
-    _watching(made, pictures)
+    _length(made, images, machine, hours, speed)
+    _watching(made, images)
     return made
 
 
@@ -120,21 +118,21 @@ class _Plan:
         return self.values[name]
 
 
-def _views(made: _Plan, pictures: Pictures, machine: Machine, cpu_side: int) -> None:
-    preset = made.choose("view_preset", pictures.preset, pictures.reason)
-    short = pictures.short_side
+def _views(made: _Plan, images: Images, machine: Machine, cpu_side: int) -> None:
+    preset = made.choose("view_preset", images.preset, images.reason)
+    short = images.short_side
     arch = made.values.get("arch", "")
     # views of ViTs divide into patches: those of the starting weights or the stem, else the smallest chosen below
     patch = made.values.get("patch_size", 16 if arch in CONV_VITS else 4) if is_vit(arch) else 4
     if short <= _SMALL_SIDE:
         side = max(short // 4 * 4, 16)
-        reason = f"half of the pictures are {short} px or less at their shorter side"
+        reason = f"half of the images are {short} px or less at their shorter side"
         if machine.device == "cpu" and side > cpu_side:
             side, reason = cpu_side, _CPU_REASONS[cpu_side]
     elif machine.device == "cpu":
         side, reason = cpu_side, _CPU_REASONS[cpu_side]
     elif short < 160:
-        side, reason = 128, f"pictures of about {short} px"
+        side, reason = 128, f"images of about {short} px"
     else:
         side, reason = 224, "the size of the paper"
     made.choose("image_size", max(side // patch, 1) * patch, reason)
@@ -144,24 +142,24 @@ def _views(made: _Plan, pictures: Pictures, machine: Machine, cpu_side: int) -> 
         made.choose("crop_min", 0.2, "the reference's in every recipe")
     else:
         made.choose("crop_min", PRESETS[preset].crop_min, f"of the preset {preset}")
-    if preset != "photos" or pictures.gray:
-        made.choose("mean_std", pictures.mean_std, "measured on these pictures")
+    if preset != "photos" or images.gray:
+        made.choose("mean_std", images.mean_std, "measured on these images")
 
 
-def _network(made: _Plan, pictures: Pictures, machine: Machine) -> None:
-    n, small, gb = pictures.count, made["image_size"] <= _SMALL_SIDE, machine.memory / GIB
+def _network(made: _Plan, images: Images, machine: Machine) -> None:
+    n, small, gb = images.count, made["image_size"] <= _SMALL_SIDE, machine.memory / GIB
     if machine.device == "cpu":
         arch, reason = ("resnet10_w32", "trains in minutes on a CPU")
         if made["image_size"] > 40:
             arch, reason = "resnet10_w48", "a CPU trains it in an hour"
     elif n < 5_000 or small:
-        arch, reason = "resnet18", "few or small pictures do not fill a larger network"
+        arch, reason = "resnet18", "few or small images do not fill a larger network"
     elif n >= 100_000 and gb >= 20:
-        arch, reason = "vit_small", "enough pictures and memory for the paper's ViT-S"
+        arch, reason = "vit_small", "enough images and memory for the paper's ViT-S"
     elif _fitting("resnet50", made["image_size"], machine) < _LEAST_BATCH:
-        arch, reason = "resnet18", f"ResNet-50 would leave memory for fewer than {_LEAST_BATCH} pictures a step"
+        arch, reason = "resnet18", f"ResNet-50 would leave memory for fewer than {_LEAST_BATCH} images a step"
     else:
-        arch, reason = "resnet50", "the reference's; ViTs need more pictures or memory"
+        arch, reason = "resnet50", "the reference's; ViTs need more images or memory"
     arch = made.choose("arch", arch, reason)
     tiny = arch.startswith("resnet10")
     if is_resnet(arch) and "_w" not in arch:
@@ -176,13 +174,13 @@ def _network(made: _Plan, pictures: Pictures, machine: Machine) -> None:
 
 
 def _fitting(arch: str, image_size: int, machine: Machine, small_stem: bool = False) -> float:
-    """Pictures a step that fit the memory, with a seventh kept free."""
+    """Images a step that fit the memory, with a seventh kept free."""
     each, fixed = memory_of(arch, image_size, small_stem, half=machine.device == "cuda")
     return max((0.85 * machine.memory - fixed) / each, 2)
 
 
 def memory_of(arch: str, image_size: int, small_stem: bool, *, half: bool) -> tuple[float, float]:
-    """(bytes a picture, bytes besides) of training, estimated."""
+    """(bytes an image, bytes besides) of training, estimated."""
     key = arch if arch in _ACTIVATION_MB else "vit_small" if is_vit(arch) else "resnet50"
     each = _ACTIVATION_MB[key] * 1e6 * (image_size / 224) ** 2 * (1 if half else 2)
     if small_stem:
@@ -190,17 +188,17 @@ def memory_of(arch: str, image_size: int, small_stem: bool, *, half: bool) -> tu
     return each, _FIXED_GB[key] * 1e9
 
 
-def _batch(made: _Plan, pictures: Pictures, machine: Machine) -> None:
+def _batch(made: _Plan, images: Images, machine: Machine) -> None:
     small_stem = bool(made.values.get("small_stem"))
     each, _ = memory_of(made["arch"], made["image_size"], small_stem, half=machine.device == "cuda")
     fits = _fitting(made["arch"], made["image_size"], machine, small_stem)
     cap = 128 if machine.device == "cpu" else 1024 if is_vit(made["arch"]) else 512
-    useful = max(pictures.count // 8, 16)
-    size = min(2 ** int(math.log2(min(fits, cap, useful))), max(pictures.count, 1))
+    useful = max(images.count // 8, 16)
+    size = min(2 ** int(math.log2(min(fits, cap, useful))), max(images.count, 1))
     limit = {
-        fits: f"fits {machine.memory / GIB:.0f} GB (estimated {each / 1e6:.0f} MB a picture)",
+        fits: f"fits {machine.memory / GIB:.0f} GB (estimated {each / 1e6:.0f} MB an image)",
         cap: "128 did better than 256 in the demo" if cap == 128 else "larger ones need other learning rates",
-        useful: f"{pictures.count} pictures give too few steps with more",
+        useful: f"{images.count} images give too few steps with more",
     }[min(fits, cap, useful)]
     made.choose("batch_size", max(size, 2), limit)
     made.choose(
@@ -221,8 +219,8 @@ def _optimisation(made: _Plan) -> None:
         made.choose("weight_decay", 0.1, "the paper's for ViTs")
     elif arch.startswith("resnet10"):
         made.choose("optimizer", "adamw", "steadier than LARS at small batches (docs/demo.md)")
-        made.choose("lr", 8e-3, "measured on the demo's pictures")
-        made.choose("weight_decay", 0.05, "measured on the demo's pictures")
+        made.choose("lr", 8e-3, "measured on the demo's images")
+        made.choose("weight_decay", 0.05, "measured on the demo's images")
     else:
         made.choose("optimizer", "lars", "the reference's for ResNets")
         made.choose("lr", 0.3, "the reference's for long training")
@@ -231,9 +229,9 @@ def _optimisation(made: _Plan) -> None:
     made.choose("moco_m_cos", True, "the reference's in every recipe")
 
 
-def _length(made: _Plan, pictures: Pictures, machine: Machine, hours: float | None, speed: Speed) -> None:
+def _length(made: _Plan, images: Images, machine: Machine, hours: float | None, speed: Speed) -> None:
     budget = 3600 * (hours if hours is not None else DEFAULT_HOURS[machine.device])
-    wanted = min(max(round(_PASSES / max(pictures.count, 1) ** 0.3), 100), 800)
+    wanted = min(max(round(_PASSES / max(images.count, 1) ** 0.3), 100), 800)
     seconds, changed = speed(made.values)
     for name, value in changed.items():
         made.values[name] = value
@@ -243,12 +241,12 @@ def _length(made: _Plan, pictures: Pictures, machine: Machine, hours: float | No
     if possible < 1:
         epochs, reason = (
             1,
-            f"one pass takes {_duration(seconds)}: take fewer pictures (DIR:0.1), a GPU or a longer --budget",
+            f"one pass takes {_duration(seconds)}: take fewer images (DIR:0.1), a GPU or a longer --budget",
         )
     elif possible < wanted:
         epochs, reason = possible, f"what {_duration(budget)} allow (without a limit: {wanted})"
     else:
-        epochs, reason = wanted, "more passes over fewer pictures, 100 for ImageNet's 1.28 million"
+        epochs, reason = wanted, "more passes over fewer images, 100 for ImageNet's 1.28 million"
     epochs = made.choose("epochs", epochs, reason)
     warmup = min(40 if is_vit(made["arch"]) else 10, round(epochs / 10))
     made.choose("warmup_epochs", warmup, "a tenth, at most the paper's")
@@ -258,10 +256,10 @@ def _length(made: _Plan, pictures: Pictures, machine: Machine, hours: float | No
     made.choices.append(Choice("(predicted time)", _duration(seconds * epochs), how))
 
 
-def _watching(made: _Plan, pictures: Pictures) -> None:
+def _watching(made: _Plan, images: Images) -> None:
     epochs = made["epochs"]
-    held = min(2000, pictures.count // 10) if pictures.count >= 200 else 0
-    held = min(held, pictures.count - made["batch_size"])
+    held = min(2000, images.count // 10) if images.count >= 200 else 0
+    held = min(held, images.count - made["batch_size"])
     if held >= 20:
         held = made.choose("hold_out", held, "kept from training, to judge without labels")
         if held:

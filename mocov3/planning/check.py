@@ -1,4 +1,4 @@
-"""Before training: ``mocov3 check DIR`` looks at pictures and machine, and writes a sheet of what a network would see.
+"""Before training: ``mocov3 check DIR`` looks at images and machine, and writes a sheet of what a network would see.
 
 Takes the flags of ``mocov3 pretrain`` too, so that what is shown is what that command would do.
 """
@@ -32,8 +32,8 @@ _GROUP_FROM = 0.01
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Own flags, and the rest, which are those of pre-training."""
     parser = Parser(prog="mocov3 check", description=__doc__, add_help=False, allow_abbrev=False)
-    parser.add_argument("--sample", type=int, default=_SAMPLE, help="pictures to examine")
-    parser.add_argument("--all", action="store_true", help="examine every picture")
+    parser.add_argument("--sample", type=int, default=_SAMPLE, help="images to examine")
+    parser.add_argument("--all", action="store_true", help="examine every image")
     parser.add_argument("--sheet", default="check.png", help="where to write the sheet of views")
     if "-h" in argv or "--help" in argv:
         parser.add_argument("-h", "--help", action="help", help="this; flags of mocov3 pretrain are taken too")
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
         print(
             json.dumps(
                 {
-                    "survey": asdict(found),
+                    "survey": {"pictures" if k == "images" else k: v for k, v in asdict(found).items()},
                     "settings": asdict(proposal.config),
                     "sheet": args.sheet,
                     "left_out": getattr(source, "skipped", []),
@@ -73,15 +73,15 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
     print(block(proposal.choices, layers.recipe, layers.given))
     print("\n" + "\n".join(_speed(proposal)))
     print("\n".join(_near_in_batches(found, proposal.config.batch_size, bool(proposal.config.group_by))))
-    print(f"\n{args.sheet}: {rows} pictures with their views under --view-preset {proposal.config.view_preset}")
+    print(f"\n{args.sheet}: {rows} images with their views under --view-preset {proposal.config.view_preset}")
     return 0
 
 
 def _facts(source: Source, found: Survey, values: dict[str, Any]) -> list[str]:
     low, middle, high = found.short_side
     lines = [
-        f"{found.pictures} pictures"
-        + ("" if found.examined == found.pictures else f", of which {found.examined} were examined (--all: every one)")
+        f"{found.images} images"
+        + ("" if found.examined == found.images else f", of which {found.examined} were examined (--all: every one)")
     ]
     for folder in str(values.get("data")).split("\n"):
         if Path(folder).is_dir():
@@ -105,7 +105,7 @@ def _facts(source: Source, found: Survey, values: dict[str, Any]) -> list[str]:
             f"  mean, std        {found.mean_std}",
             f"  copies           {found.copies} equal to an earlier one, {found.near_copies} nearly"
             + _examples(source, found),
-            f"  alike, upright   mean correlation {found.alike:.2f}; mean picture against its turns "
+            f"  alike, upright   mean correlation {found.alike:.2f}; mean image against its turns "
             f"{found.upright:.1f} × chance",
         ]
     if found.unreadable:
@@ -122,7 +122,7 @@ def _deep(found: Survey, values: dict[str, Any]) -> list[str]:
     count, low, high = found.deep
     if not count:
         return []
-    line = f"  over 8 bits      {count} pictures, values {low:g} to {high:g}"
+    line = f"  over 8 bits      {count} images, values {low:g} to {high:g}"
     if values.get("bit_window"):
         return [f"{line}; --bit-window {values['bit_window']}"]
     bits = next((b for b in (10, 12, 14) if high < 2**b), 16)
@@ -138,14 +138,14 @@ def _examples(source: Source, found: Survey) -> str:
 
 
 def _speed(proposal: Proposal) -> list[str]:
-    c, n = proposal.config, proposal.pictures.count
+    c, n = proposal.config, proposal.images.count
     lines = []
     if proposal.training and proposal.loading:
         model, loader = n / proposal.training, n / proposal.loading
-        bound = "reading pictures" if loader < model else "computing"
+        bound = "reading images" if loader < model else "computing"
         cure = "; more --workers or smaller files would help" if loader < model else ""
         lines.append(
-            f"  speed            the network {model:.0f} pictures/s, {c.workers} loader processes "
+            f"  speed            the network {model:.0f} images/s, {c.workers} loader processes "
             f"{loader:.0f}/s: bound by {bound}{cure}"
         )
     each, fixed = memory_of(c.arch, c.image_size, c.small_stem, half=proposal.machine.device == "cuda")
@@ -155,8 +155,8 @@ def _speed(proposal: Proposal) -> list[str]:
 
 
 def _near_in_batches(found: Survey, batch: int, grouped: bool) -> list[str]:
-    share = min(found.partners * (batch - 1) / max(found.pictures - 1, 1), 1.0)
-    line = f"  false negatives  {100 * share:.2f} % of pictures would meet a near-copy in their batch of {batch}"
+    share = min(found.partners * (batch - 1) / max(found.images - 1, 1), 1.0)
+    line = f"  false negatives  {100 * share:.2f} % of images would meet a near-copy in their batch of {batch}"
     if share > _GROUP_FROM and not grouped:
         line += "; keep them apart by --group-by, or remove copies"
     return [line]

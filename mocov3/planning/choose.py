@@ -1,4 +1,4 @@
-"""From a command line with ``--recipe auto`` to a configuration: looks at pictures and machine, prints the plan.
+"""From a command line with ``--recipe auto`` to a configuration: looks at images and machine, prints the plan.
 
 A resumed run takes the settings of its own ``config.yaml``: nothing is chosen twice.
 """
@@ -14,8 +14,8 @@ from mocov3.config.fields import Layers
 from mocov3.data import Source
 from mocov3.data.sources.survey import Survey, propose, scattered, survey
 from mocov3.errors import UserError
-from mocov3.planning.auto import Choice, Machine, Pictures, block, parse_budget, plan
-from mocov3.pretraining.inputs import open_pictures
+from mocov3.planning.auto import Choice, Images, Machine, block, parse_budget, plan
+from mocov3.pretraining.inputs import open_images
 
 LOOKED_AT = 400
 _FEW = 20_000
@@ -28,7 +28,7 @@ class Proposal:
 
     config: PretrainConfig
     choices: list[Choice]
-    pictures: Pictures
+    images: Images
     machine: Machine
     source: Source
     training: float
@@ -41,7 +41,7 @@ def choose(layers: Layers) -> PretrainConfig:
     """The configuration of ``--recipe auto`` (or ``adapt``), printed; a resumed run's is its own.
 
     Raises:
-        UserError: for a bad value, before torch is imported; for pictures that can't be read.
+        UserError: for a bad value, before torch is imported; for images that can't be read.
     """
     given = {name: value for name, value in layers.given.items() if name != "recipe"}
     if saved := saved_fields(layers.merged()):
@@ -54,7 +54,7 @@ def choose(layers: Layers) -> PretrainConfig:
 
 
 def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
-    """Settings for the pictures and the machine; ``found`` saves looking at pictures again.
+    """Settings for the images and the machine; ``found`` saves looking at images again.
 
     Raises:
         UserError: as ``choose``.
@@ -66,9 +66,9 @@ def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
     first.check()
     _check_start(first)
     hours = budget(first)
-    source, _, order = open_pictures(first)
+    source, _, order = open_images(first)
     order.check()
-    pictures = look(source, first, found)
+    images = look(source, first, found)
     from mocov3.planning import speed
 
     machine = speed.machine(first.device, first.gpu)
@@ -85,7 +85,7 @@ def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
 
         arch, heads = fixed.get("arch", first.arch), fixed.get("heads")
         fixed["heads"] = with_heads(dataclasses.replace(first, arch=arch, heads=heads)).heads
-        # patch size and stem are the weights' own, whatever the pictures' size would suggest
+        # patch size and stem are the weights' own, whatever the images' size would suggest
         fixed = {**settings_of(starting_weights(first.init, heads).state, arch), **fixed}
     times = {"training": 0.0, "loading": 0.0}
 
@@ -96,22 +96,22 @@ def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
         fitted = {} if batch == config.batch_size or "batch_size" in fixed else {"batch_size": batch}
         return speed.total_seconds(times["training"], times["loading"], machine.device), fitted
 
-    choices = plan(pictures, machine, hours, fixed, measured)
+    choices = plan(images, machine, hours, fixed, measured)
     settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}
     config = PretrainConfig(**layers.merged(settings))
-    return Proposal(config, choices, pictures, machine, source, **times)
+    return Proposal(config, choices, images, machine, source, **times)
 
 
 def measured_normalisation(config: PretrainConfig) -> PretrainConfig:
-    """``config`` with the numbers of ``--mean-std auto``, which depend on the pictures alone.
+    """``config`` with the numbers of ``--mean-std auto``, which depend on the images alone.
 
     Raises:
-        UserError: if the pictures cannot be read.
+        UserError: if the images cannot be read.
     """
     if config.mean_std != "auto":
         return config
     config.check()
-    source, _, _ = open_pictures(dataclasses.replace(config, batch_size=1, group_by=""))
+    source, _, _ = open_images(dataclasses.replace(config, batch_size=1, group_by=""))
     return dataclasses.replace(config, mean_std=look(source, config).mean_std)
 
 
@@ -136,8 +136,8 @@ def budget(config: PretrainConfig) -> float | None:
         raise UserError(f"--budget {config.budget!r}: write a time above 0, as 30m, 2h or 1.5d") from None
 
 
-def look(source: Source, config: PretrainConfig, found: Survey | None = None) -> Pictures:
-    """What some of the pictures show, for the plan.
+def look(source: Source, config: PretrainConfig, found: Survey | None = None) -> Images:
+    """What some of the images show, for the plan.
 
     Raises:
         UserError: if none of them can be read.
@@ -146,11 +146,11 @@ def look(source: Source, config: PretrainConfig, found: Survey | None = None) ->
     if not found.readable:
         index, reason = found.unreadable[0]
         raise UserError(
-            f"data {config.data_title}: none of {found.examined} pictures looked at can be read, first: "
+            f"data {config.data_title}: none of {found.examined} images looked at can be read, first: "
             f"{source.name(index)}: {reason}"
         )
     preset, reason = propose(found)
-    return Pictures(len(source), found.short_side[1], preset, reason, found.mean_std, found.gray_share > 0.95)
+    return Images(len(source), found.short_side[1], preset, reason, found.mean_std, found.gray_share > 0.95)
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:
@@ -168,16 +168,16 @@ def saved_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(proposal: Proposal, layers: Layers) -> None:
-    config, count = proposal.config, proposal.pictures.count
+    config, count = proposal.config, proposal.images.count
     if config.quiet:
         return
     where = sys.stderr if config.json else sys.stdout
     machine = proposal.machine.name
-    print(f"Settings for {count} pictures on {machine} (--recipe {config.recipe}; flags override):", file=where)
+    print(f"Settings for {count} images on {machine} (--recipe {config.recipe}; flags override):", file=where)
     print(block(proposal.choices, layers.recipe, layers.given), file=where, flush=True)
     if not config.init and count < _FEW:
         print(
-            f"Fewer than {_FEW} pictures: starting from existing weights mostly does better, if you can have some: "
+            f"Fewer than {_FEW} images: starting from existing weights mostly does better, if you can have some: "
             "--recipe adapt --init FILE (or timm/NAME).",
             file=where,
             flush=True,

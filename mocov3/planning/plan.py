@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(prog="mocov3 plan", description=__doc__, add_help=False, allow_abbrev=False)
     parser.add_argument("--gpus", type=int, default=1, help="GPUs in all")
     parser.add_argument("--gpu-memory", type=float, default=24.0, help="GB of one (GiB, as sold)", metavar="GB")
-    parser.add_argument("--pictures", type=int, default=IMAGENET, help="pictures of the set (default ImageNet-1k)")
+    parser.add_argument("--pictures", type=int, default=IMAGENET, help="images of the set (default ImageNet-1k)")
     parser.add_argument(
         "--images-per-second",
         type=float,
@@ -80,7 +80,7 @@ def traffic(gpus: int, batch: int, *, trained: float, dim: int, norm_channels: i
 
     Args:
         gpus: processes.
-        batch: pictures of all.
+        batch: images of all.
         trained: bytes of trained parameters (a gradient each).
         dim: width of the embedding.
         norm_channels: channels of all batch norms that are run, over both encoders.
@@ -98,11 +98,11 @@ def traffic(gpus: int, batch: int, *, trained: float, dim: int, norm_channels: i
 
 
 def step_seconds(
-    pictures: int, images_per_second: float, sent: Traffic, bytes_per_second: float, *, micro: bool, fsdp: bool
+    images: int, images_per_second: float, sent: Traffic, bytes_per_second: float, *, micro: bool, fsdp: bool
 ) -> tuple[float, float]:
     """(computing, waiting for the network) of a step of one process. Gradients of one pass are sent while it runs
     backwards, gathered weights while other blocks compute; what does not fit there is waited for."""
-    computing = pictures / images_per_second * (SECOND_PASS if micro else 1.0)
+    computing = images / images_per_second * (SECOND_PASS if micro else 1.0)
     hidden = computing if fsdp else 0.0 if micro else BACKWARD * computing
     overlapping = (sent.gradients + sent.weights) / bytes_per_second
     return computing, max(overlapping - hidden, 0.0) + (sent.keys + sent.statistics) / bytes_per_second
@@ -141,8 +141,8 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]
         need = (counted.peak(local, 1, shards) + LIBRARIES) / GIB
         cure = "more GPUs, a smaller --batch-size" + ("" if config.fsdp or args.gpus == 1 else ", or --fsdp")
         raise UserError(
-            f"--gpu-memory {args.gpu_memory:g}: weights, optimizer and heads of {local} pictures a GPU "
-            f"need {need:.1f} GB even a picture at a time; take {cure}"
+            f"--gpu-memory {args.gpu_memory:g}: weights, optimizer and heads of {local} images a GPU "
+            f"need {need:.1f} GB even an image at a time; take {cure}"
         )
     micro = size if size < local else 0
     parts = -(-local // size)
@@ -182,15 +182,15 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]
     return result
 
 
-def _measured(config: PretrainConfig, pictures: int) -> float:
-    """Pictures a second of a GPU here, in one pass; 0 where there is none."""
+def _measured(config: PretrainConfig, images: int) -> float:
+    """Images a second of a GPU here, in one pass; 0 where there is none."""
     import torch
 
     if not torch.cuda.is_available():
         return 0.0
     from mocov3.planning.speed import images_per_second
 
-    return images_per_second(config, min(pictures, 256))
+    return images_per_second(config, min(images, 256))
 
 
 def _lines(found: dict[str, Any], args: argparse.Namespace, config: PretrainConfig) -> list[str]:
@@ -199,10 +199,10 @@ def _lines(found: dict[str, Any], args: argparse.Namespace, config: PretrainConf
     in_passes = f"{found['passes']} passes of {found['micro_batch']}" if found["micro_batch"] else "one pass"
     lines = [
         f"{config.arch} at {config.image_size} px, batch {config.batch_size} on {args.gpus} GPU(s) of "
-        f"{args.gpu_memory:g} GB: {found['pictures_per_gpu']} pictures a GPU in {in_passes}",
+        f"{args.gpu_memory:g} GB: {found['pictures_per_gpu']} images a GPU in {in_passes}",
         f"  memory        {found['memory'] / GIB:.1f} GB of a GPU, counted: weights {parts['weights'] / 1e9:.2f} GB"
         f"{shared}, optimizer {parts['states'] * parts['trained'] / 1e9:.2f} GB{shared}, gradients "
-        f"{parts['trained'] / 1e9:.2f} GB, {(parts['backbone'] + parts['heads']) / 1e6:.1f} MB a picture and view, "
+        f"{parts['trained'] / 1e9:.2f} GB, {(parts['backbone'] + parts['heads']) / 1e6:.1f} MB an image and view, "
         f"libraries {LIBRARIES / 1e9:.1f} GB",
         f"  network       {sum(sent.values()) / 1e9:.2f} GB sent by a GPU in a step: gradients "
         f"{sent['gradients'] / 1e9:.2f}, keys {sent['keys'] / 1e9:.3f}, batch norm {sent['statistics'] / 1e9:.3f}"
@@ -213,7 +213,7 @@ def _lines(found: dict[str, Any], args: argparse.Namespace, config: PretrainConf
         lines.append(
             f"  time          {found['hours']:.1f} h ({found['gpu_hours']:.0f} GPU-hours): {found['steps']} "
             f"steps of {found['step_seconds']:.2f} s, {100 * found['efficiency']:.0f} % of them computing, by "
-            f"{found['images_per_second']:g} pictures/s a GPU ({source})"
+            f"{found['images_per_second']:g} images/s a GPU ({source})"
         )
     else:
         lines.append(
@@ -222,7 +222,7 @@ def _lines(found: dict[str, Any], args: argparse.Namespace, config: PretrainConf
         )
     start = ["torchrun", "--nproc-per-node", str(min(args.gpus, 8)), "main_moco.py"]
     start += ["--recipe", config.recipe] if config.recipe else ["-a", config.arch, "-b", str(config.batch_size)]
-    start += ["--micro-batch", "auto"] * bool(found["micro_batch"]) + ["--fsdp"] * config.fsdp + ["PICTURES"]
+    start += ["--micro-batch", "auto"] * bool(found["micro_batch"]) + ["--fsdp"] * config.fsdp + ["IMAGES"]
     lines.append(f"  start         {' '.join(start)}")
     if found["micro_batch"] and (is_resnet(config.arch) or config.arch in CONV_VITS):
         lines.append("  note          batch norm of the backbone sees a micro-batch at a time, not the whole batch")

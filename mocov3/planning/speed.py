@@ -40,7 +40,7 @@ def machine(device: str, gpu: int | None) -> Machine:
 
 
 def epoch_seconds(
-    config: PretrainConfig, source: Source, pictures: int, *, best: bool = False
+    config: PretrainConfig, source: Source, images: int, *, best: bool = False
 ) -> tuple[float, float, int]:
     """(seconds an epoch of training, seconds of loading, batch size that fits), by a few steps of each.
 
@@ -48,7 +48,7 @@ def epoch_seconds(
     what the machine can do, instead of the median, which tells what it does while others are at work on it.
 
     Raises:
-        UserError: if not even two pictures fit.
+        UserError: if not even two images fit.
     """
     device = pick_device(config.device, config.gpu)
     batch = config.batch_size
@@ -65,13 +65,13 @@ def epoch_seconds(
                 ) from None
             batch //= 2
     workers = max(min(config.workers, usable_cores()), 1)
-    loading = picture_seconds(config, source) * pictures / workers
+    loading = image_seconds(config, source) * images / workers
     step = min(times) if best else float(np.median(times))
-    return step * max(pictures // batch, 1), loading, batch
+    return step * max(images // batch, 1), loading, batch
 
 
 def images_per_second(config: PretrainConfig, batch: int) -> float:
-    """Pictures a second that training steps of ``batch`` take on the device of ``config``."""
+    """Images a second that training steps of ``batch`` take on the device of ``config``."""
     return batch / float(np.median(_step_times(config, pick_device(config.device, config.gpu), batch)))
 
 
@@ -119,8 +119,8 @@ def _wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def picture_seconds(config: PretrainConfig, source: Source) -> float:
-    """Seconds that one process takes to read a picture and make its two views."""
+def image_seconds(config: PretrainConfig, source: Source) -> float:
+    """Seconds that one process takes to read an image and make its two views."""
     views: Any = TwoViews(config.image_size, config.crop_min, config.preset, config.views)
     times = []
     for index in scattered(len(source), _LOADED).tolist():

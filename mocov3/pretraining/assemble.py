@@ -109,10 +109,10 @@ def count_norms(config: PretrainConfig) -> int:
 
 
 def resolve_micro_batch(config: PretrainConfig, world: World, precision: str) -> int:
-    """Pictures of this rank in a pass, the same on every rank; 0: all in one. Call it before the model is built.
+    """Images of this rank in a pass, the same on every rank; 0: all in one. Call it before the model is built.
 
     Raises:
-        UserError: if not even one picture fits (``--micro-batch auto``).
+        UserError: if not even one image fits (``--micro-batch auto``).
     """
     local = config.batch_size // world.size
     asked = config.micro_batch
@@ -127,7 +127,7 @@ def resolve_micro_batch(config: PretrainConfig, world: World, precision: str) ->
 
 
 def check_micro_batch(size: int, config: PretrainConfig, world: World, model: MoCo) -> None:
-    """Refuse micro-batches in which batch norm would meet one picture, whose statistics may be of a single number.
+    """Refuse micro-batches in which batch norm would meet one image, whose statistics may be of a single number.
 
     Raises:
         UserError: naming the smallest that serve.
@@ -140,7 +140,7 @@ def check_micro_batch(size: int, config: PretrainConfig, world: World, model: Mo
     if size and model.views_meet and fewest(size) < 2:
         enough = next(n for n in range(size, local + 1) if fewest(n) >= 2)
         raise UserError(
-            f"--micro-batch {config.micro_batch}: cuts the {local} pictures of a process so that the batch norm of "
+            f"--micro-batch {config.micro_batch}: cuts the {local} images of a process so that the batch norm of "
             f"{config.arch} meets one at a time; give {'0 (none)' if enough == local else f'{enough} or more'}"
         )
 
@@ -149,13 +149,13 @@ def describe_micro_batch(size: int, config: PretrainConfig, world: World, model:
     """What micro-batches do to this run, in one line."""
     c, local = config, config.batch_size // world.size
     if not size:
-        return f"--micro-batch {c.micro_batch}: the {local} pictures of a process fit in one pass"
-    kept = f"micro-batches of {size}: loss and gradients are those of all {c.batch_size} pictures"
+        return f"--micro-batch {c.micro_batch}: the {local} images of a process fit in one pass"
+    kept = f"micro-batches of {size}: loss and gradients are those of all {c.batch_size} images"
     if not model.views_meet:
         return f"{kept}, as in one pass but for rounding"
     where = "" if world.size == 1 else f" of each of the {world.size} processes"
     return (
-        f"{kept}, exactly for the heads; the backbone of {c.arch} has batch norm, which normalises by {size} pictures"
+        f"{kept}, exactly for the heads; the backbone of {c.arch} has batch norm, which normalises by {size} images"
         f"{where} at a time: not what one pass computes (backbones without batch norm, as vit_small, are exact)"
     )
 

@@ -1,4 +1,4 @@
-"""Memory of a training step, counted without training: what the network keeps for its backward pass, a picture.
+"""Memory of a training step, counted without training: what the network keeps for its backward pass, an image.
 
 The network is built without storage (torch's meta device and fake tensors), so that a ViT-Huge is counted on a laptop;
 what autograd would keep is summed by its saved-tensor hooks. ``benchmarks/footprint.py`` compares with measured peaks.
@@ -41,44 +41,44 @@ class Footprint:
     states: int
     """Tensors the optimizer keeps for a parameter: 1 (LARS), 2 (AdamW)."""
     backbone: float
-    """Kept for the backward pass of the backbone, a picture and view."""
+    """Kept for the backward pass of the backbone, an image and view."""
     heads: float
-    """Kept for the backward pass of projector and predictor, a picture and view."""
+    """Kept for the backward pass of projector and predictor, an image and view."""
     largest: float
-    """The largest tensor in the backbone, a picture and view."""
+    """The largest tensor in the backbone, an image and view."""
     view: float
-    """A normalised view of a picture."""
+    """A normalised view of an image."""
     unit: int
     """The largest block of weights that a sharded run gathers."""
 
-    def peak(self, pictures: int, micro_batch: int = 0, shards: int = 1) -> float:
+    def peak(self, images: int, micro_batch: int = 0, shards: int = 1) -> float:
         """Most bytes alive at once.
 
         Args:
-            pictures: batch of one process.
-            micro_batch: pictures in a pass; 0: all in one.
+            images: batch of one process.
+            micro_batch: images in a pass; 0: all in one.
             shards: processes that share weights, gradients and states (``--fsdp``).
         """
         held = (self.weights + self.states * self.trained) / shards + (2 * self.unit if shards > 1 else 0)
         gradients = self.trained / shards
-        if micro_batch and micro_batch < pictures:
-            whole = 2 * pictures * self.heads
+        if micro_batch and micro_batch < images:
+            whole = 2 * images * self.heads
             part = micro_batch * (self.backbone + self.view + _TRANSIENT * self.largest)
             if shards > 1:  # one reduction: gradients stay whole until the last part
                 gradients = self.trained
             return _HELD * (held + max(whole, gradients + part))
-        inputs = 2 * pictures * self.view
-        kept = 2 * pictures * (self.backbone + self.heads)
-        on_the_way = 2 * pictures * self.backbone + self.heads_trained / shards
-        return _HELD * (held + max(inputs + max(kept, on_the_way) + _TRANSIENT * pictures * self.largest, gradients))
+        inputs = 2 * images * self.view
+        kept = 2 * images * (self.backbone + self.heads)
+        on_the_way = 2 * images * self.backbone + self.heads_trained / shards
+        return _HELD * (held + max(inputs + max(kept, on_the_way) + _TRANSIENT * images * self.largest, gradients))
 
-    def fitting(self, pictures: int, memory: float, shards: int = 1) -> int:
-        """The most pictures in a pass that fit ``memory`` bytes: ``pictures``, less, or 0 where not even one fits."""
+    def fitting(self, images: int, memory: float, shards: int = 1) -> int:
+        """The most images in a pass that fit ``memory`` bytes: ``images``, less, or 0 where not even one fits."""
         limit = (1 - KEPT_FREE) * memory
-        if self.peak(pictures, 0, shards) <= limit:
-            return pictures
-        sizes = sorted({-(-pictures // parts) for parts in range(2, pictures + 1)}, reverse=True)
-        return next((size for size in sizes if self.peak(pictures, size, shards) <= limit), 0)
+        if self.peak(images, 0, shards) <= limit:
+            return images
+        sizes = sorted({-(-images // parts) for parts in range(2, images + 1)}, reverse=True)
+        return next((size for size in sizes if self.peak(images, size, shards) <= limit), 0)
 
 
 def footprint(
@@ -177,17 +177,17 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def choose_micro_batch(counted: Footprint, pictures: int, memory: float, shards: int = 1) -> int:
+def choose_micro_batch(counted: Footprint, images: int, memory: float, shards: int = 1) -> int:
     """The micro-batch of ``--micro-batch auto``: 0 where the whole batch fits in one pass.
 
     Raises:
-        UserError: if not even one picture fits beside weights and heads.
+        UserError: if not even one image fits beside weights and heads.
     """
-    size = counted.fitting(pictures, memory, shards)
+    size = counted.fitting(images, memory, shards)
     if not size:
-        need = counted.peak(pictures, 1, shards)
+        need = counted.peak(images, 1, shards)
         raise UserError(
-            f"--micro-batch auto: weights, optimizer and heads of {pictures} pictures need {need / 1e9:.1f} GB, "
+            f"--micro-batch auto: weights, optimizer and heads of {images} images need {need / 1e9:.1f} GB, "
             f"{memory / 1e9:.1f} GB are free; take a smaller --batch-size or --arch, or more processes"
         )
-    return 0 if size == pictures else size
+    return 0 if size == images else size

@@ -1,8 +1,8 @@
 """Loss and gradients of one batch: in one pass, or exactly the same in the memory of a micro-batch.
 
-The loss compares every picture with all others of the batch, so that a batch cannot be split as for a classifier:
+The loss compares every image with all others of the batch, so that a batch cannot be split as for a classifier:
 accumulated gradients of small batches are those of small batches. Gradient caching (Gao et al. 2021, arXiv 2101.06983)
-splits the network instead, where pictures do not meet: features of all micro-batches are computed without a graph;
+splits the network instead, where images do not meet: features of all micro-batches are computed without a graph;
 heads, with their batch norm, and loss run on the whole batch and give the gradient of the loss by every feature; the
 backbone then runs again, a micro-batch at a time, and carries these gradients down to its weights. It costs one more
 forward pass of the query backbone, about a quarter of a step.
@@ -58,7 +58,7 @@ class _Contrast(nn.Module):
 
 
 class MicroBatches:
-    """Loss and gradients of the whole batch in the memory of ``size`` pictures (gradient caching).
+    """Loss and gradients of the whole batch in the memory of ``size`` images (gradient caching).
 
     Equal to ``WholeBatch`` but for the order of summation where the backbone has no batch norm (ViTs). Where it has,
     its statistics are those of each micro-batch (of all ranks), and running statistics move once a view, by the mean
@@ -71,12 +71,12 @@ class MicroBatches:
         model: in training mode, on its device.
         world: this rank; gradients are averaged over ranks once, at the end.
         precision: arithmetic.
-        size: most pictures of this rank in a pass.
+        size: most images of this rank in a pass.
     """
 
     def __init__(self, model: MoCo, *, world: World, precision: Precision, size: int) -> None:
         if size < 1:
-            raise ValueError(f"a micro-batch holds 1 picture or more, not {size}")
+            raise ValueError(f"a micro-batch holds 1 image or more, not {size}")
         self.model, self.world, self.precision, self.size = model, world, precision, size
         self._norms = [_norms(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
         from mocov3.models.depth import Plan, plan_paths  # with timm, which other runs of ResNets need not import
@@ -112,10 +112,10 @@ class MicroBatches:
             self.world.average([p.grad for p in self._trained if p.grad is not None])
         return loss.detach(), statistics
 
-    def _parts(self, pictures: int) -> list[slice]:
+    def _parts(self, images: int) -> list[slice]:
         """Parts of nearly equal size: none is so small that its batch statistics say nothing."""
-        count = -(-pictures // self.size)
-        edges = [i * pictures // count for i in range(count + 1)]
+        count = -(-images // self.size)
+        edges = [i * images // count for i in range(count + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
     @torch.no_grad()
@@ -154,12 +154,12 @@ class MicroBatches:
         plan.take(None)
         _set_generator_state(self.world.device, after)
 
-    def _draw_paths(self, paths: Sequence[Any], pictures: int) -> list[Any]:
+    def _draw_paths(self, paths: Sequence[Any], images: int) -> list[Any]:
         """What stochastic depth drops in both views, drawn as one pass over the whole batch would."""
         device = self.world.device
         if self.model.views_meet:
-            return [self._plan(paths, [path.draw(pictures, device) for path in paths]) for _ in "12"]
-        both = [path.draw(2 * pictures, device).chunk(2) for path in paths]
+            return [self._plan(paths, [path.draw(images, device) for path in paths]) for _ in "12"]
+        both = [path.draw(2 * images, device).chunk(2) for path in paths]
         return [self._plan(paths, [masks[view] for masks in both]) for view in (0, 1)]
 
 

@@ -30,7 +30,7 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
         UserError: naming what, where and how to mend it.
     """
     config.check()
-    source, _, order = open_pictures(config)
+    source, _, order = open_images(config)
     warn_left_out(source)
     order.check()
     if config.nprocs_per_node > 1:
@@ -38,7 +38,7 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
     if config.knn_every:
         warn_left_out(open_validation(config, source), said=source)
     if config.quality_every:
-        warn_left_out(unseen_pictures(config), said=source)
+        warn_left_out(unseen_images(config), said=source)
     if config.report_every and importlib.util.find_spec("plotly") is None:
         raise UserError(
             "--report-every draws its charts by plotly, which is not installed; pip install 'mocov3[report]'"
@@ -63,8 +63,8 @@ def restarted_by_torchrun() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
-def open_pictures(config: PretrainConfig) -> tuple[Source, Source | None, Order]:
-    """Pictures to train on, pictures kept from training (``--hold-out``), and the order of the first.
+def open_images(config: PretrainConfig) -> tuple[Source, Source | None, Order]:
+    """Images to train on, images kept from training (``--hold-out``), and the order of the first.
 
     Raises:
         UserError: if there are none, or too few.
@@ -78,20 +78,20 @@ def open_pictures(config: PretrainConfig) -> tuple[Source, Source | None, Order]
     return source, held_out, Order(len(source), config.batch_size, shares(source), groups)
 
 
-def unseen_pictures(config: PretrainConfig) -> Source:
-    """Pictures for the quality without labels: those held out, else the validation part (DIR/val).
+def unseen_images(config: PretrainConfig) -> Source:
+    """Images for the quality without labels: those held out, else the validation part (DIR/val).
 
     Raises:
         UserError: if there are none.
     """
-    _, held_out, _ = open_pictures(config)
+    _, held_out, _ = open_images(config)
     if held_out is not None:
         return held_out
     try:
         return open_unseen(config.data)
     except UserError as error:
         raise UserError(
-            f"--quality-every needs pictures that are not trained on: give --hold-out N, or {config.data_title}/val "
+            f"--quality-every needs images that are not trained on: give --hold-out N, or {config.data_title}/val "
             f"({error})"
         ) from None
 
@@ -105,7 +105,7 @@ def check_divides(batch_size: int, ranks: int) -> None:
 
 
 def open_validation(config: PretrainConfig, source: Source) -> Source:
-    """The labelled pictures of the validation part (DIR/val) for the k-NN evaluation.
+    """The labelled images of the validation part (DIR/val) for the k-NN evaluation.
 
     Raises:
         UserError: if they or their classes do not fit those of training.
@@ -113,9 +113,9 @@ def open_validation(config: PretrainConfig, source: Source) -> Source:
     try:
         validation = open_unseen(config.data)
     except UserError as error:
-        raise UserError(f"--knn-every needs labelled pictures in {config.data_title}/val: {error}") from None
-    for part, pictures in (("train", source), ("val", validation)):
-        if pictures.labels is None or len(set(pictures.labels.tolist())) < 2:
+        raise UserError(f"--knn-every needs labelled images in {config.data_title}/val: {error}") from None
+    for part, images in (("train", source), ("val", validation)):
+        if images.labels is None or len(set(images.labels.tolist())) < 2:
             raise UserError(f"--knn-every: {config.data_title} ({part}) does not hold two or more class folders")
     if validation.classes != source.classes:
         differing = sorted(set(validation.classes) ^ set(source.classes))

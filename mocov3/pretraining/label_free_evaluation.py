@@ -16,11 +16,11 @@ from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.sharding import whole
 from mocov3.errors import UserError
-from mocov3.evaluation.label_free import PICTURES, Verdict, features_of_views, judge, pixel_features
+from mocov3.evaluation.label_free import IMAGES, Verdict, features_of_views, judge, pixel_features
 from mocov3.metrics import QUALITY
 from mocov3.models import MoCo
 from mocov3.output.log import RunLog, cut, warn
-from mocov3.pretraining.inputs import unseen_pictures
+from mocov3.pretraining.inputs import unseen_images
 from mocov3.weights import checkpoint
 from mocov3.weights.checkpoint import Position
 from mocov3.weights.origin import origin_of_run
@@ -30,17 +30,17 @@ _SMALL = 500 * 64 * 64  # pixels that one process reads before others have start
 
 
 class Watch:
-    """Judges the network of a run on pictures it is not trained on, every ``--quality-every`` epochs, or never.
+    """Judges the network of a run on images it is not trained on, every ``--quality-every`` epochs, or never.
 
     Args:
         config: of the run, seed included.
-        world: this rank; the pictures are shared out.
+        world: this rank; the images are shared out.
         model: judged through its query backbone.
         log: where judgements are told.
         start: where the run begins or goes on; later lines of a former run are cut off.
 
     Raises:
-        UserError: if there are no pictures to judge on.
+        UserError: if there are no images to judge on.
     """
 
     def __init__(self, config: PretrainConfig, world: World, model: MoCo, log: RunLog, *, start: Position) -> None:
@@ -48,7 +48,7 @@ class Watch:
         self.file = Path(config.output_dir) / QUALITY
         if not config.quality_every:
             return
-        self.pictures = unseen_pictures(config)
+        self.images = unseen_images(config)
         kept: list[dict[str, Any]] = world.share(_reopened(self.file, start.step) if world.main else None)
         self.base = {line["name"]: line["retrieval"] for line in kept if line["name"] != "epoch"}
         past = [line["retrieval"] for line in kept if line["name"] == "epoch"]
@@ -70,7 +70,7 @@ class Watch:
         self.log.scalars(measures, position.step - 1)
         better = verdict.retrieval > self.best
         self.log.say(
-            f"Epoch {done - 1}: without labels, {verdict.retrieval:.1f} % of {verdict.pictures} unseen pictures found "
+            f"Epoch {done - 1}: without labels, {verdict.retrieval:.1f} % of {verdict.images} unseen images found "
             f"again (at the start {self.base.get('start', 0):.1f}, pixels {self.base.get('pixels', 0):.1f})"
             + (", the best so far" if better else "")
         )
@@ -88,11 +88,11 @@ class Watch:
 
     def _judge(self, network: Any) -> Verdict:
         c, preset = self.config, self.config.preset
-        pictures = min(len(self.pictures), PICTURES)
-        parallel = pictures * c.image_size**2 > _SMALL
+        images = min(len(self.images), IMAGES)
+        parallel = images * c.image_size**2 > _SMALL
         views = features_of_views(
             network.features if network is not None else pixel_features,
-            self.pictures,
+            self.images,
             ProbeViews(c.image_size, preset.evaluation_zoom, reading=preset.reading),
             world=self.world,
             mean=preset.mean,
@@ -101,7 +101,7 @@ class Watch:
             network=network if isinstance(network, nn.Module) else None,
         )
         if len(views) < 2:
-            raise UserError("the quality without labels needs two or more readable pictures that are not trained on")
+            raise UserError("the quality without labels needs two or more readable images that are not trained on")
         return judge(views)
 
     def _note(self, name: str, verdict: Verdict, position: Position) -> None:

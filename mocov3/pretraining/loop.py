@@ -36,12 +36,12 @@ from mocov3.pretraining.assemble import (
     set_determinism,
 )
 from mocov3.pretraining.groups import parameter_groups, scale_backbone
-from mocov3.pretraining.inputs import Job, check_divides, open_pictures
+from mocov3.pretraining.inputs import Job, check_divides, open_images
 from mocov3.pretraining.label_free_evaluation import Watch
 from mocov3.pretraining.online_knn import Online
 from mocov3.pretraining.recorder import Recorder
 from mocov3.pretraining.report_process import Pages
-from mocov3.pretraining.saver import PICTURES, Saver, new_run_name, write_pictures
+from mocov3.pretraining.saver import IMAGES, Saver, new_run_name, write_images
 from mocov3.pretraining.step import Outcome, Step
 from mocov3.weights import checkpoint
 from mocov3.weights.checkpoint import Position
@@ -69,8 +69,8 @@ class Run:
         self.world, self.config = world, job.config
         c = self.config
         self.folder = Path(c.output_dir)
-        self.source, self.held_out, self.order = open_pictures(c)
-        check_agreement(world, c, {"pictures": self.source.digest})
+        self.source, self.held_out, self.order = open_images(c)
+        check_agreement(world, c, {"images": self.source.digest})
         check_divides(c.batch_size, world.size)
         self.preset, self.stages = c.preset, stages(c)
         self.iterations = self.order.iterations
@@ -105,7 +105,7 @@ class Run:
         complete = dataclasses.replace(c, seed=self.seed)
         self.saver = Saver(world, complete, self._name_run(found), self.source, self.log)
         self.recorder = Recorder(
-            world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq, pictures=self._pictures
+            world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq, images=self._images
         )
         self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
         self.online = Online(c, world, self.model, self.source, self.log)
@@ -114,14 +114,14 @@ class Run:
         self._loader: Loader | None = None
 
     def _name_run(self, found: resume.Found | None) -> str:
-        """The run's name: the checkpoint's, or a new one; config.yaml and the list of pictures go with it."""
+        """The run's name: the checkpoint's, or a new one; config.yaml and the list of images go with it."""
         name = resume.saved_run(found) or new_run_name()
         if self.world.main:
             note_start(self.folder, self.world, self.position.step, self.step.precision.name)
             complete = dataclasses.replace(self.config, seed=self.seed, resume="", config="")
             write_yaml(complete, self.folder / "config.yaml", f"run {name}; re-run by: mocov3 pretrain --config FILE")
-            if found is None or not (self.folder / PICTURES).exists():
-                write_pictures(self.source, self.folder)
+            if found is None or not (self.folder / IMAGES).exists():
+                write_images(self.source, self.folder)
         return name
 
     def _start(self, found: resume.Found | None) -> Position:
@@ -161,7 +161,7 @@ class Run:
         if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
             log.say("no CUDA here: ranks talk over gloo instead of nccl")
         log.say(
-            f"{len(self.source)} pictures, {self.iterations} steps of {c.batch_size} an epoch, {c.epochs} epochs; "
+            f"{len(self.source)} images, {self.iterations} steps of {c.batch_size} an epoch, {c.epochs} epochs; "
             f"{world.size} process(es) on {world.device.type}, {used}; seed {self.seed}"
         )
         log.say(
@@ -250,10 +250,10 @@ class Run:
         bad = len(self.counters.corrupt)
         if bad >= 10 and bad > c.max_corrupt * met:
             self._stop.refuse(
-                f"data {c.data}: {bad} of {met} pictures met cannot be read, more than --max-corrupt {c.max_corrupt}"
+                f"data {c.data}: {bad} of {met} images met cannot be read, more than --max-corrupt {c.max_corrupt}"
             )
         if self.recorder.skips.in_a_row >= self.step.most_skips_in_a_row and not self._stop.refusal:
-            self._stop.refuse(self.saver.diverged(self.recorder.skips.longest, self.step.diagnosis(), self._pictures))
+            self._stop.refuse(self.saver.diverged(self.recorder.skips.longest, self.step.diagnosis(), self._images))
         return self._stop.agreed(self.world, p.step)
 
     def save(self) -> None:
@@ -262,7 +262,7 @@ class Run:
         self.recorder.count_corrupt(self.position.epoch)
         self.saver.save(self.position, self.model, self.optimizer, self.step, self.counters)
 
-    def _pictures(self, epoch: int, iteration: int) -> list[int]:
+    def _images(self, epoch: int, iteration: int) -> list[int]:
         size = self.config.batch_size
         return self.order.epoch(self.seed, epoch)[iteration * size : (iteration + 1) * size].tolist()
 
@@ -270,7 +270,7 @@ class Run:
         """0 when done, 128 + its number when stopped by a signal.
 
         Raises:
-            UserError: when too many pictures cannot be read, numbers stay bad, or the disk refuses the last checkpoint.
+            UserError: when too many images cannot be read, numbers stay bad, or the disk refuses the last checkpoint.
         """
         unsaved = self.saver.flush()
         if not self._stop.signal:

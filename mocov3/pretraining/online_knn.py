@@ -1,4 +1,4 @@
-"""During training: k-NN accuracy on DIR/val, and pictures for the loggers (views; queries with their neighbours)."""
+"""During training: k-NN accuracy on DIR/val, and images for the loggers (views; queries with their neighbours)."""
 
 import numpy as np
 import torch
@@ -25,22 +25,22 @@ class Online:
         config: of the run.
         world: this rank; features are shared out.
         model: its query backbone is looked at.
-        source: the pictures that are trained on.
-        log: whose loggers get the pictures.
+        source: the images that are trained on.
+        log: whose loggers get the images.
     """
 
     def __init__(self, config: PretrainConfig, world: World, model: MoCo, source: Source, log: RunLog) -> None:
         self.config, self.world, self.model, self.source, self.log = config, world, model, source, log
 
     def show_views(self, step: int) -> None:
-        """Some pictures with draws of both views."""
+        """Some images with draws of both views."""
         if self.log.takes_images:
             sheet, rows = draw_views(self.source, self.config)
             if rows:
                 self.log.image("views", np.asarray(sheet), step)
 
     def knn(self, step: int) -> float:
-        """k-NN accuracy in % of the validation pictures; every rank must call it at the same step."""
+        """k-NN accuracy in % of the validation images; every rank must call it at the same step."""
         validation = open_validation(self.config, self.source)
         bank, queries = (self._features(source) for source in (self.source, validation))
         labels = [torch.as_tensor(source.labels, dtype=torch.long) for source in (self.source, validation)]

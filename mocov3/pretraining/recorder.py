@@ -24,7 +24,7 @@ class Counters:
     resumed: int = 0
     skipped: int = 0
     corrupt: dict[int, str] = field(default_factory=dict)
-    """Unreadable pictures met so far: index → name."""
+    """Unreadable images met so far: index → name."""
 
 
 class Recorded(NamedTuple):
@@ -63,9 +63,9 @@ class Recorder:
         world: this rank.
         log: where lines go.
         counters: counted on from a former run.
-        batch_size: pictures a step over all ranks.
+        batch_size: images a step over all ranks.
         print_freq: iterations between lines.
-        pictures: indices of the pictures of all ranks in (epoch, iteration).
+        images: indices of the images of all ranks in (epoch, iteration).
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class Recorder:
         *,
         batch_size: int,
         print_freq: int,
-        pictures: Callable[[int, int], list[int]],
+        images: Callable[[int, int], list[int]],
     ) -> None:
-        self.world, self.log, self.counters, self.pictures = world, log, counters, pictures
+        self.world, self.log, self.counters, self.images = world, log, counters, images
         self.batch_size, self.print_freq = batch_size, print_freq
         self.skips = Skips()
         self._pending: list[Recorded] = []
         self._met: list[Corrupt] = []
         self._step_time, self._line_time = Stopwatch(), Stopwatch()
         self._fetched = self._waited = 0.0
-        self._pictures = 0
+        self._images = 0
         self._last = log.last
 
     def restart_clock(self) -> None:
@@ -102,7 +102,7 @@ class Recorder:
         work = batch.work
         self._pending.append(Recorded(step, work.epoch, work.iteration, outcome.loss, outcome.ok, lr))
         self._met += batch.corrupt
-        self._pictures += self.batch_size
+        self._images += self.batch_size
         self.log.timed(batch.work.epoch, step, self._step_time.lap() + self._fetched, self._fetched)
         if batch.work.iteration % self.print_freq == 0:
             self._write(batch, outcome, step, lr, m, int(skipped))
@@ -128,14 +128,14 @@ class Recorder:
             feature_std=spread,
             grad_norm_first=first,
             grad_norm_last=last,
-            images_per_second=self._pictures / seconds,
+            images_per_second=self._images / seconds,
             data_wait=min(self._waited / seconds, 1.0),
             skipped=self.counters.skipped + skipped,
             resumed=self.counters.resumed,
             corrupt=len(self.counters.corrupt),
             effective_rank=rank,
         )
-        self._waited, self._pictures = 0.0, 0
+        self._waited, self._images = 0.0, 0
         self.log.metrics(self._last)
 
     def _effective_rank(self, embeddings: Tensor | None) -> float | None:
@@ -165,12 +165,12 @@ class Recorder:
                     epoch=p.epoch,
                     iteration=p.iteration,
                     loss=loss,
-                    pictures=self.pictures(p.epoch, p.iteration),
+                    images=self.images(p.epoch, p.iteration),
                 )
         return losses, means[n : n + len(extra)]
 
     def count_corrupt(self, epoch: int) -> None:
-        """Gather the unreadable pictures that ranks met, and list those met for the first time."""
+        """Gather the unreadable images that ranks met, and list those met for the first time."""
         met = [c for part in self.world.gather(self._met) for c in part]
         new = {c.index: c for c in met if c.index not in self.counters.corrupt}
         self.counters.corrupt.update({i: c.name for i, c in new.items()})

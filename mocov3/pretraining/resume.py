@@ -10,7 +10,7 @@ from mocov3.errors import UserError
 from mocov3.output.log import warn
 from mocov3.pretraining.inputs import restarted_by_torchrun
 from mocov3.pretraining.recorder import Counters
-from mocov3.pretraining.saver import picture_changes
+from mocov3.pretraining.saver import image_changes
 from mocov3.weights import checkpoint
 
 Found = tuple[Path, dict[str, Any]]
@@ -72,10 +72,10 @@ def _same_run_in(folder: Path, world: World) -> bool:
 
 
 def check_same_run(found: Found, config: PretrainConfig, source: Source) -> None:
-    """Refuse a checkpoint of other result-changing fields, or of other pictures.
+    """Refuse a checkpoint of other result-changing fields, or of other images.
 
     Raises:
-        UserError: naming the fields, or the difference in pictures.
+        UserError: naming the fields, or the difference in images.
     """
     path, contents = found
     own = contents.get("mocov3") or {}
@@ -87,9 +87,9 @@ def check_same_run(found: Found, config: PretrainConfig, source: Source) -> None
             "give them as they were, or --allow-config-change"
         )
     if own.get("data_digest", source.digest) != source.digest and not config.allow_data_change:
-        change = picture_changes(source, path.parent)
+        change = image_changes(source, path.parent)
         raise UserError(
-            f"--resume {path}: was trained on {own.get('pictures')} pictures; {config.data_title} holds {len(source)}"
+            f"--resume {path}: was trained on {own.get('pictures')} images; {config.data_title} holds {len(source)}"
             f"{f' ({change})' if change else ', or others by name'}; give the same, or --allow-data-change"
         )
 

@@ -1,4 +1,4 @@
-"""What a run leaves for its resume: checkpoints, the list of its pictures, the batch that made it fail."""
+"""What a run leaves for its resume: checkpoints, the list of its images, the batch that made it fail."""
 
 import dataclasses
 import gzip
@@ -24,7 +24,7 @@ from mocov3.weights.checkpoint import Position
 from mocov3.weights.origin import origin_of_run
 from mocov3.weights.writer import Writer
 
-PICTURES = "pictures.txt.gz"
+IMAGES = "images.txt.gz"
 _LISTED = 3
 
 
@@ -35,7 +35,7 @@ class Saver:
         world: this rank.
         config: of the run, with its seed.
         run: name of the run, the same after every resume.
-        source: the pictures.
+        source: the images.
         log: brought to the disk before a checkpoint takes its name.
     """
 
@@ -101,17 +101,17 @@ class Saver:
         if self._writer is not None:
             self._writer.close()
 
-    def diverged(self, row: Sequence[Recorded], diagnosis: str, pictures: Callable[[int, int], list[int]]) -> str:
+    def diverged(self, row: Sequence[Recorded], diagnosis: str, images: Callable[[int, int], list[int]]) -> str:
         """Save the views of the last bad batch; what happened, where to look and what to try, in one line."""
         c, first, last = self.config, row[0], row[-1]
         name = f"bad_batch_step{last.step:09d}.npz"
         if self.world.main:
-            own = pictures(last.epoch, last.iteration)[: c.batch_size // self.world.size]
+            own = images(last.epoch, last.iteration)[: c.batch_size // self.world.size]
             views = TwoViews(c.image_size, c.crop_min, c.preset, c.views)
             self._save_batch(name, last.epoch, own, views)
         return (
             f"{len(row)} steps in a row, from step {first.step}, had a loss or gradients that were not finite, or a "
-            f"spike, and changed nothing; {diagnosis}; pictures of step {last.step} are in {name}; try a lower --lr, a "
+            f"spike, and changed nothing; {diagnosis}; images of step {last.step} are in {name}; try a lower --lr, a "
             "longer --warmup-epochs, --stop-grad-conv1 (ViT) or --precision fp32"
         )
 
@@ -121,7 +121,7 @@ class Saver:
             out = np.zeros((2, size, size, views.reading.channels), np.uint8)
             try:
                 views(self.source.read(index), seed=int(self.config.seed or 0), epoch=epoch, index=index, out=out)
-            except Exception:  # unreadable: another picture stood in for it
+            except Exception:  # unreadable: another image stood in for it
                 continue
             kept.append(index)
             pixels.append(out)
@@ -137,19 +137,19 @@ def new_run_name() -> str:
     return secrets.token_hex(8)
 
 
-def write_pictures(source: Source, folder: Path) -> None:
-    """List the names of a run's pictures, so that a resume on others can name the difference."""
+def write_images(source: Source, folder: Path) -> None:
+    """List the names of a run's images, so that a resume on others can name the difference."""
     try:
-        with gzip.open(folder / PICTURES, "wt", compresslevel=1, encoding="utf-8") as file:
+        with gzip.open(folder / IMAGES, "wt", compresslevel=1, encoding="utf-8") as file:
             file.writelines(printable(source.name(i)) + "\n" for i in range(len(source)))
     except OSError as error:
-        warn(f"{PICTURES} could not be written ({error.strerror or error})")
+        warn(f"{IMAGES} could not be written ({error.strerror or error})")
 
 
-def picture_changes(source: Source, folder: Path) -> str:
-    """How the pictures differ from those listed in a run's folder, in words; '' if that is not known."""
+def image_changes(source: Source, folder: Path) -> str:
+    """How the images differ from those listed in a run's folder, in words; '' if that is not known."""
     try:
-        with gzip.open(folder / PICTURES, "rt", encoding="utf-8") as file:
+        with gzip.open(folder / IMAGES, "rt", encoding="utf-8") as file:
             old = file.read().splitlines()
     except (OSError, EOFError, UnicodeDecodeError):
         return ""

@@ -39,7 +39,7 @@ class Step:
         world: this rank; gradients are averaged over all.
         precision: arithmetic.
         compile: compile the backbones.
-        micro_batch: most pictures in a pass; 0: the whole batch in one (``mocov3.pretraining.gradients``).
+        micro_batch: most images in a pass; 0: the whole batch in one (``mocov3.pretraining.gradients``).
         spike_factor: skip steps whose gradient norm is so many times its usual one (0: none).
     """
 
@@ -70,7 +70,7 @@ class Step:
         self._shared = shares(model)
 
     def __call__(self, x1: Views, x2: Views, *, lr: float, m: float) -> Outcome:
-        """Train on two views of the same pictures.
+        """Train on two views of the same images.
 
         Args:
             x1: view 1, (batch, 3, height, width), normalised; a tensor, or ``PixelViews``.

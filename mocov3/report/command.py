@@ -14,7 +14,7 @@ from mocov3.report.panels import learned, unlike, views
 from mocov3.report.runs import Run, read_run
 
 PAGE = "report.html"
-PICTURES = 1000
+IMAGES = 1000
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     names = unlike([Path(folder).resolve().name for folder in args.runs])
     runs = [read_run(Path(folder), name) for folder, name in zip(args.runs, names, strict=True)]
     output = Path(args.output) if args.output else runs[0].folder / PAGE
-    shown = write_page(runs, output, pictures=args.pictures, device=args.device)
+    shown = write_page(runs, output, images=args.pictures, device=args.device)
     if not args.quiet:
         for s in shown:
             print(f"{printable(s.run.name)}: {s.diagnosis.title}. {s.diagnosis.findings[0].reason}")
@@ -46,9 +46,9 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--pictures",
         type=int,
-        default=PICTURES,
+        default=IMAGES,
         metavar="N",
-        help=f"pictures to look at with the newest checkpoint (default {PICTURES}; 0: none, so no network is run)",
+        help=f"images to look at with the newest checkpoint (default {IMAGES}; 0: none, so no network is run)",
     )
     parser.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device of the network"
@@ -64,20 +64,20 @@ def _parse(argv: Sequence[str]) -> Any:
     return args
 
 
-def write_page(runs: Sequence[Run], output: Path, *, pictures: int = PICTURES, device: str = "auto") -> list[Shown]:
+def write_page(runs: Sequence[Run], output: Path, *, images: int = IMAGES, device: str = "auto") -> list[Shown]:
     """Make the page and put it in place at once, so that nobody ever reads half of one; returns what is on it.
 
     Args:
         runs: to show.
         output: the page; its folder is made if missing.
-        pictures: to look at with the newest checkpoint, at most; 0: no network is run.
+        images: to look at with the newest checkpoint, at most; 0: no network is run.
         device: of the network.
 
     Raises:
         UserError: if plotly is not installed or the page cannot be written.
     """
     with np.errstate(all="ignore"):  # whatever a file says, it is shown or left out
-        shown = [_show(run, f"r{i}", pictures, device) for i, run in enumerate(runs)]
+        shown = [_show(run, f"r{i}", images, device) for i, run in enumerate(runs)]
         page = render(shown)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
@@ -90,17 +90,17 @@ def write_page(runs: Sequence[Run], output: Path, *, pictures: int = PICTURES, d
     return shown
 
 
-def _show(run: Run, key: str, pictures: int, device: str) -> Shown:
-    if not pictures:
+def _show(run: Run, key: str, images: int, device: str) -> Shown:
+    if not images:
         return Shown(run, remarks=["no network was run (--pictures 0)"])
     from mocov3.report.learned import look
 
-    found = look(run, pictures=pictures, device=device)
+    found = look(run, images=images, device=device)
     shown = Shown(run, facts=found.facts, remarks=found.remarks)
     if found.source is not None and run.config is not None:
         shown.views = views(found.source, run.config)
     else:
-        shown.views = '<p class="note">The pictures are not at hand, so their views cannot be shown.</p>'
+        shown.views = '<p class="note">The images are not at hand, so their views cannot be shown.</p>'
     if found.learned is not None:
         shown.panel = learned(found.learned, key)
         shown.spectra = [(network.title, network.spectrum) for network in found.learned.networks]

@@ -28,7 +28,7 @@ RULES = [
         f"late in the run (its last fifth) the queries' spread is below {SPREAD}; or their effective "
         f"rank is below {RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the "
         f"start; or, on {ENOUGH_LINES} lines or more, after learning or after the warm-up, the loss is back at its "
-        "start and own pictures are found no more often than by chance",
+        "start and own images are found no more often than by chance",
     ),
     (
         "unstable",
@@ -36,10 +36,10 @@ RULES = [
         f"{SPIKE_SHARE:.0%} of the lines at least; or {SKIPPED_SHARE:.1%} of the steps skipped; or, on {ENOUGH_LINES} "
         f"lines or more, the loss has fallen back by {FELL_BACK:.0%} of the way from start to floor",
     ),
-    ("starved of data", f"late in the run more than {WAITING:.0%} of the time goes into waiting for pictures"),
+    ("starved of data", f"late in the run more than {WAITING:.0%} of the time goes into waiting for images"),
     (
         "learning",
-        f"the loss has come {PROGRESS:.0%} of the way from start to floor, and own pictures are found "
+        f"the loss has come {PROGRESS:.0%} of the way from start to floor, and own images are found "
         f"{ABOVE_CHANCE:.0f} times as often as by chance",
     ),
     ("not learning yet", "none of these"),
@@ -87,7 +87,7 @@ class Diagnosis:
         """The headline, with what else holds."""
         others = [f.kind for f in self.findings[1:] if f.kind != self.state]
         if self.state == "collapsed":
-            return "Collapsed: the features say little about a picture"
+            return "Collapsed: the features say little about an image"
         if self.state in ("unstable", "starved"):
             learning = "learning" in others
             what = "unstable" if self.state == "unstable" else "starved of data"
@@ -107,7 +107,7 @@ class _Facts:
     """Way from start to floor late in the run, 0–1."""
     best: float
     found: float
-    """Share of own pictures found, late."""
+    """Share of own images found, late."""
     chance: float
     warm: bool
     """Whether the warm-up is over."""
@@ -133,10 +133,10 @@ def diagnose(run: Run) -> Diagnosis:
                 "stalled",
                 f"The loss has come {_percent(facts.progress)} of the way to its floor, and "
                 f"{_percent(facts.found)} of "
-                f"queries find their own picture (chance {_percent(facts.chance)}).",
+                f"queries find their own image (chance {_percent(facts.chance)}).",
                 "Give it time: the first epochs move little. If it stays so, try a higher --lr (or a lower one if the "
                 "loss jumps), "
-                "and look at the views below: they may hide what tells pictures apart.",
+                "and look at the views below: they may hide what tells images apart.",
             ),
         ]
     )
@@ -163,7 +163,7 @@ def _collapsed(f: _Facts) -> Finding | None:
     advice = _collapse_advice(f)
     if spread < SPREAD:
         return Finding(
-            "collapsed", f"The queries' spread is {spread:.2f} (1: even, 0: all pictures look the same).", advice
+            "collapsed", f"The queries' spread is {spread:.2f} (1: even, 0: all images look the same).", advice
         )
     rank, first = _median(c["effective_rank"][f.late]), _median(c["effective_rank"][:3])
     config = f.run.config
@@ -184,7 +184,7 @@ def _collapsed(f: _Facts) -> Finding | None:
         return Finding(
             "collapsed",
             f"The loss is at its start ({_percent(f.progress)} of the way, {before}) and "
-            f"{_percent(f.found)} of queries find their own picture (chance {_percent(f.chance)}): all keys "
+            f"{_percent(f.found)} of queries find their own image (chance {_percent(f.chance)}): all keys "
             "look alike.",
             advice,
         )
@@ -254,15 +254,15 @@ def _starved(f: _Facts) -> Finding | None:
     if not wait > WAITING:
         return None
     config = f.run.config
-    hints = ["mocov3 check says how fast pictures can be read"]
+    hints = ["mocov3 check says how fast images can be read"]
     if config is not None and config.views == "pillow":
         hints.insert(0, "--views fast")
     hints.insert(
-        0, "more loader processes (-j), smaller copies of large pictures, a local disk, or --views-on device on a GPU"
+        0, "more loader processes (-j), smaller copies of large images, a local disk, or --views-on device on a GPU"
     )
     return Finding(
         "starved",
-        f"{_percent(wait)} of the time goes into waiting for pictures: the loader sets the pace, not the network.",
+        f"{_percent(wait)} of the time goes into waiting for images: the loader sets the pace, not the network.",
         f"Try {'; '.join(hints)}.",
     )
 
@@ -274,7 +274,7 @@ def _learning(f: _Facts) -> Finding | None:
     reason = (
         f"The loss has come {_percent(f.progress)} of the way from start to floor, and "
         f"{_percent(f.found)} of queries "
-        f"find their own picture among the keys (chance {_percent(f.chance)})."
+        f"find their own image among the keys (chance {_percent(f.chance)})."
     )
     knn = f.run.knn
     if len(knn):
@@ -282,10 +282,10 @@ def _learning(f: _Facts) -> Finding | None:
     judged = [q for q in f.run.quality if q.get("name") == "epoch"]
     base = {q.get("name"): q["retrieval"] for q in f.run.quality}
     if judged and "start" in base:
-        reason += f" Unseen pictures found again: {judged[-1]['retrieval']:.1f} % (at the start {base['start']:.1f} %)."
+        reason += f" Unseen images found again: {judged[-1]['retrieval']:.1f} % (at the start {base['start']:.1f} %)."
     advice = ""
     if judged and "start" in base and judged[-1]["retrieval"] <= base["start"]:
-        advice = "The loss falls, but unseen pictures are found no better than at the start: look at the views below."
+        advice = "The loss falls, but unseen images are found no better than at the start: look at the views below."
     return Finding("learning", reason, advice)
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def spectrum(features: Float[Tensor, "pictures dim"]) -> Float[Tensor, "components"]:
+def spectrum(features: Float[Tensor, "images dim"]) -> Float[Tensor, "components"]:
     """Share of the variance of each principal component, largest first, float64; they add up to 1.
 
     Zeros where all features are the same.
@@ -16,7 +16,7 @@ def spectrum(features: Float[Tensor, "pictures dim"]) -> Float[Tensor, "componen
     return variances / variances.sum().clamp_min(1e-300)
 
 
-def flat_map(features: Float[Tensor, "pictures dim"]) -> Float[Tensor, "pictures 2"]:
+def flat_map(features: Float[Tensor, "images dim"]) -> Float[Tensor, "images 2"]:
     """The first two principal components of normalised features, float64.
 
     Signs are chosen so that the largest coordinate of each is positive; a component that is not there is 0.

@@ -1,4 +1,4 @@
-"""Small pictures for a page: encoded, laid out in one, coloured. Pillow and OpenCV; no network."""
+"""Small images for a page: encoded, laid out in one, coloured. Pillow and OpenCV; no network."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ def encoded(image: Image.Image, quality: int = 82) -> str:
 
 
 def thumbnail(image: Image.Image, side: int = THUMB) -> Image.Image:
-    """The picture's centre square, ``side`` pixels wide."""
+    """The image's centre square, ``side`` pixels wide."""
     return ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
 
 
@@ -37,7 +37,7 @@ def sprite(thumbs: Sequence[Image.Image], columns: int, side: int = THUMB) -> Im
 def boxed(
     image: Image.Image, boxes: Sequence[tuple[float, float, float, float]], colours: Sequence[str], side: int
 ) -> Image.Image:
-    """The picture at most ``side`` wide and high, with boxes (left, top, right, bottom in its pixels) drawn on it."""
+    """The image at most ``side`` wide and high, with boxes (left, top, right, bottom in its pixels) drawn on it."""
     shown = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
     scale = shown.width / image.width
     pen = ImageDraw.Draw(shown)
@@ -51,7 +51,7 @@ def boxed(
 def heated(
     image: UInt8[np.ndarray, "height width 3"], heat: Float[np.ndarray, "rows columns"], side: int
 ) -> Image.Image:
-    """A picture under a map of ``heat``, from its lowest (dark) to its highest (yellow) value, ``side`` pixels wide."""
+    """An image under a map of ``heat``, from its lowest (dark) to its highest (yellow) value, ``side`` pixels wide."""
     low, high = float(heat.min()), float(heat.max())
     grey = np.uint8(np.rint(255 * (heat - low) / max(high - low, 1e-12)))
     colour = cv2.applyColorMap(

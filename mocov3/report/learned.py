@@ -1,6 +1,6 @@
-"""What a run's network has learned: features of some pictures by the network as it began and as it is now.
+"""What a run's network has learned: features of some images by the network as it began and as it is now.
 
-Needs a checkpoint in the run's folder and the pictures that its config.yaml names; says so where they are not at hand.
+Needs a checkpoint in the run's folder and the images that its config.yaml names; says so where they are not at hand.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mocov3.data import Source, open_source
 from mocov3.data.device.pixels import normalise
 from mocov3.data.sources.opening import Subset, has_unseen
 from mocov3.data.sources.survey import scattered
-from mocov3.data.views.decode import DecodeError, Picture
+from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.distributed import World
 from mocov3.distributed.launch import pick_device
 from mocov3.errors import UserError
@@ -29,7 +29,7 @@ from mocov3.evaluation.frozen import Frozen, open_frozen
 from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
 from mocov3.output.sheet import shown
 from mocov3.pretraining.assemble import build_model
-from mocov3.pretraining.inputs import open_pictures
+from mocov3.pretraining.inputs import open_images
 from mocov3.pretraining.label_free_evaluation import BEST
 from mocov3.report.geometry import cls_attention, flat_map, spectrum
 from mocov3.report.images import THUMB, encoded, heated, sprite, thumbnail
@@ -39,33 +39,33 @@ from mocov3.weights.origin import origin_of
 
 _MOST_REMARKS = 10
 SECONDS = 60.0
-"""A network reads no more pictures once it has taken so long, but for ``FEWEST``."""
+"""A network reads no more images once it has taken so long, but for ``FEWEST``."""
 FEWEST = 100
 _BATCH, _QUERIES, _SHOWN, _LOOKS, _SIDE, _HEADS = 50, 10, 6, 6, 112, 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """One network's features of the pictures, as the page shows them."""
+    """One network's features of the images, as the page shows them."""
 
     title: str
     map: np.ndarray
-    """(pictures, 2): principal components of the normalised features."""
+    """(images, 2): principal components of the normalised features."""
     spectrum: np.ndarray
     """Share of the variance of each principal component."""
     rankme: float
     neighbours: np.ndarray
-    """(queries, shown): the nearest other pictures of each query."""
+    """(queries, shown): the nearest other images of each query."""
     correct: np.ndarray | None
-    """Whether the nearest others vote for a picture's class; ``None`` without labels."""
+    """Whether the nearest others vote for an image's class; ``None`` without labels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """Pictures, and what networks make of them."""
+    """Images, and what networks make of them."""
 
     pool: str
-    """Which pictures, in words."""
+    """Which images, in words."""
     names: list[str]
     labels: np.ndarray | None
     classes: list[str]
@@ -79,34 +79,34 @@ class Learned:
 
 @dataclasses.dataclass
 class Found:
-    """What a run's checkpoint and pictures gave; ``remarks`` say what is missing."""
+    """What a run's checkpoint and images gave; ``remarks`` say what is missing."""
 
     learned: Learned | None = None
     source: Source | None = None
-    """The pictures trained on."""
+    """The images trained on."""
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of the checkpoint: file, step, digest, licence, origin."""
     remarks: list[str] = dataclasses.field(default_factory=list)
 
 
-def look(run: Run, *, pictures: int, device: str) -> Found:
+def look(run: Run, *, images: int, device: str) -> Found:
     """What the newest checkpoint of ``run`` has learned.
 
     Args:
         run: with its configuration.
-        pictures: how many to look at, at most.
+        images: how many to look at, at most.
         device: as ``--device``.
     """
     found = Found()
     config = run.config
     if config is None:
-        found.remarks.append("config.yaml could not be read, so neither pictures nor network are known")
+        found.remarks.append("config.yaml could not be read, so neither images nor network are known")
         return found
     try:
-        found.source, held_out, _ = open_pictures(config)
+        found.source, held_out, _ = open_images(config)
         found.remarks += getattr(found.source, "skipped", [])[:_MOST_REMARKS]
     except (UserError, OSError) as error:
-        found.remarks.append(f"the pictures are not at hand: {error}")
+        found.remarks.append(f"the images are not at hand: {error}")
     try:
         file, contents = _checkpoint(run)
     except (UserError, OSError) as error:
@@ -119,7 +119,7 @@ def look(run: Run, *, pictures: int, device: str) -> Found:
         world = World(0, 1, pick_device(device, None))
         trained = open_frozen(str(file), flag="checkpoint").to(world.device)
         pool, about = _pool(config, found.source, held_out)
-        found.learned = _learn(config, trained, pool, about, world, pictures, found.remarks)
+        found.learned = _learn(config, trained, pool, about, world, images, found.remarks)
     except (UserError, OSError) as error:
         found.remarks.append(f"the network of {file.name} could not be looked at: {error}")
     return found
@@ -146,26 +146,26 @@ def _facts(name: str, contents: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pool(config: PretrainConfig, source: Source, held_out: Source | None) -> tuple[Source, str]:
-    """Pictures that were not trained on, if there are some; else those that were."""
+    """Images that were not trained on, if there are some; else those that were."""
     if has_unseen(config.data):
-        return open_source(config.data, "val"), "validation pictures (not trained on)"
+        return open_source(config.data, "val"), "validation images (not trained on)"
     if held_out is not None and len(held_out) >= FEWEST:
-        return held_out, "pictures held out from training"
-    return source, "pictures that were trained on (none were kept back)"
+        return held_out, "images held out from training"
+    return source, "images that were trained on (none were kept back)"
 
 
 def _learn(
-    config: PretrainConfig, trained: Frozen, pool: Source, about: str, world: World, pictures: int, remarks: list[str]
+    config: PretrainConfig, trained: Frozen, pool: Source, about: str, world: World, images: int, remarks: list[str]
 ) -> Learned:
-    indices = scattered(len(pool), pictures)
+    indices = scattered(len(pool), images)
     thumbs, readable = _thumbs(pool, indices, config.preset.reading)
     if len(readable) < 3:
-        raise UserError("fewer than three of its pictures can be read")
+        raise UserError("fewer than three of its images can be read")
     chosen = Subset(pool, readable)
     now, seconds = _features(trained, chosen, world, None)
     before, title = _beginning(config, trained, chosen, world, len(now), seconds, remarks)
     n = min(len(now), len(before)) if before is not None else len(now)
-    # both saw the same pictures in the same order: the first n of a fixed shuffle
+    # both saw the same images in the same order: the first n of a fixed shuffle
     order = _shuffle(len(readable))[:n]
     back = np.argsort(order)
     chosen, thumbs = Subset(pool, readable[order[back]]), [thumbs[i] for i in order[back]]
@@ -197,7 +197,7 @@ def _thumbs(pool: Source, indices: np.ndarray, reading: Reading) -> tuple[list[I
     thumbs, readable = [], []
     for i in indices.tolist():
         try:
-            thumbs.append(thumbnail(shown(Picture(pool.read(i), reading).pixels()[0]), THUMB))
+            thumbs.append(thumbnail(shown(ImageBytes(pool.read(i), reading).pixels()[0]), THUMB))
         except (DecodeError, OSError):
             continue
         readable.append(i)
@@ -209,7 +209,7 @@ def _shuffle(n: int) -> np.ndarray:
 
 
 def _features(frozen: Frozen, source: Source, world: World, most: int | None) -> tuple[Tensor, float]:
-    """Features of the pictures in shuffled order, until ``SECONDS`` have passed or ``most`` are read; the seconds."""
+    """Features of the images in shuffled order, until ``SECONDS`` have passed or ``most`` are read; the seconds."""
     order = _shuffle(len(source))[:most]
     batches = [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
     parts, began, count = [], time.monotonic(), 0
@@ -276,7 +276,7 @@ def _choose(labels: np.ndarray | None, n: int) -> np.ndarray:
 
 
 def _attention(frozen: Frozen, source: Source, queries: np.ndarray, world: World) -> list[tuple[str, str, list[str]]]:
-    """Attention of the cls token on some pictures; nothing for networks without one."""
+    """Attention of the cls token on some images; nothing for networks without one."""
     view: Callable[..., Any] = frozen.view
     looked = queries[:_LOOKS].tolist()
     pixels = np.stack([view(source.read(i))[0] for i in looked])
@@ -289,8 +289,8 @@ def _attention(frozen: Frozen, source: Source, queries: np.ndarray, world: World
     return [
         (
             source.name(i),
-            encoded(heated(picture, weights.mean(0), _SIDE)),
-            [encoded(heated(picture, one, _SIDE // 2)) for one in weights[:_HEADS]],
+            encoded(heated(image, weights.mean(0), _SIDE)),
+            [encoded(heated(image, one, _SIDE // 2)) for one in weights[:_HEADS]],
         )
-        for i, picture, weights in zip(looked, (np.asarray(shown(p)) for p in pixels), heads, strict=True)
+        for i, image, weights in zip(looked, (np.asarray(shown(p)) for p in pixels), heads, strict=True)
     ]

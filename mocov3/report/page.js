@@ -53,7 +53,7 @@
     const first = !drawn.has(id);
     drawn.add(id);
     return Plotly.react(place, spec.data.map(themed), layoutOf(spec), config).then(() => {
-      if (!first) { if (spec.map) picturesOn(id); return; }
+      if (!first) { if (spec.map) imagesOn(id); return; }
       place.dataset.drawn = "1";
       if (spec.steps) place.on("plotly_relayout", change => follow(id, change));
       if (spec.map) mapEvents(id);
@@ -132,11 +132,11 @@
     });
     place.on("plotly_unhover", () => { tip.hidden = true; });
     place.addEventListener("mouseleave", () => { tip.hidden = true; });
-    place.on("plotly_relayout", change => { if (!("images" in change)) picturesOn(id); });
-    picturesOn(id);
+    place.on("plotly_relayout", change => { if (!("images" in change)) imagesOn(id); });
+    imagesOn(id);
   }
 
-  async function picturesOn(id) {
+  async function imagesOn(id) {
     const place = document.getElementById(id), spec = page.charts[id], set = page.sets[spec.map];
     const [left, right] = place._fullLayout.xaxis.range, [low, high] = place._fullLayout.yaxis.range;
     const seen = [];
@@ -160,7 +160,7 @@
     }
     if (images.length || (place.layout.images || []).length) {
       await Plotly.relayout(place, { images });
-      place.dataset.pictures = images.length;
+      place.dataset.images = images.length;
     }
   }
 

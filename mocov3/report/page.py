@@ -35,7 +35,7 @@ _SECTIONS = ("Verdict", "Learning", "Stability", "Collapse", "What it sees", "Wh
 
 @dataclasses.dataclass
 class Shown:
-    """A run, its verdict, and what was found by its checkpoint and pictures."""
+    """A run, its verdict, and what was found by its checkpoint and images."""
 
     run: Run
     views: str = ""
@@ -194,7 +194,7 @@ def _tiles(s: Shown) -> str:
     start, floor = c["loss_start"][-1], c["loss_floor"][-1]
     items = [("Loss", f"{mean('loss'):.3f}", f"{way:.0f} % of the way from {start:.2f} to {floor:.2f}")]
     chance = f"chance {100 / run.config.batch_size:.2g} %" if run.config else ""
-    items.append(("Own picture found", f"{100 * mean('retrieval_accuracy'):.1f} %", chance))
+    items.append(("Own image found", f"{100 * mean('retrieval_accuracy'):.1f} %", chance))
     if len(run.knn):
         best = run.knn[np.argmax(run.knn[:, 2])]
         items.append(("k-NN", f"{run.knn[-1, 2]:.1f} %", f"best {best[2]:.1f} % after epoch {best[1]:.0f}"))
@@ -212,11 +212,11 @@ def _tiles(s: Shown) -> str:
     of = f" of {run.config.epochs}" if run.config else ""
     items += [
         ("Epochs", f"{run.epochs_done:.1f}{of}", f"{c['step'][-1] + 1:.0f} steps"),
-        ("Speed", f"{mean('images_per_second'):.0f} img/s", f"{100 * mean('data_wait'):.0f} % waiting for pictures"),
+        ("Speed", f"{mean('images_per_second'):.0f} img/s", f"{100 * mean('data_wait'):.0f} % waiting for images"),
         (
             "Faults",
             f"{count['skipped']:.0f} skipped",
-            f"{count['corrupt']:.0f} unreadable pictures, {count['resumed']:.0f} resumes",
+            f"{count['corrupt']:.0f} unreadable images, {count['resumed']:.0f} resumes",
         ),
     ]
     return tiles(items)
@@ -307,8 +307,8 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, Any]]:
         "step": "steps in it",
         "seed": "seed",
         "run": "run",
-        "pictures": "pictures",
-        "data_digest": "digest of the pictures",
+        "pictures": "images",
+        "data_digest": "digest of the images",
         "origin": "origin of the weights",
         "licence": "licence of the weights",
     }

@@ -16,20 +16,20 @@ from mocov3.report.charts import Chart, chart, numbers, plain
 from mocov3.report.html_parts import figures, notes, text, thumb
 from mocov3.report.images import THUMB, boxed, encoded
 
-_PICTURES, _EPOCHS, _SIDE = 6, 2, 128
+_IMAGES, _EPOCHS, _SIDE = 6, 2, 128
 _BOXES = ("#e07b00", "#00a3c4")
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 _MOST_COLOURED = 20
 
 
 def views(source: Source, config: PretrainConfig) -> str:
-    """Pictures with the views of two epochs, as this run's seed draws them."""
-    rows = list(seen(source, config, _PICTURES, _EPOCHS, seed=config.seed or 0))
+    """Images with the views of two epochs, as this run's seed draws them."""
+    rows = list(seen(source, config, _IMAGES, _EPOCHS, seed=config.seed or 0))
     if not rows:
-        return notes(["none of the pictures tried can be read"])
+        return notes(["none of the images tried can be read"])
     cells = "".join(f"<figure>{_row(row, config)}</figure>" for row in rows)
     return (
-        f'<p class="lead">Two views of each picture, as this run draws them in its first {_EPOCHS} epochs '
+        f'<p class="lead">Two views of each image, as this run draws them in its first {_EPOCHS} epochs '
         f"(preset {text(config.view_preset)}, crops of {config.crop_min:g}–1 of the area, {config.image_size} "
         "px). The boxes "
         'are the crops of epoch 0: <b class="box1">view 1</b>, <b class="box2">view 2</b>. If you can no '
@@ -40,18 +40,18 @@ def views(source: Source, config: PretrainConfig) -> str:
 
 
 def _row(row: Seen, config: PretrainConfig) -> str:
-    pad = pad_pixels(config.preset, row.picture.width, row.picture.height)
-    padded = (row.picture.width + 2 * pad, row.picture.height + 2 * pad)
+    pad = pad_pixels(config.preset, row.image.width, row.image.height)
+    padded = (row.image.width + 2 * pad, row.image.height + 2 * pad)
     boxes = [(d.left - pad, d.top - pad, d.left - pad + d.width, d.top - pad + d.height) for d in row.draws[0]]
-    enlarged = row.picture
-    if max(enlarged.size) < _SIDE:  # so that boxes of two pixels can be told apart on small pictures
+    enlarged = row.image
+    if max(enlarged.size) < _SIDE:  # so that boxes of two pixels can be told apart on small images
         scale = _SIDE / max(enlarged.size)
         enlarged = enlarged.resize(
             (round(enlarged.width * scale), round(enlarged.height * scale)), Image.Resampling.BICUBIC
         )
         boxes = [tuple(v * scale for v in box) for box in boxes]  # type: ignore[misc]
     cells = [
-        _cell(boxed(enlarged, boxes, _BOXES, _SIDE), f"{row.name}, {row.picture.width}×{row.picture.height}", row.name)
+        _cell(boxed(enlarged, boxes, _BOXES, _SIDE), f"{row.name}, {row.image.width}×{row.image.height}", row.name)
     ]
     for epoch, (pixels, draws) in enumerate(zip(row.views, row.draws, strict=True)):
         for number, (view, draw) in enumerate(zip(pixels, draws, strict=True)):
@@ -66,7 +66,7 @@ def _cell(image: Image.Image, caption: str, alt: str) -> str:
 
 
 def described(draw: Draw, size: tuple[int, int]) -> str:
-    """A draw in words, for a picture of (padded) ``size``."""
+    """A draw in words, for an image of (padded) ``size``."""
     parts = [f"crop {100 * draw.width * draw.height / (size[0] * size[1]):.0f} %"]
     if draw.jitter is not None:
         order, *factors = draw.jitter
@@ -142,17 +142,17 @@ def _neighbours(found: Any, sheet: str) -> str:
     heads = "".join(f"<th scope=col>nearest, {text(n.title)}</th>" for n in found.networks)
     red = " Outlined in red: another class." if found.labels is not None else ""
     return (
-        f'<h4>Nearest neighbours</h4><p class="about">Each picture with those whose features are most like '
+        f'<h4>Nearest neighbours</h4><p class="about">Each image with those whose features are most like '
         "its own, among the "
-        f'pictures looked at.{red}</p><div class="scroll" tabindex="0"><table class="near"><thead><tr><th '
-        "scope=col>picture"
+        f'images looked at.{red}</p><div class="scroll" tabindex="0"><table class="near"><thead><tr><th '
+        "scope=col>image"
         f"</th><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
 def _map(found: Any, which: int, id: str, key: str) -> Chart:
     network = found.networks[which]
-    groups: list[tuple[str, np.ndarray]] = [("pictures", np.arange(len(found.names)))]
+    groups: list[tuple[str, np.ndarray]] = [("images", np.arange(len(found.names)))]
     if found.labels is not None and len(np.unique(found.labels)) <= _MOST_COLOURED:
         groups = [(found.classes[c], np.flatnonzero(found.labels == c)) for c in np.unique(found.labels).tolist()]
     symbols = itertools.chain(["circle"] * 10, itertools.repeat("diamond"))
@@ -171,7 +171,7 @@ def _map(found: Any, which: int, id: str, key: str) -> Chart:
         for i, ((name, at), symbol) in enumerate(zip(groups, symbols, strict=False))
     ]
     about = (
-        "The first two principal components of the normalised features; pictures that lie together look "
+        "The first two principal components of the normalised features; images that lie together look "
         "alike to the "
         "network. Point at one to see it; zoom in until few are in sight to see all of them."
     )
@@ -212,13 +212,13 @@ def _classes(found: Any, id: str) -> Chart:
     overall = "; ".join(f"{n.title} {100 * n.correct.mean():.1f} %" for n in found.networks)
     more = "" if len(shown) == len(order) else f" Of {len(order)} classes, the twenty worst and the twenty best."
     table = {
-        "head": ["class (pictures)", *(n.title for n in found.networks)],
+        "head": ["class (images)", *(n.title for n in found.networks)],
         "rows": [[found.classes[present[j]], *(f"{r[i]:.1f}" for r in rows)] for i, j in enumerate(shown)],
     }
     about = (
-        f"Each picture judged by its nearest others among those looked at (k 20, leave-one-out). All "
+        f"Each image judged by its nearest others among those looked at (k 20, leave-one-out). All "
         "classes together: "
-        f"{overall}. Few pictures: compare networks within this page only.{more}"
+        f"{overall}. Few images: compare networks within this page only.{more}"
     )
     return chart(
         id,

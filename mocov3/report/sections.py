@@ -17,8 +17,8 @@ def learning(runs: Sequence[Run]) -> list[Chart]:
     charts.append(
         curves.chart(
             "retrieval",
-            "Own picture found again",
-            "Share of queries whose nearest key of the whole batch is their own picture's other view. Chance is one in "
+            "Own image found again",
+            "Share of queries whose nearest key of the whole batch is their own image's other view. Chance is one in "
             "the batch size. It rises while the loss falls, and can be compared between temperatures.",
             "retrieval_accuracy",
             y="found, %",
@@ -33,7 +33,7 @@ def learning(runs: Sequence[Run]) -> list[Chart]:
             chart(
                 "knn",
                 "k-NN accuracy",
-                "Labelled pictures judged by their nearest training pictures (k 20), on the backbone's features: the "
+                "Labelled images judged by their nearest training images (k 20), on the backbone's features: the "
                 "plainest test of what has been learned. Marked dips recover later; see the gradients below.",
                 curves.knn(),
                 y="k-NN, %",
@@ -46,16 +46,16 @@ def learning(runs: Sequence[Run]) -> list[Chart]:
         _momentum(runs),
         curves.chart(
             "speed",
-            "Pictures a second",
+            "Images a second",
             "Over all ranks; a fall that lasts is worth a look at the machine.",
             "images_per_second",
-            y="pictures a second",
+            y="images a second",
             smoothed=True,
             yaxis={"rangemode": "tozero"},
         ),
         curves.chart(
             "wait",
-            "Waiting for pictures",
+            "Waiting for images",
             "Share of the time in which the network had nothing to do. Below a tenth is fine; above three tenths the "
             "loader, not the network, sets the pace.",
             "data_wait",
@@ -76,7 +76,7 @@ def _loss(runs: Sequence[Run], curves: Curves) -> Chart:
             "loss",
             "Loss, from start (0 %) to floor (100 %)",
             "Runs of different batch sizes and temperatures have different losses; their way from start to floor can "
-            "be compared roughly. No run reaches the floor: other pictures are not unrelated.",
+            "be compared roughly. No run reaches the floor: other images are not unrelated.",
             shares,
             y="way to the floor, %",
         )
@@ -86,7 +86,7 @@ def _loss(runs: Sequence[Run], curves: Curves) -> Chart:
         "loss",
         "Loss between start and floor",
         "It starts near 4τ·ln N, where all keys look alike, and cannot fall below the floor, where each "
-        "picture is found "
+        "image is found "
         "and all others are unrelated. Where it settles depends on batch and temperature: judge it between the two "
         "lines only.",
         curves.of("loss", "loss", smoothed=True),
@@ -155,15 +155,15 @@ def _quality(runs: Sequence[Run]) -> list[Chart]:
         (
             "found",
             "retrieval",
-            "Quality without labels: pictures found again, %",
-            "Unseen pictures found again among all others from views of kinds that were never trained on. The higher "
+            "Quality without labels: images found again, %",
+            "Unseen images found again among all others from views of kinds that were never trained on. The higher "
             "the better; it goes along with k-NN best of all measures that need no labels.",
         ),
         (
             "rankme",
             "rankme",
             "Quality without labels: effective rank (RankMe)",
-            "How many directions the features of unseen pictures use. A fall while the share found falls too is a "
+            "How many directions the features of unseen images use. A fall while the share found falls too is a "
             "warning.",
         ),
     )
@@ -186,7 +186,7 @@ def _faults(runs: Sequence[Run], curves: Curves) -> list[Chart]:
     data = []
     for name, label, colour in (
         ("skipped", "skipped steps", 3),
-        ("corrupt", "unreadable pictures", 4),
+        ("corrupt", "unreadable images", 4),
         ("resumed", "resumes", 0),
     ):
         if any(highest(run.columns[name]) > 0 for run in runs):
@@ -202,9 +202,9 @@ def _faults(runs: Sequence[Run], curves: Curves) -> list[Chart]:
     about = (
         "Counts so far. A skipped step had a loss or gradient that was not finite, or a spike, and "
         "changed nothing; "
-        "an unreadable picture was replaced by another."
+        "an unreadable image was replaced by another."
     )
-    return [chart("faults", "Skips, resumes, unreadable pictures", about, data, y="count")]
+    return [chart("faults", "Skips, resumes, unreadable images", about, data, y="count")]
 
 
 def stability(runs: Sequence[Run]) -> list[Chart]:

@@ -205,7 +205,7 @@ def load_backbone(
     Args:
         path_or_name: a checkpoint (ours or the reference's), or the name of an untrained arch.
         momentum: take the momentum encoder.
-        image_size: side of the pictures in pixels; that of pre-training (or 224) unless given.
+        image_size: side of the images in pixels; that of pre-training (or 224) unless given.
         arch: of a file that does not say it.
         heads: attention heads of a ViT, of a file that does not tell: 12 for MoCo v3's ViT-S, 6 for DeiT's, DINO's
             and timm's.
@@ -238,7 +238,7 @@ def build_from(
         where: the file, for messages.
         arch: of a file that does not say it.
         momentum: take the momentum encoder.
-        image_size: side of the pictures in pixels; that of training (or 224) unless given.
+        image_size: side of the images in pixels; that of training (or 224) unless given.
         heads: attention heads of a ViT, of a file that does not tell.
 
     Raises:
@@ -263,7 +263,7 @@ def build_from(
         **weights.sizes(name, where),
     }
     if is_vit(name) and settings["image_size"] % patch:
-        raise UserError(f"{where}: pictures of {settings['image_size']} px do not divide into patches of {patch}")
+        raise UserError(f"{where}: images of {settings['image_size']} px do not divide into patches of {patch}")
     encoder = build_backbone(**settings)
     load_into(encoder, weights, where)
     return _bare(encoder), settings

@@ -66,7 +66,7 @@ def describe(path: str) -> dict[str, Any]:
         found["recipe"] = config.get("recipe") or "flags"
     if own and isinstance(own.get("quality"), dict):
         quality = own["quality"]
-        found["quality"] = f"{quality.get('retrieval')} % of {quality.get('pictures')} unseen pictures found again"
+        found["quality"] = f"{quality.get('retrieval')} % of {quality.get('pictures')} unseen images found again"
     found |= origin_of(contents)
     found["good_for"], missing = _uses(path, contents, weights.kind, arch, asked)
     if missing:

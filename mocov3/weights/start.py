@@ -40,7 +40,7 @@ def load_start(init: str, encoders: list[Encoder], arch: str, heads: int | None 
 def _for_channels(weights: BackboneWeights, encoder: Encoder, where: str) -> BackboneWeights:
     """The first convolution for another number of channels, by timm's rule.
 
-    One channel: the sum of the three, so that grey pictures give what they gave as RGB; more: the three in turn, scaled
+    One channel: the sum of the three, so that grey images give what they gave as RGB; more: the three in turn, scaled
     to the same sum.
     """
     from timm.models import adapt_input_conv
@@ -78,7 +78,7 @@ def arch_of(init: str) -> str | None:
 
 
 def guess_arch(state: dict[str, Tensor]) -> str | None:
-    """The one of our archs with these keys and shapes; the position table and the picture's size are left out."""
+    """The one of our archs with these keys and shapes; the position table and the image's size are left out."""
     shapes = {key: tuple(value.shape) for key, value in state.items() if key != "pos_embed"}
     if not shapes:
         return None

@@ -207,7 +207,7 @@ def test_help_and_refusals_come_without_torch(tmp_path):
         (["--epochs", "0"], "--epochs"),
         (["--epochs", "five"], "invalid int"),
         (["-b", "0"], "--batch-size"),
-        (["-b", "65"], "64 pictures"),
+        (["-b", "65"], "64 images"),
         (["--moco-m", "1.5"], "between 0 and 1"),
         (["--crop-min", "-0.1"], "between 0 and 1"),
         (["--warmup-epochs", "11", "--epochs", "3"], "longer than"),
@@ -221,8 +221,8 @@ def test_help_and_refusals_come_without_torch(tmp_path):
         (["--gpu", "99", "--device", "cuda"], "GPU 99" if torch.cuda.is_available() else "no CUDA device"),
     ],
 )
-def test_bad_values(flags, message, pictures, tmp_path):
-    assert message in refused("pretrain", pictures, *TINY, "--output-dir", tmp_path / "out", *flags)
+def test_bad_values(flags, message, images, tmp_path):
+    assert message in refused("pretrain", images, *TINY, "--output-dir", tmp_path / "out", *flags)
 
 
 @pytest.mark.parametrize(
@@ -234,40 +234,40 @@ def test_bad_values(flags, message, pictures, tmp_path):
         ("-b", "1", "-a", "vit_tiny", "--micro-batch", "1"),
     ],
 )
-def test_a_batch_of_one_is_refused_before_the_start(flags, pictures, tmp_path):
+def test_a_batch_of_one_is_refused_before_the_start(flags, images, tmp_path):
     out = tmp_path / "out"
-    assert "--batch-size must be at least 2" in refused("pretrain", pictures, *TINY, "--output-dir", out, *flags)
+    assert "--batch-size must be at least 2" in refused("pretrain", images, *TINY, "--output-dir", out, *flags)
     assert "--batch-size must be at least 2" in refused("plan", *flags[:2], "-a", "resnet18")
     assert not out.exists()
 
 
-def test_a_batch_of_one_is_never_proposed(pictures, tmp_path):
+def test_a_batch_of_one_is_never_proposed(images, tmp_path):
     lonely = tmp_path / "lonely"
     lonely.mkdir()
-    image = next((pictures / "train" / "class0").iterdir())
+    image = next((images / "train" / "class0").iterdir())
     (lonely / image.name).write_bytes(image.read_bytes())
     out = ("--output-dir", tmp_path / "out")
-    for data in (lonely, f"{pictures}:0.01"):  # a share that leaves one picture
+    for data in (lonely, f"{images}:0.01"):  # a share that leaves one image
         for recipe in (TINY, ["--recipe", "auto"]):
             assert "give two or more" in refused("pretrain", data, *recipe, *out)
-    halves = [lonely, f"{pictures}:0.01"]
+    halves = [lonely, f"{images}:0.01"]
     assert "give --batch-size 2 or less" in refused("pretrain", *halves, *TINY, *out)
 
 
-def test_bad_data(tmp_path, pictures):
+def test_bad_data(tmp_path, images):
     empty, text = tmp_path / "empty", tmp_path / "text"
     empty.mkdir()
     text.mkdir()
-    (text / "notes.txt").write_text("no picture")
+    (text / "notes.txt").write_text("no image")
     (tmp_path / "file.png").write_bytes(b"")
     out = ["--output-dir", tmp_path / "out"]
     assert "no such folder" in refused("pretrain", tmp_path / "none", *TINY, *out)
-    assert "holds no picture" in refused("pretrain", empty, *TINY, *out)
-    assert "holds no picture" in refused("pretrain", text, *TINY, *out)
+    assert "holds no image" in refused("pretrain", empty, *TINY, *out)
+    assert "holds no image" in refused("pretrain", text, *TINY, *out)
     assert "is not a folder" in refused("pretrain", tmp_path / "file.png", *TINY, *out)
     assert "no data" in refused("pretrain", *TINY, *out)
     # k-NN needs labels, and says so before training
-    flat = pictures / "train" / "class0"
+    flat = images / "train" / "class0"
     assert "val" in refused("pretrain", flat, *TINY, *out, "--knn-every", "1")
     (tmp_path / "one" / "train" / "a").mkdir(parents=True)
     (tmp_path / "one" / "val" / "a").mkdir(parents=True)
@@ -278,18 +278,18 @@ def test_bad_data(tmp_path, pictures):
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("checkpoint*"))
 
 
-def test_bad_output(tmp_path, pictures):
+def test_bad_output(tmp_path, images):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    assert "--output-dir" in refused("pretrain", pictures, *TINY, "--output-dir", blocked / "run")
+    assert "--output-dir" in refused("pretrain", images, *TINY, "--output-dir", blocked / "run")
     used = tmp_path / "used"
     used.mkdir()
     (used / "checkpoint_0000.pth.tar").write_bytes(b"")
-    assert "--resume auto" in refused("pretrain", pictures, *TINY, "--output-dir", used)
-    assert "name the run" in refused("pretrain", pictures, *TINY, "--resume", "auto")
+    assert "--resume auto" in refused("pretrain", images, *TINY, "--output-dir", used)
+    assert "name the run" in refused("pretrain", images, *TINY, "--resume", "auto")
 
 
-def test_bad_configuration_files(tmp_path, pictures):
+def test_bad_configuration_files(tmp_path, images):
     file = tmp_path / "c.yaml"
     for text, message in (
         ("lr: [", "is not YAML"),
@@ -301,11 +301,11 @@ def test_bad_configuration_files(tmp_path, pictures):
         ("!!python/object:os.system {}", "not YAML"),
     ):
         file.write_text(text)
-        assert message in refused("pretrain", pictures, "--config", file, "--output-dir", tmp_path / "out"), text
+        assert message in refused("pretrain", images, "--config", file, "--output-dir", tmp_path / "out"), text
 
 
-def test_bad_checkpoints(tmp_path, pictures):
-    flags = ["pretrain", pictures, *TINY, "--output-dir", tmp_path / "out"]
+def test_bad_checkpoints(tmp_path, images):
+    flags = ["pretrain", images, *TINY, "--output-dir", tmp_path / "out"]
     bad = tmp_path / "bad.pth.tar"
     bad.write_bytes(b"PK\x03\x04 nothing")
     assert "bad.pth.tar" in refused(*flags, "--resume", bad)

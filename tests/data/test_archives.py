@@ -1,4 +1,4 @@
-"""Archives and tables: the folder's pictures again, hostile and broken archives, packing, and resume after kills."""
+"""Archives and tables: the folder's images again, hostile and broken archives, packing, and resume after kills."""
 
 import io
 import os
@@ -26,8 +26,8 @@ def _cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def packed(pictures, tmp_path, capsys):
-    assert cli.main(["pack", str(pictures), "--out", str(tmp_path / "packed")]) == 0
+def packed(images, tmp_path, capsys):
+    assert cli.main(["pack", str(images), "--out", str(tmp_path / "packed")]) == 0
     capsys.readouterr()
     return tmp_path / "packed"
 
@@ -49,32 +49,32 @@ def batches(source, workers):
         return [b.pixels.copy() for b in loader.run(works)]
 
 
-def test_a_packed_folder_is_the_folder(pictures, packed):
+def test_a_packed_folder_is_the_folder(images, packed):
     for split in ("train", "val"):
-        folder, shards = open_source(str(pictures), split), open_source(str(packed), split)
+        folder, shards = open_source(str(images), split), open_source(str(packed), split)
         assert [shards.read(i) for i in range(len(shards))] == [folder.read(i) for i in range(len(folder))]
         assert np.array_equal(shards.labels, folder.labels)
         assert shards.classes == folder.classes
         assert shards.skipped == []
     train = open_source(str(packed))
     assert train.name(0) == "shard-000000.tar/class0/00.jpg"
-    for one, other in zip(batches(open_source(str(pictures)), 0), batches(train, 2), strict=True):
+    for one, other in zip(batches(open_source(str(images)), 0), batches(train, 2), strict=True):
         assert np.array_equal(one, other)
 
 
-def test_packing_is_reproducible_and_splits(pictures, tmp_path, capsys):
+def test_packing_is_reproducible_and_splits(images, tmp_path, capsys):
     for name in ("a", "b"):
         threads = "1" if name == "a" else "3"
         flags = ["--out", str(tmp_path / name), "--resize", "32", "--quality", "80", "-j", threads]
-        assert cli.main(["pack", str(pictures), *flags]) == 0
+        assert cli.main(["pack", str(images), *flags]) == 0
     a, b = ((tmp_path / n / "train" / "shard-000000.tar").read_bytes() for n in "ab")
     assert a == b
-    from mocov3.data.views.decode import Picture
+    from mocov3.data.views.decode import ImageBytes
 
     source = open_source(str(tmp_path / "a"))
-    sizes = {min(Picture(source.read(i)).width, Picture(source.read(i)).height) for i in range(len(source))}
+    sizes = {min(ImageBytes(source.read(i)).width, ImageBytes(source.read(i)).height) for i in range(len(source))}
     assert sizes == {32}
-    assert "64 pictures in 1 archive" in capsys.readouterr().out
+    assert "64 images in 1 archive" in capsys.readouterr().out
 
 
 def test_packing_splits_by_size_and_leaves_out_the_unreadable(tmp_path, capsys):
@@ -90,7 +90,7 @@ def test_packing_splits_by_size_and_leaves_out_the_unreadable(tmp_path, capsys):
     assert cli.main(["pack", str(folder), "--out", str(tmp_path / "out"), "--shard-mb", "1"]) == 0
     said = capsys.readouterr()
     assert "bad.jpg" in said.err
-    assert "6 pictures in 3 archive(s)" in said.out
+    assert "6 images in 3 archive(s)" in said.out
     source = open_source(str(tmp_path / "out"))
     assert len({source.name(i).split("/")[1] for i in range(6)}) == 6
     assert source.labels is None
@@ -107,8 +107,8 @@ def test_packing_splits_by_size_and_leaves_out_the_unreadable(tmp_path, capsys):
         (["{in}/nothing", "--out", "{out}"], "no such"),
     ],
 )
-def test_packing_refuses(flags, words, pictures, tmp_path, capsys):
-    places = {"in": str(pictures / "val"), "out": str(tmp_path / "out")}
+def test_packing_refuses(flags, words, images, tmp_path, capsys):
+    places = {"in": str(images / "val"), "out": str(tmp_path / "out")}
     assert cli.main(["pack", *(f.format(**places) for f in flags)]) == 2
     assert words in capsys.readouterr().err
 
@@ -128,8 +128,8 @@ def test_patterns(tmp_path):
     assert expand(f"{tmp_path}/a{{1..2}}.tar") == [f"{tmp_path}/a{{1..2}}.tar"]
 
 
-def test_what_cannot_be_used_is_listed(pictures, tmp_path):
-    good = (pictures / "train" / "class0" / "00.jpg").read_bytes()
+def test_what_cannot_be_used_is_listed(images, tmp_path):
+    good = (images / "train" / "class0" / "00.jpg").read_bytes()
     link = tarfile.TarInfo("link.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     device = tarfile.TarInfo("device.jpg")
@@ -156,7 +156,7 @@ def test_what_cannot_be_used_is_listed(pictures, tmp_path):
     assert [m.label for m in found] == [3, -1, -1]
     text = "\n".join(problems)
     assert len(problems) == 6
-    for words in ("../../b.jpg", "/c.jpg", "link.jpg", "device.jpg", "e.cls", "3 members are no pictures"):
+    for words in ("../../b.jpg", "/c.jpg", "link.jpg", "device.jpg", "e.cls", "3 members are no images"):
         assert words in text
     assert "\x1b" not in text
     source = open_source(str(path))
@@ -175,7 +175,7 @@ def test_cut_archives(cut, tmp_path):
     assert len(found) == (0 if cut > 0 else 3)
     assert problems
     if not found:
-        with pytest.raises(UserError, match="no picture"):
+        with pytest.raises(UserError, match="no image"):
             open_source(str(tmp_path / "x.tar"))
 
 
@@ -241,20 +241,20 @@ def test_compressed_archives_are_refused(tmp_path):
         open_source(str(tmp_path / "x.tar"), "val")
 
 
-def test_the_program_lists_what_it_skips(pictures, tmp_path, capsys):
-    good = (pictures / "train" / "class0" / "00.jpg").read_bytes()
+def test_the_program_lists_what_it_skips(images, tmp_path, capsys):
+    good = (images / "train" / "class0" / "00.jpg").read_bytes()
     archive(tmp_path / "x.tar", [(f"{i}.jpg", good) for i in range(3)] + [(f"../{i}.jpg", good) for i in range(15)])
     flags = ["--recipe", "defaults", "-b", "4096", "--output-dir", str(tmp_path / "o")]
     assert cli.main(["pretrain", str(tmp_path / "x.tar"), *flags]) == 2
     said = capsys.readouterr().err
     assert "../0.jpg" in said
     assert "5 more" in said
-    assert "3 pictures" in said
+    assert "3 images" in said
 
 
-def test_parquet(pictures, tmp_path):
+def test_parquet(images, tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    folder = open_source(str(pictures))
+    folder = open_source(str(images))
     data = [folder.read(i) for i in range(64)]
     plain = pa.table({"text": ["x"] * 40, "image": data[:40], "label": folder.labels[:40]})
     hugging = pa.table({"image": [{"bytes": b, "path": "p"} for b in data[40:]], "label": folder.labels[40:]})
@@ -308,6 +308,6 @@ def test_killed_and_resumed_on_archives(packed, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "killed", last="checkpoint_0005.pth.tar")
 
 
-def test_open_shards_needs_pictures(tmp_path):
-    with pytest.raises(UserError, match="no picture"):
+def test_open_shards_needs_images(tmp_path):
+    with pytest.raises(UserError, match="no image"):
         open_shards([str(archive(tmp_path / "x.tar", [("a.txt", b"")]))])

@@ -1,4 +1,4 @@
-"""Pictures of one channel, of many, and of more than 8 bits: from the file to a trained, judged network."""
+"""Images of one channel, of many, and of more than 8 bits: from the file to a trained, judged network."""
 
 import io
 
@@ -14,7 +14,7 @@ from mocov3 import load_backbone
 from mocov3.cli import parse_script
 from mocov3.config.presets import PRESETS, Reading
 from mocov3.data import CentreView, TwoViews
-from mocov3.data.views.decode import DecodeError, Picture
+from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.draws import draw
 from mocov3.errors import UserError
 from mocov3.models import build_backbone
@@ -42,7 +42,7 @@ def windowed(values, low, high):
 
 
 def read(data, reading):
-    return Picture(data, reading).pixels()[0]
+    return ImageBytes(data, reading).pixels()[0]
 
 
 @pytest.mark.parametrize("make", [tiff, png, lambda v: tiff(v, byteorder=">")], ids=["tiff", "png", "big-endian"])
@@ -101,7 +101,7 @@ def test_four_channels_are_not_laid_over_white():
     ("data", "reading", "said"),
     [
         (tiff(MANY, photometric="minisblack", planarconfig="contig"), Reading(4), "holds 5 channels, not 4"),
-        (b"", Reading(5), "is not a picture"),
+        (b"", Reading(5), "is not an image"),
         (b"II*\0garbage", Reading(5), "cannot be read"),
         (tiff(DEEP)[:200], TWELVE, "cannot be read"),
         (png(DEEP)[:100], TWELVE, "damaged PNG"),
@@ -122,7 +122,7 @@ def test_a_huge_claim_is_refused_before_decoding():
 
 
 def test_a_grey_view_is_the_channel_of_the_coloured_one():
-    """No saturation, hue or grey is left: the same draws of a grey picture in colour have equal channels."""
+    """No saturation, hue or grey is left: the same draws of a grey image in colour have equal channels."""
     grey = Image.open(io.BytesIO(CHINA)).convert("L")
     colour = np.asarray(grey.convert("RGB"))
     still = PRESETS["photos"].__class__(saturation=0.0, hue=0.0, gray_probability=0.0)
@@ -160,7 +160,7 @@ def test_views_of_many_channels_treat_all_alike():
 
 @pytest.fixture
 def deep_folder(tmp_path):
-    """Two classes of 12-bit pictures of five channels, train and val."""
+    """Two classes of 12-bit images of five channels, train and val."""
     for part in ("train", "val"):
         for number in range(16):
             folder = tmp_path / "data" / part / f"c{number % 2}"
@@ -224,7 +224,7 @@ def test_training_and_judging_by_channels(deep_folder, tmp_path, run_program, ch
     )
     run_program("compare", checkpoint, deep_folder, cwd=tmp_path)
     checked = run_program("check", deep_folder, *reading, "--sheet", "sheet.png", cwd=tmp_path).stdout
-    assert "over 8 bits      16 pictures" in checked
+    assert "over 8 bits      16 images" in checked
     assert Image.open(tmp_path / "sheet.png").height > 96
     refused = run_program("finetune", "--data-path", deep_folder, "--finetune", checkpoint, cwd=tmp_path, check=False)
     assert refused.returncode == 2

@@ -36,7 +36,7 @@ def differences(pixels, choices, size):
 
 
 def test_every_draw_is_pillows():
-    """A batch in which each picture has a draw of its own, order of jitter included."""
+    """A batch in which each image has a draw of its own, order of jitter included."""
     choices = [draw(PRESETS["photos"], 0.08, 640, 427, seed=5, epoch=0, index=i, view=i % 2) for i in range(96)]
     pixels = [CHINA[3 * i : 3 * i + 96, 5 * i : 5 * i + 96] for i in range(96)]
     assert len({c.jitter[0] for c in choices if c.jitter}) > 15
@@ -91,8 +91,8 @@ def test_views_are_made_outside_autocast(dtype):
 
 
 @pytest.mark.parametrize("more", [(), ("--micro-batch", "6"), ("-a", "vit_tiny", "--optimizer", "adamw")])
-def test_sixteen_bits_with_views_on_the_device(pictures, tmp_path, more):
-    flags = [str(pictures), *TINY, "--views-on", "device", "--precision", "bf16", "--max-steps", "2", *more]
+def test_sixteen_bits_with_views_on_the_device(images, tmp_path, more):
+    flags = [str(images), *TINY, "--views-on", "device", "--precision", "bf16", "--max-steps", "2", *more]
     assert main(["pretrain", *flags, "--output-dir", str(tmp_path)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["loss"]) for line in lines)
@@ -100,8 +100,8 @@ def test_sixteen_bits_with_views_on_the_device(pictures, tmp_path, more):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loader_hands_over_what_is_left(pictures, workers):
-    source = open_source(str(pictures))
+def test_loader_hands_over_what_is_left(images, workers):
+    source = open_source(str(images))
     works = list(plan(len(source), seed=9, batch_size=17, rank=0, ranks=1, start=(0, 0), epochs=1))
     made = {}
     for crop_only in (False, True):
@@ -120,8 +120,8 @@ def test_loader_hands_over_what_is_left(pictures, workers):
         assert not np.array_equal(crops, want)
 
 
-def test_a_run_with_views_on_the_device(run_program, pictures, tmp_path):
-    flags = [pictures, *TINY, "--views-on", "device", "--quiet"]
+def test_a_run_with_views_on_the_device(run_program, images, tmp_path):
+    flags = [images, *TINY, "--views-on", "device", "--quiet"]
     run_program("pretrain", *flags, "--output-dir", "whole", cwd=tmp_path)
     run_program("pretrain", *flags, "--output-dir", "part", "--max-steps", "5", cwd=tmp_path)
     run_program("pretrain", *flags, "--output-dir", "part", "--resume", "auto", "-j", "1", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Sources, draws, views and loader processes: the same pictures for any number of workers and ranks, and bad files."""
+"""Sources, draws, views and loader processes: the same images for any number of workers and ranks, and bad files."""
 
 import gzip
 import os
@@ -40,8 +40,8 @@ def epoch_plan(n, **changes):
     )
 
 
-def test_workers_change_nothing(pictures):
-    source = open_source(str(pictures))
+def test_workers_change_nothing(images):
+    source = open_source(str(images))
     works = epoch_plan(len(source))
     assert len(works) == 8
     here = batches(source, 0, works)
@@ -58,7 +58,7 @@ def test_ranks_share_the_global_batch():
     for i, work in enumerate(whole):
         assert np.array_equal(work.indices, np.concatenate([p[i].indices for p in parts]))
     assert len(whole) == 2 * (50 // 16)  # the last part batch is dropped
-    assert len(set(np.concatenate([w.indices for w in whole[:3]]))) == 48  # no picture twice in an epoch
+    assert len(set(np.concatenate([w.indices for w in whole[:3]]))) == 48  # no image twice in an epoch
 
 
 def test_a_plan_resumes_in_the_middle():
@@ -92,7 +92,7 @@ PINNED_CROP = [27, 39, 299, 283]
     st.integers(0, 1),
 )
 @settings(deadline=None, max_examples=200)
-def test_every_crop_lies_in_the_picture(width, height, crop_min, preset, seed, view):
+def test_every_crop_lies_in_the_image(width, height, crop_min, preset, seed, view):
     d = draw(PRESETS[preset], crop_min, width, height, seed=seed, epoch=0, index=3, view=view)
     pad = 2 * round(PRESETS[preset].pad * min(width, height))
     assert d.height >= 1
@@ -104,7 +104,7 @@ def test_every_crop_lies_in_the_picture(width, height, crop_min, preset, seed, v
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (640, 480)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16", "1"])
-def test_any_picture_becomes_two_views(backend, size, mode, tmp_path):
+def test_any_image_becomes_two_views(backend, size, mode, tmp_path):
     rng = np.random.Generator(np.random.PCG64(1))
     if mode == "I;16":
         image = Image.fromarray(rng.integers(0, 65536, size[::-1], dtype=np.uint16))
@@ -141,18 +141,18 @@ def test_padding_shows_at_the_border(pad, seen):
     assert borders == 0 if seen == 0 else borders >= seen
 
 
-def test_folder_index(pictures):
-    source = open_source(str(pictures))
+def test_folder_index(images):
+    source = open_source(str(images))
     assert len(source) == 64
     assert source.classes == [f"class{i}" for i in range(4)]
     assert (np.bincount(source.labels) == 16).all()
     assert source.name(0) == os.path.join("class0", "00.jpg")
-    assert len(open_source(str(pictures), "val")) == 16
-    flat = scan(pictures / "train" / "class1")
+    assert len(open_source(str(images), "val")) == 16
+    flat = scan(images / "train" / "class1")
     assert flat.labels is None
     assert len(flat) == 16
     assert flat.digest != source.digest
-    assert scan(pictures / "train").digest == source.digest
+    assert scan(images / "train").digest == source.digest
 
 
 def test_index_of_odd_names(tmp_path):
@@ -213,21 +213,21 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\x04IDAT"
 
 
-BAD = {"empty.jpg": b"", "text.png": b"this is no picture", "cut.jpg": None, "bomb.png": png_header(100_000, 100_000)}
+BAD = {"empty.jpg": b"", "text.png": b"this is no image", "cut.jpg": None, "bomb.png": png_header(100_000, 100_000)}
 
 
 @pytest.fixture
-def damaged(pictures, tmp_path):
-    """Sixty-four good pictures and four that cannot be read, for four different reasons."""
+def damaged(images, tmp_path):
+    """Sixty-four good images and four that cannot be read, for four different reasons."""
     root = tmp_path / "damaged"
-    shutil.copytree(pictures / "train", root)
+    shutil.copytree(images / "train", root)
     whole = (root / "class0" / "00.jpg").read_bytes()
     for i, (name, data) in enumerate(BAD.items()):
         (root / f"class{i}" / name).write_bytes(whole[: len(whole) // 2] if data is None else data)
     return root
 
 
-def test_unreadable_pictures_are_replaced_alike(damaged):
+def test_unreadable_images_are_replaced_alike(damaged):
     source = scan(damaged)
     works = epoch_plan(len(source), batch_size=17)
     runs = [batches(source, workers, works, batch_size=17) for workers in (0, 2)]
@@ -238,7 +238,7 @@ def test_unreadable_pictures_are_replaced_alike(damaged):
     assert sorted(met) == sorted(BAD)
     assert "empty" in met["empty.jpg"]
     assert "pixels" in met["bomb.png"]
-    assert met["text.png"] == "is not a picture"
+    assert met["text.png"] == "is not an image"
 
 
 def test_nothing_readable_is_said(tmp_path):
@@ -251,14 +251,14 @@ def test_nothing_readable_is_said(tmp_path):
 
 @given(st.binary(max_size=200))
 @settings(deadline=None, max_examples=100)
-def test_any_bytes_are_a_picture_or_a_reason(data):
+def test_any_bytes_are_a_image_or_a_reason(data):
     with pytest.raises(DecodeError):
         decode(data)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
-def test_a_killed_loader_process_is_named(pictures):
-    source = open_source(str(pictures))
+def test_a_killed_loader_process_is_named(images):
+    source = open_source(str(images))
     works = epoch_plan(len(source), epochs=50)
     with Loader(source, TwoViews(64), batch_size=16, seed=1, workers=2) as loader:
         pids = [p.pid for p in loader._processes]

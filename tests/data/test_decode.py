@@ -1,4 +1,4 @@
-"""Bytes to pixels: a rule for every kind of picture, and the fast ways against Pillow's."""
+"""Bytes to pixels: a rule for every kind of image, and the fast ways against Pillow's."""
 
 import contextlib
 import io
@@ -8,7 +8,7 @@ import pytest
 from conftest import GOLDEN
 from PIL import Image, ImageOps
 
-from mocov3.data.views.decode import DecodeError, Picture, _by_pillow, decode
+from mocov3.data.views.decode import DecodeError, ImageBytes, _by_pillow, decode
 
 RNG = np.random.Generator(np.random.PCG64(0))
 COLOURS = np.asarray(Image.open(GOLDEN / "images" / "china.jpg").convert("RGB"))[100:161, 200:283]
@@ -23,12 +23,12 @@ def saved(image, kind, **options):
 
 def pixels(data):
     """By the fastest way and by Pillow, which must agree."""
-    fast, shrink = Picture(data).pixels()
+    fast, shrink = ImageBytes(data).pixels()
     assert shrink == 1
     assert np.array_equal(fast, _by_pillow(data))
     assert np.array_equal(fast, np.asarray(decode(data)))
-    picture = Picture(data)
-    assert fast.shape == (picture.height, picture.width, 3)
+    image = ImageBytes(data)
+    assert fast.shape == (image.height, image.width, 3)
     assert fast.dtype == np.uint8
     return fast
 
@@ -43,7 +43,7 @@ def test_jpegs_are_pillows(mode, options):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_pictures_are_turned_as_meant(kind, orientation):
+def test_images_are_turned_as_meant(kind, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -59,10 +59,10 @@ def test_jpegs_shrink(shrink, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     if orientation > 1:
-        assert Picture(saved(Image.fromarray(COLOURS), "JPEG", exif=exif)).pixels(shrink)[1] == 1
+        assert ImageBytes(saved(Image.fromarray(COLOURS), "JPEG", exif=exif)).pixels(shrink)[1] == 1
     part = COLOURS if orientation == 1 else COLOURS[:56, :80]
     data = saved(Image.fromarray(part), "JPEG", exif=exif, quality=95)
-    small, by = Picture(data).pixels(shrink)
+    small, by = ImageBytes(data).pixels(shrink)
     whole = pixels(data)
     assert by == shrink
     assert small.shape[:2] == (-(-whole.shape[0] // shrink), -(-whole.shape[1] // shrink))
@@ -125,35 +125,35 @@ def test_plain_pngs_are_pillows():
         assert np.array_equal(pixels(data), np.asarray(image.convert("RGB")))
         for cut in (40, len(data) // 2):
             with pytest.raises(DecodeError):
-                Picture(data[:cut])
+                ImageBytes(data[:cut])
         damaged = bytearray(data)
         damaged[len(data) // 2] ^= 0xFF
         with pytest.raises(DecodeError):
-            Picture(bytes(damaged))
+            ImageBytes(bytes(damaged))
 
 
 def test_damaged_jpegs():
     data = saved(Image.fromarray(COLOURS), "JPEG")
     for cut in (2, 3, 4, 10, 30, 200, len(data) // 2):
         with pytest.raises(DecodeError):
-            Picture(data[:cut]).pixels()
+            ImageBytes(data[:cut]).pixels()
     bomb = bytearray(data)
     place = data.index(b"\xff\xc0") + 5
     bomb[place : place + 4] = b"\xff\xff\xff\xff"  # claims 65,535 × 65,535 pixels
     with pytest.raises(DecodeError, match="pixels"):
-        Picture(bytes(bomb))
+        ImageBytes(bytes(bomb))
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     turned = saved(Image.fromarray(COLOURS), "JPEG", exif=exif)
-    for place in range(2, 60):  # whatever the EXIF says, nothing but a picture or a reason
+    for place in range(2, 60):  # whatever the EXIF says, nothing but an image or a reason
         broken = bytearray(turned)
         broken[place] ^= 0xFF
         with contextlib.suppress(DecodeError):
-            Picture(bytes(broken)).pixels()
+            ImageBytes(bytes(broken)).pixels()
 
 
 def test_pixels_must_be_bytes():
-    assert Picture(np.zeros((4, 5), np.uint8)).pixels()[0].shape == (4, 5, 3)
+    assert ImageBytes(np.zeros((4, 5), np.uint8)).pixels()[0].shape == (4, 5, 3)
     for wrong in (np.zeros((4, 5), np.uint16), np.zeros((4, 5, 4), np.uint8), np.zeros(5, np.uint8)):
         with pytest.raises(DecodeError):
-            Picture(wrong)
+            ImageBytes(wrong)

@@ -52,10 +52,10 @@ def near(got, se, recorded, name):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_draws_in_distribution(cell):
-    picture, crop, _, pipeline = cell.split("/")
+    image, crop, _, pipeline = cell.split("/")
     view = int(pipeline.removeprefix("aug")) - 1
     preset, recorded = PRESETS["photos"], CELLS[cell]
-    width, height = Image.open(GOLDEN / "images" / FILES[picture]).size
+    width, height = Image.open(GOLDEN / "images" / FILES[image]).size
     crop_min = float(crop.removeprefix("crop"))
     drawn = [draw(preset, crop_min, width, height, seed=7, epoch=1, index=i, view=view) for i in range(DRAWS)]
     h, w = np.array([d.height for d in drawn]), np.array([d.width for d in drawn])
@@ -97,8 +97,8 @@ def test_draws_in_distribution(cell):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cell", [c for c in CELLS if c.endswith("aug1")])
 def test_pixels_in_distribution(cell, backend):
-    picture, crop, size, _ = cell.split("/")
-    data = (GOLDEN / "images" / FILES[picture]).read_bytes()
+    image, crop, size, _ = cell.split("/")
+    data = (GOLDEN / "images" / FILES[image]).read_bytes()
     views = TwoViews(int(size), float(crop.removeprefix("crop")), backend=backend)
     draws = 120 if size == "96" else 40
     measured = ([], [])

@@ -22,7 +22,7 @@ from mocov3.data.sources.index import recall
 from mocov3.data.sources.opening import Roots, Subset, scan, shares
 from mocov3.data.views.draws import draw, permutation
 from mocov3.errors import UserError
-from mocov3.pretraining.inputs import open_pictures
+from mocov3.pretraining.inputs import open_images
 
 
 def tree(root, *names):
@@ -123,13 +123,13 @@ def test_lists(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("l.txt", b"", "names no picture"),
+        ("l.txt", b"", "names no image"),
         ("l.txt", b"gone.jpg\n", "none of the files"),
         ("l.txt", b"a.jpg\0\n", "zero bytes"),
         ("l.txt", "a.jpg".encode("utf-16"), "UTF-16"),
-        ("l.txt", b"https://example.org/a.jpg\n", "fetch the pictures"),
+        ("l.txt", b"https://example.org/a.jpg\n", "fetch the images"),
         ("l.csv", b"path,label\n,cat\n", "row 2 holds no path"),
-        ("l.csv", b"path,label\n", "names no picture"),
+        ("l.csv", b"path,label\n", "names no image"),
         ("l.bin", b"a.jpg\n", "a list ends in"),
         ("l.jpg", b"a.jpg\n", "name the folder"),
     ],
@@ -147,7 +147,7 @@ def test_bad_lists(name, content, message, tmp_path):
         (["DIR", "DIR:0"], "above 0 and at most 1"),
         (["DIR", "DIR:2"], "lower the others"),
         (["DIR", "gone"], "no such folder"),
-        (["DIR", "DIR/empty"], "holds no picture"),
+        (["DIR", "DIR/empty"], "holds no image"),
         (["DIR", "DIR\n"], "line break"),
         (["x" * 5000], "no such folder"),
         (["DIR", "--group-by", "["], "regular expression"),
@@ -175,9 +175,9 @@ def test_several_roots_with_shares(tmp_path):
     one = tree(tmp_path / "one", *(f"{i:02d}.jpg" for i in range(20)))
     two = tree(tmp_path / "two", *(f"{i:02d}.jpg" for i in range(40)))
     config = parse_script("main_moco.py", [str(one), "-b", "4", "--epochs", "3", f"{two}:0.25"])
-    source, _, order = open_pictures(config)
+    source, _, order = open_images(config)
     assert isinstance(source, Roots)
-    assert (len(source), order.pictures, order.iterations) == (60, 30, 7)
+    assert (len(source), order.images, order.iterations) == (60, 30, 7)
     assert (source.name(0), source.name(20), source.read(59)) == ("1:00.jpg", "2:00.jpg", b"x")
     epochs = [order.epoch(7, e) for e in range(40)]
     for indices in epochs:
@@ -192,14 +192,14 @@ def test_several_roots_with_shares(tmp_path):
     assert Roots([source, source], [1, 0.5]).digest != Roots([source, source], [1, 1]).digest
 
 
-def test_pictures_held_out_are_no_function_of_seed_or_run(tmp_path):
+def test_images_held_out_are_no_function_of_seed_or_run(tmp_path):
     data = tree(tmp_path, *(f"{g}/{i}.jpg" for g in "abcdefgh" for i in range(5)))
     base = PretrainConfig(data=str(data), batch_size=4, hold_out=10)
-    train, held, order = open_pictures(base)
+    train, held, order = open_images(base)
     assert (len(train), len(held), order.n) == (30, 10, 30)
     assert set(names(train)).isdisjoint(names(held))
-    assert names(open_pictures(dataclasses.replace(base, seed=5))[1]) == names(held)
-    grouped = open_pictures(dataclasses.replace(base, group_by="^(.)"))
+    assert names(open_images(dataclasses.replace(base, seed=5))[1]) == names(held)
+    grouped = open_images(dataclasses.replace(base, group_by="^(.)"))
     assert {n[0] for n in names(grouped[0])}.isdisjoint({n[0] for n in names(grouped[1])})
     assert len(grouped[1]) == 10
     part = Subset(Roots([train, held], [1, 0.5]), np.array([0, 5, 31, 32]))
@@ -233,7 +233,7 @@ def test_groups_are_read_from_names(tmp_path):
 
 
 def test_aerial_views_show_all_eight_ways_up():
-    picture = np.arange(16 * 16, dtype=np.uint8).reshape(16, 16)
+    image = np.arange(16 * 16, dtype=np.uint8).reshape(16, 16)
     still = {
         "jitter_probability": 0.0,
         "gray_probability": 0.0,
@@ -241,10 +241,10 @@ def test_aerial_views_show_all_eight_ways_up():
         "solarize_probability": (0.0, 0.0),
     }
     preset = dataclasses.replace(PRESETS["aerial"], **still)
-    ways = {np.rot90(m, k).tobytes() for m in (picture, picture[:, ::-1]) for k in range(4)}
+    ways = {np.rot90(m, k).tobytes() for m in (image, image[:, ::-1]) for k in range(4)}
     for backend in ("fast", "pillow"):
         views = TwoViews(16, 1.0, preset, backend)
-        seen = [v[..., 0].tobytes() for i in range(200) for v in views(picture, seed=1, epoch=0, index=i)]
+        seen = [v[..., 0].tobytes() for i in range(200) for v in views(image, seed=1, epoch=0, index=i)]
         counts = {way: seen.count(way) for way in ways}
         assert sum(counts.values()) > 0.15 * len(seen)  # the others are crops of another ratio
         assert all(counts.values())

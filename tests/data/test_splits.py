@@ -17,7 +17,7 @@ from mocov3.data.sources.splits import choose, split_of_file, split_of_folder
 from mocov3.data.sources.transfer import open_pair
 from mocov3.errors import UserError
 from mocov3.evaluation import compare, embed, knn
-from mocov3.pretraining.inputs import open_pictures
+from mocov3.pretraining.inputs import open_images
 
 
 @pytest.fixture(autouse=True)
@@ -346,7 +346,7 @@ def test_what_is_named_for_validation_is_never_trained_on(tmp_path):
 
 def test_odd_folders(tmp_path):
     tree(tmp_path / "empty", "val/cat/1.jpg").joinpath("train").mkdir()
-    with pytest.raises(UserError, match="train: holds no picture"):
+    with pytest.raises(UserError, match="train: holds no image"):
         open_source(str(tmp_path / "empty"))
     tree(tmp_path / "rest", "cat/1.jpg", "dog/2.jpg").joinpath("train").mkdir()
     assert len(open_source(str(tmp_path / "rest"))) == 2
@@ -406,14 +406,14 @@ def openers():
     """How each command opens its data: (training part, validation part or ``None``)."""
 
     def pretrain(d):
-        return open_pictures(PretrainConfig(data=d, batch_size=1))[0], None
+        return open_images(PretrainConfig(data=d, batch_size=1))[0], None
 
     return {
         "pretrain, check, auto, report": pretrain,
         "knn": knn.open_sets,
         "lincls": open_labelled,
         "finetune": lambda d: tuple(open_pair("folder", d))[:2],
-        "compare": lambda d: (None, compare._pictures(d)[0]),
+        "compare": lambda d: (None, compare._images(d)[0]),
         "lincls -e, verify": lambda d: (None, open_evaluated(d)),
         "quality, online k-NN": lambda d: (None, open_unseen(d)),
     }
@@ -476,7 +476,7 @@ def test_commands_say_it(tmp_path, capsys, monkeypatch):
     assert cli.main(["pack", str(d), "--out", str(tmp_path / "p")]) == 0
     out = capsys.readouterr()
     assert "train/ taken for a class" in out.err
-    assert "8 pictures" in out.out
+    assert "8 images" in out.out
     tree(d, "val/bus/1.jpg")
     assert cli.main(["pretrain", str(d), "--recipe", "defaults", "-b", "999", "--output-dir", str(tmp_path / "o")]) == 2
     assert "left out, as of no part: bus/ (4 images)" in capsys.readouterr().err

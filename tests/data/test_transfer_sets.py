@@ -24,7 +24,7 @@ def test_cifar(data_set, tmp_path, monkeypatch):
     assert not per_class
     assert len(train.classes) == (10 if data_set == "cifar10" else 100)
     kind = torchvision.datasets.CIFAR10 if data_set == "cifar10" else torchvision.datasets.CIFAR100
-    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)  # our pictures have other check sums
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)  # our images have other check sums
     if data_set == "cifar10":  # its meta file only names classes
         (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": []}))
     else:
@@ -73,8 +73,8 @@ def test_pets(tmp_path):
     assert [label for _, label in theirs] == ours.labels.tolist()[: len(theirs)]
 
 
-def test_folders(pictures):
-    train, test, _ = open_pair("folder", str(pictures))
+def test_folders(images):
+    train, test, _ = open_pair("folder", str(images))
     assert (len(train), len(test), train.classes) == (64, 16, [f"class{i}" for i in range(4)])
 
 
@@ -96,7 +96,7 @@ class Evil:
         return os.system, ("true",)
 
 
-def test_damage_is_named(tmp_path, pictures):
+def test_damage_is_named(tmp_path, images):
     def fails(data_set, root, *words):
         with pytest.raises(UserError) as error:
             open_pair(data_set, str(root))
@@ -130,7 +130,7 @@ def test_damage_is_named(tmp_path, pictures):
     fails("flowers", tmp_path / "f", "from 1 to 9, not 99 to 99")
     (tmp_path / "setid.mat").rename(tmp_path / "f" / "setid.mat")
     (tmp_path / "f" / "jpg" / "image_00004.jpg").unlink()
-    fails("flowers", tmp_path / "f", "1 listed pictures are missing", "image_00004.jpg")
+    fails("flowers", tmp_path / "f", "1 listed images are missing", "image_00004.jpg")
 
     write_pets(tmp_path / "p")
     (tmp_path / "p" / "annotations" / "test.txt").rename(tmp_path / "test.txt")
@@ -141,7 +141,7 @@ def test_damage_is_named(tmp_path, pictures):
     fails("pets", tmp_path / "p", "from 1 to 37")
     fails("pets", tmp_path / "f", "images is missing")
 
-    fails("folder", pictures / "train", "misses the folder train")
+    fails("folder", images / "train", "misses the folder train")
     (tmp_path / "d" / "train" / "a").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "d" / "train" / "a" / "1.png")
     fails("folder", tmp_path / "d", "misses the folder val or test")

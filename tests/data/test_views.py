@@ -128,7 +128,7 @@ def test_kernel_shrinks_far(shape):
 
 
 @built
-def test_kernel_takes_parts_of_pictures():
+def test_kernel_takes_parts_of_images():
     """Rows apart, as in a part of a larger array; what the kernel cannot read is refused."""
     part = CHINA[10:110, 20:150]
     choice = PLAIN._replace(top=5, left=7, height=60, width=70)
@@ -146,7 +146,7 @@ def test_kernel_takes_parts_of_pictures():
         native.view(CHINA, (0, 0, 5, 5), out[:, :, ::-1], **keep)
 
 
-def test_large_pictures_are_decoded_smaller(tmp_path):
+def test_large_images_are_decoded_smaller(tmp_path):
     """A 12-megapixel JPEG: at 1/2 to 1/8 where every crop allows, and hardly another view."""
     big = Image.fromarray(np.tile(CHINA, (7, 6, 1))[:2800, :3600])
     big.save(tmp_path / "big.jpg", quality=90)
@@ -169,7 +169,7 @@ def test_large_pictures_are_decoded_smaller(tmp_path):
     st.integers(0, 2**40),
 )
 @settings(deadline=None, max_examples=120)
-def test_any_picture_any_view(width, height, mode, kind, size, index):
+def test_any_image_any_view(width, height, mode, kind, size, index):
     """Any size, kind of pixels and file: the fast views are near Pillow's of the same draws."""
     smooth = np.add.outer(np.arange(height) % 97, 2 * (np.arange(width) % 61)).astype(np.uint8)
     image = Image.fromarray(np.dstack([smooth, smooth[:, ::-1], 255 - smooth])).convert("RGB")
@@ -182,7 +182,7 @@ def test_any_picture_any_view(width, height, mode, kind, size, index):
     ways = [
         TwoViews(size, 0.08, backend=b)(buffer.getvalue(), seed=2, epoch=1, index=index) for b in ("fast", "pillow")
     ]
-    bound = 16 if size == 1 else 8  # all operations together, on pictures full of edges, decoded smaller or not
+    bound = 16 if size == 1 else 8  # all operations together, on images full of edges, decoded smaller or not
     for ours, theirs in zip(*ways, strict=True):
         assert ours.shape == (size, size, 3)
         assert mean_difference(ours, theirs) <= bound
@@ -217,16 +217,16 @@ def test_without_the_kernel(tmp_path):
         "views = TwoViews(32)(open(sys.argv[1], 'rb').read(), seed=1, epoch=0, index=0);"
         "print(*(int(v.sum()) for v in views))"
     )
-    picture = GOLDEN / "images" / "china.jpg"
+    image = GOLDEN / "images" / "china.jpg"
     done = subprocess.run(
-        [sys.executable, "-c", code, picture],
+        [sys.executable, "-c", code, image],
         cwd=ROOT,
         env={**os.environ, "MOCOV3_NATIVE": "0"},
         capture_output=True,
         text=True,
         check=True,
     )
-    views = TwoViews(32, backend="library")(picture.read_bytes(), seed=1, epoch=0, index=0)
+    views = TwoViews(32, backend="library")(image.read_bytes(), seed=1, epoch=0, index=0)
     assert [int(x) for x in done.stdout.split()] == [int(v.sum()) for v in views]
 
 

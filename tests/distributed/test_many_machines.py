@@ -28,15 +28,15 @@ def test_ranks_that_differ_are_refused_by_name():
 
 
 @pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1"), (1, "rank 0")])
-def test_a_rank_that_never_comes_is_named(rank, missing, pictures, tmp_path, capsys):
-    flags = ["pretrain", str(pictures), *TINY, "--output-dir", str(tmp_path), "--world-size", "2", "--rank", str(rank)]
+def test_a_rank_that_never_comes_is_named(rank, missing, images, tmp_path, capsys):
+    flags = ["pretrain", str(images), *TINY, "--output-dir", str(tmp_path), "--world-size", "2", "--rank", str(rank)]
     assert main([*flags, "--dist-url", free_loopback_address(), "--dist-timeout", "0.02"]) == 2
     error = capsys.readouterr().err
     assert f"{missing} did not come within 1 s" in error
     assert error.splitlines()[-1].startswith("mocov3: error:")
 
 
-def test_a_world_that_does_not_divide_uses_the_largest_that_does(pictures, tmp_path):
+def test_a_world_that_does_not_divide_uses_the_largest_that_does(images, tmp_path):
     assert [largest_dividing(n, 4096) for n in (1, 3, 24, 64)] == [1, 2, 16, 64]
     assert largest_dividing(7, 0) == 7
     command = [
@@ -55,7 +55,7 @@ def test_a_world_that_does_not_divide_uses_the_largest_that_does(pictures, tmp_p
         "2",
         "--output-dir",
         str(tmp_path),
-        str(pictures),
+        str(images),
     ]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
@@ -67,9 +67,9 @@ def test_a_world_that_does_not_divide_uses_the_largest_that_does(pictures, tmp_p
 
 
 @pytest.mark.skipif(not ON_CPU, reason="this torch shares out on GPUs only")
-def test_shared_weights_leave_whole_files(pictures, tmp_path):
+def test_shared_weights_leave_whole_files(images, tmp_path):
     # one process without, two with, one without, two with: the same run, through the same files
-    flags = [str(pictures), *TINY, "-a", "vit_tiny", "--patch-size", "16", "--checkpoint-steps", "1"]
+    flags = [str(images), *TINY, "-a", "vit_tiny", "--patch-size", "16", "--checkpoint-steps", "1"]
 
     def go(folder, steps, *more):
         command = [
@@ -172,7 +172,7 @@ def test_plan(capsys):
     assert found["step_seconds"] == pytest.approx(1.0, rel=0.01)
     assert main([*flags, "--gpus", "1", "--gpu-memory", "2.05"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"512 pictures a GPU in \d+ passes of \d+", out)
+    assert re.search(r"512 images a GPU in \d+ passes of \d+", out)
     assert "torchrun --nproc-per-node 1 main_moco.py --recipe defaults --micro-batch auto" in out
     for wrong, message in (
         (["--gpu-memory", "1.4"], "a smaller --batch-size"),

@@ -89,9 +89,9 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def one_process(pictures, tmp_path_factory):
+def one_process(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    assert main(["pretrain", str(pictures), *TINY, "--max-steps", "3", "--output-dir", str(folder)]) == 0
+    assert main(["pretrain", str(images), *TINY, "--max-steps", "3", "--output-dir", str(folder)]) == 0
     return losses(folder)
 
 
@@ -104,7 +104,7 @@ def spawned(*commands, env=None, timeout=120):
     return [(p, *p.communicate(timeout=timeout)) for p in running]
 
 
-def test_spawn_on_two_nodes(pictures, tmp_path, one_process):
+def test_spawn_on_two_nodes(images, tmp_path, one_process):
     # two "nodes" meet at a loopback address; each spawns one process
     address = free_loopback_address()
     common = [
@@ -120,14 +120,14 @@ def test_spawn_on_two_nodes(pictures, tmp_path, one_process):
         address,
         "--output-dir",
         str(tmp_path),
-        str(pictures),
+        str(images),
     ]
     for process, out, err in spawned([*common, "--rank", "0"], [*common, "--rank", "1"]):
         assert process.returncode == 0, out + err
     assert losses(tmp_path)[0] == pytest.approx(one_process[0], rel=1e-5)
 
 
-def test_torchrun(pictures, tmp_path, one_process):
+def test_torchrun(images, tmp_path, one_process):
     command = [
         sys.executable,
         "-m",
@@ -146,15 +146,15 @@ def test_torchrun(pictures, tmp_path, one_process):
         "3",
         "--output-dir",
         str(tmp_path),
-        str(pictures),
+        str(images),
     ]
     ((process, out, err),) = spawned(command)
     assert process.returncode == 0, out + err
     assert losses(tmp_path)[0] == pytest.approx(one_process[0], rel=1e-5)
 
 
-def test_spawn_here_and_its_mistakes(pictures, tmp_path, one_process, capsys):
-    flags = [str(pictures), *TINY, "--output-dir", str(tmp_path)]
+def test_spawn_here_and_its_mistakes(images, tmp_path, one_process, capsys):
+    flags = [str(images), *TINY, "--output-dir", str(tmp_path)]
     assert main(["pretrain", *flags, "--max-steps", "3", "--nprocs-per-node", "2"]) == 0
     assert losses(tmp_path)[0] == pytest.approx(one_process[0], rel=1e-5)
     capsys.readouterr()

@@ -96,38 +96,38 @@ def knn(capsys, *argv):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_the_program(pictures, pretrained, capsys):
-    result = knn(capsys, pictures, "--model", pretrained, "-k", "1,5", "-t", "0.07,1")
+def test_the_program(images, pretrained, capsys):
+    result = knn(capsys, images, "--model", pretrained, "-k", "1,5", "-t", "0.07,1")
     assert (result["bank"], result["queries"], result["image_size"]) == (64, 16, 32)
     assert [(r["k"], r["temperature"]) for r in result["accuracy"]] == [(1, 0.07), (1, 1), (5, 0.07), (5, 1)]
     assert result["accuracy"][0]["accuracy"] == result["recall"]["1"]
     # default k's above the bank are left out, and it is said
-    result = knn(capsys, pictures, "--model", pretrained)
+    result = knn(capsys, images, "--model", pretrained)
     assert [r["k"] for r in result["accuracy"]] == [1, 10, 20]
     assert "100,200 left out" in result["notes"][0]
-    # one folder: each picture left out in turn; the momentum encoder; after the projector; pixels
-    alone = knn(capsys, pictures / "train", "--model", pretrained)
+    # one folder: each image left out in turn; the momentum encoder; after the projector; pixels
+    alone = knn(capsys, images / "train", "--model", pretrained)
     assert alone["leave_one_out"]
     assert alone["queries"] == alone["bank"] == 64
     for flags in (["--encoder", "momentum"], ["--layer", "projector"], ["--layer", "mean"]):
-        other = knn(capsys, pictures, "--model", pretrained, *flags)
+        other = knn(capsys, images, "--model", pretrained, *flags)
         assert other["accuracy"][0]["accuracy"] >= 25
-    assert knn(capsys, pictures, "--model", "pixels", "--image-size", "16")["backbone"] == "pixels, no network"
-    assert main(["knn", str(pictures), "--model", str(pretrained), "--device", "cpu", "-j", "0"]) == 0
+    assert knn(capsys, images, "--model", "pixels", "--image-size", "16")["backbone"] == "pixels, no network"
+    assert main(["knn", str(images), "--model", str(pretrained), "--device", "cpu", "-j", "0"]) == 0
     out = capsys.readouterr().out
     assert "k-NN of resnet10_w32" in out
     assert "τ 0.07" in out
     assert "note: --k 100,200" in out
 
 
-def test_two_ranks_are_one(pictures, pretrained, tmp_path, capfd):
+def test_two_ranks_are_one(images, pretrained, tmp_path, capfd):
     flags = ["--model", str(pretrained), "--device", "cpu", "-b", "7"]
     outputs = []
     for n in ("0", "2"):
         capfd.readouterr()
-        assert main(["knn", str(pictures), *flags, "--nprocs-per-node", n]) == 0
+        assert main(["knn", str(images), *flags, "--nprocs-per-node", n]) == 0
         outputs.append(capfd.readouterr().out)
-        assert main(["embed", str(pictures), *flags, "-o", str(tmp_path / f"{n}.npy"), "--nprocs-per-node", n]) == 0
+        assert main(["embed", str(images), *flags, "-o", str(tmp_path / f"{n}.npy"), "--nprocs-per-node", n]) == 0
     assert outputs[0] == outputs[1]
     assert (tmp_path / "0.npy").read_bytes() == (tmp_path / "2.npy").read_bytes()
     assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
@@ -137,10 +137,10 @@ def embed(*argv):
     return main(["embed", *map(str, argv), "--device", "cpu", "-j", "0"])
 
 
-def test_embeddings_are_the_features(pictures, pretrained, tmp_path):
+def test_embeddings_are_the_features(images, pretrained, tmp_path):
     import pyarrow.parquet as pq
 
-    data, source = pictures / "train", scan(pictures / "train")
+    data, source = images / "train", scan(images / "train")
     for name in ("a.npy", "a.parquet"):
         assert embed(data, "--model", pretrained, "-o", tmp_path / name, "-b", "10") == 0
     features = np.load(tmp_path / "a.npy")
@@ -179,10 +179,10 @@ def test_layers_of_a_vit(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX process groups")
-def test_embedding_goes_on_after_a_kill(pictures, pretrained, tmp_path, capsys):
+def test_embedding_goes_on_after_a_kill(images, pretrained, tmp_path, capsys):
     data = tmp_path / "data"
     for i in range(12):
-        shutil.copytree(pictures / "train", data / str(i))
+        shutil.copytree(images / "train", data / str(i))
     flags = ["embed", str(data), "--model", str(pretrained), "--device", "cpu", "-j", "0", "-b", "8"]
     code = (
         "import sys, mocov3.evaluation.embeddings as e; e._FLUSH_SECONDS = 0; "
@@ -200,9 +200,9 @@ def test_embedding_goes_on_after_a_kill(pictures, pretrained, tmp_path, capsys):
     assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "killed.npy").read_bytes()
 
 
-def test_duplicates_and_unreadable_pictures(pictures, pretrained, tmp_path, capsys):
+def test_duplicates_and_unreadable_images(images, pretrained, tmp_path, capsys):
     data = tmp_path / "data"
-    shutil.copytree(pictures / "train", data)
+    shutil.copytree(images / "train", data)
     shutil.copy(data / "class1" / "01.png", data / "class2" / "again.png")
     (data / "class0" / "bad.png").write_bytes(b"")
     out = tmp_path / "x.npy"
@@ -228,37 +228,37 @@ def test_the_grid_does_not_depend_on_ranks():
         assert [b.tolist() for b in whole] == [b.tolist() for b in parts]
 
 
-def test_bad_input(pictures, pretrained, tmp_path):
-    go = ["knn", pictures, "--device", "cpu", "--model"]
+def test_bad_input(images, pretrained, tmp_path):
+    go = ["knn", images, "--device", "cpu", "--model"]
     assert "above the 64" in refused(*go, pretrained, "-k", "65")
     assert "above the 64" in refused(*go, pretrained, "--recall", "100")
     assert "--temperature" in refused(*go, pretrained, "-t", "0")
     assert "1 or more" in refused(*go, pretrained, "-k", "0")
     assert "no such file" in refused(*go, "missing.pth")
     assert "did you mean" in refused(*go, "resnet5")
-    assert "no model" in refused("knn", pictures)
+    assert "no model" in refused("knn", images)
     assert "patches" in refused(*go, pretrained, "--layer", "patches")
     assert "has no cls token" in refused(*go, pretrained, "--layer", "cls")
     assert "has no momentum encoder" in refused(*go, "resnet18", "--encoder", "momentum")
     assert f"give -a {ARCH}" in refused(*go, pretrained, "-a", "resnet18")
     assert "32 or 48" in refused(*go, "vit_small", "--image-size", "40")
-    assert "class folders" in refused("knn", pictures / "train" / "class0", "--model", pretrained)
+    assert "class folders" in refused("knn", images / "train" / "class0", "--model", pretrained)
     assert "timm has no such model" in refused(*go, "timm/resnet10x").replace(__import__("timm").__version__ + " ", "")
     torch.save({"model": {}}, tmp_path / "none.pth")
     assert "no weights" in refused(*go, tmp_path / "none.pth")
-    go = ["embed", pictures, "--device", "cpu", "--model", pretrained]
+    go = ["embed", images, "--device", "cpu", "--model", pretrained]
     assert "ends in .parquet or .npy" in refused(*go, "-o", tmp_path / "x.csv")
     (tmp_path / "there.npy").write_bytes(b"")
     assert "--overwrite" in refused(*go, "-o", tmp_path / "there.npy")
     assert "cannot be written" in refused(*go, "-o", tmp_path / "there.npy" / "x.npy")
     assert "cosine" in refused(*go, "-o", tmp_path / "y.npy", "--duplicates", "2")
-    assert "holds no picture" in refused("embed", tmp_path, "--model", pretrained, "-o", tmp_path / "y.npy")
+    assert "holds no image" in refused("embed", tmp_path, "--model", pretrained, "-o", tmp_path / "y.npy")
     broken = tmp_path / "nan.pth.tar"
     state = torch.load(pretrained, weights_only=True)
     state["state_dict"]["module.base_encoder.conv1.weight"][:] = torch.nan
     torch.save(state, broken)
-    assert "not finite for class0/00.jpg" in refused("knn", pictures, "--device", "cpu", "--model", broken)
-    assert "not finite for" in refused("embed", pictures, "--model", broken, "-o", tmp_path / "n.npy")
+    assert "not finite for class0/00.jpg" in refused("knn", images, "--device", "cpu", "--model", broken)
+    assert "not finite for" in refused("embed", images, "--model", broken, "-o", tmp_path / "n.npy")
 
 
 def test_configurations_are_checked():

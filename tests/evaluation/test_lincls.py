@@ -42,17 +42,17 @@ def pretrained(tmp_path_factory):
     return path
 
 
-def lincls(pictures, pretrained, folder, *flags, code=0):
-    argv = ["lincls", pictures, *FLAGS, "--pretrained", pretrained, "--output-dir", folder, *flags]
+def lincls(images, pretrained, folder, *flags, code=0):
+    argv = ["lincls", images, *FLAGS, "--pretrained", pretrained, "--output-dir", folder, *flags]
     assert main(list(map(str, argv))) == code
     return torch.load(folder / "checkpoint.pth.tar", weights_only=True) if code == 0 else None
 
 
 @pytest.fixture(scope="module")
-def run(pictures, pretrained, tmp_path_factory):
+def run(images, pretrained, tmp_path_factory):
     """A run of 20 steps of six heads."""
     folder = tmp_path_factory.mktemp("run")
-    lincls(pictures, pretrained, folder, "--lr", "0.1,1,30", "--head", "linear,bn-linear", "--wd", "1e-3")
+    lincls(images, pretrained, folder, "--lr", "0.1,1,30", "--head", "linear,bn-linear", "--wd", "1e-3")
     return folder
 
 
@@ -61,14 +61,14 @@ def normalised(pixels):
     return ((x - MEAN) / STD).permute(0, 3, 1, 2)
 
 
-def test_twenty_steps_are_plain_torch(pictures, pretrained, tmp_path):
-    saved = lincls(pictures, pretrained, tmp_path, "--lr", "0.5", "--wd", "1e-3", "--momentum", "0.8")
+def test_twenty_steps_are_plain_torch(images, pretrained, tmp_path):
+    saved = lincls(images, pretrained, tmp_path, "--lr", "0.5", "--wd", "1e-3", "--momentum", "0.8")
     backbone = models.build(ARCH, dim=16, mlp_dim=32).base_encoder
     contents = torch.load(pretrained, weights_only=True)["state_dict"]
     prefix = "module.base_encoder."
     backbone.load_state_dict({k.removeprefix(prefix): v for k, v in contents.items() if k.startswith(prefix)})
     backbone.eval()
-    source, view = scan(pictures / "train"), CropView(32)
+    source, view = scan(images / "train"), CropView(32)
     head = torch.nn.Linear(256, 4)
     torch.nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(3))
     torch.nn.init.zeros_(head.bias)
@@ -93,7 +93,7 @@ def test_twenty_steps_are_plain_torch(pictures, pretrained, tmp_path):
     plain = sgd.state[head.weight]["momentum_buffer"]
     assert (momentum - plain).norm() <= 1e-4 * plain.norm()
     # the whole validation set, counted
-    val = scan(pictures / "val")
+    val = scan(images / "val")
     with torch.no_grad():
         x = normalised([CentreView(32)(val.read(i))[0] for i in range(len(val))])
         scores = head(backbone.features(x)).numpy()
@@ -102,14 +102,14 @@ def test_twenty_steps_are_plain_torch(pictures, pretrained, tmp_path):
     assert line["acc5"] == 100
 
 
-def test_every_head_is_its_own_run(pictures, pretrained, run, tmp_path):
+def test_every_head_is_its_own_run(images, pretrained, run, tmp_path):
     # to the last bit: the model of each, its accuracy, its momentum
     many = torch.load(run / "checkpoint.pth.tar", weights_only=True)["mocov3"]
     assert [h["head"] for h in many["heads"]] == ["linear"] * 3 + ["bn-linear"] * 3
     for i in (1, 5):
         entry = many["heads"][i]
         one = lincls(
-            pictures, pretrained, tmp_path / str(i), "--lr", entry["lr"], "--head", entry["head"], "--wd", "1e-3"
+            images, pretrained, tmp_path / str(i), "--lr", entry["lr"], "--head", entry["head"], "--wd", "1e-3"
         )["mocov3"]
         assert torch.equal(one["state"]["weights"][0], many["state"]["weights"][i])
         assert torch.equal(one["state"]["biases"][0], many["state"]["biases"][i])
@@ -128,7 +128,7 @@ def test_batch_norm_is_torchs_and_folds():
     assert torch.allclose(norm.mean, theirs.running_mean, rtol=1e-12)
     assert torch.allclose(norm.variance, theirs.running_var, rtol=1e-12)
     before = norm.mean.clone()
-    assert norm.train(torch.ones(1, 6), ONE).isfinite().all()  # one picture has no variance
+    assert norm.train(torch.ones(1, 6), ONE).isfinite().all()  # one image has no variance
     assert torch.equal(norm.mean, before)
     weight, bias = torch.randn(4, 6), torch.randn(4)
     folded = norm.fold(weight, bias)
@@ -136,7 +136,7 @@ def test_batch_norm_is_torchs_and_folds():
     assert torch.allclose(torch.nn.functional.linear(x, *folded), norm(x) @ weight.T + bias, atol=1e-5)
 
 
-def test_files_are_the_references(run, pretrained, pictures, capsys):
+def test_files_are_the_references(run, pretrained, images, capsys):
     saved = torch.load(run / "model_best.pth.tar", weights_only=True)
     assert list(saved)[:5] == ["epoch", "arch", "state_dict", "best_acc1", "optimizer"]
     before = torch.load(pretrained, weights_only=True)["state_dict"]
@@ -149,7 +149,7 @@ def test_files_are_the_references(run, pretrained, pictures, capsys):
     torch.optim.SGD(torch.nn.Linear(256, 4).parameters(), 0.1, momentum=0.9).load_state_dict(saved["optimizer"])
     # what model_best says is what it does, a folded batch norm included
     capsys.readouterr()
-    assert main(["lincls", str(pictures), "-e", "--resume", str(run / "model_best.pth.tar"), "--device", "cpu"]) == 0
+    assert main(["lincls", str(images), "-e", "--resume", str(run / "model_best.pth.tar"), "--device", "cpu"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(f" * Acc@1 {saved['best_acc1']:.3f} Acc@5 100.000")
 
 
@@ -161,10 +161,10 @@ def reference_file(run, path, **changes):
     return path
 
 
-def test_a_file_of_the_reference(pictures, pretrained, run, tmp_path, capsys):
-    lincls(pictures, pretrained, tmp_path / "one", "--lr", "0.5")
+def test_a_file_of_the_reference(images, pretrained, run, tmp_path, capsys):
+    lincls(images, pretrained, tmp_path / "one", "--lr", "0.5")
     file = reference_file(tmp_path / "one", tmp_path / "ref.pth.tar")
-    common = [str(pictures), "--image-size", "32", "--device", "cpu", "-j", "0"]
+    common = [str(images), "--image-size", "32", "--device", "cpu", "-j", "0"]
     assert main(["lincls", "-e", "--resume", str(file), *common]) == 0
     ours = json.loads((tmp_path / "one" / "lincls.jsonl").read_text().splitlines()[-1])
     assert f" * Acc@1 {ours['acc1']:.3f}" in capsys.readouterr().out
@@ -179,7 +179,7 @@ def test_a_file_of_the_reference(pictures, pretrained, run, tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX process groups")
-def test_killed_and_resumed_is_never_killed(pictures, pretrained, tmp_path):
+def test_killed_and_resumed_is_never_killed(images, pretrained, tmp_path):
     def command(workers):
         def argv(folder):
             return [
@@ -187,7 +187,7 @@ def test_killed_and_resumed_is_never_killed(pictures, pretrained, tmp_path):
                 "-m",
                 "mocov3",
                 "lincls",
-                str(pictures),
+                str(images),
                 *FLAGS,
                 "-j",
                 workers,
@@ -226,23 +226,23 @@ def test_killed_and_resumed_is_never_killed(pictures, pretrained, tmp_path):
         assert_same_run(tmp_path / "whole", tmp_path / "killed", last=last, metrics="lincls.jsonl")
 
 
-def test_stops_and_goes_on_in_mid_epoch(pictures, pretrained, run, tmp_path):
+def test_stops_and_goes_on_in_mid_epoch(images, pretrained, run, tmp_path):
     flags = ["--lr", "0.1,1,30", "--head", "linear,bn-linear", "--wd", "1e-3"]
-    saved = lincls(pictures, pretrained, tmp_path, *flags, "--max-steps", 6)
+    saved = lincls(images, pretrained, tmp_path, *flags, "--max-steps", 6)
     assert (saved["epoch"], saved["mocov3"]["iteration"], saved["mocov3"]["step"]) == (1, 2, 6)
-    lincls(pictures, pretrained, tmp_path, *flags, "--resume", "auto")
+    lincls(images, pretrained, tmp_path, *flags, "--resume", "auto")
     assert_same_run(run, tmp_path, last="checkpoint.pth.tar", metrics="lincls.jsonl")
     # other flags are refused by name
-    where = ["lincls", pictures, *FLAGS, "--pretrained", pretrained, "--output-dir", tmp_path, "--resume", "auto"]
+    where = ["lincls", images, *FLAGS, "--pretrained", pretrained, "--output-dir", tmp_path, "--resume", "auto"]
     error = refused(*where, *flags, "--crop-min", 0.5)
     assert "crop_min (0.08 → 0.5)" in error
     assert "lr (" in refused(*where, "--lr", "0.1,1", *flags[2:])
 
 
-def test_two_ranks_are_one(pictures, pretrained, tmp_path):
+def test_two_ranks_are_one(images, pretrained, tmp_path):
     data = tmp_path / "data"
-    shutil.copytree(pictures, data)
-    (data / "val" / "class0" / "00.jpg").unlink()  # 15 validation pictures, and batches of 24: nothing divides
+    shutil.copytree(images, data)
+    (data / "val" / "class0" / "00.jpg").unlink()  # 15 validation images, and batches of 24: nothing divides
     flags = ["--lr", "0.1,3", "--head", "linear,bn-linear", "-b", "24", "--epochs", "3"]
     one = lincls(data, pretrained, tmp_path / "1", *flags)
     two = lincls(data, pretrained, tmp_path / "2", *flags, "--nprocs-per-node", "2")
@@ -273,7 +273,7 @@ def test_correct_at_is_exact():
     assert correct_at(broken, torch.arange(3), (1, 5)).tolist() == [0, 0]
 
 
-def test_lbfgs_is_scikit_learns(pictures, pretrained, tmp_path, capsys):
+def test_lbfgs_is_scikit_learns(images, pretrained, tmp_path, capsys):
     rng = np.random.Generator(np.random.PCG64(0))
     x, y = rng.standard_normal((300, 8)), rng.integers(0, 3, 300)
     x[y == 1] += 1
@@ -282,11 +282,11 @@ def test_lbfgs_is_scikit_learns(pictures, pretrained, tmp_path, capsys):
     p = torch.softmax(torch.from_numpy(x) @ weight.T + bias, 1).numpy()
     assert np.abs(p - theirs.predict_proba(x)).max() < 1e-4
     flags = ["--cache-features", "--solver", "lbfgs", "--wd", "1e-4,1e-2", "--head", "linear,bn-linear"]
-    saved = lincls(pictures, pretrained, tmp_path / "lbfgs", *flags)
+    saved = lincls(images, pretrained, tmp_path / "lbfgs", *flags)
     assert "not the published protocol" in saved["mocov3"]["protocol"]
     assert len(saved["mocov3"]["heads"]) == 4
     assert saved["best_acc1"] > 50
-    saved = lincls(pictures, pretrained, tmp_path / "sgd", "--cache-features", "--lr", "1,10")
+    saved = lincls(images, pretrained, tmp_path / "sgd", "--cache-features", "--lr", "1,10")
     assert "not the published protocol" in capsys.readouterr().out.splitlines()[-1]
     assert "not the published protocol" in json.loads((tmp_path / "sgd" / "lincls.json").read_text())["protocol"]
     assert saved["mocov3"]["step"] == 20
@@ -305,7 +305,7 @@ def test_table_and_edges():
     assert "smallest --lr" in edges(results)[0]
 
 
-def test_the_script_door(pictures, pretrained, tmp_path, run_program):
+def test_the_script_door(images, pretrained, tmp_path, run_program):
     flags = [
         "-a",
         ARCH,
@@ -328,7 +328,7 @@ def test_the_script_door(pictures, pretrained, tmp_path, run_program):
         "--device",
         "cpu",
     ]
-    done = run_program(*flags, pictures, cwd=tmp_path, script="main_lincls.py")
+    done = run_program(*flags, images, cwd=tmp_path, script="main_lincls.py")
     number, average = r"\s*[\d.e+-]+", r"\(\s*[\d.e+-]+\)"
     meters = "\t".join(f"{name}{number} {average}" for name in ("Time", "Data", "Loss", "Acc@1", "Acc@5"))
     lines = [line for line in done.stdout.splitlines() if line.startswith("Epoch: [")]
@@ -340,38 +340,38 @@ def test_the_script_door(pictures, pretrained, tmp_path, run_program):
     assert {"checkpoint.pth.tar", "model_best.pth.tar"} <= {p.name for p in tmp_path.iterdir()}
 
 
-def test_other_backbones(pictures, tmp_path):
+def test_other_backbones(images, tmp_path):
     for arch in ("vit_tiny", "timm/resnet10t"):
         write_pretrained(tmp_path / "c.pth.tar", arch)
         folder = tmp_path / arch.replace("/", "-")
-        saved = lincls(pictures, tmp_path / "c.pth.tar", folder, "--epochs", "1", "--encoder", "momentum")
+        saved = lincls(images, tmp_path / "c.pth.tar", folder, "--epochs", "1", "--encoder", "momentum")
         assert saved["arch"] == arch
-        assert main(["lincls", "-e", "--resume", str(folder / "model_best.pth.tar"), str(pictures)]) == 0
+        assert main(["lincls", "-e", "--resume", str(folder / "model_best.pth.tar"), str(images)]) == 0
     # the baseline: pixels
     flags = ["-a", "pixels", "--image-size", "16", "--epochs", "1", "--output-dir", str(tmp_path / "pixels")]
-    assert main(["lincls", str(pictures), *FLAGS, *flags]) == 0
+    assert main(["lincls", str(images), *FLAGS, *flags]) == 0
 
 
-def test_verify(pictures, run, capsys, monkeypatch):
-    file, val = str(run / "model_best.pth.tar"), str(pictures / "val")
+def test_verify(images, run, capsys, monkeypatch):
+    file, val = str(run / "model_best.pth.tar"), str(images / "val")
     assert main(["verify", file, val, "--device", "cpu"]) == 0
     assert "no figure" in capsys.readouterr().out
     best = torch.load(file, weights_only=True)["best_acc1"]
     monkeypatch.setattr("mocov3.evaluation.linear.scores._IMAGENET", 4)
     for figure, code, word in ((best + 0.1, 0, "agrees"), (best - 1, 1, "differs: +1.000")):
         monkeypatch.setattr("mocov3.evaluation.linear.scores.PUBLISHED", {ARCH: {1: figure}})
-        assert main(["verify", file, str(pictures), "--device", "cpu"]) == code
+        assert main(["verify", file, str(images), "--device", "cpu"]) == code
         assert word in capsys.readouterr().out
 
 
-def test_training_view_and_epochs(pictures):
-    source = scan(pictures / "train")
+def test_training_view_and_epochs(images):
+    source = scan(images / "train")
     view, data = CropView(24, crop_min=0.2), source.read(5)
     first = view(data, seed=1, epoch=2, index=5)[0]
     assert first.shape == (24, 24, 3)
     assert np.array_equal(first, view(data, seed=1, epoch=2, index=5)[0])
     assert not np.array_equal(first, view(data, seed=1, epoch=3, index=5)[0])
-    # a crop of the whole picture is its resize by Pillow, turned or not
+    # a crop of the whole image is its resize by Pillow, turned or not
     whole = np.asarray(decode(data).resize((24, 24), Image.Resampling.BILINEAR))
     square = Image.fromarray(whole)
     made = [CropView(24, crop_min=1.0)(np.asarray(square), seed=0, epoch=0, index=i)[0] for i in range(20)]
@@ -379,7 +379,7 @@ def test_training_view_and_epochs(pictures):
     turned = [near(m, whole[:, ::-1]) for m in made]
     assert 3 <= sum(turned) <= 17
     assert all(t or near(m, whole) for t, m in zip(turned, made, strict=True))
-    # every picture once an epoch, whatever the ranks; the global batches are the same
+    # every image once an epoch, whatever the ranks; the global batches are the same
     plans = {n: [list(plan_all(10, seed=4, batch_size=4, rank=r, ranks=n, epochs=2)) for r in range(n)] for n in (1, 3)}
     for i in range(6):
         parts = [plan[i].indices for plan in plans[3]]
@@ -388,11 +388,11 @@ def test_training_view_and_epochs(pictures):
     assert [w.iteration for w in plan_all(10, seed=4, batch_size=4, rank=0, ranks=1, start=(1, 2), epochs=2)] == [2]
 
 
-def test_unreadable_pictures_are_left_out(pictures, pretrained, tmp_path, capsys):
+def test_unreadable_images_are_left_out(images, pretrained, tmp_path, capsys):
     data = tmp_path / "data"
-    shutil.copytree(pictures, data)
+    shutil.copytree(images, data)
     (data / "train" / "class0" / "cut.jpg").write_bytes((data / "train" / "class0" / "00.jpg").read_bytes()[:300])
-    (data / "val" / "class1" / "text.png").write_text("no picture")
+    (data / "val" / "class1" / "text.png").write_text("no image")
     lincls(data, pretrained, tmp_path / "run", "--epochs", "2")
     result = json.loads((tmp_path / "run" / "lincls.json").read_text())
     assert result["unreadable"] == {"train": 1, "val": 1}
@@ -420,25 +420,25 @@ def test_unreadable_pictures_are_left_out(pictures, pretrained, tmp_path, capsys
         (["--seed", "-1"], "--seed"),
     ],
 )
-def test_bad_values(flags, message, pictures, pretrained, tmp_path):
-    assert message in refused("lincls", pictures, *FLAGS, "--pretrained", pretrained, "--output-dir", tmp_path, *flags)
+def test_bad_values(flags, message, images, pretrained, tmp_path):
+    assert message in refused("lincls", images, *FLAGS, "--pretrained", pretrained, "--output-dir", tmp_path, *flags)
 
 
-def test_bad_files_and_data(pictures, pretrained, run, tmp_path):
+def test_bad_files_and_data(images, pretrained, run, tmp_path):
     go = ["lincls", *FLAGS, "--output-dir", tmp_path / "out"]
-    assert "not a linear file" in refused(*go, pictures, "--resume", pretrained)
+    assert "not a linear file" in refused(*go, images, "--resume", pretrained)
     empty = tmp_path / "empty.pth.tar"
     torch.save({"epoch": 1, "arch": ARCH, "state_dict": {}}, empty)
-    assert "no weights" in refused(*go, pictures, "--pretrained", empty)
-    assert "no linear classifier" in refused(*go, pictures, "-e", "--resume", empty)
+    assert "no weights" in refused(*go, images, "--pretrained", empty)
+    assert "no linear classifier" in refused(*go, images, "-e", "--resume", empty)
     whole = torch.load(pretrained, weights_only=True)["state_dict"]
     bare = {k.removeprefix("module.base_encoder."): v for k, v in whole.items() if "base_encoder" in k}
     torch.save({"model": bare}, empty)
-    assert f"-a {ARCH} fits it" in refused(*go, pictures, "--pretrained", empty)
-    assert f"-a {ARCH} fits it" in refused(*go, pictures, "--pretrained", empty, "-a", "resnet10")
-    assert "no backbone" in refused(*go, pictures)
+    assert f"-a {ARCH} fits it" in refused(*go, images, "--pretrained", empty)
+    assert f"-a {ARCH} fits it" in refused(*go, images, "--pretrained", empty, "-a", "resnet10")
+    assert "no backbone" in refused(*go, images)
     few = tmp_path / "few"
-    shutil.copytree(pictures, few)
+    shutil.copytree(images, few)
     shutil.rmtree(few / "val" / "class3")
     assert "val lacks 'class3'" in refused(*go, few, "--pretrained", pretrained)
     assert "classifies 4 classes, the data has 3" in refused(*go, few, "-e", "--resume", run / "model_best.pth.tar")
@@ -446,10 +446,10 @@ def test_bad_files_and_data(pictures, pretrained, run, tmp_path):
     assert "4 classes" in refused(*go, few, "--resume", run / "checkpoint.pth.tar", "--allow-config-change")
     for path in (few / "val").rglob("*.*"):
         path.unlink()
-    assert "holds no picture" in refused(*go, few, "--pretrained", pretrained)
-    assert "class0/val" in refused(*go, pictures / "train" / "class0", "--pretrained", pretrained)
+    assert "holds no image" in refused(*go, few, "--pretrained", pretrained)
+    assert "class0/val" in refused(*go, images / "train" / "class0", "--pretrained", pretrained)
     assert "former linear evaluation" in refused(
-        "lincls", pictures, *FLAGS, "--pretrained", pretrained, "--output-dir", run
+        "lincls", images, *FLAGS, "--pretrained", pretrained, "--output-dir", run
     )
     other = tmp_path / "other.pth.tar"
     write_pretrained(other, view_preset="gray")
@@ -457,12 +457,12 @@ def test_bad_files_and_data(pictures, pretrained, run, tmp_path):
     state["state_dict"]["module.base_encoder.conv1.weight"][:] += 1
     torch.save(state, other)
     assert "another backbone" in refused(
-        *go, pictures, "--pretrained", other, "--resume", run / "checkpoint.pth.tar", "--allow-config-change"
+        *go, images, "--pretrained", other, "--resume", run / "checkpoint.pth.tar", "--allow-config-change"
     )
     state["state_dict"]["module.base_encoder.conv1.weight"][:] = torch.nan
     torch.save(state, other)
-    assert "class0" in refused(*go, pictures, "--pretrained", other, "--cache-features")
-    assert "not finite for class" in refused(*go, pictures, "--pretrained", other)
+    assert "class0" in refused(*go, images, "--pretrained", other, "--cache-features")
+    assert "not finite for class" in refused(*go, images, "--pretrained", other)
 
 
 def test_heads_that_diverge_leave_the_others_alone():

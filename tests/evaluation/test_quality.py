@@ -88,7 +88,7 @@ def test_retrieval_counts_the_nearest_and_no_ties():
 def test_judge_puts_each_measure_in_its_place():
     views = gaussian(30, 4, 12).float()
     verdict = judge(views)
-    assert verdict.pictures == 30
+    assert verdict.images == 30
     assert verdict.rankme == quality.rankme(views[:, 0])
     assert verdict.lidar == quality.lidar(views[:, 1:])
     assert verdict.alignment == quality.alignment(views[:, 1], views[:, 2])
@@ -127,14 +127,14 @@ def test_leave_one_out_and_intervals():
 
 
 @pytest.fixture(scope="module")
-def watched(pictures, tmp_path_factory):
+def watched(images, tmp_path_factory):
     """A run of 2 epochs with judgements each epoch, on DIR/val."""
     folder = tmp_path_factory.mktemp("watched")
-    assert main(["pretrain", str(pictures), *TINY, "--output-dir", str(folder), "--quality-every", "1"]) == 0
+    assert main(["pretrain", str(images), *TINY, "--output-dir", str(folder), "--quality-every", "1"]) == 0
     return folder
 
 
-def test_judgements_of_a_run(watched, pictures):
+def test_judgements_of_a_run(watched, images):
     lines = [json.loads(line) for line in (watched / "quality.jsonl").read_text().splitlines()]
     assert [(line["name"], line["step"]) for line in lines] == [("start", 0), ("pixels", 0), ("epoch", 4), ("epoch", 8)]
     best = torch.load(watched / "best_unlabelled.pth.tar", weights_only=True)
@@ -150,90 +150,90 @@ def test_judgements_of_a_run(watched, pictures):
     assert all(torch.isfinite(torch.tensor(line["rankme"])) for line in lines)
 
 
-def test_judging_does_not_change_training(watched, pictures, tmp_path):
-    assert main(["pretrain", str(pictures), *TINY, "--output-dir", str(tmp_path)]) == 0
+def test_judging_does_not_change_training(watched, images, tmp_path):
+    assert main(["pretrain", str(images), *TINY, "--output-dir", str(tmp_path)]) == 0
     a, b = (torch.load(f / "checkpoint_0001.pth.tar", weights_only=True)["state_dict"] for f in (watched, tmp_path))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
-def test_a_resumed_run_judges_on(watched, pictures, tmp_path):
+def test_a_resumed_run_judges_on(watched, images, tmp_path):
     folder = tmp_path / "run"
     flags = [*TINY, "--output-dir", str(folder), "--quality-every", "1"]
-    assert main(["pretrain", str(pictures), *flags, "--max-steps", "6"]) == 0
+    assert main(["pretrain", str(images), *flags, "--max-steps", "6"]) == 0
     with (folder / "quality.jsonl").open("a") as file:
         file.write('{"name": "epoch", "step": 7, "retr')  # cut short by a kill
-    assert main(["pretrain", str(pictures), *flags, "--resume", "auto"]) == 0
+    assert main(["pretrain", str(images), *flags, "--resume", "auto"]) == 0
     assert (folder / "quality.jsonl").read_text() == (watched / "quality.jsonl").read_text()
 
 
-def test_patience_stops_the_run(pictures, tmp_path, capsys):
+def test_patience_stops_the_run(images, tmp_path, capsys):
     flags = [*TINY, "--epochs", "9", "--lr", "0", "--output-dir", str(tmp_path), "--quality-every", "1"]
-    assert main(["pretrain", str(pictures), *flags, "--patience", "2", "--hold-out", "12", "-b", "8"]) == 0
+    assert main(["pretrain", str(images), *flags, "--patience", "2", "--hold-out", "12", "-b", "8"]) == 0
     assert "no better for 2 judgements" in capsys.readouterr().out
     assert not (tmp_path / "checkpoint_0008.pth.tar").exists()
     assert (tmp_path / "best_unlabelled.pth.tar").exists()
 
 
-def test_judging_needs_unseen_pictures(pictures, tmp_path):
-    flat = pictures / "train" / "class0"
+def test_judging_needs_unseen_images(images, tmp_path):
+    flat = images / "train" / "class0"
     out = ["--output-dir", tmp_path / "out", "-b", "4"]
     assert "--hold-out" in refused("pretrain", flat, *TINY, *out, "--quality-every", "1")
     assert "give both" in refused("pretrain", flat, *TINY, *out, "--patience", "1")
 
 
-def test_compare(watched, pictures, tmp_path, capsys):
+def test_compare(watched, images, tmp_path, capsys):
     files = [str(watched / f"checkpoint_000{i}.pth.tar") for i in (0, 1)]
-    assert main(["compare", *files, str(pictures), "--json", "-j", "0"]) == 0
+    assert main(["compare", *files, str(images), "--json", "-j", "0"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["kind"] for row in rows] == ["pixels", "untrained", "checkpoint", "checkpoint"]
     lines = [json.loads(line) for line in (watched / "quality.jsonl").read_text().splitlines()]
-    for name in ("retrieval", "rankme", "alignment"):  # the numbers of the run itself, on the same pictures
+    for name in ("retrieval", "rankme", "alignment"):  # the numbers of the run itself, on the same images
         assert rows[3][name] == pytest.approx(lines[3][name], rel=1e-4)
     assert all(row["knn_low"] <= row["knn"] <= row["knn_high"] for row in rows)
     # a few labels, by names below the folder or ends of paths
-    source = open_source(str(pictures), "val")
+    source = open_source(str(images), "val")
     table = tmp_path / "some.csv"
     table.write_text("path,label\n" + "".join(f"x/val/{source.name(i)},{source.name(i)[:6]}\n" for i in range(16)))
-    assert main(["compare", *files, str(pictures), "--labels", str(table), "-j", "0"]) == 0
+    assert main(["compare", *files, str(images), "--labels", str(table), "-j", "0"]) == 0
     out = capsys.readouterr().out
-    assert "16 labelled pictures of 4 classes" in out
+    assert "16 labelled images of 4 classes" in out
     assert "untrained" in out
-    assert main(["knn", str(pictures / "val"), "--model", files[0], "--labels", str(table), "-j", "0", "--json"]) == 0
+    assert main(["knn", str(images / "val"), "--model", files[0], "--labels", str(table), "-j", "0", "--json"]) == 0
     knn = json.loads(capsys.readouterr().out)
     assert (knn["bank"], knn["leave_one_out"], knn["classes"]) == (16, True, 4)
     assert all(low <= row["accuracy"] <= high for row in knn["accuracy"] for low, high in [row["interval"]])
 
 
-def test_compare_refuses(watched, pictures, tmp_path):
+def test_compare_refuses(watched, images, tmp_path):
     ckpt = watched / "checkpoint_0001.pth.tar"
     assert "CKPT" in refused("compare", ckpt)
-    assert "no such checkpoint" in refused("compare", tmp_path / "none", pictures)
+    assert "no such checkpoint" in refused("compare", tmp_path / "none", images)
     assert "no such folder" in refused("compare", ckpt, tmp_path / "none")
     few = tmp_path / "few"
     few.mkdir()
-    shutil.copy(pictures / "val" / "class0" / "00.jpg", few)
+    shutil.copy(images / "val" / "class0" / "00.jpg", few)
     assert "too few" in refused("compare", ckpt, few)
     table = tmp_path / "l.csv"
     for text, message in (
-        ("class0/none.jpg,a\n", "none of the pictures"),
+        ("class0/none.jpg,a\n", "none of the images"),
         ("class0/00.jpg,a\nclass0/00.jpg,b\n", "two labels"),
         ("class0/00.jpg,a\n", "too few"),
         ("class0/00.jpg\n", "no label"),
         ("00.jpg,a\n", "several"),
     ):
         table.write_text(text)
-        assert message in refused("compare", ckpt, pictures, "--labels", table), text
-    assert "no such file" in refused("compare", ckpt, pictures, "--labels", tmp_path / "none.csv")
+        assert message in refused("compare", ckpt, images, "--labels", table), text
+    assert "no such file" in refused("compare", ckpt, images, "--labels", tmp_path / "none.csv")
 
 
-def test_compare_takes_the_pictures_kept_back(pictures, tmp_path, capsys):
+def test_compare_takes_the_images_kept_back(images, tmp_path, capsys):
     run, many = tmp_path / "run", tmp_path / "many"
-    shutil.copytree(pictures / "train", many)
+    shutil.copytree(images / "train", many)
     flags = [*TINY, "--output-dir", str(run), "--hold-out", "20", "-b", "4", "--max-steps", "4"]
     assert main(["pretrain", str(many), *flags]) == 0
     file = next(run.glob("checkpoint_*"))
     capsys.readouterr()
     assert main(["compare", str(file), str(many), "-j", "0"]) == 0
-    assert "20 pictures that these runs kept back" in capsys.readouterr().out
+    assert "20 images that these runs kept back" in capsys.readouterr().out
     assert main(["compare", str(file), str(many / "class1"), "-j", "0"]) == 0
-    assert "16 pictures, by views" in capsys.readouterr().out
+    assert "16 images, by views" in capsys.readouterr().out

@@ -244,10 +244,10 @@ def test_transformers(arch, checkpoints, tmp_path, x):
         from mocov3.data import CentreView
 
         coarse = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((75, 50), Image.Resampling.BICUBIC)
+        image = Image.fromarray(coarse).resize((75, 50), Image.Resampling.BICUBIC)
         processor = AutoImageProcessor.from_pretrained(folder)
-        theirs = processor(picture, return_tensors="pt")["pixel_values"][0]
-        (pixels,) = CentreView(56)(np.asarray(picture))
+        theirs = processor(image, return_tensors="pt")["pixel_values"][0]
+        (pixels,) = CentreView(56)(np.asarray(image))
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         mine = (torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - mean) / std
         assert theirs.shape == mine.shape

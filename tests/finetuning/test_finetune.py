@@ -78,10 +78,10 @@ def pretrained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, pretrained, tmp_path_factory):
+def whole(images, pretrained, tmp_path_factory):
     """A run of 2 epochs of 8 steps from pre-trained weights."""
     folder = tmp_path_factory.mktemp("whole")
-    flags = ["--data-set", "folder", "--data-path", pictures, "--finetune", pretrained["resnet10_w32"]]
+    flags = ["--data-set", "folder", "--data-path", images, "--finetune", pretrained["resnet10_w32"]]
     finetune(folder, *flags, "--checkpoint-steps", "3")
     return folder
 
@@ -116,13 +116,13 @@ def test_files_of_a_run(whole, pretrained):
     assert best["mocov3"]["counters"]["best"] == max(entry["test_acc1"] for entry in deit)
 
 
-def test_weights_are_started_from(pictures, pretrained, tmp_path, capsys):
+def test_weights_are_started_from(images, pretrained, tmp_path, capsys):
     # a reference's checkpoint, DeiT's file by --resume (model only), and timm's keys all give the same first loss
     raw = pretrained["resnet10_w32"]
     deit, bare = tmp_path / "deit.pth", tmp_path / "bare.pth"
     assert main(["convert", "--input", str(raw), "--output", str(deit)]) == 0
     torch.save(torch.load(deit)["model"], bare)
-    data = ["--data-set", "folder", "--data-path", pictures, "--view-preset", "gray", "--max-steps", 1]
+    data = ["--data-set", "folder", "--data-path", images, "--view-preset", "gray", "--max-steps", 1]
     for name, flags in {
         "raw": ["--finetune", raw],
         "resume": ["--resume", raw],
@@ -141,8 +141,8 @@ def test_weights_are_started_from(pictures, pretrained, tmp_path, capsys):
     assert (state["conv1.weight"] - start["conv1.weight"]).norm() < 1e-3 * start["conv1.weight"].norm()
 
 
-def test_eval_and_export_of_a_tuned_model(whole, pictures, tmp_path, capsys):
-    flags = ["--data-set", "folder", "--data-path", str(pictures), "--device", "cpu"]
+def test_eval_and_export_of_a_tuned_model(whole, images, tmp_path, capsys):
+    flags = ["--data-set", "folder", "--data-path", str(images), "--device", "cpu"]
     for name in ("checkpoint.pth", "best_checkpoint.pth"):
         assert main(["finetune", "--eval", "--resume", str(whole / name), *flags]) == 0
         found = re.search(r"\* Acc@1 ([\d.]+) Acc@5 ([\d.]+)", capsys.readouterr().out)
@@ -157,13 +157,13 @@ def test_eval_and_export_of_a_tuned_model(whole, pictures, tmp_path, capsys):
     assert "CC0" in card
 
 
-def test_a_trained_position_table_moves_to_another_grid(pictures, pretrained, tmp_path):
+def test_a_trained_position_table_moves_to_another_grid(images, pretrained, tmp_path):
     finetune(
         tmp_path,
         "--data-set",
         "folder",
         "--data-path",
-        pictures,
+        images,
         "-a",
         "vit_tiny",
         "--max-steps",
@@ -191,7 +191,7 @@ def test_a_trained_position_table_moves_to_another_grid(pictures, pretrained, tm
     assert torch.equal(rebuilt.pos_embed, models.build_backbone("vit_tiny", image_size=64).pos_embed)
 
 
-def test_killed_and_resumed_is_never_killed(pictures, pretrained, tmp_path):
+def test_killed_and_resumed_is_never_killed(images, pretrained, tmp_path):
     def command(workers):
         def argv(folder):
             return [
@@ -209,7 +209,7 @@ def test_killed_and_resumed_is_never_killed(pictures, pretrained, tmp_path):
                 "--data-set",
                 "folder",
                 "--data-path",
-                str(pictures),
+                str(images),
                 "--finetune",
                 str(pretrained["vit_tiny"]),
                 "--drop-path",
@@ -319,10 +319,10 @@ def test_recipes_mean_the_references_commands():
                 assert recipe.reference_result in text.split(f"### {name}\n")[1].split("\n### ")[0]
 
 
-def test_an_unreadable_picture_gives_its_place_and_class_away(pictures, tmp_path, capsys):
-    shutil.copytree(pictures, tmp_path / "data")
+def test_an_unreadable_image_gives_its_place_and_class_away(images, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / "data")
     for split in ("train", "val"):
-        (tmp_path / "data" / split / "class1" / "zz.jpg").write_bytes(b"no picture")
+        (tmp_path / "data" / split / "class1" / "zz.jpg").write_bytes(b"no image")
     finetune(tmp_path / "run", "--data-set", "folder", "--data-path", tmp_path / "data", "--no-repeated-aug")
     captured = capsys.readouterr()
     assert "zz.jpg cannot be read" in captured.err
@@ -330,9 +330,9 @@ def test_an_unreadable_picture_gives_its_place_and_class_away(pictures, tmp_path
     assert lines(tmp_path / "run")[-1]["corrupt"] == 1
 
 
-def test_a_resume_is_of_the_same_run(whole, pictures, pretrained, tmp_path, capsys):
+def test_a_resume_is_of_the_same_run(whole, images, pretrained, tmp_path, capsys):
     last = whole / "checkpoint.pth"
-    data = ["--data-set", "folder", "--data-path", pictures]
+    data = ["--data-set", "folder", "--data-path", images]
     finetune(tmp_path, *data, "--resume", last)
     assert "nothing left to do" in capsys.readouterr().out
     for flags, message in (
@@ -341,7 +341,7 @@ def test_a_resume_is_of_the_same_run(whole, pictures, pretrained, tmp_path, caps
         ([*data, "--accum-iter", "2"], "16; --accum-iter"),
         ([*data, "-a", "resnet18"], "arch"),
         ([*data, "--fraction", "0.5"], "fraction"),
-        (["--data-set", "folder", "--data-path", pictures, "--mixup", "0"], "mixup (0.8 → 0.0)"),
+        (["--data-set", "folder", "--data-path", images, "--mixup", "0"], "mixup (0.8 → 0.0)"),
     ):
         assert message in refused("finetune", *SMALL, "--output_dir", tmp_path, "--resume", last, *flags)
     contents = torch.load(last, weights_only=True)
@@ -366,7 +366,7 @@ def test_a_resume_is_of_the_same_run(whole, pictures, pretrained, tmp_path, caps
         (["-a", "vit_smal"], "vit_small"),
         (["-a", "vit_small", "--input-size", "100"], "does not divide"),
         (["-b", "7"], "odd"),
-        (["-b", "66"], "64 pictures"),
+        (["-b", "66"], "64 images"),
         (["--fraction", "0"], "above 0"),
         (["--fraction", "0.01"], "lower it"),
         (["--lr", "nan"], "--lr"),
@@ -388,7 +388,7 @@ def test_a_resume_is_of_the_same_run(whole, pictures, pretrained, tmp_path, caps
         (["--aa", "rand-q9"], "--aa"),
     ],
 )
-def test_bad_input(flags, message, pictures, pretrained, tmp_path):
+def test_bad_input(flags, message, images, pretrained, tmp_path):
     files = {
         "TEXT": tmp_path / "text.pth",
         "CUT": tmp_path / "cut.pth",
@@ -402,13 +402,13 @@ def test_bad_input(flags, message, pictures, pretrained, tmp_path):
     head = {"fc.weight": torch.zeros(10, 256), "fc.bias": torch.zeros(10)}
     torch.save({"model": {**state, **head}}, files["TEN"])
     flags = [files.get(f, f) for f in flags]
-    data = ["--data-set", "folder", "--data-path", pictures]
+    data = ["--data-set", "folder", "--data-path", images]
     assert message in refused("finetune", *SMALL, *data, "--output_dir", tmp_path / "out", *flags)
 
 
-def test_a_former_run_is_not_overwritten(whole, pictures):
-    assert "--resume auto" in refused("finetune", *SMALL, "--data-path", pictures, "--output_dir", whole)
-    assert "name the run" in refused("finetune", *SMALL, "--data-path", pictures, "--resume", "auto")
+def test_a_former_run_is_not_overwritten(whole, images):
+    assert "--resume auto" in refused("finetune", *SMALL, "--data-path", images, "--output_dir", whole)
+    assert "name the run" in refused("finetune", *SMALL, "--data-path", images, "--resume", "auto")
 
 
 def test_normalisation_is_that_of_the_weights(tmp_path, pretrained):

@@ -128,7 +128,7 @@ def test_the_order_is_deits(n, groups, repeats):
         got = group_order(n, repeats=repeats, groups=groups, group=group)
         assert (got // repeats).tolist() == list(theirs)
     dealt = [group_order(n, repeats=repeats, groups=groups, group=g) for g in range(groups)]
-    if n >= 256 and repeats == 3:  # a third of the pictures, each three times, on different ranks
+    if n >= 256 and repeats == 3:  # a third of the images, each three times, on different ranks
         together = np.concatenate(dealt)
         assert len(together) == len(set(together.tolist())) == n // 256 * 256
         counts = np.bincount(together // 3, minlength=n)
@@ -172,7 +172,7 @@ def test_mixing_is_timms():
     assert seen == {True, False}
 
 
-def test_erasing_is_timms_and_belongs_to_the_picture():
+def test_erasing_is_timms_and_belongs_to_the_image():
     x = torch.randn(40, 3, 20, 20)
     a, b = x.clone(), x.flip(0).clone()
     erase(a, np.arange(40), probability=0.5, seed=1, epoch=0)
@@ -189,7 +189,7 @@ def test_erasing_is_timms_and_belongs_to_the_picture():
     assert share.max() < 0.4
 
 
-def test_depth_belongs_to_the_picture_and_keeps_the_mean():
+def test_depth_belongs_to_the_image_and_keeps_the_mean():
     model = classifier(drop_path=0.5).train()
     keys = list(model.state_dict())
     depth = Depth(model, seed=4)
@@ -213,16 +213,16 @@ def test_depth_belongs_to_the_picture_and_keeps_the_mean():
 
 def test_deit_augment_is_timms_and_seeded():
     rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    loaded = rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)
     ours = DeitAugment(64)
-    (a,) = ours(image, seed=2, epoch=1, index=7)
+    (a,) = ours(loaded, seed=2, epoch=1, index=7)
     torch.manual_seed(5)  # global generators are given back as they were (Python's is also drawn from by beartype)
     state = torch.get_rng_state()
-    (b,) = ours(image, seed=2, epoch=1, index=7)
+    (b,) = ours(loaded, seed=2, epoch=1, index=7)
     assert torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(a, b)
     assert (a.shape, a.dtype) == ((64, 64, 3), np.uint8)
-    assert not np.array_equal(a, ours(image, seed=2, epoch=1, index=8)[0])
+    assert not np.array_equal(a, ours(loaded, seed=2, epoch=1, index=8)[0])
     theirs = create_transform(
         64,
         is_training=True,
@@ -235,10 +235,10 @@ def test_deit_augment_is_timms_and_seeded():
     )
     # DeiT's pipeline up to its tensor, drawn from the same generators
     with seeded(key(2, 8, 1, 7)):
-        picture = Image.fromarray(image)
+        image = Image.fromarray(loaded)
         for step in theirs.transforms[:3]:
-            picture = step(picture)
-    assert np.array_equal(a, np.asarray(picture))
+            image = step(image)
+    assert np.array_equal(a, np.asarray(image))
     small = DeitAugment(28, auto_augment="", color_jitter=0.0)
     views = [small(np.arange(784, dtype=np.uint8).reshape(28, 28), seed=0, epoch=0, index=i)[0] for i in range(30)]
     assert any((v[:2] == 0).all() for v in views)  # cut out of a border of 4
@@ -357,7 +357,7 @@ def test_counts():
     assert made[15] == pytest.approx(torch.nn.functional.cross_entropy(scores, target, reduction="sum").item())
     accuracy = Accuracy(np.array([1, 0, 3]), 5, np.array([1, 0, 6]), 7.0)
     assert accuracy.acc1 == pytest.approx(400 / 7)
-    assert accuracy.mean_class_acc1 == pytest.approx(75)  # over the two classes that have pictures
+    assert accuracy.mean_class_acc1 == pytest.approx(75)  # over the two classes that have images
     assert dataclasses.asdict(accuracy)["hits5"] == 5
 
 

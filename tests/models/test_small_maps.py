@@ -106,7 +106,7 @@ def test_the_way_is_taken_where_it_pays(taken):
 
 
 def test_a_step_is_what_it_was_and_exports_stay(monkeypatch, taken):
-    """The whole model on pictures so small that the last stage has maps of 2×2."""
+    """The whole model on images so small that the last stage has maps of 2×2."""
     torch.manual_seed(0)
     model = models.build("resnet10_w32", image_size=32, dim=8, mlp_dim=16, small_stem=False)
     assert sum(type(m) is SmallMapConv2d for m in model.base_encoder.modules()) == 5  # not those that halve

@@ -12,7 +12,7 @@ from mocov3.config import logger_names
 from mocov3.errors import UserError
 from mocov3.output.loggers import _OPEN, Loggers, _run_id
 
-PICTURE = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
+IMAGE = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
 
 
 def said():
@@ -28,7 +28,7 @@ def use(folder, name, *, first_step=0, steps=range(5)):
     )
     for step in steps:
         loggers.scalars({"loss": 10.0 - step, "knn": None}, step)
-    loggers.image("views", PICTURE, steps[-1])
+    loggers.image("views", IMAGE, steps[-1])
     loggers.close()
     assert lines == []
 
@@ -51,7 +51,7 @@ def test_tensorboard(tmp_path):
     found = events(tmp_path)
     assert [(e.step, e.value) for e in found.Scalars("loss")] == [(i, 10.0 - i) for i in range(7)]
     image = Image.open(io.BytesIO(found.Images("views")[-1].encoded_image_string))
-    assert np.array_equal(np.asarray(image), PICTURE)
+    assert np.array_equal(np.asarray(image), IMAGE)
     assert "a b" in found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
@@ -124,8 +124,8 @@ def test_mlflow_in_files(tmp_path, monkeypatch):
     assert any(f.path.endswith(".png") for f in client.list_artifacts(run.info.run_id, "images"))
 
 
-def test_a_run_logs_numbers_and_pictures(pictures, tmp_path):
-    argv = ["pretrain", str(pictures), *TINY, "--knn-every", "2", "--quality-every", "2", "--output-dir", str(tmp_path)]
+def test_a_run_logs_numbers_and_images(images, tmp_path):
+    argv = ["pretrain", str(images), *TINY, "--knn-every", "2", "--quality-every", "2", "--output-dir", str(tmp_path)]
     assert main(argv) == 0
     found = events(tmp_path)
     tags = found.Tags()

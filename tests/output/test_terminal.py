@@ -18,7 +18,7 @@ SHOWS = """
 import sys, time
 from mocov3.output.terminal import Terminal
 terminal = Terminal("bar", epochs=100, iterations=50, done=1000)
-terminal.say("pictures and settings")
+terminal.say("images and settings")
 for step in range(1000, 1003):
     terminal.advance(step + 1)
     terminal.status([terminal.between(5.2314, 8.317, 4.103), "k-NN 45.1", "512 img/s", "wait 3%", "found 45%"])
@@ -72,7 +72,7 @@ def test_the_bar_keeps_to_the_terminal(columns):
             assert part in last
     assert ("found 45%" in last) == (columns > 80)
     # what is said stands above the bar, whole, and the cursor comes back
-    for said in ("pictures and settings", "mocov3: a warning", "Epoch 20: k-NN 45.10 %", "done"):
+    for said in ("images and settings", "mocov3: a warning", "Epoch 20: k-NN 45.10 %", "done"):
         assert sum(row.strip() == said for row in rows(text)) == 1, said
     assert text.rindex(SHOW_CURSOR) > text.rindex(HIDE_CURSOR)
 
@@ -114,8 +114,8 @@ def test_help_in_an_old_encoding(run_program, tmp_path):
 
 
 @posix
-def test_a_run_shows_one_bar(pictures, tmp_path):
-    argv = [sys.executable, "-m", "mocov3", "pretrain", str(pictures), *TINY, "--knn-every", "1", "--logger", "none"]
+def test_a_run_shows_one_bar(images, tmp_path):
+    argv = [sys.executable, "-m", "mocov3", "pretrain", str(images), *TINY, "--knn-every", "1", "--logger", "none"]
     text, code = through_a_terminal([*argv, "--output-dir", str(tmp_path)])
     assert code == 0, text
     bars = [row for row in rows(text) if row.startswith("epoch")]

@@ -27,7 +27,7 @@ from mocov3.errors import UserError
 from mocov3.models import build_backbone, sincos_position_embedding
 from mocov3.optim import build_optimizer, set_learning_rate
 from mocov3.planning import speed
-from mocov3.planning.auto import GIB, Machine, Pictures, memory_of, parse_budget, plan
+from mocov3.planning.auto import GIB, Images, Machine, memory_of, parse_budget, plan
 from mocov3.planning.choose import propose_settings
 from mocov3.pretraining.assemble import build_model
 from mocov3.pretraining.groups import block_numbers, freeze_until, parameter_groups, scale_backbone
@@ -45,9 +45,9 @@ MACHINES = {
 
 
 def planned(count, machine, *, side=375, hours=None, given=None, seconds=0.0):
-    pictures = Pictures(count, side, "photos", "because", "0.5,0.25", gray=False)
+    images = Images(count, side, "photos", "because", "0.5,0.25", gray=False)
     given = given or {}
-    choices = plan(pictures, machine, hours, given, lambda values: (seconds, {}))
+    choices = plan(images, machine, hours, given, lambda values: (seconds, {}))
     fields = {f.name for f in dataclasses.fields(PretrainConfig)}
     return PretrainConfig(data="x", recipe="auto", **given, **{c.name: c.value for c in choices if c.name in fields}), {
         c.name: c for c in choices
@@ -79,7 +79,7 @@ def test_a_budget_sets_epochs():
     assert planned(5_000, MACHINES["8 GB"], seconds=60)[0].epochs > 400
     config, choices = planned(1_281_167, cpu, hours=2, seconds=90_000)
     assert (config.epochs, config.max_hours) == (1, 2.4)
-    assert "fewer pictures" in choices["epochs"].reason
+    assert "fewer images" in choices["epochs"].reason
     assert [parse_budget(t) for t in ("90s", "30m", "2h", "1.5d", "3")] == [0.025, 0.5, 2, 36, 3]
     for text in ("", "h", "-1h", "0", "inf", "nan", "soon"):
         with pytest.raises(ValueError, match=r"|soon"):
@@ -92,7 +92,7 @@ def test_what_is_given_stays_and_decides_the_rest():
     assert config.stop_grad_conv1
     assert "arch" not in choices
     fitted = plan(
-        Pictures(9000, 375, "photos", "x", "0.5,0.2", False),
+        Images(9000, 375, "photos", "x", "0.5,0.2", False),
         MACHINES["8 GB"],
         None,
         {},
@@ -127,22 +127,22 @@ def test_auto_runs_saves_and_goes_on(tmp_path, capsys):
     assert PretrainConfig(**read_yaml(again / "config.yaml", PretrainConfig)).epochs == config.epochs
 
 
-def test_auto_refuses(tmp_path, pictures):
+def test_auto_refuses(tmp_path, images):
     out = ["--output-dir", tmp_path / "out"]
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"no")
-    assert "none of 3 pictures" in refused("pretrain", tmp_path, *out)
-    assert "--budget" in refused("pretrain", pictures, *out, "--budget", "soon")
-    assert "--recipe auto plans" in refused("pretrain", pictures, *out, "--budget", "1h", "--recipe", "defaults")
-    assert "give --init" in refused("pretrain", pictures, *out, "--recipe", "adapt")
-    assert "no such file" in refused("pretrain", pictures, *out, "--recipe", "adapt", "--init", tmp_path / "none")
+    assert "none of 3 images" in refused("pretrain", tmp_path, *out)
+    assert "--budget" in refused("pretrain", images, *out, "--budget", "soon")
+    assert "--recipe auto plans" in refused("pretrain", images, *out, "--budget", "1h", "--recipe", "defaults")
+    assert "give --init" in refused("pretrain", images, *out, "--recipe", "adapt")
+    assert "no such file" in refused("pretrain", images, *out, "--recipe", "adapt", "--init", tmp_path / "none")
     one = tmp_path / "one"
     one.mkdir()
     Image.new("RGB", (8, 8)).save(one / "1.png")
     assert "two or more" in refused("pretrain", one, *out)
-    assert "--layer-decay" in refused("pretrain", pictures, *TINY, *out, "--layer-decay", "0")
-    assert "layer4.0" in refused("pretrain", pictures, *TINY, *out, "--freeze-until", "layer9")
-    assert "left to train" in refused("pretrain", pictures, *TINY, *out, "--freeze-until", "layer4")
+    assert "--layer-decay" in refused("pretrain", images, *TINY, *out, "--layer-decay", "0")
+    assert "layer4.0" in refused("pretrain", images, *TINY, *out, "--freeze-until", "layer9")
+    assert "left to train" in refused("pretrain", images, *TINY, *out, "--freeze-until", "layer4")
 
 
 # --- facts that plans rest on ------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_survey_tells_up_alike_and_near():
     assert abs(alikeness(flat)) < 0.05
     assert alikeness(flat[:1] + 0.2 * (flat - 128)) > 0.7
     pairs = near_pairs(np.concatenate([flat[:50], flat[7:9] + 1, 0 * flat[:2] + 100]))
-    assert pairs == [(7, 50), (8, 51)]  # flat pictures have nothing to compare
+    assert pairs == [(7, 50), (8, 51)]  # flat images have nothing to compare
     base = Survey(300, 300, alike=0.1, upright=30.0)
     assert propose(base)[0] == "photos"
     assert propose(dataclasses.replace(base, gray_share=1.0))[0] == "gray"
@@ -173,7 +173,7 @@ def test_survey_tells_up_alike_and_near():
 # --- starting weights --------------------------------------------------------------------------------------
 
 
-def test_starting_weights_of_others(tmp_path, pictures):
+def test_starting_weights_of_others(tmp_path, images):
     torch.manual_seed(1)
     theirs = torchvision.models.resnet18()
     torch.save(theirs.state_dict(), tmp_path / "tv.pth")
@@ -190,18 +190,18 @@ def test_starting_weights_of_others(tmp_path, pictures):
         assert torch.equal(encoder.eval().features(x), theirs.eval()(x))
     assert torch.equal(model.base_encoder.fc[0].weight, before)  # heads stay fresh
     out = ["--output-dir", tmp_path / "out"]
-    assert "give --arch resnet18" in refused("pretrain", pictures, *TINY, *out, "--init", tmp_path / "tv.pth")
-    assert "no such model" in refused("pretrain", pictures, *TINY, *out, "--init", "timm/resnet18x")
+    assert "give --arch resnet18" in refused("pretrain", images, *TINY, *out, "--init", tmp_path / "tv.pth")
+    assert "no such model" in refused("pretrain", images, *TINY, *out, "--init", "timm/resnet18x")
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 100)
-    assert "safetensors" in refused("pretrain", pictures, *TINY, *out, "--init", tmp_path / "bad.safetensors")
+    assert "safetensors" in refused("pretrain", images, *TINY, *out, "--init", tmp_path / "bad.safetensors")
 
 
-def test_timm_weights_that_cannot_be_fetched(monkeypatch, pictures, tmp_path):
+def test_timm_weights_that_cannot_be_fetched(monkeypatch, images, tmp_path):
     def offline(*args, **kwargs):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("timm.create_model", offline)
-    line = refused("pretrain", pictures, *TINY, "--output-dir", tmp_path, "--init", "timm/resnet18")
+    line = refused("pretrain", images, *TINY, "--output-dir", tmp_path, "--init", "timm/resnet18")
     assert "could not be fetched" in line
     assert arch_of("timm/resnet50.a1_in1k") == "resnet50"
     assert arch_of("timm/vit_tiny_patch16_224") == "timm/vit_tiny_patch16_224"
@@ -291,7 +291,7 @@ def test_adapt_takes_the_rate_of_the_kind_of_network(arch):
         assert config.freeze_epochs + config.warmup_epochs < config.epochs
 
 
-def test_adapt_on_a_vit_from_the_command_line(pictures, tmp_path):
+def test_adapt_on_a_vit_from_the_command_line(images, tmp_path):
     start = tmp_path / "start.pth.tar"
     model = models.build("vit_tiny", image_size=32, dim=16, mlp_dim=32)
     checkpoint.write(
@@ -316,7 +316,7 @@ def test_adapt_on_a_vit_from_the_command_line(pictures, tmp_path):
         "--patch-size",
         "16",
     ]
-    assert main(["pretrain", str(pictures), *map(str, flags), "--output-dir", str(out)]) == 0
+    assert main(["pretrain", str(images), *map(str, flags), "--output-dir", str(out)]) == 0
     saved = read_yaml(out / "config.yaml", PretrainConfig)
     assert (saved["optimizer"], saved["lr"], saved["layer_decay"], saved["warmup_epochs"]) == ("adamw", 1.5e-4, 0.75, 1)
 
@@ -339,12 +339,12 @@ def test_the_backbone_warms_up_when_it_thaws():
             )
 
 
-def test_freezing_must_leave_epochs(pictures, tmp_path):
+def test_freezing_must_leave_epochs(images, tmp_path):
     flags = ("--epochs", "2", "--freeze-epochs", "2", "--output-dir", tmp_path / "out")
-    assert "--freeze-epochs 2 leaves none" in refused("pretrain", pictures, *TINY, *flags)
+    assert "--freeze-epochs 2 leaves none" in refused("pretrain", images, *TINY, *flags)
 
 
-def test_adapt_holds_then_trains_and_resumes(pictures, tmp_path):
+def test_adapt_holds_then_trains_and_resumes(images, tmp_path):
     start = tmp_path / "start.pth.tar"
     torch.manual_seed(2)
     model = models.build("resnet10_w32", dim=16, mlp_dim=32)
@@ -380,7 +380,7 @@ def test_adapt_holds_then_trains_and_resumes(pictures, tmp_path):
         "32",
     ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main(["pretrain", str(pictures), *flags, "--output-dir", str(whole), "--hold-out", "0"]) == 0
+    assert main(["pretrain", str(images), *flags, "--output-dir", str(whole), "--hold-out", "0"]) == 0
     saved = [torch.load(whole / f"checkpoint_000{e}.pth.tar", weights_only=True) for e in range(3)]
     key = "module.base_encoder.layer1.0.conv1.weight"
     assert torch.equal(saved[0]["state_dict"][key], model.state_dict()[key.removeprefix("module.")])
@@ -395,7 +395,7 @@ def test_adapt_holds_then_trains_and_resumes(pictures, tmp_path):
             main(
                 [
                     "pretrain",
-                    str(pictures),
+                    str(images),
                     *flags,
                     "--output-dir",
                     str(parts),

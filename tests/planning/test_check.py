@@ -1,4 +1,4 @@
-"""Looking before training: check with its sheet, inspect, and normalisation measured on the pictures."""
+"""Looking before training: check with its sheet, inspect, and normalisation measured on the images."""
 
 import json
 import shutil
@@ -24,23 +24,23 @@ from mocov3.weights.convert import to_deit
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """Sixty pictures of several kinds with known faults: copies, near-copies, grey, turned, unreadable."""
+    """Sixty images of several kinds with known faults: copies, near-copies, grey, turned, unreadable."""
     root = tmp_path_factory.mktemp("mixed")
     rng = np.random.Generator(np.random.PCG64(0))
     for i in range(60):
         low = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
         if i % 3 == 0:
             low[...] = low[..., :1]
-        picture = Image.fromarray(low).resize((160, 120), Image.Resampling.BICUBIC)
+        image = Image.fromarray(low).resize((160, 120), Image.Resampling.BICUBIC)
         exif = Image.Exif()
         if i < 6:
             exif[0x0112] = 6
-        picture.save(root / f"{i:02d}.jpg", quality=95, exif=exif)
+        image.save(root / f"{i:02d}.jpg", quality=95, exif=exif)
     shutil.copy(root / "00.jpg", root / "copy.jpg")
     Image.open(root / "07.jpg").resize((80, 60)).save(root / "small.png")
     (root / "cut.jpg").write_bytes((root / "02.jpg").read_bytes()[:700])
     (root / "empty.png").write_bytes(b"")
-    (root / "notes.png").write_text("no picture")
+    (root / "notes.png").write_text("no image")
     return root
 
 
@@ -64,9 +64,9 @@ def test_check_finds_what_is_there(mixed, tmp_path, capsys):
     assert main(["check", str(mixed), *flags, "--view-preset", "aerial", "-b", "16"]) == 0
     out = capsys.readouterr().out
     for text in (
-        "65 pictures",
+        "65 images",
         "3 (4.6 %",
-        "is not a picture, as notes.png",
+        "is not an image, as notes.png",
         "bound by",
         "GB",
         "meet a near-copy",
@@ -78,17 +78,17 @@ def test_check_finds_what_is_there(mixed, tmp_path, capsys):
         assert text in out
 
 
-def test_check_refuses(tmp_path, pictures):
+def test_check_refuses(tmp_path, images):
     assert "no data" in refused("check")
     assert "no such folder" in refused("check", tmp_path / "none")
-    assert "--sample" in refused("check", pictures, "--sample", "0")
-    assert "--no-such" in refused("check", pictures, "--no-such")
+    assert "--sample" in refused("check", images, "--sample", "0")
+    assert "--no-such" in refused("check", images, "--no-such")
     sheet = tmp_path / "gone" / "sheet.png"
-    assert "--sheet" in refused("check", pictures, "--sheet", sheet, "-j", "0")
+    assert "--sheet" in refused("check", images, "--sheet", sheet, "-j", "0")
 
 
-def test_processes_find_the_same_facts(pictures):
-    source = open_source(str(pictures))
+def test_processes_find_the_same_facts(images):
+    source = open_source(str(images))
     indices = list(range(64)) * 8  # enough chunks to be worth processes
     here, spawned = (list(examine(source, indices, workers=w)) for w in (0, 2))
     for a, b in zip(here, spawned, strict=True):
@@ -173,6 +173,6 @@ def test_inspect_tells_files_apart(tmp_path, capsys):
 def test_names_cannot_forge_lines_of_check(tmp_path, capsys):
     for i in range(12):
         Image.new("RGB", (9, 9), (i * 20, 0, 0)).save(tmp_path / f"{i}.png")
-    (tmp_path / "x\n99 pictures.png").write_bytes(b"")
+    (tmp_path / "x\n99 images.png").write_bytes(b"")
     assert main(["check", str(tmp_path), "-j", "0", "--device", "cpu", "--sheet", str(tmp_path / "s.png")]) == 0
-    assert "\n99 pictures" not in capsys.readouterr().out
+    assert "\n99 images" not in capsys.readouterr().out

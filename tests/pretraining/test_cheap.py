@@ -1,4 +1,4 @@
-"""Cheaper pre-training: token dropout, schedules of picture and patch size, and their way back to full."""
+"""Cheaper pre-training: token dropout, schedules of image and patch size, and their way back to full."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_dropped_tokens_are_not_seen(vit):
     # places are computed here and looked up there, in float32
     same(got, by_timm(vit, x, kept), [p for p in vit.parameters() if p.requires_grad], tolerance=1e-6)
     changed = x.clone()
-    changed[0, :, 8:16, 0:8] += 1  # patch 4, which the first picture does not keep
+    changed[0, :, 8:16, 0:8] += 1  # patch 4, which the first image does not keep
     assert torch.equal(vit.features(strips(changed, kept, 8, 4))[0], got[0])
 
 
@@ -112,7 +112,7 @@ def test_larger_patches_are_not_rounded_twice():
     assert torch.equal(got, resized_kernel(weight, 8))
 
 
-def test_draws_are_functions_of_the_picture():
+def test_draws_are_functions_of_the_image():
     settings = {"seed": 5, "epoch": 2, "view": 0}
     whole = kept_tokens(49, 12, indices=np.arange(400), **settings)
     assert whole.shape == (400, 12)
@@ -189,9 +189,9 @@ def test_schedules_that_mean_nothing(flags, message, capsys):
     assert "\n" not in str(error.value)
 
 
-def test_resumes_across_stages_are_bit_exact(pictures, tmp_path):
+def test_resumes_across_stages_are_bit_exact(images, tmp_path):
     flags = [
-        str(pictures),
+        str(images),
         *TINY,
         "-a",
         "vit_tiny",
@@ -223,7 +223,7 @@ def test_resumes_across_stages_are_bit_exact(pictures, tmp_path):
     assert main(["pretrain", *flags, "--resume", "auto", "--token-keep", "0.4:0.6", "--output-dir", str(stopped)]) == 2
 
 
-def test_resnets_train_on_growing_pictures(pictures, tmp_path):
-    flags = [str(pictures), *TINY, "--image-size-schedule", "16:0.5", "--output-dir", str(tmp_path), "-j", "1"]
+def test_resnets_train_on_growing_images(images, tmp_path):
+    flags = [str(images), *TINY, "--image-size-schedule", "16:0.5", "--output-dir", str(tmp_path), "-j", "1"]
     assert main(["pretrain", *flags]) == 0
     assert (tmp_path / "checkpoint_0001.pth.tar").exists()

@@ -263,7 +263,7 @@ def test_nothing_is_read_between_print_steps(arch, optimizer, tmp_path):
     log = RunLog(
         tmp_path, active=True, style="quiet", epochs=1, iterations=8, start=1.0, floor=0.0, first_step=0, corrupt={}
     )
-    recorder = Recorder(world, log, Counters(), batch_size=4, print_freq=4, pictures=lambda *_: [])
+    recorder = Recorder(world, log, Counters(), batch_size=4, print_freq=4, images=lambda *_: [])
     read, weights = [], [p.clone() for p in model.parameters()]
     for i in range(5):
         batch = Batch(Work(0, i, np.arange(4)), np.zeros((2, 4, 32, 32, 3), np.uint8), [])
@@ -280,7 +280,7 @@ def test_nothing_is_read_between_print_steps(arch, optimizer, tmp_path):
 
 
 def test_a_told_step_changes_nothing():
-    """The way of GPUs again: a NaN in the pictures, and neither weights nor optimizer nor batch statistics move."""
+    """The way of GPUs again: a NaN in the images, and neither weights nor optimizer nor batch statistics move."""
     world = World(0, 1, CPU)
     model = models.build("resnet10_w32", dim=8, mlp_dim=16).train()
     made = build_optimizer(model.parameters(), "lars", weight_decay=0.1, momentum=0.9)

@@ -32,8 +32,8 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux: 
 CPU = World(0, 1, torch.device("cpu"))
 
 
-def pretrain(pictures, folder, *flags, program=("-m", "mocov3", "pretrain")):
-    return [sys.executable, *program, str(pictures), *TINY, "--output-dir", str(folder), "--quiet", *map(str, flags)]
+def pretrain(images, folder, *flags, program=("-m", "mocov3", "pretrain")):
+    return [sys.executable, *program, str(images), *TINY, "--output-dir", str(folder), "--quiet", *map(str, flags)]
 
 
 def lines(folder):
@@ -45,10 +45,10 @@ def lines(folder):
 
 
 @linux
-def test_a_full_disk_costs_no_run(pictures, tmp_path):
+def test_a_full_disk_costs_no_run(images, tmp_path):
     # files may not grow beyond 100 KB for a while: checkpoints (2 MB) fail in the middle of being written
     flags = ["--epochs", 20, "--checkpoint-every", 10, "--checkpoint-steps", 4]
-    process = Process(pretrain(pictures, tmp_path / "full", *flags))
+    process = Process(pretrain(images, tmp_path / "full", *flags))
     good = tmp_path / "full" / "checkpoint_0001_step000000004.pth.tar"
     process.wait_until(lambda: any((tmp_path / "full").glob("checkpoint_*")))
     hard = resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE)[1]
@@ -62,14 +62,14 @@ def test_a_full_disk_costs_no_run(pictures, tmp_path):
     text = process.finish()
     assert "File too large" in text
     assert "Traceback" not in text
-    Process(pretrain(pictures, tmp_path / "whole", *flags)).finish()
+    Process(pretrain(images, tmp_path / "whole", *flags)).finish()
     assert_same_run(tmp_path / "whole", tmp_path / "full", last="checkpoint_0019.pth.tar")
     record("a disk that is full for a while", 1, "the run went on; last good file whole; bit-equal to the run without")
 
 
 @linux
-def test_a_disk_that_stays_full_is_said_in_one_line(pictures, tmp_path):
-    process = Process(pretrain(pictures, tmp_path, "--epochs", 12, "--checkpoint-every", 20, "-b", 8))
+def test_a_disk_that_stays_full_is_said_in_one_line(images, tmp_path):
+    process = Process(pretrain(images, tmp_path, "--epochs", 12, "--checkpoint-every", 20, "-b", 8))
     process.wait_until(lambda: len(lines(tmp_path)) > 2)
     resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
     assert process.popen.wait(120) == 2
@@ -133,7 +133,7 @@ def test_lines_wait_for_the_disk(tmp_path, capsys):
 
 @posix
 @pytest.mark.parametrize(("fault", "lost"), [("SIGSTOP", 1), ("SIGKILL", 1), ("SIGKILL", 0)])
-def test_the_lost_rank_is_named(pictures, tmp_path, fault, lost):
+def test_the_lost_rank_is_named(images, tmp_path, fault, lost):
     # two "nodes", so that nobody but the other rank can notice
     address = free_loopback_address()
     flags = [
@@ -148,7 +148,7 @@ def test_the_lost_rank_is_named(pictures, tmp_path, fault, lost):
         "--dist-timeout",
         0.1,
     ]
-    ranks = [Process(pretrain(pictures, tmp_path, *flags, "--rank", r)) for r in (0, 1)]
+    ranks = [Process(pretrain(images, tmp_path, *flags, "--rank", r)) for r in (0, 1)]
     try:
         ranks[0].wait_until(lambda: len(lines(tmp_path)) > 3)
         os.kill(ranks[lost].popen.pid, getattr(signal, fault))
@@ -222,9 +222,9 @@ def test_all_ranks_skip_together(tmp_path):
     assert launch(rank_tasks.bad_on_one_rank, None, device="cpu", processes=2) == 0
 
 
-def test_a_diverged_run_stops_with_a_diagnosis(pictures, tmp_path, capsys):
+def test_a_diverged_run_stops_with_a_diagnosis(images, tmp_path, capsys):
     flags = ["--optimizer", "adamw", "--lr", 1e38, "--epochs", 40, "-p", 2, "-j", 0]
-    argv = ["pretrain", str(pictures), *TINY, "--output-dir", str(tmp_path), *map(str, flags)]
+    argv = ["pretrain", str(images), *TINY, "--output-dir", str(tmp_path), *map(str, flags)]
     assert main(argv) == 2
     err = capsys.readouterr().err
     errors = [line for line in err.splitlines() if "error" in line]
@@ -262,8 +262,8 @@ def test_the_spike_guard_skips_what_is_far_above_usual():
     assert not again(torch.tensor(15.0), finite)
 
 
-def test_the_spike_guard_resumes_to_the_bit(pictures, tmp_path):
-    argv = ["pretrain", str(pictures), *TINY, "--epochs", "3", "--skip-spikes", "1.0001", "--quiet"]
+def test_the_spike_guard_resumes_to_the_bit(images, tmp_path):
+    argv = ["pretrain", str(images), *TINY, "--epochs", "3", "--skip-spikes", "1.0001", "--quiet"]
     SpikeGuard.WARM_UP, warm_up = 3, SpikeGuard.WARM_UP
     try:
         assert main([*argv, "--output-dir", str(tmp_path / "whole"), "--max-steps", "9"]) == 0
@@ -292,7 +292,7 @@ def newest_step(folder):
 
 
 @linux
-def test_memory_and_files_stay(pictures, tmp_path):
+def test_memory_and_files_stay(images, tmp_path):
     steps = trials(2000, 20000)
     flags = [
         "--image-size",
@@ -310,7 +310,7 @@ def test_memory_and_files_stay(pictures, tmp_path):
         "--checkpoint-steps",
         steps // 20,
     ]
-    process = Process(pretrain(pictures, tmp_path, *flags))
+    process = Process(pretrain(images, tmp_path, *flags))
     seen = []
     process.wait_until(lambda: bool(lines(tmp_path)))
     while process.popen.poll() is None:

@@ -14,14 +14,14 @@ EPOCHS = 12
 LAST = f"checkpoint_{EPOCHS - 1:04d}.pth.tar"
 
 
-def command(pictures, *flags, program=("-m", "mocov3", "pretrain")):
+def command(images, *flags, program=("-m", "mocov3", "pretrain")):
     """A run of 48 steps that checkpoints every other step and goes on from what it finds."""
 
     def argv(folder):
         return [
             sys.executable,
             *program,
-            str(pictures),
+            str(images),
             *TINY,
             "--epochs",
             str(EPOCHS),
@@ -40,8 +40,8 @@ def command(pictures, *flags, program=("-m", "mocov3", "pretrain")):
     return argv
 
 
-def whole(pictures, folder, *flags):
-    Process(command(pictures, *flags)(folder)).finish()
+def whole(images, folder, *flags):
+    Process(command(images, *flags)(folder)).finish()
     return folder
 
 
@@ -56,10 +56,10 @@ def kill_many(command, folder, *, count, seed):
     return kills, writing, [folder / str(i) for i in range(runs)]
 
 
-def test_killed_and_resumed_is_never_killed(pictures, tmp_path):
-    workers = [command(pictures, "-j", str(n)) for n in (0, 1, 2)]
+def test_killed_and_resumed_is_never_killed(images, tmp_path):
+    workers = [command(images, "-j", str(n)) for n in (0, 1, 2)]
     kills, writing, folders = kill_many(workers, tmp_path, count=trials(6, 200), seed=1)
-    reference = whole(pictures, tmp_path / "whole")
+    reference = whole(images, tmp_path / "whole")
     for folder in folders:
         assert_same_run(reference, folder, last=LAST)
     record(
@@ -70,19 +70,19 @@ def test_killed_and_resumed_is_never_killed(pictures, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole_of_two(pictures, tmp_path_factory):
-    return whole(pictures, tmp_path_factory.mktemp("two") / "whole", "--nprocs-per-node", "2")
+def whole_of_two(images, tmp_path_factory):
+    return whole(images, tmp_path_factory.mktemp("two") / "whole", "--nprocs-per-node", "2")
 
 
-def test_killed_and_resumed_with_two_ranks(pictures, whole_of_two, tmp_path):
-    two = command(pictures, "--nprocs-per-node", "2")
+def test_killed_and_resumed_with_two_ranks(images, whole_of_two, tmp_path):
+    two = command(images, "--nprocs-per-node", "2")
     kills, writing, folders = kill_many(two, tmp_path, count=trials(3, 80), seed=2)
     for folder in folders:
         assert_same_run(whole_of_two, folder, last=LAST)
     record("the same with 2 ranks", kills, f"all {len(folders)} runs bit-equal; {writing} kills fell into a write")
 
 
-def test_own_pictures_killed_and_resumed(pictures, tmp_path):
+def test_own_images_killed_and_resumed(images, tmp_path):
     """Recipe auto chooses once: a resumed run takes what the first start chose, and judges as it did."""
 
     def auto(folder):
@@ -91,7 +91,7 @@ def test_own_pictures_killed_and_resumed(pictures, tmp_path):
             "-m",
             "mocov3",
             "pretrain",
-            str(pictures),
+            str(images),
             *TINY,
             "--recipe",
             "auto",
@@ -120,10 +120,10 @@ def test_own_pictures_killed_and_resumed(pictures, tmp_path):
     record("recipe auto with judgements without labels, killed", kills, f"all {len(folders)} runs bit-equal")
 
 
-def test_killed_and_resumed_with_other_ranks(pictures, tmp_path):
+def test_killed_and_resumed_with_other_ranks(images, tmp_path):
     # float64, since sums over ranks are in another order (habit 11)
     program = (str(ROOT / "tests" / "pretrain64.py"),)
-    both = [command(pictures, "--nprocs-per-node", str(n), program=program) for n in (1, 2)]
+    both = [command(images, "--nprocs-per-node", str(n), program=program) for n in (1, 2)]
     kills, _, folders = kill_many(both, tmp_path, count=trials(1, 20), seed=3)
     Process(both[0](tmp_path / "whole")).finish()
     a = torch.load(tmp_path / "whole" / LAST, weights_only=True)["state_dict"]
@@ -140,7 +140,7 @@ def test_killed_and_resumed_with_other_ranks(pictures, tmp_path):
     record("SIGKILL, resumed with 1 and 2 ranks in turn, float64", kills, f"largest relative difference {worst:.1e}")
 
 
-def test_a_killed_worker_restarts_the_group(pictures, whole_of_two, tmp_path):
+def test_a_killed_worker_restarts_the_group(images, whole_of_two, tmp_path):
     # torchrun starts the group again with the same command line, and it goes on from its own checkpoint
     script = tmp_path / "dies_once.py"
     script.write_text(
@@ -157,7 +157,7 @@ def test_a_killed_worker_restarts_the_group(pictures, whole_of_two, tmp_path):
         "sys.exit(main(['pretrain', *sys.argv[1:]]))\n"
     )
     argv = command(
-        pictures,
+        images,
         program=(
             "-m",
             "torch.distributed.run",

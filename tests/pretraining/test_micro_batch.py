@@ -45,7 +45,7 @@ def test_batch_norm_never_meets_one_image(batch, size, message):
         check_micro_batch(size, config, ALONE, model)
     check_micro_batch(0, config, ALONE, model)
     check_micro_batch(size, config, ALONE, build("vit_tiny", {"image_size": 32}))  # which has none in its backbone
-    many = dataclasses.replace(config, batch_size=2 * batch)  # two ranks' pictures meet in one batch norm
+    many = dataclasses.replace(config, batch_size=2 * batch)  # two ranks' images meet in one batch norm
     check_micro_batch(size, many, World(0, 2, CPU), model)
 
 
@@ -54,9 +54,9 @@ def build(arch, dims, dtype=torch.float64):
     return models.build(arch, dim=16, mlp_dim=32, temperature=0.2, **dims).to(dtype).train()
 
 
-def views(pictures=10, dtype=torch.float64):
+def views(images=10, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(pictures, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype) for _ in "12"]
+    return [torch.randn(images, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype) for _ in "12"]
 
 
 def run(model, made, x1, x2, m=0.9):
@@ -79,7 +79,7 @@ def apart(got, want):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [3, 4, 10, 64])  # 10 pictures: parts of 2 and 3, of 3 and 4, the whole
+@pytest.mark.parametrize("size", [3, 4, 10, 64])  # 10 images: parts of 2 and 3, of 3 and 4, the whole
 def test_gradients_are_those_of_the_whole_batch(kind, size):
     for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         results = []
@@ -118,7 +118,7 @@ def in_one_graph(model, x1, x2, m, parts):
         ("vit_small", {**VIT, "proj_drop_rate": 0.3, "attn_drop_rate": 0.2, "patch_drop_rate": 0.5}),
     ],
 )
-def test_where_pictures_meet_it_is_exact_for_the_network_it_says(arch, dims):
+def test_where_images_meet_it_is_exact_for_the_network_it_says(arch, dims):
     # batch norm in the backbone: statistics of each micro-batch; dropout: drawn a micro-batch at a time
     parts = [slice(0, 5), slice(5, 10)]
     model, reference = build(arch, dims), build(arch, dims)
@@ -185,10 +185,10 @@ def test_non_finite_numbers_change_nothing():
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
 
 
-def test_a_run_in_micro_batches_is_the_run(pictures, tmp_path, capsys):
+def test_a_run_in_micro_batches_is_the_run(images, tmp_path, capsys):
     flags = [
         "pretrain",
-        str(pictures),
+        str(images),
         *TINY,
         "-a",
         "vit_small",
@@ -207,9 +207,7 @@ def test_a_run_in_micro_batches_is_the_run(pictures, tmp_path, capsys):
         assert main([*flags, "--micro-batch", micro, "--output-dir", str(folder)]) == 0
         lines[micro] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         out = capsys.readouterr().out
-        assert ("micro-batches of 5: loss and gradients are those of all 16 pictures, as in one" in out) == (
-            micro == "5"
-        )
+        assert ("micro-batches of 5: loss and gradients are those of all 16 images, as in one" in out) == (micro == "5")
         assert ("fit in one pass" in out) == (micro == "auto")
     for micro in ("5", "auto"):
         for got, want in zip(lines[micro], lines["0"], strict=True):
@@ -217,10 +215,10 @@ def test_a_run_in_micro_batches_is_the_run(pictures, tmp_path, capsys):
             assert got["grad_norm_last"] == pytest.approx(want["grad_norm_last"], rel=1e-4)
 
 
-def test_it_says_what_batch_norm_makes_inexact(pictures, tmp_path, capsys):
-    flags = ["pretrain", str(pictures), *TINY, "--max-steps", "1", "--micro-batch", "4", "--output-dir", str(tmp_path)]
+def test_it_says_what_batch_norm_makes_inexact(images, tmp_path, capsys):
+    flags = ["pretrain", str(images), *TINY, "--max-steps", "1", "--micro-batch", "4", "--output-dir", str(tmp_path)]
     assert main(flags) == 0
-    assert "resnet10_w32 has batch norm, which normalises by 4 pictures at a time" in capsys.readouterr().out
+    assert "resnet10_w32 has batch norm, which normalises by 4 images at a time" in capsys.readouterr().out
     for wrong, message in (("-1", "--micro-batch must be"), ("many", "--micro-batch")):
         try:
             code = main([*flags[:-4], "--micro-batch", wrong, "--output-dir", str(tmp_path / "x")])

@@ -1,4 +1,4 @@
-"""Whole runs of the program: files, metrics, theory, resume to the last bit, signals, unreadable pictures."""
+"""Whole runs of the program: files, metrics, theory, resume to the last bit, signals, unreadable images."""
 
 import json
 import os
@@ -23,8 +23,8 @@ from mocov3.metrics import MetricsLine
 VOLATILE = ("images_per_second", "data_wait", "resumed")
 
 
-def pretrain(pictures, folder, *flags, code=0):
-    assert main(["pretrain", str(pictures), *TINY, "--output-dir", str(folder), *map(str, flags)]) == code
+def pretrain(images, folder, *flags, code=0):
+    assert main(["pretrain", str(images), *TINY, "--output-dir", str(folder), *map(str, flags)]) == code
 
 
 def metrics(folder):
@@ -55,21 +55,21 @@ def same(a, b):
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, tmp_path_factory):
+def whole(images, tmp_path_factory):
     """An uninterrupted run of 2 epochs of 4 steps, with k-NN."""
     folder = tmp_path_factory.mktemp("whole")
-    pretrain(pictures, folder, "--knn-every", 2, "--checkpoint-steps", 3)
+    pretrain(images, folder, "--knn-every", 2, "--checkpoint-steps", 3)
     return folder
 
 
-def test_files_of_a_run(whole, pictures):
+def test_files_of_a_run(whole, images):
     assert sorted(p.name for p in whole.iterdir()) == [
         "checkpoint_0000.pth.tar",
         "checkpoint_0001.pth.tar",
         "config.yaml",
         "machine.jsonl",
         "metrics.jsonl",
-        "pictures.txt.gz",
+        "images.txt.gz",
         "tensorboard",
     ]
     saved = contents(whole / "checkpoint_0001.pth.tar")
@@ -77,7 +77,7 @@ def test_files_of_a_run(whole, pictures):
     assert saved["mocov3"]["config"]["arch"] == saved["arch"] == "resnet10_w32"
     config = yaml.safe_load((whole / "config.yaml").read_text())
     assert config["seed"] == 3
-    assert config["data"] == str(pictures)
+    assert config["data"] == str(images)
     backbone = load_backbone(whole / "checkpoint_0001.pth.tar")
     assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, 256)
 
@@ -106,7 +106,7 @@ def test_tensorboard_has_every_step(whole):
 
 
 def test_first_loss_is_theory(tmp_path):
-    # τ 1, unrelated pictures and an untrained network: 4τ·ln N within 1 %
+    # τ 1, unrelated images and an untrained network: 4τ·ln N within 1 %
     rng = np.random.Generator(np.random.PCG64(0))
     for i in range(64):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
@@ -116,7 +116,7 @@ def test_first_loss_is_theory(tmp_path):
 
 
 def test_the_floor_is_reached(tmp_path):
-    # sixty-four pictures seen often enough: within 10 % of the floor, every picture found among the others
+    # sixty-four images seen often enough: within 10 % of the floor, every image found among the others
     flags = [
         "--epochs",
         45,
@@ -148,7 +148,7 @@ def test_the_floor_is_reached(tmp_path):
         "gray",
     ]
     rng = np.random.Generator(np.random.PCG64(2))
-    for i in range(64):  # pictures that differ plainly
+    for i in range(64):  # images that differ plainly
         small = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
         small.resize((24, 24), Image.Resampling.BICUBIC).save(tmp_path / f"{i:02d}.png")
     pretrain(tmp_path, tmp_path / "run", *flags)
@@ -157,14 +157,14 @@ def test_the_floor_is_reached(tmp_path):
     assert line["retrieval_accuracy"] > 0.75
 
 
-def test_six_steps_are_three_and_three(pictures, tmp_path):
+def test_six_steps_are_three_and_three(images, tmp_path):
     for name, first, second in (("adamw", 0, 2), ("lars", 1, 0)):
         flags = ["--optimizer", name, "--lr", 0.01, "--deterministic"]
-        pretrain(pictures, tmp_path / f"{name}-whole", *flags, "--max-steps", 6, "-j", 1)
+        pretrain(images, tmp_path / f"{name}-whole", *flags, "--max-steps", 6, "-j", 1)
         parts = tmp_path / f"{name}-parts"
-        pretrain(pictures, parts, *flags, "--max-steps", 3, "-j", first)
+        pretrain(images, parts, *flags, "--max-steps", 3, "-j", first)
         assert (parts / "checkpoint_0000_step000000003.pth.tar").exists()
-        pretrain(pictures, parts, *flags, "--max-steps", 6, "-j", second, "--resume", "auto")
+        pretrain(images, parts, *flags, "--max-steps", 6, "-j", second, "--resume", "auto")
         last = "checkpoint_0001_step000000006.pth.tar"
         same(contents(tmp_path / f"{name}-whole" / last), contents(parts / last))
         assert steady(tmp_path / f"{name}-whole") == steady(parts)
@@ -172,8 +172,8 @@ def test_six_steps_are_three_and_three(pictures, tmp_path):
     torch.use_deterministic_algorithms(False)
 
 
-def start(pictures, folder, *flags):
-    command = [sys.executable, "-m", "mocov3", "pretrain", str(pictures), *TINY, "--output-dir", str(folder), *flags]
+def start(images, folder, *flags):
+    command = [sys.executable, "-m", "mocov3", "pretrain", str(images), *TINY, "--output-dir", str(folder), *flags]
     return subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -192,9 +192,9 @@ LONG = ["--epochs", "20", "--checkpoint-every", "10"]
 
 
 @pytest.fixture(scope="module")
-def long_whole(pictures, tmp_path_factory):
+def long_whole(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
-    pretrain(pictures, folder, *LONG)
+    pretrain(images, folder, *LONG)
     return folder
 
 
@@ -229,9 +229,9 @@ def test_a_signal_while_ranks_agree_is_not_lost(number):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_checkpoints_and_resumes(pictures, tmp_path, long_whole, ranks):
+def test_sigterm_checkpoints_and_resumes(images, tmp_path, long_whole, ranks):
     flags = [*LONG, *(["--nprocs-per-node", "2"] if ranks == 2 else [])]
-    process = start(pictures, tmp_path, *flags, "-j", "1")
+    process = start(images, tmp_path, *flags, "-j", "1")
     wait_for(lambda: lines_written(tmp_path), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
@@ -240,14 +240,14 @@ def test_sigterm_checkpoints_and_resumes(pictures, tmp_path, long_whole, ranks):
     assert "Traceback" not in err
     assert list(tmp_path.glob("checkpoint_*"))
     if ranks == 1:
-        pretrain(pictures, tmp_path, *LONG, "--resume", "auto")
+        pretrain(images, tmp_path, *LONG, "--resume", "auto")
         same(contents(long_whole / "checkpoint_0019.pth.tar"), contents(tmp_path / "checkpoint_0019.pth.tar"))
         assert steady(long_whole) == steady(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_sigint_stops_at_the_next_step(pictures, tmp_path):
-    process = start(pictures, tmp_path, *LONG)
+def test_sigint_stops_at_the_next_step(images, tmp_path):
+    process = start(images, tmp_path, *LONG)
     wait_for(lambda: lines_written(tmp_path), process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -256,32 +256,32 @@ def test_sigint_stops_at_the_next_step(pictures, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_sigkill_and_resume_is_the_run_never_killed(pictures, tmp_path, long_whole):
-    process = start(pictures, tmp_path, *LONG, "--checkpoint-steps", "3", "-j", "1")
+def test_sigkill_and_resume_is_the_run_never_killed(images, tmp_path, long_whole):
+    process = start(images, tmp_path, *LONG, "--checkpoint-steps", "3", "-j", "1")
     wait_for(lambda: len(list(tmp_path.glob("checkpoint_*step*"))) > 0 and lines_written(tmp_path), process)
     process.kill()
     process.wait()
     assert not (tmp_path / "checkpoint_0019.pth.tar").exists()
-    pretrain(pictures, tmp_path, *LONG, "--resume", "auto")
+    pretrain(images, tmp_path, *LONG, "--resume", "auto")
     same(contents(long_whole / "checkpoint_0019.pth.tar"), contents(tmp_path / "checkpoint_0019.pth.tar"))
     assert steady(long_whole) == steady(tmp_path)
 
 
-def test_resume_refuses_another_run(pictures, whole, tmp_path, capsys):
+def test_resume_refuses_another_run(images, whole, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    pretrain(pictures, folder, "--resume", "auto", "--crop-min", 0.5, "--moco-t", 0.7, code=2)
+    pretrain(images, folder, "--resume", "auto", "--crop-min", 0.5, "--moco-t", 0.7, code=2)
     error = capsys.readouterr().err
     assert "crop_min (0.08 → 0.5)" in error
     assert "moco_t (1.0 → 0.7)" in error
-    pretrain(pictures / "train" / "class0", folder, "--resume", "auto", code=2)
+    pretrain(images / "train" / "class0", folder, "--resume", "auto", code=2)
     error = capsys.readouterr().err
-    assert "trained on 64 pictures" in error
+    assert "trained on 64 images" in error
     assert "missing: class0/00.jpg" in error
     assert "16 new: 00.jpg" in error
-    pretrain(pictures, folder, "--resume", "auto", "--epochs", 3, "--allow-config-change", "--max-steps", 9)
+    pretrain(images, folder, "--resume", "auto", "--epochs", 3, "--allow-config-change", "--max-steps", 9)
     assert (folder / "checkpoint_0002_step000000009.pth.tar").exists()
-    pretrain(pictures, folder, "--resume", "auto", "--epochs", 3, "--allow-config-change", "--max-steps", 9)
+    pretrain(images, folder, "--resume", "auto", "--epochs", 3, "--allow-config-change", "--max-steps", 9)
     assert "nothing left to do" in capsys.readouterr().out
 
 
@@ -291,11 +291,11 @@ def test_config_yaml_reproduces_the_run(whole, tmp_path):
     assert steady(again) == steady(whole)
 
 
-def test_unreadable_pictures_are_listed_and_limited(pictures, tmp_path, capsys):
+def test_unreadable_images_are_listed_and_limited(images, tmp_path, capsys):
     data = tmp_path / "data"
-    shutil.copytree(pictures / "train", data)
+    shutil.copytree(images / "train", data)
     (data / "class0" / "cut.jpg").write_bytes((data / "class0" / "00.jpg").read_bytes()[:300])
-    (data / "class1" / "text.png").write_text("no picture")
+    (data / "class1" / "text.png").write_text("no image")
     pretrain(data, tmp_path / "run", "--epochs", 2, "-b", 33)
     listed = [json.loads(line) for line in (tmp_path / "run" / "corrupt.jsonl").read_text().splitlines()]
     assert sorted(os.path.basename(entry["name"]) for entry in listed) == ["cut.jpg", "text.png"]
@@ -309,8 +309,8 @@ def test_unreadable_pictures_are_listed_and_limited(pictures, tmp_path, capsys):
     assert list((tmp_path / "many").glob("checkpoint_*"))
 
 
-def test_the_script_door(pictures, tmp_path, run_program):
-    done = run_program(*TINY, "--max-steps", 5, pictures, cwd=tmp_path, script="main_moco.py")
+def test_the_script_door(images, tmp_path, run_program):
+    done = run_program(*TINY, "--max-steps", 5, images, cwd=tmp_path, script="main_moco.py")
     lines = [line for line in done.stdout.splitlines() if line.startswith("Epoch: [")]
     assert len(lines) == 5
     number, average = r"[\d.e+-]+", r"\(\s*[\d.e+-]+\)"
@@ -324,16 +324,16 @@ def test_the_script_door(pictures, tmp_path, run_program):
     assert (tmp_path / "checkpoint_0000.pth.tar").exists()
 
 
-def test_output_styles(pictures, tmp_path, capsys):
-    pretrain(pictures, tmp_path / "quiet", "--max-steps", 2, "--quiet")
+def test_output_styles(images, tmp_path, capsys):
+    pretrain(images, tmp_path / "quiet", "--max-steps", 2, "--quiet")
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 1  # the result
     assert str(tmp_path / "quiet" / "checkpoint_0000_step000000002.pth.tar") in captured.out
     assert captured.err == ""
-    pretrain(pictures, tmp_path / "json", "--max-steps", 2, "--json")
+    pretrain(images, tmp_path / "json", "--max-steps", 2, "--json")
     out = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["step"] for line in out] == [0, 1]
-    pretrain(pictures, tmp_path / "lines", "--max-steps", 2)
+    pretrain(images, tmp_path / "lines", "--max-steps", 2)
     out = capsys.readouterr().out
     assert "starts near 11.09" in out
     assert all(len(line) <= 80 for line in out.splitlines() if line.startswith("epoch"))
@@ -348,9 +348,9 @@ def test_output_styles(pictures, tmp_path, capsys):
         ["--init", "INIT", "--precision", "bf16"],
     ],
 )
-def test_other_models_and_options(flags, pictures, whole, tmp_path):
+def test_other_models_and_options(flags, images, whole, tmp_path):
     flags = [str(whole / "checkpoint_0001.pth.tar") if f == "INIT" else f for f in flags]
-    pretrain(pictures, tmp_path, "--max-steps", 2, *flags)
+    pretrain(images, tmp_path, "--max-steps", 2, *flags)
     saved = contents(tmp_path / "checkpoint_0000_step000000002.pth.tar")
     keys = [k.removeprefix("module.base_encoder.") for k in saved["state_dict"] if "base_encoder" in k]
     if "timm/resnet10t" in flags:

@@ -248,11 +248,11 @@ def lines_of(folder):
 
 
 @pytest.fixture(scope="module")
-def trained(pictures, tmp_path_factory):
+def trained(images, tmp_path_factory):
     """A run with k-NN and quality, and its page made during training."""
     folder = tmp_path_factory.mktemp("report") / "run"
     more = ["--knn-every", "1", "--quality-every", "1", "--report-every", "1", "--output-dir", str(folder), "--quiet"]
-    assert main(["pretrain", str(pictures), *TINY, *more]) == 0
+    assert main(["pretrain", str(images), *TINY, *more]) == 0
     return folder
 
 
@@ -262,7 +262,7 @@ def test_training_leaves_its_page(trained):
         assert re.search(rf"<h2>\d\. {title}</h2>", page)
     assert "checkpoint_0001.pth.tar" in page  # the last page knows all
     assert not [p.name for p in trained.iterdir() if p.name.startswith(".")]
-    assert "all 16 validation pictures" in page
+    assert "all 16 validation images" in page
     machine = [json.loads(t) for t in (trained / "machine.jsonl").read_text().splitlines()]
     assert [m["step"] for m in machine] == [0]
     assert machine[0]["torch"] == torch.__version__.partition("+")[0]
@@ -298,17 +298,17 @@ def test_charts_hold_the_metrics(trained):
     )
 
 
-def test_neighbours_and_map_are_of_the_checkpoint(trained, pictures):
+def test_neighbours_and_map_are_of_the_checkpoint(trained, images):
     from mocov3 import load_backbone
     from mocov3.data import CentreView, open_source
     from mocov3.data.device.pixels import normalise
 
     page = (trained / "report.html").read_text()
     found = data_of(page)
-    source, network = open_source(str(pictures), "val"), load_backbone(trained / "checkpoint_0001.pth.tar").eval()
+    source, network = open_source(str(images), "val"), load_backbone(trained / "checkpoint_0001.pth.tar").eval()
     view = CentreView(32)
     pixels = np.stack([view(source.read(i))[0] for i in range(len(source))])
-    preset = parse_pretrain([str(pictures), *TINY], prog="test").preset
+    preset = parse_pretrain([str(images), *TINY], prog="test").preset
     with torch.no_grad():
         x = network(normalise(pixels, torch.device("cpu"), preset.mean, preset.std)).numpy()
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -336,8 +336,8 @@ def test_the_page_asks_nobody(trained):
     assert len(page) < 6e6
 
 
-def test_a_page_beside_does_not_change_the_training(trained, pictures, tmp_path):
-    assert main(["pretrain", str(pictures), *TINY, "--output-dir", str(tmp_path / "plain"), "--quiet"]) == 0
+def test_a_page_beside_does_not_change_the_training(trained, images, tmp_path):
+    assert main(["pretrain", str(images), *TINY, "--output-dir", str(tmp_path / "plain"), "--quiet"]) == 0
     with_page = [line["loss"] for line in lines_of(trained) if line["knn"] is None]
     assert [line["loss"] for line in lines_of(tmp_path / "plain")] == with_page
 
@@ -386,7 +386,7 @@ def test_what_is_missing_is_said(trained, tmp_path, capsys):
     config = (trained / "config.yaml").read_text()
     (folder / "config.yaml").write_text(re.sub(r"^data: .*$", "data: nowhere", config, flags=re.M))
     out = said()
-    assert "pictures are not at hand" in out
+    assert "images are not at hand" in out
     assert "no checkpoint" in out
     shutil.copy(trained / "config.yaml", folder)
     (folder / "checkpoint_0001.pth.tar").write_bytes(b"damaged")
@@ -485,7 +485,7 @@ def test_a_long_run_stays_small(tmp_path):
 
     write_long_run(tmp_path)
     run = read_run(tmp_path)
-    write_page([run], tmp_path / "report.html", pictures=0)
+    write_page([run], tmp_path / "report.html", images=0)
     assert (tmp_path / "report.html").stat().st_size < 6e6
     curve = data_of((tmp_path / "report.html").read_text())["charts"]["loss"]["data"][0]
     assert len(curve["x"]) <= 2 * curves.BUCKETS + 2

@@ -29,7 +29,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The page of a short run of a ViT on 120 labelled pictures, one class named as markup."""
+    """The page of a short run of a ViT on 120 labelled images, one class named as markup."""
     from mocov3.pretraining.task import main
     from mocov3.report.command import write_page
     from mocov3.report.runs import read_run
@@ -179,7 +179,7 @@ def test_map_shows_thumbnails_on_hover_and_zoom(opened):
     page.mouse.down()
     page.mouse.move(place[0] + 12, place[1] + 12, steps=5)
     page.mouse.up()
-    until(page, "id => document.getElementById(id).dataset.pictures > 0", id)
+    until(page, "id => document.getElementById(id).dataset.images > 0", id)
     shown = page.evaluate("id => document.getElementById(id).layout.images.map(i => i.source.slice(0, 22))", id)
     assert 0 < len(shown) <= 80
     assert set(shown) == {"data:image/jpeg;base64"}
@@ -236,7 +236,7 @@ def test_a_long_run_in_the_browser(opened, tmp_path):
     from mocov3.report.runs import read_run
 
     write_long_run(tmp_path)
-    write_page([read_run(tmp_path)], tmp_path / "report.html", pictures=0)
+    write_page([read_run(tmp_path)], tmp_path / "report.html", images=0)
     page = opened(file=tmp_path / "report.html")
     near(page, "gradients")
     assert page.evaluate("document.getElementById('gradients').data[0].x.length") > 1500

@@ -235,15 +235,15 @@ STEP = ("--image-size", SIZE, "-b", "8", "--epochs", "1", "--max-steps", "1", "-
 TRAIN = (*STEP, "--warmup-epochs", "0")
 PRETRAIN = ("--moco-dim", "8", "--moco-mlp-dim", "16", "--logger", "none", "--seed", "0")
 DOORS = {
-    "embed": ("embed", "PICTURES", "--model", "FILE", "-a", "vit_small", "-o", "OUT.npy", "--image-size", SIZE, *CPU),
-    "knn": ("knn", "PICTURES", "--model", "FILE", "-a", "vit_small", "--image-size", SIZE, *CPU),
-    "lincls": ("lincls", "PICTURES", "--pretrained", "FILE", "-a", "vit_small", "--output-dir", "OUT", *STEP),
+    "embed": ("embed", "IMAGES", "--model", "FILE", "-a", "vit_small", "-o", "OUT.npy", "--image-size", SIZE, *CPU),
+    "knn": ("knn", "IMAGES", "--model", "FILE", "-a", "vit_small", "--image-size", SIZE, *CPU),
+    "lincls": ("lincls", "IMAGES", "--pretrained", "FILE", "-a", "vit_small", "--output-dir", "OUT", *STEP),
     "finetune": (
         "finetune",
         "--data-set",
         "folder",
         "--data-path",
-        "PICTURES",
+        "IMAGES",
         "--finetune",
         "FILE",
         "-a",
@@ -257,7 +257,7 @@ DOORS = {
         "--data-set",
         "folder",
         "--data-path",
-        "PICTURES",
+        "IMAGES",
         "--resume",
         "FILE",
         "-a",
@@ -268,7 +268,7 @@ DOORS = {
     ),
     "pretrain": (
         "pretrain",
-        "PICTURES",
+        "IMAGES",
         "--recipe",
         "defaults",
         "-a",
@@ -280,7 +280,7 @@ DOORS = {
         *TRAIN,
         *PRETRAIN,
     ),
-    "compare": ("compare", "LARGE", "PICTURES", "-a", "vit_small", "--device", "cpu", "-j", "0"),
+    "compare": ("compare", "LARGE", "IMAGES", "-a", "vit_small", "--device", "cpu", "-j", "0"),
     "export": (
         "export",
         "FILE",
@@ -319,9 +319,9 @@ def images(size):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
-def argv(door, six, kind, pictures, out):
+def argv(door, six, kind, images, out):
     places = {
-        "PICTURES": pictures,
+        "IMAGES": images,
         "FILE": six[kind, SIZE],
         "LARGE": six[kind, 224],
         "OUT": out,
@@ -332,8 +332,8 @@ def argv(door, six, kind, pictures, out):
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_every_door(door, six, pictures, tmp_path, loaded, capsys):
-    go = argv(door, six, "deit", pictures, tmp_path / "out")
+def test_every_door(door, six, images, tmp_path, loaded, capsys):
+    go = argv(door, six, "deit", images, tmp_path / "out")
     assert f"a ViT of width 384 {ASKED}" in refused(*go)
     assert "does not divide the width 384" in refused(*go, "--heads", "5")
     assert "--heads must be at least 1" in refused(*go, "--heads", "0")
@@ -341,24 +341,24 @@ def test_every_door(door, six, pictures, tmp_path, loaded, capsys):
     assert loaded
     for size, features in loaded:
         with torch.no_grad():
-            expected = theirs(size)(images(size))
+            expected = theirs(size)(batch_of_images(size))
         assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
     # MoCo v3's own needs no word, and takes no other
     loaded.clear()
-    go = argv(door, six, "moco", pictures, tmp_path / "moco")
+    go = argv(door, six, "moco", images, tmp_path / "moco")
     assert "has 12 attention heads (by its position table, MoCo v3's), not 6" in refused(*go, "--heads", "6")
     assert main(go) == 0
     for size, features in loaded:
         with torch.no_grad():
-            expected = mocos(size=size).features(images(size))
+            expected = mocos(size=size).features(batch_of_images(size))
         assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_adapting_asks(six, pictures, tmp_path):
+def test_adapting_asks(six, images, tmp_path):
     """Before anything is measured."""
     go = (
         "pretrain",
-        pictures,
+        images,
         "--recipe",
         "adapt",
         "--init",
@@ -379,7 +379,7 @@ def test_adapting_asks(six, pictures, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(six, pictures, tmp_path_factory):
+def run(six, images, tmp_path_factory):
     """A pre-training run from DeiT's weights of 6 heads: two steps, of which the first is by --max-steps."""
     folder = tmp_path_factory.mktemp("run")
     go = list(
@@ -387,7 +387,7 @@ def run(six, pictures, tmp_path_factory):
             str,
             (
                 "pretrain",
-                pictures,
+                images,
                 "--recipe",
                 "defaults",
                 "-a",
@@ -430,12 +430,12 @@ def test_a_run_goes_on_with_its_heads(run, capsys):
     assert main(["pretrain", "--config", str(folder / "config.yaml"), "--resume", "auto", "--max-steps", "3"]) == 0
 
 
-def test_its_files_need_no_word(run, pictures, tmp_path, loaded):
+def test_its_files_need_no_word(run, images, tmp_path, loaded):
     folder, _ = run
     file, out = newest(folder), tmp_path
     encoder = load_backbone(file)
     assert attention_heads.heads_of(encoder) == attention_heads.heads_of(load_backbone(file, momentum=True)) == 6
-    x = images(SIZE)
+    x = batch_of_images(SIZE)
     with torch.no_grad():
         expected = encoder(x)
     loaded.clear()
@@ -446,7 +446,7 @@ def test_its_files_need_no_word(run, pictures, tmp_path, loaded):
         "--data-set",
         "folder",
         "--data-path",
-        pictures,
+        images,
         "--warmup-epochs",
         "0",
         *small,
@@ -456,11 +456,11 @@ def test_its_files_need_no_word(run, pictures, tmp_path, loaded):
         out / "tune",
     )
     for go in (
-        ("embed", pictures / "val", "--model", file, "-o", out / "x.npy", *small),
-        ("lincls", pictures, "--pretrained", file, "--output-dir", out / "lin", *flags),
+        ("embed", images / "val", "--model", file, "-o", out / "x.npy", *small),
+        ("lincls", images, "--pretrained", file, "--output-dir", out / "lin", *flags),
         (
             "lincls",
-            pictures,
+            images,
             "--resume",
             "auto",
             "--output-dir",
@@ -471,12 +471,12 @@ def test_its_files_need_no_word(run, pictures, tmp_path, loaded):
             "--lr",
             "0.1",
         ),
-        ("lincls", pictures, "-e", "--resume", out / "lin" / "checkpoint.pth.tar", *small),
+        ("lincls", images, "-e", "--resume", out / "lin" / "checkpoint.pth.tar", *small),
         (*tune, "--max-steps", "1", "--finetune", file),
         ("convert", "--input", file, "--output", out / "deit.pth"),
         (
             "embed",
-            pictures / "val",
+            images / "val",
             "--model",
             out / "deit.pth",
             "-a",
@@ -488,7 +488,7 @@ def test_its_files_need_no_word(run, pictures, tmp_path, loaded):
             *small,
         ),
         ("export", file, "--to", "safetensors", "--output", out / "w.safetensors"),
-        ("embed", pictures / "val", "--model", out / "w.safetensors", "-o", out / "z.npy", *small),
+        ("embed", images / "val", "--model", out / "w.safetensors", "-o", out / "z.npy", *small),
     ):
         assert main(list(map(str, go))) == 0, go
     assert len(loaded) >= 7
@@ -502,11 +502,11 @@ def test_its_files_need_no_word(run, pictures, tmp_path, loaded):
     for name in ("lin/checkpoint.pth.tar", "tune/checkpoint.pth", "tune/best_checkpoint.pth"):
         assert find_backbone(checkpoint.read(out / name), name).heads == (6, "as the file says")
     for go in (
-        ("lincls", pictures, "--resume", "auto", "--output-dir", out / "lin", *flags, "--heads", "12"),
+        ("lincls", images, "--resume", "auto", "--output-dir", out / "lin", *flags, "--heads", "12"),
         (*tune, "--resume", out / "tune" / "checkpoint.pth", "--heads", "12"),
         (*tune, *best, "--heads", "12"),
         ("export", file, "--to", "safetensors", "--output", out / "v.safetensors", "--heads", "12"),
-        ("compare", file, out / "w.safetensors", pictures, "--heads", "12"),
+        ("compare", file, out / "w.safetensors", images, "--heads", "12"),
     ):
         assert "has 6 attention heads (as the file says), not 12; leave --heads out" in refused(*go), go
 
@@ -520,11 +520,11 @@ def test_the_average_of_tuned_weights_knows(tmp_path):
         load_backbone(file, momentum=True, image_size=SIZE, heads=12)
 
 
-def test_files_from_before_go_on(pictures, tmp_path):
+def test_files_from_before_go_on(images, tmp_path):
     """A run of 12 heads whose files have no such field."""
     go = [
         "pretrain",
-        str(pictures),
+        str(images),
         "--recipe",
         "defaults",
         "-a",
@@ -551,13 +551,13 @@ def test_files_from_before_go_on(pictures, tmp_path):
     assert "has 12 attention heads (a pre-training checkpoint of MoCo v3), not 6" in refused(*other, "--heads", "6")
 
 
-def test_a_new_network_of_other_heads(pictures, tmp_path):
+def test_a_new_network_of_other_heads(images, tmp_path):
     """From scratch its table is MoCo v3's, so every file of it must say its heads."""
     assert (
         main(
             [
                 "pretrain",
-                str(pictures),
+                str(images),
                 "--recipe",
                 "defaults",
                 "-a",
@@ -606,12 +606,12 @@ def few(monkeypatch):
 
 
 @pytest.mark.usefixtures("few")
-def test_hints_propose_no_other_network(six, pictures):
-    go = ("embed", pictures, "-o", "x.npy", "--image-size", SIZE, *CPU, "--model")
+def test_hints_propose_no_other_network(six, images):
+    go = ("embed", images, "-o", "x.npy", "--image-size", SIZE, *CPU, "--model")
     assert "-a vit_small fits it, with --heads 12 (MoCo v3's) or --heads 6" in refused(*go, six["deit", SIZE])
     assert refused(*go, six["moco", SIZE]).endswith("-a vit_small fits it\n")
     assert "fits it, with --heads 12" in refused(*go, six["deit", SIZE], "-a", "vit_tiny")
-    go = ("pretrain", pictures, "--recipe", "defaults", "-a", "vit_tiny", *TRAIN, *PRETRAIN)
+    go = ("pretrain", images, "--recipe", "defaults", "-a", "vit_tiny", *TRAIN, *PRETRAIN)
     assert "(give --arch vit_small with --heads 12" in refused(*go, "--init", six["deit", SIZE])
 
 
@@ -635,11 +635,9 @@ def test_inspect_says_it(six, tmp_path, capsys):
     assert "attention_heads" not in describe(str(tmp_path / "r.pth"))
 
 
-def test_compare_asks_only_for_files_that_do_not_tell(six, pictures, loaded):
+def test_compare_asks_only_for_files_that_do_not_tell(six, images, loaded):
     files = [str(six[kind, 224]) for kind in ("moco", "deit")]
-    assert (
-        main(["compare", *files, str(pictures), "-a", "vit_small", "--heads", "6", "--device", "cpu", "-j", "0"]) == 0
-    )
-    expected = [mocos(size=224).features(images(224)), theirs(224)(images(224))]
+    assert main(["compare", *files, str(images), "-a", "vit_small", "--heads", "6", "--device", "cpu", "-j", "0"]) == 0
+    expected = [mocos(size=224).features(batch_of_images(224)), theirs(224)(batch_of_images(224))]
     for (_, found), want in zip(loaded, expected, strict=True):
         assert (found - want).abs().max() <= 1e-5 * want.abs().max()

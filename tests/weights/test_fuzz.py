@@ -302,7 +302,7 @@ def test_yaml_that_stands_for_more_than_memory_holds(tmp_path):
         read_yaml(path, PretrainConfig)
 
 
-# --- pictures ----------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------
 
 
 def encoded():
@@ -332,16 +332,16 @@ ENCODED = encoded()
 
 @fuzzed(140, 3000)
 @given(st.data())
-def test_no_picture_breaks_the_views(data):
-    picture = bytearray(data.draw(st.sampled_from(ENCODED)))
+def test_no_image_breaks_the_views(data):
+    image = bytearray(data.draw(st.sampled_from(ENCODED)))
     for _ in range(data.draw(st.integers(1, 12))):
-        at = data.draw(st.integers(0, min(len(picture), 400) - 1) | st.integers(0, len(picture) - 1))
-        picture[at] = data.draw(st.integers(0, 255))
+        at = data.draw(st.integers(0, min(len(image), 400) - 1) | st.integers(0, len(image) - 1))
+        image[at] = data.draw(st.integers(0, 255))
     if data.draw(st.booleans()):
-        del picture[data.draw(st.integers(1, len(picture) - 1)) :]
+        del image[data.draw(st.integers(1, len(image) - 1)) :]
     for view in (TwoViews(16), CentreView(16)):
         try:
-            made = view(bytes(picture), seed=0, epoch=0, index=0)
+            made = view(bytes(image), seed=0, epoch=0, index=0)
         except DecodeError as error:
             assert str(error)
         else:
@@ -391,7 +391,7 @@ def test_names_cannot_forge_lines(tmp_path, capsys):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(file, "PNG")
         target = os.path.join(os.fsencode(data), name + b".png")
         with open(target, "wb") as out:
-            out.write(file.getvalue() if i != 1 and i != 2 and i != 3 else b"no picture")
+            out.write(file.getvalue() if i != 1 and i != 2 and i != 3 else b"no image")
     argv = ["pretrain", str(data), *TINY, "-b", "8", "--epochs", "6", "--output-dir", str(tmp_path / "run")]
     assert main(argv) == 0
     out, err = capsys.readouterr()
@@ -409,12 +409,12 @@ def test_the_number_of_fuzzed_inputs():
             test_no_bytes_break_the_reader,
             test_no_flags_break_the_configuration,
             test_no_file_breaks_the_configuration,
-            test_no_picture_breaks_the_views,
+            test_no_image_breaks_the_views,
         )
     ]
     assert sum(counts) >= 500
     record(
-        "fuzzed inputs: bytes of checkpoints, flags, configuration files, bytes of pictures",
+        "fuzzed inputs: bytes of checkpoints, flags, configuration files, bytes of images",
         sum(counts),
         "no traceback, no hang",
     )

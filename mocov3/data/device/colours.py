@@ -1,8 +1,8 @@
-"""The views' colour operations on a device, a batch at a time, each picture by its own draw (``--views-on device``).
+"""The views' colour operations on a device, a batch at a time, each image by its own draw (``--views-on device``).
 
 Loader processes decode, crop and resize; here follow jitter, grey, blur and solarise, by the same formulas as Pillow's
 (``mocov3.data.views.operations``) and with its roundings, so that views differ by less than 2/255 in the mean. What
-each picture needs is known on the CPU, so nothing waits for the device.
+each image needs is known on the CPU, so nothing waits for the device.
 """
 
 import math

@@ -13,7 +13,7 @@ from mocov3.data.device import colours
 
 @runtime_checkable
 class Views(Protocol):
-    """One view of every picture of a batch: a tensor, or what makes parts of one when they are asked for."""
+    """One view of every image of a batch: a tensor, or what makes parts of one when they are asked for."""
 
     def __len__(self) -> int: ...
 

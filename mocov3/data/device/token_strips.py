@@ -1,8 +1,8 @@
-"""Views as strips: what a cheap stage keeps of them, packed so that it can be cut into batches like pictures.
+"""Views as strips: what a cheap stage keeps of them, packed so that it can be cut into batches like images.
 
 A strip holds the kept patches of a view side by side, and in two more channels the row and column of each in the grid
 of full views. So the network needs to know neither what was dropped nor how large views and patches were: a token's
-place in the picture is the same at every size.
+place in the image is the same at every size.
 """
 
 import functools
@@ -25,8 +25,8 @@ def cheaper(x1: Views, x2: Views, stage: Stage, work: Work, *, seed: int, device
         x1: view 1, (batch, channels, height, width).
         x2: view 2, likewise.
         stage: what is kept.
-        work: which pictures they are.
-        seed: of the draws, which are functions of (seed, epoch, picture, view).
+        work: which images they are.
+        seed: of the draws, which are functions of (seed, epoch, image, view).
         device: where the views are.
     """
     if not stage.grid:
@@ -39,7 +39,7 @@ def cheaper(x1: Views, x2: Views, stage: Stage, work: Work, *, seed: int, device
 
 
 class Strips:
-    """One view of every picture of a batch, as strips made when a part of the batch is asked for.
+    """One view of every image of a batch, as strips made when a part of the batch is asked for.
 
     Args:
         views: (batch, channels, height, width), or what gives such parts.

@@ -1,4 +1,4 @@
-"""Labelled pictures for supervised training: the plain training view, and epochs that leave no picture out."""
+"""Labelled images for supervised training: the plain training view, and epochs that leave no image out."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from mocov3.config.presets import RGB, Reading, ViewPreset
 from mocov3.data.loading.loader import Work
 from mocov3.data.sources.opening import Source, open_source, open_unseen
 from mocov3.data.sources.splits import choose
-from mocov3.data.views.decode import Picture
+from mocov3.data.views.decode import ImageBytes
 from mocov3.data.views.draws import draw, permutation
 from mocov3.data.views.two_views import Pixels, apply_draw, written
 from mocov3.errors import UserError
@@ -26,8 +26,8 @@ class CropView:
 
     Args:
         image_size: side of the view in pixels.
-        crop_min: smallest crop as a share of the picture's area.
-        reading: channels of the picture, and window of deep samples.
+        crop_min: smallest crop as a share of the image's area.
+        reading: channels of the image, and window of deep samples.
     """
 
     image_size: int = 224
@@ -44,14 +44,14 @@ class CropView:
         index: int,
         out: Sequence[Pixels] | np.ndarray | None = None,
     ) -> tuple[Pixels]:
-        """The view of the picture in ``data``, a function of (seed, epoch, index), written to ``out`` if given.
+        """The view of the image in ``data``, a function of (seed, epoch, index), written to ``out`` if given.
 
         Raises:
-            DecodeError: if the picture cannot be read.
+            DecodeError: if the image cannot be read.
         """
-        picture = Picture(data, self.reading)
-        choice = draw(_PLAIN, self.crop_min, picture.width, picture.height, seed=seed, epoch=epoch, index=index, view=0)
-        pixels = apply_draw(picture.pixels()[0], choice, self.image_size, "fast")
+        image = ImageBytes(data, self.reading)
+        choice = draw(_PLAIN, self.crop_min, image.width, image.height, seed=seed, epoch=epoch, index=index, view=0)
+        pixels = apply_draw(image.pixels()[0], choice, self.image_size, "fast")
         written([pixels], out)
         return (pixels,)
 
@@ -79,9 +79,9 @@ def open_labelled(data: str) -> tuple[Source, Source]:
         UserError: if one is missing, empty or without classes, or their classes differ.
     """
     train, val = open_source(data, "train"), open_unseen(data)
-    for part, pictures in (("train", train), ("val", val)):
-        if pictures.labels is None or len(pictures.classes) < 2:
-            raise UserError(f"data {data} ({part}): needs two or more class folders with pictures, {part}/CLASS/…")
+    for part, images in (("train", train), ("val", val)):
+        if images.labels is None or len(images.classes) < 2:
+            raise UserError(f"data {data} ({part}): needs two or more class folders with images, {part}/CLASS/…")
     check_same_classes(train.classes, val.classes, f"data {data}")
     return train, val
 
@@ -90,7 +90,7 @@ def open_evaluated(folder: str) -> Source:
     """The validation part of a folder, or the whole where it has none: the folder of that part was named itself.
 
     Raises:
-        UserError: if it is missing or holds no picture.
+        UserError: if it is missing or holds no image.
     """
     return open_source(folder, "val" if os.path.isdir(folder) and choose(folder, "val") else "train")
 

@@ -1,6 +1,6 @@
 """Loader processes that write uint8 views into shared slots.
 
-Which pictures are in a batch, and how each is cut and coloured, is decided by the plan and by (seed, epoch, index);
+Which images are in a batch, and how each is cut and coloured, is decided by the plan and by (seed, epoch, index);
 processes only do the work, so their number changes nothing. Processes are spawned (as on macOS and Windows), import
 no torch, and talk to this one over a pipe each: there is no lock that a killed process could leave held.
 """
@@ -31,11 +31,11 @@ _ATTEMPTS = 20
 
 @runtime_checkable
 class Transform(Protocol):
-    """Bytes of a picture → ``count`` views, written to ``out``."""
+    """Bytes of an image → ``count`` views, written to ``out``."""
 
     @property
     def count(self) -> int:
-        """Views of a picture."""
+        """Views of an image."""
 
     @property
     def image_size(self) -> int:
@@ -50,7 +50,7 @@ class Transform(Protocol):
 
 
 class Unreadable(Exception):
-    """No readable picture was found in place of an unreadable one."""
+    """No readable image was found in place of an unreadable one."""
 
 
 def plan(
@@ -67,7 +67,7 @@ def plan(
     """The batches of this rank from ``start`` (epoch, iteration) on: its part of every global batch.
 
     The global batch of a step does not depend on the number of ranks. The last part batch is dropped. ``order``
-    says which pictures an epoch holds; all ``n`` unless given.
+    says which images an epoch holds; all ``n`` unless given.
     """
     local = batch_size // ranks
     epoch, iteration = start
@@ -83,9 +83,9 @@ class Loader:
     """Makes batches by ``workers`` processes (0: in this one).
 
     Args:
-        source: the pictures.
+        source: the images.
         transform: what is made of each.
-        batch_size: largest number of pictures of a batch of this rank.
+        batch_size: largest number of images of a batch of this rank.
         seed: seed of the draws.
         workers: number of processes.
     """
@@ -134,7 +134,7 @@ class Loader:
         """The batches of ``works``, in order, prepared ahead.
 
         Raises:
-            Unreadable: if a picture and all its replacements cannot be read.
+            Unreadable: if an image and all its replacements cannot be read.
             RuntimeError: if a loader process died or failed.
         """
         return self._run_here(works) if not self._processes else self._run_in_processes(works)
@@ -246,7 +246,7 @@ def _serve(
 def _fill(
     slot: Slot, place: int, source: Source, transform: Transform, seed: int, epoch: int, index: int
 ) -> list[Corrupt]:
-    """Write one picture's views; an unreadable picture is replaced by one that (seed, epoch, index) decides."""
+    """Write one image's views; an unreadable image is replaced by one that (seed, epoch, index) decides."""
     corrupt: list[Corrupt] = []
     tried = index
     left = {"parameters": slot.parameters[:, place]} if slot.parameters.size else {}
@@ -259,7 +259,7 @@ def _fill(
             following = replacement(seed, epoch, index, attempt, len(source))
             corrupt.append(Corrupt(tried, printable(source.name(tried)), reason, following))
             tried = following
-    raise Unreadable(f"{corrupt[0].name} and {_ATTEMPTS - 1} pictures in its place cannot be read: {corrupt[0].reason}")
+    raise Unreadable(f"{corrupt[0].name} and {_ATTEMPTS - 1} images in its place cannot be read: {corrupt[0].reason}")
 
 
 def usable_cores() -> int:

@@ -1,7 +1,7 @@
-"""Which pictures an epoch holds and in which order: a function of (seed, epoch), whatever ran before.
+"""Which images an epoch holds and in which order: a function of (seed, epoch), whatever ran before.
 
-Without shares and groups it is ``draws.permutation``. Shares of several folders leave pictures out, others each epoch.
-Groups keep pictures that are almost the same (frames of one film, views of one object) out of each other's batches,
+Without shares and groups it is ``draws.permutation``. Shares of several folders leave images out, others each epoch.
+Groups keep images that are almost the same (frames of one film, views of one object) out of each other's batches,
 where they would be false negatives.
 """
 
@@ -24,10 +24,10 @@ class Order:
     """The order of every epoch.
 
     Args:
-        n: pictures of the source.
-        batch_size: pictures a step, over all ranks.
-        parts: (pictures, share an epoch uses) of each part, in order; ``None``: all of one.
-        groups: int32 group of every picture, of which a batch holds at most one; ``None``: no groups.
+        n: images of the source.
+        batch_size: images a step, over all ranks.
+        parts: (images, share an epoch uses) of each part, in order; ``None``: all of one.
+        groups: int32 group of every image, of which a batch holds at most one; ``None``: no groups.
     """
 
     n: int
@@ -36,17 +36,17 @@ class Order:
     groups: np.ndarray | None = None
 
     @property
-    def pictures(self) -> int:
-        """Pictures an epoch has to offer, before it is cut into whole batches."""
+    def images(self) -> int:
+        """Images an epoch has to offer, before it is cut into whole batches."""
         return self.n if self.parts is None else sum(_kept(count, share) for count, share in self.parts)
 
     @property
     def iterations(self) -> int:
         """Whole batches of an epoch."""
         if self.groups is None:
-            return self.pictures // self.batch_size
+            return self.images // self.batch_size
         sizes = np.bincount(self.groups)
-        # B batches can be filled exactly if the groups offer enough: each at most one picture a batch
+        # B batches can be filled exactly if the groups offer enough: each at most one image a batch
         low, high = 0, self.n // self.batch_size
         while low < high:
             middle = (low + high + 1) // 2
@@ -66,20 +66,20 @@ class Order:
             raise UserError("--group-by does not go together with shares of folders (DIR:0.3); leave one out")
         if self.iterations:
             return
-        if self.pictures < 2:
-            raise UserError("an epoch holds one picture, which cannot be told from others; give two or more")
+        if self.images < 2:
+            raise UserError("an epoch holds one image, which cannot be told from others; give two or more")
         if self.groups is None:
             raise UserError(
-                f"--batch-size {self.batch_size} is larger than the {self.pictures} pictures of an epoch; "
-                f"give --batch-size {self.pictures} or less"
+                f"--batch-size {self.batch_size} is larger than the {self.images} images of an epoch; "
+                f"give --batch-size {self.images} or less"
             )
         raise UserError(
-            f"--group-by: there are {int(self.groups.max()) + 1} groups, and a batch holds one picture of "
+            f"--group-by: there are {int(self.groups.max()) + 1} groups, and a batch holds one image of "
             f"each; give --batch-size {int(self.groups.max()) + 1} or less"
         )
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
-        """Indices of the pictures, int64, in order; the first ``iterations · batch_size`` are used."""
+        """Indices of the images, int64, in order; the first ``iterations · batch_size`` are used."""
         order = permutation(seed, epoch, self.n)
         if self.parts is not None and any(share < 1 for _, share in self.parts):
             order = self._shared(order)
@@ -98,7 +98,7 @@ class Order:
         assert self.groups is not None
         batches = self.iterations
         groups = self.groups[order]
-        # groups by their first picture in the random order, and within a group the pictures in that order
+        # groups by their first image in the random order, and within a group the images in that order
         _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
         together = np.argsort(first[inverse], kind="stable")
         starts = np.flatnonzero(np.diff(first[inverse][together], prepend=-1))
@@ -114,31 +114,31 @@ def _kept(count: int, share: float) -> int:
 
 
 def hold_out(whole: Source, count: int, group_by: str) -> tuple[Source, Source]:
-    """(pictures to train on, about ``count`` pictures kept from it), by a fixed draw: no seed or resume changes it.
+    """(images to train on, about ``count`` images kept from it), by a fixed draw: no seed or resume changes it.
 
-    With groups whole ones are kept back, so that no near-copy of a picture that is kept back is trained on.
+    With groups whole ones are kept back, so that no near-copy of an image that is kept back is trained on.
 
     Raises:
         UserError: if that would be more than half, or all.
     """
     if count * 2 > len(whole):
-        raise UserError(f"--hold-out {count}: at most half of the {len(whole)} pictures can be kept back")
+        raise UserError(f"--hold-out {count}: at most half of the {len(whole)} images can be kept back")
     groups = group_numbers(whole, group_by) if group_by else np.arange(len(whole))
     drawn = permutation(_HOLD_OUT_SEED, 0, int(groups.max()) + 1)
     sizes = np.bincount(groups)[drawn]
     chosen = drawn[: max(int(np.searchsorted(np.cumsum(sizes), count, side="right")), 1)]
     kept_back = np.isin(groups, chosen)
     if kept_back.all():
-        raise UserError("--hold-out: all pictures are of one group of --group-by")
+        raise UserError("--hold-out: all images are of one group of --group-by")
     return Subset(whole, np.flatnonzero(~kept_back)), Subset(whole, np.flatnonzero(kept_back))
 
 
 def group_numbers(source: Source, pattern: str) -> np.ndarray:
-    """int32 group of every picture by its name: those with the same match of ``pattern`` (its first bracket, where it
-    has one) belong together; a picture without a match is a group of its own.
+    """int32 group of every image by its name: those with the same match of ``pattern`` (its first bracket, where it
+    has one) belong together; an image without a match is a group of its own.
 
     Raises:
-        UserError: if the pattern is no regular expression, or puts all pictures into one group.
+        UserError: if the pattern is no regular expression, or puts all images into one group.
     """
     try:
         expression = re.compile(pattern)
@@ -151,5 +151,5 @@ def group_numbers(source: Source, pattern: str) -> np.ndarray:
         key = f"={i}" if match is None else "~" + (match[1] or "" if expression.groups else match[0])
         numbers[i] = seen.setdefault(key, len(seen))
     if len(seen) < 2:
-        raise UserError(f"--group-by {pattern!r}: puts all pictures into one group; a batch holds one picture of each")
+        raise UserError(f"--group-by {pattern!r}: puts all images into one group; a batch holds one image of each")
     return numbers

@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Work:
-    """One batch to make: pictures by index, in order, and the place in training it belongs to."""
+    """One batch to make: images by index, in order, and the place in training it belongs to."""
 
     epoch: int
     iteration: int
@@ -17,7 +17,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Corrupt:
-    """A picture that could not be read, and the one that took its place."""
+    """An image that could not be read, and the one that took its place."""
 
     index: int
     name: str
@@ -55,7 +55,7 @@ class Layout:
     """How slots lie in memory."""
 
     count: int
-    """Views of a picture."""
+    """Views of an image."""
     batch_size: int
     side: int
     """Of the views, in pixels."""

@@ -1,8 +1,8 @@
-"""Labelled pictures for fine-tuning: subsets, repeated pictures, and DeiT's training transform.
+"""Labelled images for fine-tuning: subsets, repeated images, and DeiT's training transform.
 
 ``DeitAugment`` imports torch, in the loader processes too (the others do not): RandAugment and its ranges are timm's,
-and timm needs torch (about 3 s at the start of each process). What is drawn is a function of (seed, epoch, picture,
-repetition) all the same: the global generators that timm draws from are seeded for every picture.
+and timm needs torch (about 3 s at the start of each process). What is drawn is a function of (seed, epoch, image,
+repetition) all the same: the global generators that timm draws from are seeded for every image.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from mocov3.errors import UserError
 _AUGMENT = 8  # a stream of the seed; 0 to 3 are those of draws.py
 _SUBSET_SEED = 20210405
 TRANSFER_CROP = 0.05
-"""Smallest crop of the reference's transfer runs, as a share of the picture."""
-_PADDED_UP_TO = 32  # DeiT crops pictures of at most this side out of a border of 4 instead of resizing them
+"""Smallest crop of the reference's transfer runs, as a share of the image."""
+_PADDED_UP_TO = 32  # DeiT crops images of at most this side out of a border of 4 instead of resizing them
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Some pictures of a source."""
+    """Some images of a source."""
 
     source: Source
     chosen: np.ndarray
@@ -65,7 +65,7 @@ class Subset:
 
 
 def stratified(source: Source, fraction: float) -> Source:
-    """``fraction`` of the pictures of every class (rounded, at least one): always the same ones, whatever the seed.
+    """``fraction`` of the images of every class (rounded, at least one): always the same ones, whatever the seed.
 
     A smaller fraction is contained in a larger one.
     """
@@ -83,7 +83,7 @@ def stratified(source: Source, fraction: float) -> Source:
 
 @dataclass(frozen=True)
 class Repeated:
-    """Every picture ``repeats`` times: picture i, repetition r has index ``i · repeats + r``."""
+    """Every image ``repeats`` times: image i, repetition r has index ``i · repeats + r``."""
 
     source: Source
     repeats: int
@@ -144,12 +144,12 @@ class DeitAugment:
     """DeiT's training transform without random erasing (Touvron et al. 2021, table 9), by timm's factory.
 
     Args:
-        image_size: side of the view in pixels. Pictures that have this side already, up to 32 px, are cropped out of
+        image_size: side of the view in pixels. Images that have this side already, up to 32 px, are cropped out of
             a border of 4, as in DeiT.
         auto_augment: timm's name of the policy, '' for none.
         color_jitter: strength where there is no policy.
         interpolation: of the crop and the policy.
-        mean: what is outside of a turned picture, 0–1.
+        mean: what is outside of a turned image, 0–1.
     """
 
     image_size: int = 224
@@ -181,7 +181,7 @@ class DeitAugment:
         index: int,
         out: Sequence[Pixels] | np.ndarray | None = None,
     ) -> tuple[Pixels]:
-        """The view of the picture in ``data``, written to ``out`` if given; as ``TwoViews``."""
+        """The view of the image in ``data``, written to ``out`` if given; as ``TwoViews``."""
         image = decode(data)
         small = self.image_size <= _PADDED_UP_TO and image.size == (self.image_size, self.image_size)
         with seeded(key(seed, _AUGMENT, epoch, index)):
@@ -215,7 +215,7 @@ def _pipeline(of: DeitAugment, padded: bool) -> Any:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    # timm's ranges reach 0 bits, which Pillow refuses since 12; before, and in DeiT's runs, such a picture went black
+    # timm's ranges reach 0 bits, which Pillow refuses since 12; before, and in DeiT's runs, such an image went black
     if bits < 1:
         return Image.new(image.mode, image.size)
     return ImageOps.posterize(image, bits) if bits < 8 else image

@@ -1,7 +1,7 @@
-"""Pictures in tar archives, as WebDataset keeps them: ``key.jpg`` beside ``key.cls`` (its class, a number).
+"""Images in tar archives, as WebDataset keeps them: ``key.jpg`` beside ``key.cls`` (its class, a number).
 
 An archive is read once for an index of its members (archive, offset, size), which is kept in the cache folder; then
-any picture is one read at its place. So an epoch's order, its split over ranks and processes, and a resume are what
+any image is one read at its place. So an epoch's order, its split over ranks and processes, and a resume are what
 they are for a folder. Nothing is ever unpacked, so no name can lead out of anywhere; what cannot be used is skipped
 and listed.
 """
@@ -77,7 +77,7 @@ def _braces(pattern: str) -> Iterator[str]:
 
 @dataclass
 class Shards:
-    """Pictures in archives."""
+    """Images in archives."""
 
     archives: list[str]
     records: np.ndarray
@@ -93,7 +93,7 @@ class Shards:
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 class of every picture, or ``None`` unless all have one."""
+        """int32 class of every image, or ``None`` unless all have one."""
         labels = self.records["label"]
         return None if not len(labels) or labels.min() < 0 else np.ascontiguousarray(labels)
 
@@ -137,16 +137,14 @@ class Shards:
 
 
 def open_shards(files: list[str]) -> Shards:
-    """The pictures in ``files``, by their index, made now or found in the cache folder.
+    """The images in ``files``, by their index, made now or found in the cache folder.
 
     Raises:
-        UserError: if there is no picture, or an archive is compressed.
+        UserError: if there is no image, or an archive is compressed.
     """
     for file in files:
         if file.lower().endswith(_COMPRESSED):
-            raise UserError(
-                f"data {file}: is compressed; pictures in it cannot be reached one by one: unpack it to .tar"
-            )
+            raise UserError(f"data {file}: is compressed; images in it cannot be reached one by one: unpack it to .tar")
     stamps = [(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
     key = hashlib.sha256(json.dumps([_VERSION, stamps]).encode()).hexdigest()[:32]
     base = str(cache_folder() / f"shards-{key}")
@@ -158,7 +156,7 @@ def open_shards(files: list[str]) -> Shards:
         _keep(base, records, names, skipped)
     if not len(records):
         why = f" ({skipped[0]})" if skipped else ""
-        raise UserError(f"data {files[0]}: holds no picture ({', '.join(EXTENSIONS)}){why}")
+        raise UserError(f"data {files[0]}: holds no image ({', '.join(EXTENSIONS)}){why}")
     labels = records["label"]
     if missing := int((labels < 0).sum()) if labels.max() >= 0 else 0:
         skipped = [*skipped, f"{files[0]}: {missing} of {len(labels)} images have no class beside them: none is used"]

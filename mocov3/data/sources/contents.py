@@ -28,7 +28,7 @@ def look(folder: str) -> Contents:
     names = sorted(map(os.fsdecode, listing.others))
     packed = next((found for e in _PACKED if (found := [n for n in names if n.lower().endswith(e)])), [])
     files = [os.path.join(folder, name) for name in packed]
-    return Contents(sorted(map(os.fsdecode, listing.folders)), files, len(listing.pictures))
+    return Contents(sorted(map(os.fsdecode, listing.folders)), files, len(listing.images))
 
 
 def holds(folder: str, *below: str) -> bool:
@@ -43,8 +43,8 @@ def _counts(folder: str, *, first: bool = False) -> Iterator[int]:
         relative = todo.pop()
         seen += 1
         listing = list_folder(root, relative, _PACKED_BYTES, first=first)
-        if listing.pictures or listing.others or listing.error:
-            yield len(listing.pictures) + len(listing.others)
+        if listing.images or listing.others or listing.error:
+            yield len(listing.images) + len(listing.others)
         todo += [relative + b"/" + name if relative else name for name in reversed(listing.folders)]
 
 

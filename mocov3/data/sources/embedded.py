@@ -1,4 +1,4 @@
-"""The embedded pictures, and torchvision's files of the whole Fashion-MNIST."""
+"""The embedded images, and torchvision's files of the whole Fashion-MNIST."""
 
 import gzip
 import hashlib
@@ -10,14 +10,14 @@ from mocov3.errors import UserError
 
 BUILT_IN = "fashion-mnist"
 _EMBEDDED = Path(__file__).parent.parent / "fashion_mnist"
-_PRETRAINING = 8000  # pictures 0–7,999 are for training, the rest is the test split
+_PRETRAINING = 8000  # images 0–7,999 are for training, the rest is the test split
 
 
 class FashionMnist:
-    """The embedded 10,000 test pictures of Fashion-MNIST (Zalando SE, MIT): 28×28 grey, 10 classes.
+    """The embedded 10,000 test images of Fashion-MNIST (Zalando SE, MIT): 28×28 grey, 10 classes.
 
-    ``train`` holds pictures 0–7,999, ``val`` 8,000–9,999. With ``root``, a folder in torchvision's layout, the
-    60,000 training pictures come first in ``train``.
+    ``train`` holds images 0–7,999, ``val`` 8,000–9,999. With ``root``, a folder in torchvision's layout, the
+    60,000 training images come first in ``train``.
     """
 
     classes: list[str] = [  # noqa: RUF012 (never changed)
@@ -43,7 +43,7 @@ class FashionMnist:
             raw = Path(root) / "FashionMNIST" / "raw"
             more = (_idx(_either(raw / "train-images-idx3-ubyte")), _idx(_either(raw / "train-labels-idx1-ubyte")))
             if more[0].shape[1:] != images.shape[1:] or len(more[0]) != len(more[1]):
-                raise UserError(f"data {raw}: the files do not hold 28×28 pictures with as many labels")
+                raise UserError(f"data {raw}: the files do not hold 28×28 images with as many labels")
             images, labels = np.concatenate([more[0], images]), np.concatenate([more[1], labels])
         self.images = images
         self.labels: np.ndarray | None = labels.astype(np.int32)
@@ -64,7 +64,7 @@ class FashionMnist:
         return self.images[index]
 
     def name(self, index: int) -> str:
-        """The picture's number in its split."""
+        """The image's number in its split."""
         return f"fashion-mnist/{self.split}/{index}"
 
 

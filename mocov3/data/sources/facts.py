@@ -1,6 +1,6 @@
-"""What can be measured on pictures without a network: sizes, formats, colours, fingerprints, and why one can't be read.
+"""What can be measured on images without a network: sizes, formats, colours, fingerprints, and why one can't be read.
 
-``examine`` reads pictures by several processes; ``mocov3.data.sources.survey`` adds the facts up.
+``examine`` reads images by several processes; ``mocov3.data.sources.survey`` adds the facts up.
 """
 
 import hashlib
@@ -16,19 +16,19 @@ from PIL import Image
 from mocov3.config.presets import RGB, Reading
 from mocov3.data.sources.opening import Source
 from mocov3.data.views.bands import Unfit, deep_samples
-from mocov3.data.views.decode import MAX_PIXELS, DecodeError, Picture
+from mocov3.data.views.decode import MAX_PIXELS, DecodeError, ImageBytes
 from mocov3.errors import printable
 
 THUMB = 16
 """Side of the thumbnails that fingerprints are made of."""
-_GRAY_SPREAD = 8  # largest difference of colour channels that JPEG leaves in a grey picture
+_GRAY_SPREAD = 8  # largest difference of colour channels that JPEG leaves in a grey image
 _STATISTICS_SIDE = 64
 _CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One picture."""
+    """One image."""
 
     index: int
     error: str = ""
@@ -45,7 +45,7 @@ class Fact:
     turned: bool = False
     """Whether EXIF says that it is shown turned."""
     deep: tuple[float, float] | None = None
-    """Smallest and largest value (but for a thousandth each) of a picture of more than 8 bits."""
+    """Smallest and largest value (but for a thousandth each) of an image of more than 8 bits."""
     thumb: np.ndarray | None = None
     """uint8, (16, 16, 3)."""
     sums: tuple[float, ...] = ()
@@ -53,7 +53,7 @@ class Fact:
 
 
 def examine(source: Source, indices: Sequence[int], *, workers: int, reading: Reading = RGB) -> Iterator[Fact]:
-    """Facts of the pictures ``indices``, in order, as they are read by ``reading``."""
+    """Facts of the images ``indices``, in order, as they are read by ``reading``."""
     chunks = [list(indices[i : i + _CHUNK]) for i in range(0, len(indices), _CHUNK)]
     if workers < 2 or len(chunks) < 2 * workers:
         for chunk in chunks:
@@ -84,7 +84,7 @@ def _examine_chunk(source: Source, indices: list[int], reading: Reading) -> list
 def _fact(source: Source, index: int, reading: Reading) -> Fact:
     try:
         data = source.read(index)
-        pixels = Picture(data, reading).pixels()[0]
+        pixels = ImageBytes(data, reading).pixels()[0]
     except (DecodeError, OSError) as error:
         return Fact(
             index,
@@ -123,7 +123,7 @@ def _header(data: bytes, count: int) -> tuple[str, str, bool]:
     try:
         with Image.open(io.BytesIO(data)) as header:
             return header.format or "?", header.mode, _turned(header)
-    except Exception:  # of more channels than Pillow knows: the picture itself was read
+    except Exception:  # of more channels than Pillow knows: the image itself was read
         return "TIFF", f"{count} channels", False
 
 
@@ -141,5 +141,5 @@ def _deep(data: bytes) -> tuple[float, float] | None:
 def _turned(header: Image.Image) -> bool:
     try:
         return header.getexif().get(0x0112, 1) not in (0, 1)
-    except Exception:  # malformed EXIF makes Pillow stumble in many ways; the picture itself was read
+    except Exception:  # malformed EXIF makes Pillow stumble in many ways; the image itself was read
         return False

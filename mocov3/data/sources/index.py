@@ -1,4 +1,4 @@
-"""Paths and labels of many pictures as one array, which processes share, and what is remembered of folders on disk.
+"""Paths and labels of many images as one array, which processes share, and what is remembered of folders on disk.
 
 A large index is a file of the user's cache folder, memory-mapped. Beside it lies what it was made from: every folder
 with the time of its last change, so that opening a tree again asks each folder once and reads no names. Data folders
@@ -17,14 +17,14 @@ import numpy as np
 
 from mocov3.errors import UserError
 
-_SHARE_FROM = 1 << 20  # bytes of index (about 20,000 pictures) from which it is a file of the cache folder
+_SHARE_FROM = 1 << 20  # bytes of index (about 20,000 images) from which it is a file of the cache folder
 _RACY = 2_000_000_000  # ns: a folder changed so shortly before it was read may change again within the same timestamp
 _FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pictures of one folder: lengths of their paths, the paths joined, their label (−1: none)."""
+    """Images of one folder: lengths of their paths, the paths joined, their label (−1: none)."""
 
     lengths: np.ndarray
     joined: bytes
@@ -48,7 +48,7 @@ class Index:
 
     @classmethod
     def of_chunks(cls, chunks: Sequence[Chunk]) -> "Index":
-        """Pack the pictures of several folders, in order."""
+        """Pack the images of several folders, in order."""
         lengths = np.concatenate([c.lengths for c in chunks]).astype(np.int64)
         numbers = np.repeat(np.array([c.label for c in chunks], np.int32), [len(c.lengths) for c in chunks])
         return cls._packed(lengths, numbers, [c.joined for c in chunks])
@@ -89,7 +89,7 @@ class Index:
         return int(self.array[:8].view(np.int64)[0])
 
     def path(self, index: int) -> bytes:
-        """Path of a picture, relative to its root or absolute."""
+        """Path of an image, relative to its root or absolute."""
         n = len(self)
         start, end = self.array[8 : 16 + 8 * n].view(np.int64)[index : index + 2].tolist()
         base = 16 + 12 * n

@@ -1,4 +1,4 @@
-"""Known classes of some pictures: from a CSV file, or from class folders."""
+"""Known classes of some images: from a CSV file, or from class folders."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ _MOST = 2000
 
 @dataclass(frozen=True)
 class Labels:
-    """Known classes of some pictures."""
+    """Known classes of some images."""
 
     indices: np.ndarray
     numbers: np.ndarray
@@ -23,7 +23,7 @@ class Labels:
 
 
 class Labelled(Subset):
-    """The pictures whose classes a file tells, with these classes."""
+    """The images whose classes a file tells, with these classes."""
 
     def __init__(self, whole: Source, known: Labels) -> None:
         super().__init__(whole, known.indices)
@@ -36,23 +36,23 @@ class Labelled(Subset):
 
     @property
     def labels(self) -> np.ndarray:
-        """Class of every picture."""
+        """Class of every image."""
         return self._known.numbers.astype(np.int32)
 
 
-def read_labels(file: Path, pictures: Source) -> Labels:
-    """Labels of a CSV file for pictures named as ``pictures`` names them, or by a unique end of the path.
+def read_labels(file: Path, images: Source) -> Labels:
+    """Labels of a CSV file for images named as ``images`` names them, or by a unique end of the path.
 
     Raises:
-        UserError: if a picture is not there, is named twice, or there are fewer than two classes.
+        UserError: if an image is not there, is named twice, or there are fewer than two classes.
     """
     if not file.is_file():
         raise UserError(f"--labels {file}: there is no such file; give a CSV of path,label")
     rows = read_rows(file)
     by_name: dict[str, int] = {}
     by_last: dict[str, list[int]] = {}
-    for i in range(len(pictures)):
-        name = pictures.name(i).replace("\\", "/")
+    for i in range(len(images)):
+        name = images.name(i).replace("\\", "/")
         by_name[name] = i
         by_last.setdefault(name.rsplit("/", 1)[-1], []).append(i)
     found: dict[int, str] = {}
@@ -65,10 +65,10 @@ def read_labels(file: Path, pictures: Source) -> Labels:
             ends = [
                 i
                 for i in by_last.get(name.rsplit("/", 1)[-1], [])
-                if name.endswith(pictures.name(i)) or pictures.name(i).endswith(name)
+                if name.endswith(images.name(i)) or images.name(i).endswith(name)
             ]
             if len(ends) != 1:
-                why = "is the end of several paths" if ends else "is none of the pictures judged"
+                why = "is the end of several paths" if ends else "is none of the images judged"
                 raise UserError(f"--labels {file}: {printable(name)} {why}; write the path below the folder")
             index = ends[0]
         if found.setdefault(index, label) != label:
@@ -76,17 +76,17 @@ def read_labels(file: Path, pictures: Source) -> Labels:
     classes = sorted(set(found.values()))
     if len(classes) < 2 or len(found) < 4:
         raise UserError(
-            f"--labels {file}: {len(found)} pictures of {len(classes)} classes are too few; "
+            f"--labels {file}: {len(found)} images of {len(classes)} classes are too few; "
             "label 10 or more of 2 or more classes"
         )
     indices = np.array(sorted(found))
     return Labels(indices, np.array([classes.index(found[i]) for i in indices.tolist()]), classes)
 
 
-def own_labels(pictures: Source) -> Labels | None:
-    """Labels of class folders, if there are two or more classes; of as many pictures as are judged."""
-    numbers = pictures.labels
+def own_labels(images: Source) -> Labels | None:
+    """Labels of class folders, if there are two or more classes; of as many images as are judged."""
+    numbers = images.labels
     if numbers is None or len(set(numbers.tolist())) < 2:
         return None
-    chosen = scattered(len(pictures), _MOST)
-    return Labels(chosen, numbers[chosen], pictures.classes)
+    chosen = scattered(len(images), _MOST)
+    return Labels(chosen, numbers[chosen], images.classes)

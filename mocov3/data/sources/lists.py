@@ -1,4 +1,4 @@
-"""Lists of pictures: text files (a path a line) and CSV files (a column of paths, maybe one of labels).
+"""Lists of images: text files (a path a line) and CSV files (a column of paths, maybe one of labels).
 
 Paths are relative to the list's folder, or absolute. A list is trusted as a command line is: it may name any file that
 the user may read; what is not a regular file is refused when it is read.
@@ -64,10 +64,10 @@ def read_rows(file: Path) -> list[tuple[bytes, str]]:
         raise UserError(f"data {file}: is not a list of paths (holds zero bytes)")
     rows = _csv_rows(data, file) if file.suffix.lower() in (".csv", ".tsv") else _text_rows(data)
     if not rows:
-        raise UserError(f"data {file}: names no picture; write a path a line")
+        raise UserError(f"data {file}: names no image; write a path a line")
     for path, _ in rows[:1]:
         if b"://" in path:
-            raise UserError(f"data {file}: names addresses ({os.fsdecode(path)}); fetch the pictures first")
+            raise UserError(f"data {file}: names addresses ({os.fsdecode(path)}); fetch the images first")
     return rows
 
 

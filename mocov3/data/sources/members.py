@@ -129,10 +129,10 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
                 else:
                     others[ending or "without ending"] += 1
     except (tarfile.TarError, OSError, ValueError, RecursionError, OverflowError, MemoryError) as error:
-        remarks.lines.append(f"{where}: {error or type(error).__name__}; {len(found)} pictures before that are used")
+        remarks.lines.append(f"{where}: {error or type(error).__name__}; {len(found)} images before that are used")
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
-        remarks.lines.append(f"{where}: {sum(others.values())} members are no pictures ({printable(kinds)})")
+        remarks.lines.append(f"{where}: {sum(others.values())} members are no images ({printable(kinds)})")
     return _samples(found, classes, where, remarks), remarks.all()
 
 

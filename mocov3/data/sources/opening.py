@@ -1,4 +1,4 @@
-"""Where pictures come from: folders, lists, several of them with shares, or the embedded Fashion-MNIST.
+"""Where images come from: folders, lists, several of them with shares, or the embedded Fashion-MNIST.
 
 Reading is by index. What is found on disk is one array (``mocov3.data.sources.index``), shared by all processes.
 """
@@ -29,11 +29,11 @@ SEPARATOR = "\n"
 
 @runtime_checkable
 class Source(Protocol):
-    """Pictures by index. Sent to loader processes, so it must pickle to something small."""
+    """Images by index. Sent to loader processes, so it must pickle to something small."""
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 class of every picture, or ``None``."""
+        """int32 class of every image, or ``None``."""
 
     @property
     def classes(self) -> list[str]:
@@ -41,31 +41,31 @@ class Source(Protocol):
 
     @property
     def digest(self) -> str:
-        """sha256 over names and labels: tells whether a resumed run sees the same pictures."""
+        """sha256 over names and labels: tells whether a resumed run sees the same images."""
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
 
     def read(self, index: int) -> bytes | np.ndarray:
-        """File bytes or uint8 pixels of a picture. Raises OSError if the file is gone."""
+        """File bytes or uint8 pixels of an image. Raises OSError if the file is gone."""
 
     def name(self, index: int) -> str:
-        """What to call the picture in messages."""
+        """What to call the image in messages."""
 
 
 def open_source(data: str, split: str = "train") -> Source:
-    """The pictures named by ``data``: a folder, a list, archives, tables, or the built-in ``fashion-mnist[:ROOT]``; or
-    several, a line each, with the share of their pictures that an epoch uses: ``DIR1``, ``DIR2:0.3``.
+    """The images named by ``data``: a folder, a list, archives, tables, or the built-in ``fashion-mnist[:ROOT]``; or
+    several, a line each, with the share of their images that an epoch uses: ``DIR1``, ``DIR2:0.3``.
 
     Which images of a folder are its ``train`` and its ``val`` part, ``mocov3.data.sources.splits`` decides: DIR/train
     and DIR/val where they are. What is left out or remarkable is said in ``source.skipped``, a line each.
 
     Raises:
-        UserError: if one is missing, unreadable, or holds no picture.
+        UserError: if one is missing, unreadable, or holds no image.
     """
     names = [name for name in data.split(SEPARATOR) if name]
     if not names:
-        raise UserError("no data: name a folder of pictures, or fashion-mnist")
+        raise UserError("no data: name a folder of images, or fashion-mnist")
     parts = [_share(name) for name in names]
     sources = [_open_one(name, split) for name, _ in parts]
     if len(parts) == 1 and parts[0][1] == 1:
@@ -108,7 +108,7 @@ def _share(name: str) -> tuple[str, float]:
         return name, 1.0
     if not 0 < share <= 1:
         raise UserError(
-            f"data {name}: the share of a folder's pictures in an epoch is above 0 and at most 1, "
+            f"data {name}: the share of a folder's images in an epoch is above 0 and at most 1, "
             f"not {tail}; to raise one folder, lower the others"
         )
     return head, share
@@ -129,10 +129,10 @@ def _open_one(data: str, split: str) -> Source:
         return packed
     if not is_folder:
         if os.path.exists(data):
-            picture = place.suffix.lower() in EXTENSIONS
-            hint = "name the folder that holds the pictures" if picture else f"a list ends in {', '.join(ENDINGS)}"
+            image = place.suffix.lower() in EXTENSIONS
+            hint = "name the folder that holds the images" if image else f"a list ends in {', '.join(ENDINGS)}"
             raise UserError(f"data {data}: is not a folder; {hint}")
-        raise UserError(f"data {data}: there is no such folder; name a folder of pictures, or fashion-mnist")
+        raise UserError(f"data {data}: there is no such folder; name a folder of images, or fashion-mnist")
     part = choose(data, split)
     if part is None:
         raise no_part(data, split)
@@ -142,17 +142,17 @@ def _open_one(data: str, split: str) -> Source:
 
 
 def scan(folder: Path) -> "Folder":
-    """Every picture below ``folder``, sorted by path; its subfolders are the classes.
+    """Every image below ``folder``, sorted by path; its subfolders are the classes.
 
     Raises:
-        UserError: if the folder is missing, unreadable, or holds no picture.
+        UserError: if the folder is missing, unreadable, or holds no image.
     """
     return Folder(*scan_tree(folder))
 
 
 @dataclass
 class Folder:
-    """Pictures below a folder."""
+    """Images below a folder."""
 
     root: str
     index: Index
@@ -165,7 +165,7 @@ class Folder:
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Class of every picture, or ``None``."""
+        """Class of every image, or ``None``."""
         return self.index.labels
 
     @property
@@ -191,7 +191,7 @@ class Folder:
 
 
 class Roots:
-    """Several sources after each other; an epoch uses a share of each one's pictures, drawn anew each time.
+    """Several sources after each other; an epoch uses a share of each one's images, drawn anew each time.
 
     Labels are kept where every part has the same classes.
     """
@@ -211,7 +211,7 @@ class Roots:
 
     @cached_property
     def labels(self) -> np.ndarray | None:
-        """Class of every picture, or ``None``."""
+        """Class of every image, or ``None``."""
         labels = [p.labels for p in self.parts]
         return np.concatenate(labels) if self.classes else None  # type: ignore[arg-type]
 
@@ -231,18 +231,18 @@ class Roots:
         return part, index - (int(self._ends[part - 1]) if part else 0)
 
     def read(self, index: int) -> bytes | np.ndarray:
-        """Bytes or pixels of a picture."""
+        """Bytes or pixels of an image."""
         part, place = self._place(index)
         return self.parts[part].read(place)
 
     def name(self, index: int) -> str:
-        """The part's number and the picture's name in it."""
+        """The part's number and the image's name in it."""
         part, place = self._place(index)
         return f"{part + 1}:{self.parts[part].name(place)}"
 
 
 class Subset:
-    """Some pictures of a source, by increasing index."""
+    """Some images of a source, by increasing index."""
 
     def __init__(self, whole: Source, indices: np.ndarray) -> None:
         self.whole, self.indices = whole, np.asarray(indices)
@@ -257,7 +257,7 @@ class Subset:
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Class of every picture, or ``None``."""
+        """Class of every image, or ``None``."""
         return None if self.whole.labels is None else self.whole.labels[self.indices]
 
     @property
@@ -272,16 +272,16 @@ class Subset:
         return list(getattr(self.whole, "skipped", []))
 
     def read(self, index: int) -> bytes | np.ndarray:
-        """Bytes or pixels of a picture."""
+        """Bytes or pixels of an image."""
         return self.whole.read(int(self.indices[index]))
 
     def name(self, index: int) -> str:
-        """The picture's name in the whole."""
+        """The image's name in the whole."""
         return self.whole.name(int(self.indices[index]))
 
 
 def shares(source: Source) -> list[tuple[int, float]]:
-    """(pictures, share an epoch uses) of each part of a source, in order."""
+    """(images, share an epoch uses) of each part of a source, in order."""
     if isinstance(source, Roots):
         return [(len(p), share) for p, share in zip(source.parts, source.shares, strict=True)]
     if isinstance(source, Subset) and isinstance(source.whole, Roots):
@@ -291,7 +291,7 @@ def shares(source: Source) -> list[tuple[int, float]]:
 
 
 def open_packed(data: str, split: str) -> Source | None:
-    """Pictures in ``data`` if it names archives or tables, one, by a glob or by braces: all of them, as named.
+    """Images in ``data`` if it names archives or tables, one, by a glob or by braces: all of them, as named.
 
     Raises:
         UserError: if they cannot be used, or the validation part is wanted.
@@ -305,7 +305,7 @@ def open_packed(data: str, split: str) -> Source | None:
 
 
 def open_files(files: list[str], remarks: list[str]) -> Source:
-    """Pictures in archives or in tables; ``remarks`` come before those on the files.
+    """Images in archives or in tables; ``remarks`` come before those on the files.
 
     Raises:
         UserError: if they cannot be used.

@@ -1,4 +1,4 @@
-"""Disk → index: finds every picture below a folder, several folders at a time, and never writes to it."""
+"""Disk → index: finds every image below a folder, several folders at a time, and never writes to it."""
 
 import os
 import time
@@ -39,10 +39,10 @@ EXTENSIONS = (
     ".apng",
     ".mpo",
 )
-"""Endings taken for pictures; what is in a file is decided by its content."""
+"""Endings taken for images; what is in a file is decided by its content."""
 _ENDINGS = tuple(e.encode() for e in EXTENSIONS)
 _SETTINGS = " ".join(EXTENSIONS)
-_SKIPPED = (b"__macosx", b"@eadir")  # made by macOS and NAS systems: their pictures are not the user's
+_SKIPPED = (b"__macosx", b"@eadir")  # made by macOS and NAS systems: their images are not the user's
 _THREADS = 16  # waiting for disks or the network, not computing
 
 
@@ -51,7 +51,7 @@ class Listing:
     """What one folder holds."""
 
     changed_ns: int = 0
-    pictures: list[bytes] = field(default_factory=list)
+    images: list[bytes] = field(default_factory=list)
     folders: list[bytes] = field(default_factory=list)
     others: list[bytes] = field(default_factory=list)
     """Files of further endings that were asked for."""
@@ -59,13 +59,13 @@ class Listing:
 
 
 def scan_tree(folder: Path, without: Sequence[str] = ()) -> tuple[str, Index, list[str]]:
-    """Root, index of every picture below ``folder`` sorted by path, and its classes (its subfolders).
+    """Root, index of every image below ``folder`` sorted by path, and its classes (its subfolders).
 
     Subfolders named in ``without`` are left out; hidden folders and files that macOS and NAS systems add are passed
     over. Links to folders are followed, but never back into a folder they lie in.
 
     Raises:
-        UserError: if the folder is missing, unreadable, or holds no picture.
+        UserError: if the folder is missing, unreadable, or holds no image.
     """
     if not folder.is_dir():
         raise UserError(f"data {folder}: there is no such folder")
@@ -82,7 +82,7 @@ def scan_tree(folder: Path, without: Sequence[str] = ()) -> tuple[str, Index, li
     if not chunks:
         if failed:
             raise UserError(f"data {folder}: cannot be read ({failed[0][1].strerror})")
-        raise UserError(f"data {folder}: holds no picture ({', '.join(EXTENSIONS[:10])} …)")
+        raise UserError(f"data {folder}: holds no image ({', '.join(EXTENSIONS[:10])} …)")
     classes = sorted(set(heads)) if b"" not in heads else []
     number = {head: i for i, head in enumerate(classes)}
     labelled = [Chunk(c.lengths, c.joined, number.get(h, -1)) for c, h in zip(chunks, heads, strict=True)]
@@ -138,7 +138,7 @@ def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = ()
                 try:
                     lower = name.lower()
                     if lower.endswith(endings) and not name.startswith(b"._") and entry.is_file():
-                        (listing.pictures if lower.endswith(_ENDINGS) else listing.others).append(name)
+                        (listing.images if lower.endswith(_ENDINGS) else listing.others).append(name)
                         if first:
                             break
                     elif _wanted(entry, place):
@@ -147,7 +147,7 @@ def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = ()
                     continue
     except OSError as error:
         listing.error = error
-    listing.pictures.sort()
+    listing.images.sort()
     return listing
 
 
@@ -175,7 +175,7 @@ def _leads_back(place: bytes, name: bytes) -> bool:
 
 
 def _assembled(listings: dict[bytes, Listing]) -> tuple[list[Chunk], list[bytes]]:
-    """Pictures in the order of their whole paths, and the first folder of each chunk."""
+    """Images in the order of their whole paths, and the first folder of each chunk."""
     chunks: list[Chunk] = []
     heads: list[bytes] = []
     for relative, names in _runs(listings):
@@ -188,7 +188,7 @@ def _assembled(listings: dict[bytes, Listing]) -> tuple[list[Chunk], list[bytes]
 
 
 def _runs(listings: dict[bytes, Listing]) -> Iterator[tuple[bytes, list[bytes]]]:
-    """(folder, names of its pictures that follow each other) so that whole paths are sorted."""
+    """(folder, names of its images that follow each other) so that whole paths are sorted."""
     stack: list[tuple[bytes, list[bytes] | None]] = [(b"", None)]
     while stack:
         relative, names = stack.pop()
@@ -197,11 +197,11 @@ def _runs(listings: dict[bytes, Listing]) -> Iterator[tuple[bytes, list[bytes]]]
             continue
         listing = listings[relative]
         if not listing.folders:
-            if listing.pictures:
-                yield relative, listing.pictures
+            if listing.images:
+                yield relative, listing.images
             continue
         # a folder sorts as its name with the slash that follows it in every path below
-        entries = sorted([(name, False) for name in listing.pictures] + [(f + b"/", True) for f in listing.folders])
+        entries = sorted([(name, False) for name in listing.images] + [(f + b"/", True) for f in listing.folders])
         parts: list[tuple[bytes, list[bytes] | None]] = []
         for name, is_folder in entries:
             if is_folder:

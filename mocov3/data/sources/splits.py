@@ -90,7 +90,7 @@ def no_part(folder: str, split: str) -> UserError:
     if not os.path.isdir(place):
         return UserError(f"data {place}: there is no such folder, nor another with validation or test images")
     if not holds(place):
-        return UserError(f"data {place}: holds no picture ({', '.join(EXTENSIONS[:10])} …)")
+        return UserError(f"data {place}: holds no image ({', '.join(EXTENSIONS[:10])} …)")
     return UserError(
         f"data {folder}: {split}/ looks like a class among others, not like the validation part; "
         "put the classes into train/ beside it"

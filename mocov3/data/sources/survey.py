@@ -1,4 +1,4 @@
-"""A set of pictures at a glance: facts added up, copies and near-copies, and the view preset that they suggest."""
+"""A set of images at a glance: facts added up, copies and near-copies, and the view preset that they suggest."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ from mocov3.data.sources.opening import Source
 from mocov3.data.views.draws import permutation
 
 NEAR = 0.985
-"""Correlation of 16×16 grey thumbnails from which two pictures count as nearly the same."""
-_RUN = 50  # pictures that follow each other by name are looked at together: copies mostly do
+"""Correlation of 16×16 grey thumbnails from which two images count as nearly the same."""
+_RUN = 50  # images that follow each other by name are looked at together: copies mostly do
 _FLAT = 4.0  # standard deviation of grey levels under which a thumbnail says nothing
 _UPRIGHT = 4.0
 _ALIKE = 0.5
@@ -24,7 +24,7 @@ _SEED = 5
 class Survey:
     """What was found."""
 
-    pictures: int
+    images: int
     """Of the whole source."""
     examined: int
     unreadable: list[tuple[int, str]] = field(default_factory=list)
@@ -32,32 +32,32 @@ class Survey:
     formats: dict[str, int] = field(default_factory=dict)
     """'JPEG RGB' → how many."""
     short_side: tuple[int, int, int] = (0, 0, 0)
-    """5 %, 50 % and 95 % of the pictures have a shorter side up to this, in pixels."""
+    """5 %, 50 % and 95 % of the images have a shorter side up to this, in pixels."""
     long_side: tuple[int, int, int] = (0, 0, 0)
     mean_bytes: float = 0.0
     gray_share: float = 0.0
     turned_share: float = 0.0
     """Share that EXIF turns."""
     copies: int = 0
-    """Pictures of the same bytes as an earlier one."""
+    """Images of the same bytes as an earlier one."""
     near_copies: int = 0
-    """Pictures nearly the same as an earlier one, equal ones left out."""
+    """Images nearly the same as an earlier one, equal ones left out."""
     near_examples: list[tuple[int, int]] = field(default_factory=list)
     partners: float = 0.0
-    """Mean number of examined pictures that are the same as, or nearly as, a picture."""
+    """Mean number of examined images that are the same as, or nearly as, an image."""
     upright: float = 0.0
-    """How far the mean picture differs from itself turned, in units of chance (about 1 when nothing is up)."""
+    """How far the mean image differs from itself turned, in units of chance (about 1 when nothing is up)."""
     alike: float = 0.0
-    """Mean correlation of two pictures' thumbnails: 0 unrelated scenes, 1 all the same."""
+    """Mean correlation of two images' thumbnails: 0 unrelated scenes, 1 all the same."""
     deep: tuple[int, float, float] = (0, 0.0, 0.0)
-    """Pictures of more than 8 bits, and from where to where their values reach."""
+    """Images of more than 8 bits, and from where to where their values reach."""
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     """Of the pixels in 0–1, by channel."""
 
     @property
     def readable(self) -> int:
-        """Examined pictures that can be read."""
+        """Examined images that can be read."""
         return self.examined - len(self.unreadable)
 
     @property
@@ -69,7 +69,7 @@ class Survey:
 
 
 def sample(n: int, limit: int) -> np.ndarray:
-    """At most ``limit`` indices below ``n``, increasing: runs of pictures that follow each other, spread evenly."""
+    """At most ``limit`` indices below ``n``, increasing: runs of images that follow each other, spread evenly."""
     if n <= limit:
         return np.arange(n)
     run = min(_RUN, limit)
@@ -84,11 +84,11 @@ def scattered(n: int, limit: int) -> np.ndarray:
 
 
 def survey(source: Source, indices: np.ndarray, *, workers: int, reading: Reading = RGB) -> Survey:
-    """Examine the pictures ``indices``, read by ``reading``."""
+    """Examine the images ``indices``, read by ``reading``."""
     return add_up(len(source), examine(source, indices.tolist(), workers=workers, reading=reading))
 
 
-def add_up(pictures: int, facts: Iterable[Fact]) -> Survey:
+def add_up(images: int, facts: Iterable[Fact]) -> Survey:
     """Facts → survey."""
     unreadable: list[tuple[int, str]] = []
     good: list[Fact] = []
@@ -98,7 +98,7 @@ def add_up(pictures: int, facts: Iterable[Fact]) -> Survey:
         else:
             good.append(fact)
     if not good:
-        return Survey(pictures, len(unreadable), unreadable)
+        return Survey(images, len(unreadable), unreadable)
     short = np.array([min(f.width, f.height) for f in good])
     long = np.array([max(f.width, f.height) for f in good])
     sums = np.array([f.sums for f in good]).mean(0)
@@ -110,7 +110,7 @@ def add_up(pictures: int, facts: Iterable[Fact]) -> Survey:
     pairs, total = _near(gray, NEAR)
     near = [(good[i].index, good[j].index) for i, j in pairs if not repeated[j]]
     return Survey(
-        pictures=pictures,
+        images=images,
         examined=len(good) + len(unreadable),
         unreadable=unreadable,
         formats=dict(Counter(f"{f.format} {f.mode}" for f in good).most_common()),
@@ -153,7 +153,7 @@ def _standardised(gray: np.ndarray) -> np.ndarray:
 
 
 def near_pairs(gray: np.ndarray, threshold: float = NEAR) -> list[tuple[int, int]]:
-    """(i, j), i < j: the first earlier picture i that picture j is nearly the same as. (pictures, 16, 16) levels."""
+    """(i, j), i < j: the first earlier image i that image j is nearly the same as. (images, 16, 16) levels."""
     return _near(gray, threshold)[0]
 
 
@@ -175,7 +175,7 @@ def _near(gray: np.ndarray, threshold: float) -> tuple[list[tuple[int, int]], in
 
 
 def uprightness(gray: np.ndarray) -> float:
-    """Squared distance between the mean picture and its quarter turns over what chance gives; about 1 if none is up."""
+    """Squared distance between the mean image and its quarter turns over what chance gives; about 1 if none is up."""
     z = _standardised(gray).reshape(gray.shape)
     if len(z) < 2:
         return 0.0
@@ -189,7 +189,7 @@ def uprightness(gray: np.ndarray) -> float:
 
 
 def alikeness(gray: np.ndarray) -> float:
-    """Mean correlation between the thumbnails of two different pictures."""
+    """Mean correlation between the thumbnails of two different images."""
     z = _standardised(gray)
     n = len(z)
     if n < 2:
@@ -198,14 +198,14 @@ def alikeness(gray: np.ndarray) -> float:
 
 
 def propose(found: Survey) -> tuple[str, str]:
-    """A view preset and the measured reason for it. Thresholds are ours, stated in ``docs/own-pictures.md``."""
+    """A view preset and the measured reason for it. Thresholds are ours, stated in ``docs/own-images.md``."""
     if found.readable < 2:
-        return "photos", "too few pictures to tell"
+        return "photos", "too few images to tell"
     if found.alike > _ALIKE:
-        reason = f"the pictures resemble each other (mean correlation {found.alike:.2f}, above {_ALIKE})"
+        reason = f"the images resemble each other (mean correlation {found.alike:.2f}, above {_ALIKE})"
         return "inspection", f"{reason}: small differences count"
     if found.readable >= 100 and found.upright < _UPRIGHT:
-        reason = f"no side is up (the mean picture and its turns differ by {found.upright:.1f} × chance"
+        reason = f"no side is up (the mean image and its turns differ by {found.upright:.1f} × chance"
         return "aerial", f"{reason}, below {_UPRIGHT:.0f})"
-    gray = f"{100 * found.gray_share:.0f} % of the pictures are grey"
+    gray = f"{100 * found.gray_share:.0f} % of the images are grey"
     return ("gray", gray) if found.gray_share > 0.95 else ("photos", f"different scenes with a side that is up; {gray}")

@@ -1,6 +1,6 @@
-"""Pictures in Parquet tables, as Hugging Face keeps data sets: a column of file bytes, and maybe one of classes.
+"""Images in Parquet tables, as Hugging Face keeps data sets: a column of file bytes, and maybe one of classes.
 
-Needs pyarrow (``pip install mocov3[parquet]``). A picture is reached by reading the row group it lies in, so shuffled
+Needs pyarrow (``pip install mocov3[parquet]``). An image is reached by reading the row group it lies in, so shuffled
 training reads much more than it uses; for many epochs, ``mocov3 pack`` the tables into archives first.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from mocov3.errors import UserError, printable
 
-_PICTURES = ("image", "img", "jpg", "jpeg", "png", "picture", "bytes")
+_IMAGES = ("image", "img", "jpg", "jpeg", "png", "picture", "bytes")
 _LABELS = ("label", "labels", "cls", "class", "fine_label")
 _KEPT = 4  # row groups a process holds
 
@@ -26,7 +26,7 @@ class Parquet:
     """Rows of tables.
 
     Raises:
-        UserError: if pyarrow is missing, or a file is damaged or has no column of pictures.
+        UserError: if pyarrow is missing, or a file is damaged or has no column of images.
     """
 
     def __init__(self, files: list[str]) -> None:
@@ -39,10 +39,10 @@ class Parquet:
             try:
                 with pq.ParquetFile(file) as table:
                     schema = table.schema_arrow
-                    picture, label = _column(schema, file), next((n for n in _LABELS if n in schema.names), None)
+                    image, label = _column(schema, file), next((n for n in _LABELS if n in schema.names), None)
                     if number == 0:
-                        self.column, self._label = picture, label
-                    elif (picture, label) != (self.column, self._label):
+                        self.column, self._label = image, label
+                    elif (image, label) != (self.column, self._label):
                         raise UserError(f"data {file}: has other columns than {files[0]}")
                     for group in range(table.num_row_groups):
                         self._groups.append((number, group))
@@ -73,7 +73,7 @@ class Parquet:
         return {**self.__dict__, "_kept": {}}
 
     def read(self, index: int) -> bytes:
-        """The picture's file bytes.
+        """The image's file bytes.
 
         Raises:
             OSError: if the table cannot be read any more, or the row is empty.
@@ -115,14 +115,14 @@ def _column(schema: Any, file: str) -> str:
     def holds_bytes(kind: Any) -> bool:
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    for name in sorted(schema.names, key=lambda n: (n not in _PICTURES, _PICTURES.index(n) if n in _PICTURES else 0)):
+    for name in sorted(schema.names, key=lambda n: (n not in _IMAGES, _IMAGES.index(n) if n in _IMAGES else 0)):
         kind = schema.field(name).type
         if holds_bytes(kind):
             return name
         if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type):
             return name
     names = printable(", ".join(schema.names[:10]))
-    raise UserError(f"data {file}: has no column of pictures as file bytes (its columns: {names})")
+    raise UserError(f"data {file}: has no column of images as file bytes (its columns: {names})")
 
 
 def _as_labels(values: np.ndarray) -> np.ndarray | None:

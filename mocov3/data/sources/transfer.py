@@ -1,4 +1,4 @@
-"""The labelled data sets of fine-tuning: CIFAR, Oxford Flowers and Pets, class folders, the embedded pictures.
+"""The labelled data sets of fine-tuning: CIFAR, Oxford Flowers and Pets, class folders, the embedded images.
 
 Layouts are torchvision's, and those that the reference's transfer documentation names (``flowers/jpg`` with
 ``setid.mat``, ``pets/annotations``). Nothing is fetched.
@@ -19,7 +19,7 @@ from mocov3.errors import UserError, printable
 
 
 class Pair(NamedTuple):
-    """Pictures to train on and to test on, with the same classes."""
+    """Images to train on and to test on, with the same classes."""
 
     train: Source
     test: Source
@@ -28,7 +28,7 @@ class Pair(NamedTuple):
 
 
 def open_pair(data_set: str, path: str) -> Pair:
-    """The pictures of a data set.
+    """The images of a data set.
 
     Args:
         data_set: ``cifar10 cifar100 flowers pets fashion-mnist``; ``folder`` or ``IMNET`` for PATH/train/CLASS and
@@ -60,7 +60,7 @@ def _folders(root: Path) -> tuple[Source, Source]:
     train, test = open_source(str(root), "train"), open_source(str(root), "val")
     for part, name in ((train, "train"), (test, "val")):
         if part.labels is None:
-            raise UserError(f"--data-path {root}: {name} holds pictures outside of class folders; give each a class")
+            raise UserError(f"--data-path {root}: {name} holds images outside of class folders; give each a class")
     if len(train.classes) < 2:
         raise UserError(f"--data-path {root}: train holds {len(train.classes)} class; two or more are needed")
     if train.classes != test.classes:
@@ -124,7 +124,7 @@ class Cifar:
         return self.images[index]
 
     def name(self, index: int) -> str:
-        """The picture's number in its split."""
+        """The image's number in its split."""
         return f"{self.data_set}/{self.split}/{index}"
 
 
@@ -178,7 +178,7 @@ def _flowers(path: Path) -> tuple[Source, Source]:
     (labels,) = _mat(root / "imagelabels.mat", ("labels",))
     _in_range(labels, 102, root / "imagelabels.mat", "labels")
     for ids in splits:
-        _in_range(ids, len(labels), root / "setid.mat", "numbers of pictures")
+        _in_range(ids, len(labels), root / "setid.mat", "numbers of images")
     # as the reference: trained on the training and validation parts
     train, test = np.concatenate(splits[:2]), splits[2]
     classes = [str(i) for i in range(102)]
@@ -208,13 +208,11 @@ def _pets(path: Path) -> tuple[Source, Source]:
     root = _root(path, ("pets", "oxford-iiit-pet"), ("images", "annotations"))
     lists = [_pets_list(root / "annotations" / name) for name in ("trainval.txt", "test.txt")]
     names: dict[int, str] = {}
-    for pictures, labels in lists:
-        for picture, label in zip(pictures, labels.tolist(), strict=True):
-            names.setdefault(label, picture.rsplit("_", 1)[0])
+    for images, labels in lists:
+        for image, label in zip(images, labels.tolist(), strict=True):
+            names.setdefault(label, image.rsplit("_", 1)[0])
     classes = [names.get(label, str(label)) for label in range(37)]
-    train, test = (
-        _listed(root / "images", [f"{p}.jpg" for p in pictures], labels, classes) for pictures, labels in lists
-    )
+    train, test = (_listed(root / "images", [f"{p}.jpg" for p in images], labels, classes) for images, labels in lists)
     return train, test
 
 
@@ -223,11 +221,11 @@ def _pets_list(path: Path) -> tuple[list[str], np.ndarray]:
         raise UserError(f"--data-path: {path} is missing; it is in annotations.tar.gz of the Pets' homepage")
     try:
         rows = [line.split() for line in path.read_text("utf-8").splitlines() if line.strip() and line[0] != "#"]
-        pictures, labels = [row[0] for row in rows], np.array([int(row[1]) for row in rows], dtype=np.int64)
+        images, labels = [row[0] for row in rows], np.array([int(row[1]) for row in rows], dtype=np.int64)
     except (ValueError, IndexError):
         raise UserError(f"--data-path: {path} is not a list 'NAME CLASS SPECIES BREED'; fetch it again") from None
     _in_range(labels, 37, path, "classes")
-    return pictures, (labels - 1).astype(np.int32)
+    return images, (labels - 1).astype(np.int32)
 
 
 # --- what both have in common ----------------------------------------------------------------------------------
@@ -252,7 +250,7 @@ def _in_range(values: np.ndarray, largest: int, path: Path, what: str) -> None:
 def _listed(folder: Path, files: list[str], labels: np.ndarray, classes: list[str]) -> Folder:
     present = _names(folder)
     if missing := [file for file in files if file not in present]:
-        raise UserError(f"--data-path: {len(missing)} listed pictures are missing, first {folder / missing[0]}")
+        raise UserError(f"--data-path: {len(missing)} listed images are missing, first {folder / missing[0]}")
     index = Index.build([file.encode() for file in files], labels.astype(np.int32))
     return Folder(str(folder), index, classes)
 

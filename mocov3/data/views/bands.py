@@ -26,7 +26,7 @@ def deep_samples(data: bytes, most: int) -> np.ndarray | None:
 
     Args:
         data: bytes of a file.
-        most: pixels that a picture may have.
+        most: pixels that an image may have.
 
     Raises:
         Unfit: for a damaged file, or one of more pixels.
@@ -89,7 +89,7 @@ def _check(shape: tuple[int, ...], most: int) -> None:
 
 
 def _tiff(data: bytes, most: int, *, deep: bool = False) -> np.ndarray | None:
-    """The first picture of a TIFF, (height, width) or (height, width, channels); with ``deep`` nothing of 8 bits."""
+    """The first image of a TIFF, (height, width) or (height, width, channels); with ``deep`` nothing of 8 bits."""
     import tifffile
 
     try:

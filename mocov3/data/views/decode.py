@@ -1,8 +1,8 @@
-"""File bytes → pixels, RGB unless another reading is asked for. The rules for every kind of picture are here.
+"""File bytes → pixels, RGB unless another reading is asked for. The rules for every kind of image are here.
 
 | what | becomes |
 |---|---|
-| EXIF orientation | the picture as it is meant to be seen |
+| EXIF orientation | the image as it is meant to be seen |
 | transparent pixels | laid over white |
 | palette, grey, CMYK, Lab … | RGB, by Pillow's conversion |
 | 16 bits a channel | the upper 8 bits (so 65535 is white), or what ``Reading.window`` says: 0,4095 for 12 bits |
@@ -28,7 +28,7 @@ from mocov3.config.presets import RGB, Reading
 from mocov3.data.views import bands
 
 MAX_PIXELS = 178_956_970
-"""Pictures of more pixels are refused, as by Pillow: a small file may claim any size."""
+"""Images of more pixels are refused, as by Pillow: a small file may claim any size."""
 
 SHRINKS = (8, 4, 2)
 """Parts of its size at which a JPEG is decoded faster; others (5/8 …) are slower than the whole."""
@@ -40,23 +40,23 @@ _SCANS = (0xC0, 0xC1, 0xC2, 0xDA)  # the frame or the scan begins: no EXIF from 
 
 
 class DecodeError(Exception):
-    """A picture that cannot be read; the message is the reason."""
+    """An image that cannot be read; the message is the reason."""
 
 
-class Picture:
-    """A picture whose size is known and whose pixels are decoded when asked for.
+class ImageBytes:
+    """An image whose size is known and whose pixels are decoded when asked for.
 
     Args:
         data: the bytes of a file, or uint8 pixels (H, W) or (H, W, channels).
         reading: how many channels are wanted, and the window of deep samples.
 
     Raises:
-        DecodeError: if the bytes are no picture, or one of more than ``MAX_PIXELS`` pixels.
+        DecodeError: if the bytes are no image, or one of more than ``MAX_PIXELS`` pixels.
     """
 
     width: int
     height: int
-    """Size as the picture is meant to be seen, in pixels."""
+    """Size as the image is meant to be seen, in pixels."""
 
     def __init__(self, data: bytes | np.ndarray, reading: Reading = RGB) -> None:
         self._data: Any = data
@@ -109,12 +109,12 @@ class Picture:
 
 
 def decode(data: bytes | np.ndarray) -> Image.Image:
-    """An RGB picture from the bytes of a file, or from uint8 pixels (H, W) or (H, W, 3), whole.
+    """An RGB image from the bytes of a file, or from uint8 pixels (H, W) or (H, W, 3), whole.
 
     Raises:
-        DecodeError: if the bytes are no picture, a truncated one, or one of more than ``MAX_PIXELS`` pixels.
+        DecodeError: if the bytes are no image, a truncated one, or one of more than ``MAX_PIXELS`` pixels.
     """
-    return Image.fromarray(Picture(data).pixels()[0])
+    return Image.fromarray(ImageBytes(data).pixels()[0])
 
 
 def _by_reading(data: bytes, reading: Reading) -> np.ndarray:
@@ -124,18 +124,18 @@ def _by_reading(data: bytes, reading: Reading) -> np.ndarray:
             return bands.to_bytes(bands.samples(data, channels, MAX_PIXELS), reading)
         deep = bands.deep_samples(data, MAX_PIXELS) if reading.window else None
         if deep is not None:
-            if deep.shape[2] == 4:  # deep pictures are not laid over white: their alpha is left out
+            if deep.shape[2] == 4:  # deep images are not laid over white: their alpha is left out
                 deep = deep[..., :3]
             return _with_channels(bands.to_bytes(deep, reading), channels)
     except bands.Unfit as error:
         raise DecodeError(str(error)) from None
     except UnidentifiedImageError:
-        raise DecodeError("is not a picture") from None
+        raise DecodeError("is not an image") from None
     except Exception as error:  # as in _by_pillow
         raise DecodeError(f"{type(error).__name__}: {error}") from None
     if reading.window and data[:3] != _JPEG:
         return _with_channels(_by_pillow(data, reading), channels)
-    return _with_channels(Picture(data).pixels()[0], channels)
+    return _with_channels(ImageBytes(data).pixels()[0], channels)
 
 
 def _by_pillow(data: bytes, reading: Reading = RGB) -> np.ndarray:
@@ -150,7 +150,7 @@ def _by_pillow(data: bytes, reading: Reading = RGB) -> np.ndarray:
     except DecodeError:
         raise
     except UnidentifiedImageError:
-        raise DecodeError("is not a picture") from None
+        raise DecodeError("is not an image") from None
     except Exception as error:  # Pillow's plugins raise whatever a malformed file makes them stumble over
         raise DecodeError(f"{type(error).__name__}: {error}") from None
 

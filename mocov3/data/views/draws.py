@@ -19,13 +19,13 @@ _BLOCK = 2 * _TRIES + 18  # uniform numbers a view; a fixed number keeps every c
 
 
 class Draw(NamedTuple):
-    """What happens to one view of one picture, in this order: crop, jitter, grey, blur, solarise, flips, turn."""
+    """What happens to one view of one image, in this order: crop, jitter, grey, blur, solarise, flips, turn."""
 
     top: int
     left: int
     height: int
     width: int
-    """The crop, in pixels of the (padded) picture."""
+    """The crop, in pixels of the (padded) image."""
     jitter: tuple[tuple[int, int, int, int], float, float, float, float] | None
     """Order (0 brightness, 1 contrast, 2 saturation, 3 hue) and the four factors."""
     gray: bool
@@ -53,19 +53,19 @@ def without_colour(choice: Draw) -> Draw:
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of ``n`` pictures in an epoch, as int64. From raw bits, so that it never changes with numpy."""
+    """The order of ``n`` images in an epoch, as int64. From raw bits, so that it never changes with numpy."""
     bits = np.random.Philox(key=[seed, _ORDER], counter=[0, 0, 0, epoch])
     return np.argsort(bits.random_raw(n), kind="stable")
 
 
 def replacement(seed: int, epoch: int, index: int, attempt: int, n: int) -> int:
-    """The picture that stands in for the unreadable picture ``index`` at the given attempt."""
+    """The image that stands in for the unreadable image ``index`` at the given attempt."""
     bits = np.random.Philox(key=[seed, _REPLACEMENT], counter=[0, attempt, index, epoch])
     return int(bits.random_raw() % n)
 
 
 def kept_tokens(tokens: int, keep: int, *, seed: int, epoch: int, indices: np.ndarray, view: int) -> np.ndarray:
-    """Which ``keep`` of a view's ``tokens`` are kept of each picture, as int64 (pictures, keep), ascending."""
+    """Which ``keep`` of a view's ``tokens`` are kept of each image, as int64 (images, keep), ascending."""
     bits = [_philox(seed, _TOKENS + 2 * view, int(index), epoch).random_raw(tokens) for index in indices]
     order = np.argsort(np.array(bits, dtype=np.uint64).reshape(len(indices), tokens), axis=1, kind="stable")
     return np.sort(order[:, :keep], axis=1)
@@ -79,7 +79,7 @@ def pad_pixels(preset: ViewPreset, width: int, height: int) -> int:
 def draw(
     preset: ViewPreset, crop_min: float, width: int, height: int, *, seed: int, epoch: int, index: int, view: int
 ) -> Draw:
-    """The draw of one view (0 or 1) of picture ``index``, whose size before padding is width × height pixels."""
+    """The draw of one view (0 or 1) of image ``index``, whose size before padding is width × height pixels."""
     bits = _philox(seed, _VIEW + 2 * view, index, epoch)
     # 53 bits each, as numpy's own random(), written out because only raw bits are promised not to change
     u = ((bits.random_raw(_BLOCK) >> np.uint64(11)) * 2.0**-53).tolist()
@@ -127,7 +127,7 @@ def _philox(seed: int, stream: int, index: int, epoch: int) -> np.random.Philox:
 
 def _crop(u: list[float], preset: ViewPreset, crop_min: float, width: int, height: int) -> tuple[int, int, int, int]:
     # ten tries, then the largest centred crop of an allowed ratio: the rejection makes small crops likelier on
-    # pictures that are not square, and is kept for that reason
+    # images that are not square, and is kept for that reason
     low, high = math.log(preset.ratio[0]), math.log(preset.ratio[1])
     place_top, place_left = u[2 * _TRIES], u[2 * _TRIES + 1]
     for i in range(_TRIES):

@@ -1,4 +1,4 @@
-"""Draw → pixels of one view, in three ways that give the same picture.
+"""Draw → pixels of one view, in three ways that give the same image.
 
 ``pillow`` applies the reference's own operations and is the standard. ``native`` is the compiled kernel, ``library``
 the same draws by Pillow's resize, OpenCV and look-up tables, where the kernel was not built; the tests hold both to
@@ -27,17 +27,17 @@ def apply_draw(
     shrink: int = 1,
     out: Pixels | None = None,
 ) -> Pixels:
-    """One view of a (padded) picture, as (size, size, channels), written to ``out`` if given.
+    """One view of a (padded) image, as (size, size, channels), written to ``out`` if given.
 
-    Pictures of other than three channels know no saturation, hue or grey; their contrast is about the mean of all
+    Images of other than three channels know no saturation, hue or grey; their contrast is about the mean of all
     channels.
 
     Args:
-        pixels: of the picture, ``shrink`` times smaller than what the draw was made for.
+        pixels: of the image, ``shrink`` times smaller than what the draw was made for.
         choice: what happens.
         size: side of the view in pixels.
         backend: ``fast``, ``native``, ``library`` or ``pillow``.
-        shrink: 1, or by how much the picture was decoded smaller.
+        shrink: 1, or by how much the image was decoded smaller.
         out: contiguous, (size, size, channels).
     """
     if isinstance(pixels, Image.Image):
@@ -81,11 +81,11 @@ def _put(view: Pixels, out: Pixels | None) -> Pixels:
 
 
 def _without_colours(pixels: Pixels, choice: Draw, size: int, backend: str, shrink: int) -> Pixels:
-    """A view of a picture of one channel, or of many."""
+    """A view of an image of one channel, or of many."""
     if choice.jitter:
         order, brightness, contrast, *_ = choice.jitter
         choice = choice._replace(jitter=(order, brightness, contrast, 1.0, 0.0))
-    if pixels.shape[2] == 1:  # as the grey picture that it is, in colour
+    if pixels.shape[2] == 1:  # as the grey image that it is, in colour
         rgb = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
         return apply_draw(rgb, choice._replace(gray=False), size, backend, shrink)[..., :1]
     top, left, height, width = (v / shrink for v in (choice.top, choice.left, choice.height, choice.width))

@@ -1,6 +1,6 @@
 """Views to judge features by, of kinds that no preset trains on: turned by any angle, zoomed, shifted, noisy.
 
-Like all draws they are a function of (seed, picture, view) alone. ``mocov3.evaluation.label_free`` compares their
+Like all draws they are a function of (seed, image, view) alone. ``mocov3.evaluation.label_free`` compares their
 features.
 """
 
@@ -55,7 +55,7 @@ class ProbeViews:
         """uint8 (side, side, channels) each, written to ``out`` if given; ``epoch`` changes nothing.
 
         Raises:
-            DecodeError: if the picture cannot be read.
+            DecodeError: if the image cannot be read.
         """
         (centre,) = CentreView(self.image_size, self.zoom, reading=self.reading)(data)
         views = [centre, *(_changed(centre, seed, index, probe) for probe in range(self.probes))]

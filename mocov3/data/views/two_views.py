@@ -1,6 +1,6 @@
-"""Bytes → views: the two augmented views of a picture (BYOL's augmentations, as MoCo v3 uses them), and the centre.
+"""Bytes → views: the two augmented views of an image (BYOL's augmentations, as MoCo v3 uses them), and the centre.
 
-A picture is decoded once for both views, smaller where no crop needs the whole size; ``operations`` applies the draws.
+An image is decoded once for both views, smaller where no crop needs the whole size; ``operations`` applies the draws.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mocov3.config.presets import PRESETS, RGB, Reading, ViewPreset
-from mocov3.data.views.decode import SHRINKS, Picture
+from mocov3.data.views.decode import SHRINKS, ImageBytes
 from mocov3.data.views.draws import PARAMETERS, Draw, colour_parameters, draw, pad_pixels, without_colour
 from mocov3.data.views.operations import Pixels, apply_draw
 
@@ -21,11 +21,11 @@ _SHARPNESS = 1.5
 
 @dataclass(frozen=True)
 class TwoViews:
-    """Two augmented views of a picture.
+    """Two augmented views of an image.
 
     Args:
         image_size: side of the views in pixels.
-        crop_min: smallest crop as a share of the picture's area.
+        crop_min: smallest crop as a share of the image's area.
         preset: strengths and probabilities; a name of ``mocov3.config.PRESETS`` or a ``ViewPreset``.
         backend: ``fast``, or ``pillow`` for the reference's operations (``native`` and ``library``: see
             ``mocov3.data.views.operations``).
@@ -47,7 +47,7 @@ class TwoViews:
 
     @property
     def reading(self) -> Reading:
-        """How pictures are read, by the preset."""
+        """How images are read, by the preset."""
         return self._preset.reading
 
     @property
@@ -64,16 +64,16 @@ class TwoViews:
         out: Sequence[Pixels] | np.ndarray | None = None,
         parameters: np.ndarray | None = None,
     ) -> tuple[Pixels, Pixels]:
-        """The views of the picture in ``data`` (file bytes or uint8 pixels), written to ``out`` if given.
+        """The views of the image in ``data`` (file bytes or uint8 pixels), written to ``out`` if given.
 
         With ``crop_only``, what is left to do is written to ``parameters``, float32 (2, ``PARAMETERS``).
 
         Raises:
-            DecodeError: if the picture cannot be read.
+            DecodeError: if the image cannot be read.
         """
         preset = self._preset
-        picture = Picture(data, preset.reading)
-        width, height = picture.width, picture.height
+        image = ImageBytes(data, preset.reading)
+        width, height = image.width, image.height
         choices = [
             draw(preset, self.crop_min, width, height, seed=seed, epoch=epoch, index=index, view=view)
             for view in range(2)
@@ -84,7 +84,7 @@ class TwoViews:
             choices = [without_colour(choice) for choice in choices]
         pad = pad_pixels(preset, width, height)
         whole = pad or self.backend == "pillow"
-        pixels, shrink = picture.pixels(1 if whole else _shrink(choices, self.image_size))
+        pixels, shrink = image.pixels(1 if whole else _shrink(choices, self.image_size))
         if pad:
             pixels = _padded(pixels, pad)
         a, b = (
@@ -102,7 +102,7 @@ def written(views: Sequence[Pixels], out: Sequence[Pixels] | np.ndarray | None) 
 
 
 def _padded(pixels: Pixels, pad: int) -> Pixels:
-    if pixels.shape[2] == 3:  # ten times as fast on small pictures
+    if pixels.shape[2] == 3:  # ten times as fast on small images
         return cv2.copyMakeBorder(pixels, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=0)
     return np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)))
 
@@ -134,8 +134,8 @@ class CentreView:
         index: int = 0,
         out: Sequence[Pixels] | np.ndarray | None = None,
     ) -> tuple[Pixels]:
-        """The view of the picture in ``data``; seed, epoch and index are accepted and change nothing."""
-        pixels = Picture(data, self.reading).pixels()[0]
+        """The view of the image in ``data``; seed, epoch and index are accepted and change nothing."""
+        pixels = ImageBytes(data, self.reading).pixels()[0]
         channels = self.reading.channels
         if channels == 3:
             pixels = self._of(Image.fromarray(pixels))

@@ -20,7 +20,7 @@ from mocov3.metrics import correct_at
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What makes a head: its kind (``linear`` or ``bn-linear``), learning rate for 256 pictures, weight decay."""
+    """What makes a head: its kind (``linear`` or ``bn-linear``), learning rate for 256 images, weight decay."""
 
     kind: str
     lr: float
@@ -48,7 +48,7 @@ class FeatureNorm:
         """Normalise by the statistics of the batch over all ranks, and move the running ones."""
         wide = x.to(self.mean.dtype)
         mean, variance, n = self._statistics(wide, world)
-        if n < 2:  # one picture has no variance
+        if n < 2:  # one image has no variance
             return self(x)
         self.mean.mul_(1 - self.rate).add_(mean, alpha=self.rate)
         self.variance.mul_(1 - self.rate).add_(variance, alpha=self.rate * n / (n - 1))

@@ -19,7 +19,7 @@ PUBLISHED = {"resnet50": {100: 68.9, 300: 72.8, 1000: 74.6}, "vit_small": {300: 
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank is given: the configuration, which door it came through, the pictures of a mere evaluation."""
+    """What every rank is given: the configuration, which door it came through, the images of a mere evaluation."""
 
     config: LinclsConfig
     script_door: bool

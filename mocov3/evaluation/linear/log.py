@@ -84,7 +84,7 @@ class EvaluationLog:
         style: of ``mocov3.output.terminal``.
         epochs: of the whole run.
         iterations: of an epoch.
-        batch_size: pictures a step, over all ranks.
+        batch_size: images a step, over all ranks.
         first_epoch: lines of it and later ones, of a former run, are cut off.
         done: steps of a former run.
         write: whether there is a file at all.

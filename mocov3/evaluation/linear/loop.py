@@ -171,7 +171,7 @@ class Evaluation:
 
     @torch.no_grad()
     def _features(self, work: Work, batch: Batch | None) -> tuple[Tensor, Tensor]:
-        """Features and classes of a batch; unreadable pictures are left out."""
+        """Features and classes of a batch; unreadable images are left out."""
         indices = work.indices
         bad = set(self.unreadable["train"]) if batch is None else {c.index for c in batch.corrupt}
         if bad:
@@ -272,7 +272,7 @@ class Evaluation:
         if new:
             source = self.source if part == "train" else self.val_source
             first = min(new)
-            warn(f"{part}: {len(new)} unreadable pictures left out, first: {source.name(first)}: {new[first]}")
+            warn(f"{part}: {len(new)} unreadable images left out, first: {source.name(first)}: {new[first]}")
 
     def _check_backbone(self) -> None:
         if self.frozen.digest() != self.digest:

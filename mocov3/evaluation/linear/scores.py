@@ -33,10 +33,10 @@ _AGREE = 0.15  # points: the published figures are rounded to 0.1
 def validation_features(
     frozen: Frozen, source: Source, labels: Tensor, world: World, settings: dict[str, Any]
 ) -> tuple[Batches, dict[int, str]]:
-    """Features and classes of this rank's part of the validation set, and its unreadable pictures, left out.
+    """Features and classes of this rank's part of the validation set, and its unreadable images, left out.
 
     Raises:
-        UserError: if a feature is not finite, naming the pictures.
+        UserError: if a feature is not finite, naming the images.
     """
     batches: Batches = []
     unreadable: dict[int, str] = {}
@@ -68,12 +68,12 @@ def evaluated(
             log.test(i, len(batches), (time.perf_counter() - began) / (i + 1), rates(counts[0].tolist()))
     total = world.sum(counts)
     if not total[0, 3]:
-        raise UserError("no validation picture can be read")
+        raise UserError("no validation image can be read")
     return [rates(row) for row in total.tolist()]
 
 
 def rates(row: Sequence[float]) -> tuple[float, float, float]:
-    """(sum of losses, right at 1, right at 5, pictures) → mean loss, top-1 and top-5 in %."""
+    """(sum of losses, right at 1, right at 5, images) → mean loss, top-1 and top-5 in %."""
     loss, first, fifth, n = row
     n = max(n, 1.0)
     return loss / n, 100 * first / n, 100 * fifth / n
@@ -146,7 +146,7 @@ def _score(world: World, job: Job, source: Source) -> tuple[HeadResult, dict[str
     labels = torch.as_tensor(source.labels, dtype=torch.long, device=world.device)
     batches, bad = validation_features(frozen, source, labels, world, settings)
     if bad:
-        warn(f"{len(bad)} unreadable pictures left out, first: {source.name(min(bad))}: {bad[min(bad)]}")
+        warn(f"{len(bad)} unreadable images left out, first: {source.name(min(bad))}: {bad[min(bad)]}")
     style = "quiet" if c.quiet or c.json else "lines"
     log = EvaluationLog(
         Path(c.output_dir),

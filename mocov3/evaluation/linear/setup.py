@@ -81,7 +81,7 @@ def open_backbone(config: LinclsConfig, world: World, path: str, found: Contents
 
 
 def check_same_run(path: str, found: Contents | None, config: LinclsConfig, source: Source) -> None:
-    """Refuse to go on with a file of other result-changing flags, other classes or other pictures.
+    """Refuse to go on with a file of other result-changing flags, other classes or other images.
 
     Raises:
         UserError: naming what differs.
@@ -106,7 +106,7 @@ def check_same_run(path: str, found: Contents | None, config: LinclsConfig, sour
         )
     if own.get("data_digest", source.digest) != source.digest and not config.allow_config_change:
         raise UserError(
-            f"--resume {path}: was trained on other pictures than those of {config.data}; give the same, "
+            f"--resume {path}: was trained on other images than those of {config.data}; give the same, "
             "or --allow-config-change"
         )
 
@@ -115,7 +115,7 @@ def open_log(
     config: LinclsConfig,
     world: World,
     frozen: Frozen,
-    pictures: tuple[int, int],
+    images: tuple[int, int],
     heads: Heads,
     iterations: int,
     position: Position,
@@ -147,7 +147,7 @@ def open_log(
     if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
         log.say("no CUDA here: ranks talk over gloo instead of nccl")
     log.say(
-        f"{protocol(c)} of {frozen.about}: {pictures[0]} training and {pictures[1]} validation pictures, "
+        f"{protocol(c)} of {frozen.about}: {images[0]} training and {images[1]} validation images, "
         f"{heads.classes} classes, {len(heads.specs)} heads, {iterations} steps of {c.batch_size} an epoch, "
         f"{c.epochs} epochs; {world.size} process(es) on {world.device.type}; seed {c.seed}"
     )

@@ -38,7 +38,7 @@ class Exported:
     """Of the classifier; 0 without."""
     class_names: tuple[str, ...] = ()
     bicubic: bool = False
-    """Whether pictures were resized so for evaluation (DeiT's), instead of bilinearly."""
+    """Whether images were resized so for evaluation (DeiT's), instead of bilinearly."""
 
     @property
     def depth(self) -> int:

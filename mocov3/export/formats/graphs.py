@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mocov3.export.formats.base import Exported
 
-_BATCH = {"pictures": {0: torch.export.Dim("batch")}}
+_BATCH = {"images": {0: torch.export.Dim("batch")}}
 
 
 def _output(model: Exported) -> str:
@@ -25,8 +25,8 @@ class _Network(nn.Module):
         super().__init__()
         self.encoder = model.encoder
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.encoder(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
 
 
 def _example(model: Exported) -> Tensor:
@@ -47,7 +47,7 @@ def _quiet() -> Iterator[None]:
 
 
 class Onnx:
-    """One file; input ``pictures`` (batch, 3, height, width), output ``features`` or ``scores`` (batch, n)."""
+    """One file; input ``images`` (batch, 3, height, width), output ``features`` or ``scores`` (batch, n)."""
 
     tolerance = 1e-4  # another runtime with sums in its own order
 
@@ -89,7 +89,7 @@ class Onnx:
         """By onnxruntime."""
         return (
             f'session = onnxruntime.InferenceSession("{name}")\n'
-            f'({_output(model)},) = session.run(None, {{"pictures": pictures}})  # float32, (batch, 3, '
+            f'({_output(model)},) = session.run(None, {{"pictures": images}})  # float32, (batch, 3, '
             f"{model.image_size}, {model.image_size})"
         )
 
@@ -120,5 +120,5 @@ class TorchExport:
         """By torch alone."""
         return (
             f'model = torch.export.load("{name}").module()\n'
-            f"{_output(model)} = model(pictures)  # float32, (batch, 3, {model.image_size}, {model.image_size})"
+            f"{_output(model)} = model(images)  # float32, (batch, 3, {model.image_size}, {model.image_size})"
         )

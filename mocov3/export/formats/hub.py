@@ -110,5 +110,5 @@ class Transformers:
             f"from transformers import AutoImageProcessor, {kind}\n\n"
             f'processor = AutoImageProcessor.from_pretrained("{name}")\n'
             f'model = {kind}.from_pretrained("{name}"{option}).eval()\n'
-            f'features = model(**processor(picture, return_tensors="pt")).{features}'
+            f'features = model(**processor(image, return_tensors="pt")).{features}'
         )

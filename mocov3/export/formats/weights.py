@@ -23,9 +23,9 @@ VIT_EPS = 1e-6
 
 
 def check_stem(model: Exported) -> None:
-    """Refuse the stems for small pictures, which the libraries' ResNets do not have."""
+    """Refuse the stems for small images, which the libraries' ResNets do not have."""
     if model.small_stem or model.arch.startswith("resnet10_"):
-        raise Unfit(f"its ResNets have no 3×3 stem for small pictures; {ELSEWHERE}")
+        raise Unfit(f"its ResNets have no 3×3 stem for small images; {ELSEWHERE}")
 
 
 class Deit:

@@ -49,7 +49,7 @@ INLINE double falling(double distance, double slope) {
     return w > 0 ? w : 0;
 }
 
-/* Pillow's triangle filter, widened by the scale where the picture shrinks: `out` pixels from `extent` input pixels that
+/* Pillow's triangle filter, widened by the scale where the image shrinks: `out` pixels from `extent` input pixels that
    begin at `begin`, which may be fractions; no pixel outside 0 … in − 1 is touched. */
 static void fill_axis(Axis *axis, int in, double begin, double extent, int out) {
     double scale = extent / out, support = scale > 1 ? scale : 1, slope = 1 / support;
@@ -468,7 +468,7 @@ static void jitter(uint8_t *planes, int size, int pitch, const int *order, const
 /* Write the view of a crop to `out`, (size, size, 3) bytes.
 
    crop: RGB pixels, height rows of width, `stride` bytes apart.
-   box: top, left, height, width of what is seen, in pixels of the crop; fractions where a picture was decoded smaller.
+   box: top, left, height, width of what is seen, in pixels of the crop; fractions where an image was decoded smaller.
    what: flip, jitter, grey, solarise (0 or 1), then the order of the four jitter operations.
    how: the four jitter factors (of brightness, contrast, saturation: 0 ≤ factor < 4), then the blur's standard
    deviation in pixels (0: none).

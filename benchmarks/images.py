@@ -1,6 +1,6 @@
-"""Pictures to time with, cut from photographs that scikit-learn and scikit-image ship; the same for every run.
+"""Images to time with, cut from photographs that scikit-learn and scikit-image ship; the same for every run.
 
-Nothing is enlarged: large pictures are mosaics of whole photographs, so that a pixel holds as much detail as in a
+Nothing is enlarged: large images are mosaics of whole photographs, so that a pixel holds as much detail as in a
 photograph of that size seen closely.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 MIX = [((500, 375), 9), ((500, 333), 4), ((375, 500), 4), ((333, 500), 1), ((640, 480), 1), ((250, 200), 1)]
-"""ImageNet-like: sizes in pixels and how many of twenty pictures have them."""
+"""ImageNet-like: sizes in pixels and how many of twenty images have them."""
 
 
 def photographs() -> list[Image.Image]:
@@ -35,39 +35,39 @@ def cut(photograph: Image.Image, width: int, height: int, place: float) -> Image
 
 
 def several(width: int, height: int, count: int) -> Iterator[Image.Image]:
-    """``count`` different pictures of one size."""
+    """``count`` different images of one size."""
     sources = photographs()
     for i in range(count):
         yield cut(sources[i % len(sources)], width, height, (i // len(sources)) / max(1, (count - 1) // len(sources)))
 
 
 def mosaic(width: int, height: int, shift: int = 0) -> Image.Image:
-    """A large picture of photographs side by side."""
+    """A large image of photographs side by side."""
     sources = [cut(p, 500, 375, 0.5) for p in photographs()]
-    picture = Image.new("RGB", (width, height))
+    image = Image.new("RGB", (width, height))
     for row, top in enumerate(range(0, height, 375)):
         for column, left in enumerate(range(0, width, 500)):
-            picture.paste(sources[(2 * row + column + shift) % len(sources)], (left, top))
-    return picture
+            image.paste(sources[(2 * row + column + shift) % len(sources)], (left, top))
+    return image
 
 
-def jpeg(picture: Image.Image, quality: int = 85) -> bytes:
+def jpeg(image: Image.Image, quality: int = 85) -> bytes:
     """As a baseline JPEG, colour at half resolution."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
-def png(picture: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
     """As PNG."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def tiff16(picture: Image.Image) -> bytes:
+def tiff16(image: Image.Image) -> bytes:
     """Grey at 16 bits a pixel, deflated, as microscopes write."""
-    values = np.asarray(picture.convert("L")).astype(np.uint16) << 8
+    values = np.asarray(image.convert("L")).astype(np.uint16) << 8
     noise = np.random.Generator(np.random.PCG64(0)).integers(0, 64, values.shape, dtype=np.uint16)
     buffer = io.BytesIO()
     Image.fromarray(values + noise).save(buffer, "TIFF", compression="tiff_deflate")
@@ -75,7 +75,7 @@ def tiff16(picture: Image.Image) -> bytes:
 
 
 def folder(root: Path, count: int) -> Path:
-    """A folder of ``count`` JPEGs of 500 × 375 pixels, from 24 different pictures."""
+    """A folder of ``count`` JPEGs of 500 × 375 pixels, from 24 different images."""
     files = [jpeg(p) for p in several(500, 375, 24)]
     root.mkdir(parents=True, exist_ok=True)
     for i in range(count):

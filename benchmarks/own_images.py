@@ -1,12 +1,12 @@
-"""Three folders of real pictures from what package registries ship, as a new user might bring them.
+"""Three folders of real images from what package registries ship, as a new user might bring them.
 
     npm pack emoji-datasource-twitter@16
-    python benchmarks/own_pictures.py OUT emoji-datasource-twitter-16.0.0.tgz
+    python benchmarks/own_images.py OUT emoji-datasource-twitter-16.0.0.tgz
 
 OUT/photographs: 1,200 crops of eight photographs that scikit-learn and scikit-image ship, of several sizes, JPEG.
 OUT/drawings: the 64 px drawings of Twitter's emoji (CC-BY 4.0), PNG with transparency, from the named file.
 OUT/scans: the 1,797 scanned handwritten digits of scikit-learn (8×8 px), PNG.
-Each folder is flat; OUT/NAME.csv holds path,label (photograph, category, digit) of 100 pictures, drawn with seed 0, and
+Each folder is flat; OUT/NAME.csv holds path,label (photograph, category, digit) of 100 images, drawn with seed 0, and
 OUT/NAME-all.csv of all.
 """
 
@@ -89,7 +89,7 @@ def main(out: Path, archive: Path) -> None:
             text = io.StringIO()
             csv.writer(text).writerows([("path", "label"), *((n, labels[n]) for n in names)])
             (out / f"{name}{suffix}.csv").write_text(text.getvalue(), encoding="utf-8")
-        print(f"{name}: {len(labels)} pictures, {len(set(labels.values()))} classes")
+        print(f"{name}: {len(labels)} images, {len(set(labels.values()))} classes")
 
 
 if __name__ == "__main__":
