@@ -29,7 +29,7 @@ from torch import Tensor
 from mocov3 import models, schedules
 from mocov3.config.presets import PRESETS
 from mocov3.data import CentreView, FashionMnist, Loader, TwoViews
-from mocov3.data.device.pixels import PixelViews, Views
+from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
 from mocov3.data.loading.loader import plan
 from mocov3.distributed import World
 from mocov3.evaluation.features import extract
@@ -50,7 +50,7 @@ class Accumulated:
     def __init__(self, model: models.MoCo) -> None:
         self.model = model
 
-    def __call__(self, x1: Views, x2: Views, m: float) -> tuple[Tensor, models.Statistics]:
+    def __call__(self, x1: ViewBatch, x2: ViewBatch, m: float) -> tuple[Tensor, models.Statistics]:
         """Mean loss; leaves the gradients in the parameters."""
         parts = range(0, len(x1), MICRO)
         total = torch.zeros(())
@@ -95,7 +95,7 @@ def train(kind: str, batch: int, seed: int, epochs: int, lr: float) -> dict[str,
     with Loader(source, TwoViews(28, 0.3, PRESET), batch_size=batch, seed=seed, workers=0) as loader:
         for found in loader.run(works):
             at = found.work.epoch + found.work.iteration / iterations
-            x1, x2 = (PixelViews(p, CPU.device, PRESET.mean, PRESET.std) for p in found.pixels)
+            x1, x2 = (PixelViewBatch(p, CPU.device, PRESET.mean, PRESET.std) for p in found.pixels)
             rate = schedules.learning_rate(at, peak=lr * batch / 256, warmup_epochs=epochs / 10, epochs=epochs)
             outcome = step(x1, x2, lr=rate, m=schedules.momentum(at, start=0.99, epochs=epochs, cosine=True))
             assert bool(outcome.ok)

@@ -36,7 +36,7 @@ def measured(arch: str, side: int, batch: int, micro_batch: int, optimizer: str)
     import torch
 
     from mocov3 import models
-    from mocov3.data.device.pixels import PixelViews
+    from mocov3.data.device.pixels import PixelViewBatch
     from mocov3.distributed import World
     from mocov3.models.precision import Precision
     from mocov3.optim import build_optimizer
@@ -55,7 +55,7 @@ def measured(arch: str, side: int, batch: int, micro_batch: int, optimizer: str)
     made = build_optimizer(model.parameters(), optimizer, weight_decay=1e-6, momentum=0.9)
     step = Step(model, made, world=world, precision=precision, micro_batch=micro_batch)
     for _ in range(2):
-        x1, x2 = (PixelViews(p, device, (0.5,) * 3, (0.2,) * 3) for p in pixels)
+        x1, x2 = (PixelViewBatch(p, device, (0.5,) * 3, (0.2,) * 3) for p in pixels)
         step(x1, x2, lr=1e-4, m=0.99)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) - held
 

@@ -33,7 +33,7 @@ def measure(arch: str, side: int, batch: int, micro_batch: int) -> dict[str, flo
     import torch
 
     from mocov3 import models
-    from mocov3.data.device.pixels import PixelViews
+    from mocov3.data.device.pixels import PixelViewBatch
     from mocov3.distributed import World
     from mocov3.models.precision import Precision
     from mocov3.optim import build_optimizer
@@ -54,7 +54,7 @@ def measure(arch: str, side: int, batch: int, micro_batch: int) -> dict[str, flo
     seconds = []
     for _ in range(warm + steps):
         pixels = rng.integers(0, 256, (2, batch, side, side, 3), dtype=np.uint8)
-        x1, x2 = (PixelViews(p, device, _MEAN, _STD) for p in pixels)
+        x1, x2 = (PixelViewBatch(p, device, _MEAN, _STD) for p in pixels)
         began = time.process_time()
         assert step(x1, x2, lr=1e-4, m=0.99).ok
         seconds.append(time.process_time() - began)

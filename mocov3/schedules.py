@@ -34,5 +34,5 @@ def epoch_cosine(epoch: int, *, initial: float, epochs: int) -> float:
     return initial * _half_cosine(epoch / epochs)
 
 
-def _half_cosine(share: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * share))
+def _half_cosine(fraction: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * fraction))

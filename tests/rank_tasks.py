@@ -44,7 +44,7 @@ def batch_norm(world, _):
 def few_steps(world, payload):
     """Four steps of a model (two in float32) on this rank's part of fixed batches; rank 0 saves what came of it."""
     from mocov3 import models
-    from mocov3.distributed.sharding import shares, whole
+    from mocov3.distributed.sharding import is_sharded, whole
     from mocov3.models.precision import Precision
     from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
     from mocov3.pretraining.step import Step
@@ -56,7 +56,7 @@ def few_steps(world, payload):
         synchronise_batch_norm(model)
     if "fsdp" in mode:
         shard_model(model, world)
-        assert shares(model)
+        assert is_sharded(model)
     made = (sharded_optimizer if "fsdp" in mode else _plain)(
         model.parameters(), optimizer, world=world, weight_decay=0.1, momentum=0.9
     )

@@ -52,7 +52,7 @@ def reduce_now(units: Iterable[Any], now: bool) -> None:
         unit.set_requires_gradient_sync(now)
 
 
-def share_out(modules: Iterable[Any]) -> None:
+def reshard(modules: Iterable[Any]) -> None:
     """Give back what the outermost units keep gathered after a forward pass; nothing where nothing is shared out."""
     for module in modules:
         if hasattr(module, "reshard"):
@@ -64,7 +64,7 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def shares(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
     """Whether parameters of ``module`` are shared out over ranks."""
     return any(isinstance(p, DTensor) for p in module.parameters())
 
@@ -100,19 +100,21 @@ def whole(values: Any, *, keep: bool = True) -> Any:
     return values
 
 
-def is_shared(tensor: Tensor) -> bool:
+def is_shard(tensor: Tensor) -> bool:
     """Whether this rank holds a part of ``tensor`` only."""
     return isinstance(tensor, DTensor)
 
 
-def like(value: Tensor, shared: Tensor) -> Tensor:
-    """``value``, the same on every rank, shared out as ``shared`` is."""
-    if not isinstance(shared, DTensor) or value.shape != shared.shape:
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """``value``, the same on every rank, sharded as ``parameter`` is."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
-    return distribute_tensor(value.to(shared.device), shared.device_mesh, shared.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
 
 
-def norms(world: World, tensors: Iterable[Tensor], shared: bool) -> Tensor:
+def norms(world: World, tensors: Iterable[Tensor], sharded: bool) -> Tensor:
     """Euclidean norm of every tensor, its parts on all ranks together, by one call among ranks for all."""
     parts = torch.stack([torch.linalg.vector_norm(t) for t in local(tensors)])
-    return world.sum(parts.square()).sqrt() if shared else parts
+    return world.sum(parts.square()).sqrt() if sharded else parts

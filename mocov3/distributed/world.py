@@ -68,7 +68,7 @@ class World:
             parts = flat.split([t.numel() for t in bucket])
             torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's ``value`` on every rank."""
         if self.size == 1:
             return value

@@ -56,7 +56,7 @@ def find_start(config: FinetuneConfig, world: World) -> Start:
     where = ""
     if config.resume == "auto":
         last = Path(config.output_dir) / LAST
-        if world.share(last.is_file()):
+        if world.broadcast(last.is_file()):
             where, resumed = f"--resume {last}", checkpoint.read(last)
     elif config.resume:
         where = f"--resume {config.resume}"

@@ -61,7 +61,7 @@ class Tuning:
     def __init__(self, world: World, job: Job) -> None:
         self.world = world
         # ranks of torchrun name a run by their own clocks
-        named = dataclasses.replace(job.config, output_dir=world.share(job.config.output_dir))
+        named = dataclasses.replace(job.config, output_dir=world.broadcast(job.config.output_dir))
         self.start = files.find_start(named, world)
         self.config = c = self.start.config
         torch.use_deterministic_algorithms(c.deterministic)

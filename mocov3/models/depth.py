@@ -11,7 +11,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 
-class PlannedDropPath(DropPath):
+class MaskedDropPath(DropPath):
     """timm's stochastic depth, with draws that are made before the pass where ``mask`` is set."""
 
     mask: Tensor | None = None
@@ -29,10 +29,10 @@ class PlannedDropPath(DropPath):
         return x * (mask / keep if keep > 0 and self.scale_by_keep else mask)
 
 
-class Plan:
+class Masks:
     """Masks of all paths of an encoder for one view; ``take`` hands a micro-batch's part to the paths."""
 
-    def __init__(self, paths: Sequence[PlannedDropPath], masks: Sequence[Tensor]) -> None:
+    def __init__(self, paths: Sequence[MaskedDropPath], masks: Sequence[Tensor]) -> None:
         self._paths, self._masks = paths, masks
 
     def take(self, part: slice | None) -> None:
@@ -41,10 +41,10 @@ class Plan:
             path.mask = mask[part] if part is not None else None
 
 
-def plan_paths(encoder: nn.Module) -> list[PlannedDropPath]:
+def mask_paths(encoder: nn.Module) -> list[MaskedDropPath]:
     """Replace the active stochastic depths of ``encoder``; in order of registration, which is timm's of calls."""
     for module in list(encoder.modules()):
         for name, child in module.named_children():
-            if isinstance(child, DropPath) and child.drop_prob > 0 and not isinstance(child, PlannedDropPath):
-                setattr(module, name, PlannedDropPath(child.drop_prob, child.scale_by_keep).train(child.training))
-    return [module for module in encoder.modules() if isinstance(module, PlannedDropPath)]
+            if isinstance(child, DropPath) and child.drop_prob > 0 and not isinstance(child, MaskedDropPath):
+                setattr(module, name, MaskedDropPath(child.drop_prob, child.scale_by_keep).train(child.training))
+    return [module for module in encoder.modules() if isinstance(module, MaskedDropPath)]

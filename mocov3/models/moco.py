@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mocov3 import losses
 from mocov3.config.archs import is_resnet
 from mocov3.distributed import gather_keys
-from mocov3.distributed.sharding import local, share_out
+from mocov3.distributed.sharding import local, reshard
 from mocov3.models.backbones import Encoder, build_encoder
 
 
@@ -72,7 +72,7 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def update_momentum_encoder(self, m: float) -> None:
         """k ← m·k + (1 − m)·q for every parameter, frozen ones included. Buffers are not averaged."""
-        share_out([self.base_encoder, self.momentum_encoder])
+        reshard([self.base_encoder, self.momentum_encoder])
         keys, queries = local(self.momentum_encoder.parameters()), local(self.base_encoder.parameters())
         # k + (1 − m)·(q − k): one pass over memory, a few kernels on a GPU, and frozen parameters stay bit-equal
         torch._foreach_lerp_(keys, queries, 1.0 - m)

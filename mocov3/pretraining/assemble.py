@@ -11,7 +11,7 @@ from mocov3 import models
 from mocov3.config import PretrainConfig
 from mocov3.config.archs import is_vit, stored_heads
 from mocov3.distributed import World, synchronise_batch_norm
-from mocov3.distributed.sharding import shares
+from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import UserError
 from mocov3.models import MoCo, shapes_only
 from mocov3.optim import build_optimizer
@@ -39,11 +39,11 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
         backbone.set_grad_checkpointing(True)
     if world.size > 1:
         synchronise_batch_norm(model)
-    shared = c.fsdp and world.size > 1
+    sharded = c.fsdp and world.size > 1
     # channels-last is the layout convolutions are fastest in, names and values are the same; FSDP2 cannot cut it up
-    layout = torch.contiguous_format if shared else torch.channels_last
+    layout = torch.contiguous_format if sharded else torch.channels_last
     model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
-    if shared:
+    if sharded:
         shard_model(model, world)
     return model.train()
 
@@ -84,7 +84,7 @@ def plain_model(c: PretrainConfig) -> MoCo:
 def optimizer_of(model: MoCo, params: Any, config: PretrainConfig, world: World) -> torch.optim.Optimizer:
     """The optimizer of a configuration over ``params`` of the model."""
     settings: dict[str, Any] = {"weight_decay": config.weight_decay, "momentum": config.momentum}
-    if shares(model):
+    if is_sharded(model):
         return sharded_optimizer(params, config.optimizer, world=world, **settings)
     return build_optimizer(params, config.optimizer, **settings)
 

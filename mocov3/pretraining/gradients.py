@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mocov3.data.device.pixels import Views
+from mocov3.data.device.pixels import ViewBatch
 from mocov3.distributed import World
-from mocov3.distributed.sharding import reduce_now, shares
+from mocov3.distributed.sharding import is_sharded, reduce_now
 from mocov3.models import Encoder, MoCo, Statistics
 from mocov3.models.precision import Precision
 
@@ -36,9 +36,11 @@ class WholeBatch:
     def __init__(self, model: MoCo, *, world: World, precision: Precision) -> None:
         self.precision = precision
         contrast = _Contrast(model)
-        self._contrast: Any = contrast if shares(model) else world.wrap(contrast)  # shared weights reduce by themselves
+        self._contrast: Any = (
+            contrast if is_sharded(model) else world.wrap(contrast)
+        )  # shared weights reduce by themselves
 
-    def __call__(self, x1: Views, x2: Views, m: float) -> tuple[Float[Tensor, ""], Statistics]:
+    def __call__(self, x1: ViewBatch, x2: ViewBatch, m: float) -> tuple[Float[Tensor, ""], Statistics]:
         """Loss and statistics; leaves the gradients, times the scale of the loss scaler, in the parameters."""
         with self.precision.autocast():
             loss, statistics = self._contrast(x1[:], x2[:], m)
@@ -79,36 +81,36 @@ class MicroBatches:
             raise ValueError(f"a micro-batch holds 1 image or more, not {size}")
         self.model, self.world, self.precision, self.size = model, world, precision, size
         self._norms = [_norms(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
-        from mocov3.models.depth import Plan, plan_paths  # with timm, which other runs of ResNets need not import
+        from mocov3.models.depth import Masks, mask_paths  # with timm, which other runs of ResNets need not import
 
-        self._plan = Plan
-        self._paths = [plan_paths(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
+        self._masks = Masks
+        self._paths = [mask_paths(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._shared = shares(model)
+        self._sharded = is_sharded(model)
 
-    def __call__(self, x1: Views, x2: Views, m: float) -> tuple[Float[Tensor, ""], Statistics]:
+    def __call__(self, x1: ViewBatch, x2: ViewBatch, m: float) -> tuple[Float[Tensor, ""], Statistics]:
         """Loss and statistics; leaves the gradients, times the scale of the loss scaler, in the parameters."""
         model, views = self.model, (x1, x2)
-        plans = self._draw_paths(self._paths[0], len(x1))
-        passes = [self._without_graph(self.model.features, x, 0, plan) for x, plan in zip(views, plans, strict=True)]
+        masks = self._draw_paths(self._paths[0], len(x1))
+        passes = [self._without_graph(self.model.features, x, 0, mask) for x, mask in zip(views, masks, strict=True)]
         features = [f.requires_grad_() for f, _ in passes]
         with self.precision.autocast():
             queries = [model.queries(f) for f in features]
         model.update_momentum_encoder(m)
-        plans_of_keys = self._draw_paths(self._paths[1], len(x1))
+        masks_of_keys = self._draw_paths(self._paths[1], len(x1))
         of_keys = [
-            self._without_graph(self.model.key_features, x, 1, plan)[0]
-            for x, plan in zip(views, plans_of_keys, strict=True)
+            self._without_graph(self.model.key_features, x, 1, mask)[0]
+            for x, mask in zip(views, masks_of_keys, strict=True)
         ]
         with self.precision.autocast():
             loss, statistics = model.loss(queries, [model.keys(f) for f in of_keys])
         del of_keys, queries
         self.precision.scaler.scale(loss).backward()
-        for x, f, plan, (_, draws) in zip(views, features, plans, passes, strict=True):
+        for x, f, mask, (_, draws) in zip(views, features, masks, passes, strict=True):
             assert f.grad is not None
-            self._backward(x, f.grad, plan, draws, last=x is views[-1])
+            self._backward(x, f.grad, mask, draws, last=x is views[-1])
             f.grad = None
-        if not self._shared:
+        if not self._sharded:
             self.world.average([p.grad for p in self._trained if p.grad is not None])
         return loss.detach(), statistics
 
@@ -120,47 +122,47 @@ class MicroBatches:
 
     @torch.no_grad()
     def _without_graph(
-        self, features: Callable[[Tensor], Tensor], x: Views, encoder: int, plan: Any
+        self, features: Callable[[Tensor], Tensor], x: ViewBatch, encoder: int, mask: Any
     ) -> tuple[Float[Tensor, "batch features"], list[Tensor]]:
         """Features of all micro-batches, and the state of the generator before each."""
         whole: Tensor | None = None
         parts, draws = self._parts(len(x)), []
-        with _averaged(self._norms[encoder], len(parts)) as share, self.precision.autocast():
+        with _averaged(self._norms[encoder], len(parts)) as weigh, self.precision.autocast():
             for i, part in enumerate(parts):
                 draws.append(_generator_state(self.world.device))
-                share(i)
-                plan.take(part)
+                weigh(i)
+                mask.take(part)
                 f = features(x[part])
                 if whole is None:  # one tensor from the start: parts and their concatenation would need twice the room
                     whole = f.new_empty(len(x), *f.shape[1:])
                 whole[part] = f
-            plan.take(None)
+            mask.take(None)
         assert whole is not None
         return whole, draws
 
-    def _backward(self, x: Views, gradient: Tensor, plan: Any, draws: list[Tensor], *, last: bool) -> None:
+    def _backward(self, x: ViewBatch, gradient: Tensor, mask: Any, draws: list[Tensor], *, last: bool) -> None:
         """The backbone again, with graph and the same draws, from the gradients of the features."""
         after = _generator_state(self.world.device)
         parts = self._parts(len(x))
         with _held(self._norms[0]):
             for part, state in zip(parts, draws, strict=True):
-                if self._shared:  # one reduction a step: with the last part of the last view
+                if self._sharded:  # one reduction a step: with the last part of the last view
                     reduce_now([self.model.base_encoder], last and part == parts[-1])
                 _set_generator_state(self.world.device, state)
-                plan.take(part)
+                mask.take(part)
                 with self.precision.autocast():
                     f = self.model.features(x[part])
                 f.backward(gradient[part])
-        plan.take(None)
+        mask.take(None)
         _set_generator_state(self.world.device, after)
 
     def _draw_paths(self, paths: Sequence[Any], images: int) -> list[Any]:
         """What stochastic depth drops in both views, drawn as one pass over the whole batch would."""
         device = self.world.device
         if self.model.views_meet:
-            return [self._plan(paths, [path.draw(images, device) for path in paths]) for _ in "12"]
+            return [self._masks(paths, [path.draw(images, device) for path in paths]) for _ in "12"]
         both = [path.draw(2 * images, device).chunk(2) for path in paths]
-        return [self._plan(paths, [masks[view] for masks in both]) for view in (0, 1)]
+        return [self._masks(paths, [drawn[view] for drawn in both]) for view in (0, 1)]
 
 
 def _norms(encoder: Encoder) -> list[Any]:
@@ -180,13 +182,13 @@ def _averaged(norms: list[Any], parts: int) -> Iterator[Callable[[int], None]]:
     rates = [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked.clone() for norm in norms if norm.num_batches_tracked is not None]
 
-    def share(i: int) -> None:
+    def weigh(i: int) -> None:
         for norm, rate in zip(norms, rates, strict=True):
             if rate is not None:
                 norm.momentum = (rate / parts) / (1 - rate + (i + 1) * rate / parts)
 
     try:
-        yield share
+        yield weigh
     finally:
         for norm, rate in zip(norms, rates, strict=True):
             norm.momentum = rate

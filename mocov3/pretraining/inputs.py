@@ -9,7 +9,7 @@ from mocov3.config import PretrainConfig
 from mocov3.config.fields import check_writable
 from mocov3.data import Source, open_source
 from mocov3.data.loading.order import Order, group_numbers, hold_out
-from mocov3.data.sources.opening import open_unseen, shares
+from mocov3.data.sources.opening import fractions, open_unseen
 from mocov3.data.views import native
 from mocov3.errors import UserError
 from mocov3.output.log import warn, warn_left_out
@@ -75,7 +75,7 @@ def open_images(config: PretrainConfig) -> tuple[Source, Source | None, Order]:
     else:
         source, held_out = hold_out(whole, config.hold_out, config.group_by)
     groups = group_numbers(source, config.group_by) if config.group_by else None
-    return source, held_out, Order(len(source), config.batch_size, shares(source), groups)
+    return source, held_out, Order(len(source), config.batch_size, fractions(source), groups)
 
 
 def unseen_images(config: PretrainConfig) -> Source:

@@ -49,7 +49,7 @@ class Watch:
         if not config.quality_every:
             return
         self.images = unseen_images(config)
-        kept: list[dict[str, Any]] = world.share(_reopened(self.file, start.step) if world.main else None)
+        kept: list[dict[str, Any]] = world.broadcast(_reopened(self.file, start.step) if world.main else None)
         self.base = {line["name"]: line["retrieval"] for line in kept if line["name"] != "epoch"}
         past = [line["retrieval"] for line in kept if line["name"] == "epoch"]
         self.best = max(past, default=-1.0)

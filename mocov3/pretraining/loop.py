@@ -15,7 +15,7 @@ from mocov3 import losses, schedules
 from mocov3.config import logger_names, write_yaml
 from mocov3.config.cheap import stage_of, stages
 from mocov3.data import Batch, Loader, TwoViews
-from mocov3.data.device.pixels import PixelViews, Views
+from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
 from mocov3.data.device.token_strips import cheaper
 from mocov3.data.loading.loader import Unreadable, plan, usable_cores
 from mocov3.distributed import World
@@ -78,7 +78,7 @@ class Run:
         found = resume.find(c, world)
         self.config = c = assemble.with_heads(c, found)
         seed = resume.saved_seed(found)
-        self.seed: int = seed if seed is not None else world.share(c.seed if c.seed is not None else _draw_seed())
+        self.seed: int = seed if seed is not None else world.broadcast(c.seed if c.seed is not None else _draw_seed())
         arithmetic = resolve_precision(c.precision, world.device, script_door=job.script_door)
         micro_batch = resolve_micro_batch(c, world, arithmetic)
         torch.manual_seed(self.seed)
@@ -201,11 +201,13 @@ class Run:
                 yield batch
             self._loader.close()
 
-    def views(self, batch: Batch) -> tuple[Views, Views]:
+    def views(self, batch: Batch) -> tuple[ViewBatch, ViewBatch]:
         """The two views, made on the device when the step asks for them; strips of them in a cheap stage of a ViT."""
         device, mean, std = self.world.device, self.preset.mean, self.preset.std
         left = batch.parameters if batch.parameters is not None else (None, None)
-        x1, x2 = (PixelViews(pixels, device, mean, std, rest) for pixels, rest in zip(batch.pixels, left, strict=True))
+        x1, x2 = (
+            PixelViewBatch(pixels, device, mean, std, rest) for pixels, rest in zip(batch.pixels, left, strict=True)
+        )
         return cheaper(x1, x2, stage_of(self.stages, batch.work.epoch), batch.work, seed=self.seed, device=device)
 
     def schedule(self, batch: Batch) -> tuple[float, float]:

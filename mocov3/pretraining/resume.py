@@ -43,7 +43,7 @@ def _newest(folder: Path, world: World) -> Found | None:
                 found, passed = newest[:2], newest[2]
         except UserError as refusal:
             error = str(refusal)
-    path, error = world.share((found[0] if found else None, error))
+    path, error = world.broadcast((found[0] if found else None, error))
     if error:
         raise UserError(error)
     for reason in passed:
@@ -68,7 +68,7 @@ def _same_run_in(folder: Path, world: World) -> bool:
             same = newest is not None and f"run {saved_run(newest[:2])};" in first
         except (OSError, UserError):
             same = False
-    return world.share(same)
+    return world.broadcast(same)
 
 
 def check_same_run(found: Found, config: PretrainConfig, source: Source) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from mocov3.config import PretrainConfig
 from mocov3.data import Source, TwoViews
 from mocov3.distributed import World
-from mocov3.distributed.sharding import shares
+from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import printable
 from mocov3.models import MoCo
 from mocov3.output.log import RunLog, warn
@@ -54,7 +54,7 @@ class Saver:
         if self._saved_at == position.step:
             return
         self._saved_at = position.step
-        if self._writer is None and not shares(model):
+        if self._writer is None and not is_sharded(model):
             return
         c, p = self.config, position
         extra: dict[str, Any] = {
@@ -94,7 +94,7 @@ class Saver:
 
     def flush(self) -> str:
         """Wait for the disk; on every rank, why the newest checkpoint is not on it, or ''."""
-        return self.world.share(self._writer.flush() if self._writer is not None else "")
+        return self.world.broadcast(self._writer.flush() if self._writer is not None else "")
 
     def close(self) -> None:
         """Finish writing."""

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mocov3.data.device.pixels import Views
+from mocov3.data.device.pixels import ViewBatch
 from mocov3.distributed import World
-from mocov3.distributed.sharding import local, norms, shares
+from mocov3.distributed.sharding import is_sharded, local, norms
 from mocov3.models import MoCo, Statistics
 from mocov3.models.precision import Precision
 from mocov3.optim import set_learning_rate
@@ -67,13 +67,13 @@ class Step:
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
         weights = [p for n, p in model.base_encoder.named_parameters() if _is_backbone_weight(n, p)]
         self._watched = (weights[0], weights[-1])
-        self._shared = shares(model)
+        self._sharded = is_sharded(model)
 
-    def __call__(self, x1: Views, x2: Views, *, lr: float, m: float) -> Outcome:
+    def __call__(self, x1: ViewBatch, x2: ViewBatch, *, lr: float, m: float) -> Outcome:
         """Train on two views of the same images.
 
         Args:
-            x1: view 1, (batch, 3, height, width), normalised; a tensor, or ``PixelViews``.
+            x1: view 1, (batch, 3, height, width), normalised; a tensor, or ``PixelViewBatch``.
             x2: view 2, likewise.
             lr: learning rate of this step.
             m: momentum of the momentum encoder at this step.
@@ -99,9 +99,9 @@ class Step:
         # Ranks hold the same averages, or shares of them (--fsdp), and agree
         finite = torch.isfinite(_extremes([g for g in local(grads) if g.numel()])).all() & torch.isfinite(loss)
         ok = self.world.sum((~finite).float()) == 0
-        watched = norms(self.world, [w.grad for w in self._watched if w.grad is not None], self._shared)
+        watched = norms(self.world, [w.grad for w in self._watched if w.grad is not None], self._sharded)
         if self.spikes is not None:
-            ok = ok & self.spikes(torch.linalg.vector_norm(norms(self.world, grads, self._shared)), ok)
+            ok = ok & self.spikes(torch.linalg.vector_norm(norms(self.world, grads, self._sharded)), ok)
         return ok, watched
 
     def _update(self, ok: Tensor, before: Tensor) -> None:

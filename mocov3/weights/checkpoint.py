@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mocov3.distributed.sharding import is_shared, like, whole
+from mocov3.distributed.sharding import is_shard, like, whole
 from mocov3.errors import UserError
 from mocov3.optim import in_memory_order
 from mocov3.weights.tensorfiles import read, write
@@ -165,7 +165,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
         if not isinstance(value, Tensor) or value.shape != parameter.shape:
             return value  # a number, or the count of steps
         # shared parameters are contiguous, and so is what is shared out of a contiguous tensor
-        return like(value.contiguous(), parameter) if is_shared(parameter) else in_memory_order(value, parameter)
+        return like(value.contiguous(), parameter) if is_shard(parameter) else in_memory_order(value, parameter)
 
     state = {
         number: {name: placed(value, parameters[number]) for name, value in values.items()}

@@ -12,7 +12,7 @@ from mocov3.cli import main
 from mocov3.config import PRESETS
 from mocov3.data import Loader, TwoViews, open_source
 from mocov3.data.device import colours
-from mocov3.data.device.pixels import PixelViews
+from mocov3.data.device.pixels import PixelViewBatch
 from mocov3.data.loading.loader import plan
 from mocov3.data.views.draws import PARAMETERS, Draw, colour_parameters, draw
 from mocov3.data.views.operations import apply_draw
@@ -82,7 +82,7 @@ def test_views_are_made_outside_autocast(dtype):
     choices = [draw(PRESETS["photos"], 0.08, 640, 427, seed=3, epoch=0, index=i, view=i % 2) for i in range(8)]
     pixels = np.stack([CHINA[7 * i : 7 * i + 40, 9 * i : 9 * i + 40] for i in range(8)])
     parameters = np.array([colour_parameters(c) for c in choices], np.float32)
-    view = PixelViews(pixels, torch.device("cpu"), (0.5,) * 3, (0.25,) * 3, parameters)
+    view = PixelViewBatch(pixels, torch.device("cpu"), (0.5,) * 3, (0.25,) * 3, parameters)
     want = view[2:]
     with torch.autocast("cpu", dtype):
         got = view[2:]

@@ -19,7 +19,7 @@ from mocov3.data.loading.loader import plan
 from mocov3.data.loading.order import Order, group_numbers
 from mocov3.data.sources import index as index_module
 from mocov3.data.sources.index import recall
-from mocov3.data.sources.opening import Roots, Subset, scan, shares
+from mocov3.data.sources.opening import Roots, Subset, fractions, scan
 from mocov3.data.views.draws import draw, permutation
 from mocov3.errors import UserError
 from mocov3.pretraining.inputs import open_images
@@ -153,7 +153,7 @@ def test_bad_lists(name, content, message, tmp_path):
         (["DIR", "--group-by", "["], "regular expression"),
         (["DIR", "--group-by", "^"], "one group"),
         (["DIR", "--group-by", "^(.)", "-b", "3"], "2 groups"),
-        (["DIR", "DIR:0.5", "--group-by", "^(.)", "-b", "2"], "shares of folders"),
+        (["DIR", "DIR:0.5", "--group-by", "^(.)", "-b", "2"], "fractions of folders"),
         (["DIR", "--hold-out", "3"], "at most half"),
         (["DIR", "--hold-out", "-1"], "--hold-out"),
         (["DIR", "--hue", "0.7"], "--hue must lie between 0 and 0.5"),
@@ -203,7 +203,7 @@ def test_images_held_out_are_no_function_of_seed_or_run(tmp_path):
     assert {n[0] for n in names(grouped[0])}.isdisjoint({n[0] for n in names(grouped[1])})
     assert len(grouped[1]) == 10
     part = Subset(Roots([train, held], [1, 0.5]), np.array([0, 5, 31, 32]))
-    assert shares(part) == [(2, 1), (2, 0.5)]
+    assert fractions(part) == [(2, 1), (2, 0.5)]
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=80), st.integers(1, 6), st.integers(0, 99))

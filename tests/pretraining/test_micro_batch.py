@@ -12,7 +12,7 @@ from conftest import TINY
 from mocov3 import models
 from mocov3.cli import main
 from mocov3.config import PretrainConfig
-from mocov3.data.device.pixels import PixelViews, normalise
+from mocov3.data.device.pixels import PixelViewBatch, normalise
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.models.precision import Precision
@@ -239,6 +239,6 @@ def test_views_are_normalised_in_parts(parameters):
         left[[0, 3], 9:12] = (1, 0, 1)  # grey, solarised
         left[2, 10] = 1.5  # blurred
     settings = (CPU, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    lazy = PixelViews(pixels, *settings, left)
+    lazy = PixelViewBatch(pixels, *settings, left)
     assert len(lazy) == 6
     assert torch.equal(torch.cat([lazy[0:2], lazy[2:6]]), normalise(pixels, *settings, left))

@@ -12,7 +12,7 @@ from mocov3.data.device import colours
 
 
 @runtime_checkable
-class Views(Protocol):
+class ViewBatch(Protocol):
     """One view of every image of a batch: a tensor, or what makes parts of one when they are asked for."""
 
     def __len__(self) -> int: ...
@@ -20,7 +20,7 @@ class Views(Protocol):
     def __getitem__(self, part: slice, /) -> Tensor: ...
 
 
-class PixelViews:
+class PixelViewBatch:
     """One view of a batch as the loader gives it; parts are brought to the device and normalised when asked for.
 
     Args:

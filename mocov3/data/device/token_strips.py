@@ -14,11 +14,13 @@ from torch import Tensor
 from mocov3.config.cheap import Stage
 from mocov3.data import Work
 from mocov3.data.device import colours
-from mocov3.data.device.pixels import Views
+from mocov3.data.device.pixels import ViewBatch
 from mocov3.data.views.draws import kept_tokens
 
 
-def cheaper(x1: Views, x2: Views, stage: Stage, work: Work, *, seed: int, device: torch.device) -> tuple[Views, Views]:
+def cheaper(
+    x1: ViewBatch, x2: ViewBatch, stage: Stage, work: Work, *, seed: int, device: torch.device
+) -> tuple[ViewBatch, ViewBatch]:
     """What the network is given of two views in a stage: the views, or strips of them.
 
     Args:
@@ -48,7 +50,7 @@ class Strips:
         grid: patches on a side of full views.
     """
 
-    def __init__(self, views: Views, kept: Tensor, side: int, grid: int) -> None:
+    def __init__(self, views: ViewBatch, kept: Tensor, side: int, grid: int) -> None:
         self.views, self.kept, self.side, self.grid = views, kept, side, grid
 
     def __len__(self) -> int:

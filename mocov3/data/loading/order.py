@@ -1,6 +1,6 @@
 """Which images an epoch holds and in which order: a function of (seed, epoch), whatever ran before.
 
-Without shares and groups it is ``draws.permutation``. Shares of several folders leave images out, others each epoch.
+Without fractions and groups it is ``draws.permutation``. Shares of several folders leave images out, others each epoch.
 Groups keep images that are almost the same (frames of one film, views of one object) out of each other's batches,
 where they would be false negatives.
 """
@@ -26,7 +26,7 @@ class Order:
     Args:
         n: images of the source.
         batch_size: images a step, over all ranks.
-        parts: (images, share an epoch uses) of each part, in order; ``None``: all of one.
+        parts: (images, fraction an epoch uses) of each part, in order; ``None``: all of one.
         groups: int32 group of every image, of which a batch holds at most one; ``None``: no groups.
     """
 
@@ -38,7 +38,7 @@ class Order:
     @property
     def images(self) -> int:
         """Images an epoch has to offer, before it is cut into whole batches."""
-        return self.n if self.parts is None else sum(_kept(count, share) for count, share in self.parts)
+        return self.n if self.parts is None else sum(_kept(count, fraction) for count, fraction in self.parts)
 
     @property
     def iterations(self) -> int:
@@ -62,8 +62,8 @@ class Order:
         Raises:
             UserError: saying what to change.
         """
-        if self.groups is not None and self.parts is not None and any(share < 1 for _, share in self.parts):
-            raise UserError("--group-by does not go together with shares of folders (DIR:0.3); leave one out")
+        if self.groups is not None and self.parts is not None and any(fraction < 1 for _, fraction in self.parts):
+            raise UserError("--group-by does not go together with fractions of folders (DIR:0.3); leave one out")
         if self.iterations:
             return
         if self.images < 2:
@@ -81,7 +81,7 @@ class Order:
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         """Indices of the images, int64, in order; the first ``iterations · batch_size`` are used."""
         order = permutation(seed, epoch, self.n)
-        if self.parts is not None and any(share < 1 for _, share in self.parts):
+        if self.parts is not None and any(fraction < 1 for _, fraction in self.parts):
             order = self._shared(order)
         return order if self.groups is None else self._grouped(order)
 
@@ -90,8 +90,8 @@ class Order:
         ends = np.cumsum([count for count, _ in self.parts])
         part = np.searchsorted(ends, order, side="right")
         keep = np.zeros(len(order), bool)
-        for number, (count, share) in enumerate(self.parts):
-            keep[np.flatnonzero(part == number)[: _kept(count, share)]] = True  # the first of a random order
+        for number, (count, fraction) in enumerate(self.parts):
+            keep[np.flatnonzero(part == number)[: _kept(count, fraction)]] = True  # the first of a random order
         return order[keep]
 
     def _grouped(self, order: np.ndarray) -> np.ndarray:
@@ -109,8 +109,8 @@ class Order:
         return np.concatenate(dealt)
 
 
-def _kept(count: int, share: float) -> int:
-    return count if share >= 1 else max(round(count * share), min(count, 1))
+def _kept(count: int, fraction: float) -> int:
+    return count if fraction >= 1 else max(round(count * fraction), min(count, 1))
 
 
 def hold_out(whole: Source, count: int, group_by: str) -> tuple[Source, Source]:

@@ -1,4 +1,4 @@
-"""Where images come from: folders, lists, several of them with shares, or the embedded Fashion-MNIST.
+"""Where images come from: folders, lists, several of them with fractions, or the embedded Fashion-MNIST.
 
 Reading is by index. What is found on disk is one array (``mocov3.data.sources.index``), shared by all processes.
 """
@@ -55,7 +55,7 @@ class Source(Protocol):
 
 def open_source(data: str, split: str = "train") -> Source:
     """The images named by ``data``: a folder, a list, archives, tables, or the built-in ``fashion-mnist[:ROOT]``; or
-    several, a line each, with the share of their images that an epoch uses: ``DIR1``, ``DIR2:0.3``.
+    several, a line each, with the fraction of their images that an epoch uses: ``DIR1``, ``DIR2:0.3``.
 
     Which images of a folder are its ``train`` and its ``val`` part, ``mocov3.data.sources.splits`` decides: DIR/train
     and DIR/val where they are. What is left out or remarkable is said in ``source.skipped``, a line each.
@@ -66,16 +66,16 @@ def open_source(data: str, split: str = "train") -> Source:
     names = [name for name in data.split(SEPARATOR) if name]
     if not names:
         raise UserError("no data: name a folder of images, or fashion-mnist")
-    parts = [_share(name) for name in names]
+    parts = [_fraction(name) for name in names]
     sources = [_open_one(name, split) for name, _ in parts]
     if len(parts) == 1 and parts[0][1] == 1:
         return sources[0]
-    return Roots(sources, [share for _, share in parts])
+    return Roots(sources, [fraction for _, fraction in parts])
 
 
 def has_unseen(data: str) -> bool:
     """Whether every source named by ``data`` has validation images that are not those of its ``train`` part."""
-    return all(_has_unseen(_share(name)[0]) for name in data.split(SEPARATOR) if name)
+    return all(_has_unseen(_fraction(name)[0]) for name in data.split(SEPARATOR) if name)
 
 
 def _has_unseen(data: str) -> bool:
@@ -97,21 +97,21 @@ def open_unseen(data: str) -> Source:
     return source
 
 
-def _share(name: str) -> tuple[str, float]:
-    """``DIR:0.3`` → (DIR, 0.3); a name that exists as it stands has share 1."""
+def _fraction(name: str) -> tuple[str, float]:
+    """``DIR:0.3`` → (DIR, 0.3); a name that exists as it stands has fraction 1."""
     head, _, tail = name.rpartition(":")
     if not head or os.path.exists(name) or not re.fullmatch(r"[-+.\d][-+.\deE]*", tail):
         return name, 1.0
     try:
-        share = float(tail)
+        fraction = float(tail)
     except ValueError:
         return name, 1.0
-    if not 0 < share <= 1:
+    if not 0 < fraction <= 1:
         raise UserError(
-            f"data {name}: the share of a folder's images in an epoch is above 0 and at most 1, "
+            f"data {name}: the fraction of a folder's images in an epoch is above 0 and at most 1, "
             f"not {tail}; to raise one folder, lower the others"
         )
-    return head, share
+    return head, fraction
 
 
 def _open_one(data: str, split: str) -> Source:
@@ -191,13 +191,13 @@ class Folder:
 
 
 class Roots:
-    """Several sources after each other; an epoch uses a share of each one's images, drawn anew each time.
+    """Several sources after each other; an epoch uses a fraction of each one's images, drawn anew each time.
 
     Labels are kept where every part has the same classes.
     """
 
-    def __init__(self, parts: Sequence[Source], shares: Sequence[float]) -> None:
-        self.parts, self.shares = list(parts), list(shares)
+    def __init__(self, parts: Sequence[Source], fractions: Sequence[float]) -> None:
+        self.parts, self.fractions = list(parts), list(fractions)
         self._ends = np.cumsum([len(p) for p in self.parts])
 
     def __len__(self) -> int:
@@ -217,8 +217,8 @@ class Roots:
 
     @property
     def digest(self) -> str:
-        """sha256 over the parts and their shares."""
-        text = "\n".join(f"{p.digest} {share}" for p, share in zip(self.parts, self.shares, strict=True))
+        """sha256 over the parts and their fractions."""
+        text = "\n".join(f"{p.digest} {fraction}" for p, fraction in zip(self.parts, self.fractions, strict=True))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -280,13 +280,13 @@ class Subset:
         return self.whole.name(int(self.indices[index]))
 
 
-def shares(source: Source) -> list[tuple[int, float]]:
-    """(images, share an epoch uses) of each part of a source, in order."""
+def fractions(source: Source) -> list[tuple[int, float]]:
+    """(images, fraction an epoch uses) of each part of a source, in order."""
     if isinstance(source, Roots):
-        return [(len(p), share) for p, share in zip(source.parts, source.shares, strict=True)]
+        return [(len(p), fraction) for p, fraction in zip(source.parts, source.fractions, strict=True)]
     if isinstance(source, Subset) and isinstance(source.whole, Roots):
         counts = np.diff(np.searchsorted(source.indices, source.whole._ends, side="left"), prepend=0)
-        return list(zip(counts.tolist(), source.whole.shares, strict=True))
+        return list(zip(counts.tolist(), source.whole.fractions, strict=True))
     return [(len(source), 1.0)]
 
 

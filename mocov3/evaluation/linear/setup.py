@@ -54,7 +54,7 @@ def open_backbone(config: LinclsConfig, world: World, path: str, found: Contents
     c = config
     saved = (found or {}).get("mocov3") or {}
     drawn = secrets.randbelow(2**31) if c.seed is None else c.seed
-    seed = saved["seed"] if c.seed is None and isinstance(saved.get("seed"), int) else world.share(drawn)
+    seed = saved["seed"] if c.seed is None and isinstance(saved.get("seed"), int) else world.broadcast(drawn)
     common: dict[str, Any] = {"image_size": c.image_size, "view_preset": c.view_preset, "seed": seed, "heads": c.heads}
     pretrained = None
     if c.pretrained:
