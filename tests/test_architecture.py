@@ -2,12 +2,15 @@
 
 import ast
 import graphlib
+import importlib
 import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+from mocov3.moved import MOVED
 
 # a room may import those after it, inside functions too; the order of docs/architecture.md
 ROOMS = [
@@ -125,3 +128,33 @@ def test_the_documented_loop_runs():
     scope = {}
     exec(code, scope)
     assert scope["loss"].isfinite()
+
+
+DOCUMENTED = {
+    "mocov3.step": ("normalise", "Step", "Precision"),
+    "mocov3.neighbours": ("nearest", "knn_accuracy"),
+    "mocov3.convert": ("load_into", "load_backbone"),
+    "mocov3.checkpoint": ("read",),
+    "mocov3.recipes": ("RECIPES",),
+}
+"""What documents and messages of version 0.1 named, by its former path."""
+
+
+@pytest.mark.parametrize("path", MOVED)
+def test_former_paths_work_and_warn(path):
+    module = importlib.import_module(path)
+    for name in DOCUMENTED.get(path, ()):
+        with pytest.warns(DeprecationWarning, match=rf"{path}.{name} is now mocov3\."):
+            found = getattr(module, name)
+        assert found is getattr(importlib.import_module(found.__module__ if callable(found) else MOVED[path]), name)
+    with pytest.raises(AttributeError):
+        _ = module.never_there
+
+
+def test_what_is_documented_is_where_the_documents_say():
+    texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.ipynb")]
+    named = {m for t in texts for m in re.findall(r"from (mocov3[\w.]*) import ([\w, ]+)", t.read_text())}
+    assert len(named) > 8
+    for module, names in named:
+        for name in names.split(","):
+            assert hasattr(importlib.import_module(module), name.strip()), (module, name)

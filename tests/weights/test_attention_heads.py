@@ -303,7 +303,7 @@ def loaded(monkeypatch):
 
     def spy(encoder, weights, where):
         left = load_into(encoder, weights, where)
-        x = images(encoder.patch_embed.img_size[0])
+        x = batch_of_images(encoder.patch_embed.img_size[0])
         with torch.no_grad():
             found.append((len(x[0, 0]), copy.deepcopy(encoder).eval().features(x)))
         return left
@@ -315,7 +315,7 @@ def loaded(monkeypatch):
     return found
 
 
-def images(size):
+def batch_of_images(size):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
@@ -592,7 +592,7 @@ def test_weights_of_timm_bring_their_heads(monkeypatch):
     encoders = [build_backbone("vit_small", image_size=SIZE, num_heads=6) for _ in range(2)]
     start.load_start(name, encoders, "vit_small")
     with torch.no_grad():
-        expected, found = network(images(SIZE)), encoders[1].eval().features(images(SIZE))
+        expected, found = network(batch_of_images(SIZE)), encoders[1].eval().features(batch_of_images(SIZE))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     with pytest.raises(UserError, match="has 6 attention heads"):
         start.load_start(name, [mocos()], "vit_small")
