@@ -1,4 +1,5 @@
 # make demo: install and run the demo.   make test: install and run the whole suite.
+# make test-fast: the quick part of the suite, under 90 s.   make lint-all: style, lint, types and the plan of the house.
 # make docs: the site, into build/site.   make wheel-test: a wheel, installed into an empty environment, runs a short demo.
 # Everything is installed into .venv at the tested versions of constraints.txt.
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 # test files run beside each other, on at most 4 cores
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(len(getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count()))(0)), 4))")
 
-.PHONY: demo test golden soak gpu bench-data lint types style flags docs wheel-test check clean
+.PHONY: demo test test-fast versions golden soak gpu bench-data lint lint-all types style flags docs wheel-test check clean
 
 demo: $(VENV)/installed
 	$(BIN)/mocov3 demo
@@ -20,6 +21,14 @@ test: $(VENV)/installed-dev
 # an hour: every recorded run in both precisions, and in float32 with fewer of the processor's instructions
 golden: $(VENV)/installed-dev
 	$(BIN)/python tools/goldens.py
+
+# what took less than a second or so when tests/recorded/slow.txt was made (tools/slow_tests.py); for a developer's loop
+test-fast: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q -m "not slow" --numprocesses $(WORKERS) --dist load
+
+# the quick part in fresh environments with the oldest, two middle and the newest versions: docs/releases.md
+versions: | $(VENV)/bin/python
+	$(BIN)/python tools/versions.py
 
 # hours: the tests of reliability with 300 kills and 10,000 fuzzed inputs, and the table of docs/reliability.md
 soak: $(VENV)/installed-dev
@@ -40,6 +49,9 @@ lint: $(VENV)/installed-dev
 
 style: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
+
+lint-all: lint style types
+	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 types: $(VENV)/installed-dev
 	$(BIN)/mypy

@@ -49,9 +49,21 @@ LONG = (
 """Files that take longest: they come first, so that none is left alone at the end."""
 
 
+SLOW = set((Path(__file__).parent / "recorded" / "slow.txt").read_text().split())
+"""Tests that ``make test-fast`` leaves out; made by tools/slow_tests.py."""
+
+
+def pytest_configure(config):
+    """Name our marker."""
+    config.addinivalue_line("markers", "slow: left out by make test-fast")
+
+
 def pytest_collection_modifyitems(items):
-    """Leave out what a soak that was stopped has done already, and order files."""
+    """Leave out what a soak that was stopped has done already, mark what is slow, and order files."""
     done = passed()
+    for item in items:
+        if item.nodeid.split("[", 1)[0] in SLOW:
+            item.add_marker("slow")
     items[:] = [item for item in items if item.nodeid not in done]
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
