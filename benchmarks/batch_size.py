@@ -30,7 +30,7 @@ from mocov3 import models, schedules
 from mocov3.config.presets import PRESETS
 from mocov3.data import CentreView, FashionMnist, Loader, TwoViews
 from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
-from mocov3.data.loading.loader import plan
+from mocov3.data.loading.loader import batches
 from mocov3.distributed import World
 from mocov3.evaluation.features import extract
 from mocov3.evaluation.neighbours import knn_accuracy
@@ -90,7 +90,7 @@ def train(kind: str, batch: int, seed: int, epochs: int, lr: float) -> dict[str,
         step.gradients = Accumulated(model)  # type: ignore[assignment]
     source = FashionMnist("train")
     iterations = len(source) // batch
-    works = plan(len(source), seed=seed, batch_size=batch, rank=0, ranks=1, start=(0, 0), epochs=epochs)
+    works = batches(len(source), seed=seed, batch_size=batch, rank=0, ranks=1, start=(0, 0), epochs=epochs)
     losses = []
     with Loader(source, TwoViews(28, 0.3, PRESET), batch_size=batch, seed=seed, workers=0) as loader:
         for found in loader.run(works):

@@ -30,7 +30,7 @@ from PIL import Image
 
 from benchmarks import images, peers
 from mocov3.data import Loader, TwoViews, open_source
-from mocov3.data.loading.loader import plan
+from mocov3.data.loading.loader import batches
 from mocov3.data.views import native as kernel
 from mocov3.data.views.decode import ImageBytes, decode
 
@@ -143,7 +143,7 @@ def loading(rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         source = open_source(str(images.folder(Path(name) / "pictures", batch * steps)))
         views = TwoViews(224, CROP_MIN)
-        works = list(plan(len(source), seed=0, batch_size=batch, rank=0, ranks=1, start=(0, 0), epochs=1))
+        works = list(batches(len(source), seed=0, batch_size=batch, rank=0, ranks=1, start=(0, 0), epochs=1))
         out = np.empty((2, 224, 224, 3), np.uint8)
 
         def bare() -> None:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import images
 from mocov3.data import Loader, TwoViews, open_source
-from mocov3.data.loading.loader import plan
+from mocov3.data.loading.loader import batches
 
 GROWTH = 1.05
 
@@ -52,7 +52,7 @@ def measure(samples: int, workers: int, size: int = 64, folder: int = 400) -> It
     with tempfile.TemporaryDirectory() as name:
         source = open_source(str(mixed(Path(name) / "pictures", folder)))
         epochs = -(-samples // len(source))
-        works = plan(len(source), seed=0, batch_size=batch, rank=0, ranks=1, start=(0, 0), epochs=epochs)
+        works = batches(len(source), seed=0, batch_size=batch, rank=0, ranks=1, start=(0, 0), epochs=epochs)
         with Loader(source, TwoViews(size, 0.08), batch_size=batch, seed=0, workers=workers) as loader:
             pids = [os.getpid(), *(p.pid for p in loader._processes)]
             done, next_at = 0, 0

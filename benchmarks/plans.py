@@ -7,7 +7,7 @@ Photographs of 500×375 px, no limit of time (epochs are then cut to the time th
 
 from typing import Any
 
-from mocov3.planning.auto import GIB, Images, Machine, memory_of, plan
+from mocov3.planning.auto import GIB, Images, Machine, choose_settings, memory_of
 
 _COUNTS = {"50": 50, "500": 500, "5 k": 5_000, "50 k": 50_000, "1.3 M": 1_281_167}
 _MACHINES = {
@@ -25,7 +25,9 @@ def main() -> None:
     for title, count in _COUNTS.items():
         for name, machine in _MACHINES.items():
             images = Images(count, 375, "photos", "", "", gray=False)
-            made: dict[str, Any] = {c.name: c.value for c in plan(images, machine, None, {}, lambda _: (0.0, {}))}
+            made: dict[str, Any] = {
+                c.name: c.value for c in choose_settings(images, machine, None, {}, lambda _: (0.0, {}))
+            }
             held = made.get("hold_out", 0)
             steps = (count - held) // made["batch_size"] * made["epochs"]
             each, fixed = memory_of(

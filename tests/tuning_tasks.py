@@ -10,7 +10,7 @@ def tune_steps(world, payload):
     import numpy as np
     from timm.utils import ModelEmaV3
 
-    from mocov3.finetuning.batches import plan
+    from mocov3.finetuning.batches import batches
     from mocov3.finetuning.mixing import Depth, Mixer, erase
     from mocov3.finetuning.model import build_classifier, build_criterion, build_optimizer, parameter_groups
     from mocov3.finetuning.step import TuneStep
@@ -43,7 +43,7 @@ def tune_steps(world, payload):
         return x, target.double(), partial(depth, work.indices, epoch=work.epoch, device=world.device)
 
     works = list(
-        plan(
+        batches(
             40,
             seed=1,
             repeats=3,

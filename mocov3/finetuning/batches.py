@@ -28,7 +28,7 @@ def iterations(n: int, *, repeats: int, groups: int, batch_size: int) -> int:
     return len(group_order(n, repeats=repeats, groups=groups, group=0)) // batch_size
 
 
-def plan(
+def batches(
     n: int,
     *,
     seed: int,

@@ -21,7 +21,7 @@ from mocov3.distributed import World
 from mocov3.distributed.stop import Stop
 from mocov3.errors import UserError
 from mocov3.finetuning import files, setup
-from mocov3.finetuning.batches import images_shown, iterations, plan
+from mocov3.finetuning.batches import batches, images_shown, iterations
 from mocov3.finetuning.evaluate import Accuracy, evaluate
 from mocov3.finetuning.inputs import Job
 from mocov3.finetuning.log import TuneLog
@@ -150,7 +150,7 @@ class Tuning:
         self._loader = Loader(
             self.train, setup.transform(c, self.preset), batch_size=c.batch_size, seed=c.seed, workers=self._workers()
         )
-        works = plan(
+        works = batches(
             len(self.train.source),
             seed=c.seed,
             repeats=c.repeats,

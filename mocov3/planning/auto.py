@@ -73,7 +73,9 @@ Speed = Callable[[dict[str, Any]], tuple[float, dict[str, Any]]]
 """Settings so far → seconds an epoch, and settings that had to change to fit the memory."""
 
 
-def plan(images: Images, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed) -> list[Choice]:
+def choose_settings(
+    images: Images, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed
+) -> list[Choice]:
     """Every setting that ``given`` leaves open, in the order they depend on each other.
 
     Args:
@@ -91,8 +93,8 @@ def plan(images: Images, machine: Machine, hours: float | None, given: dict[str,
 
 def _made(
     images: Images, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed, cpu_side: int
-) -> "_Plan":
-    made = _Plan(given)
+) -> "_Settings":
+    made = _Settings(given)
     _views(made, images, machine, cpu_side)
     _network(made, images, machine)
     _batch(made, images, machine)
@@ -102,7 +104,7 @@ def _made(
     return made
 
 
-class _Plan:
+class _Settings:
     def __init__(self, given: dict[str, Any]) -> None:
         self.given, self.values = given, dict(given)
         self.choices: list[Choice] = []
@@ -118,7 +120,7 @@ class _Plan:
         return self.values[name]
 
 
-def _views(made: _Plan, images: Images, machine: Machine, cpu_side: int) -> None:
+def _views(made: _Settings, images: Images, machine: Machine, cpu_side: int) -> None:
     preset = made.choose("view_preset", images.preset, images.reason)
     short = images.short_side
     arch = made.values.get("arch", "")
@@ -146,7 +148,7 @@ def _views(made: _Plan, images: Images, machine: Machine, cpu_side: int) -> None
         made.choose("mean_std", images.mean_std, "measured on these images")
 
 
-def _network(made: _Plan, images: Images, machine: Machine) -> None:
+def _network(made: _Settings, images: Images, machine: Machine) -> None:
     n, small, gb = images.count, made["image_size"] <= _SMALL_SIDE, machine.memory / GIB
     if machine.device == "cpu":
         arch, reason = ("resnet10_w32", "trains in minutes on a CPU")
@@ -188,7 +190,7 @@ def memory_of(arch: str, image_size: int, small_stem: bool, *, half: bool) -> tu
     return each, _FIXED_GB[key] * 1e9
 
 
-def _batch(made: _Plan, images: Images, machine: Machine) -> None:
+def _batch(made: _Settings, images: Images, machine: Machine) -> None:
     small_stem = bool(made.values.get("small_stem"))
     each, _ = memory_of(made["arch"], made["image_size"], small_stem, half=machine.device == "cuda")
     fits = _fitting(made["arch"], made["image_size"], machine, small_stem)
@@ -211,7 +213,7 @@ def _batch(made: _Plan, images: Images, machine: Machine) -> None:
     )
 
 
-def _optimisation(made: _Plan) -> None:
+def _optimisation(made: _Settings) -> None:
     arch = made["arch"]
     if is_vit(arch) or arch.startswith("timm/"):
         made.choose("optimizer", "adamw", "the paper's for ViTs")
@@ -229,7 +231,7 @@ def _optimisation(made: _Plan) -> None:
     made.choose("moco_m_cos", True, "the reference's in every recipe")
 
 
-def _length(made: _Plan, images: Images, machine: Machine, hours: float | None, speed: Speed) -> None:
+def _length(made: _Settings, images: Images, machine: Machine, hours: float | None, speed: Speed) -> None:
     budget = 3600 * (hours if hours is not None else DEFAULT_HOURS[machine.device])
     wanted = min(max(round(_PASSES / max(images.count, 1) ** 0.3), 100), 800)
     seconds, changed = speed(made.values)
@@ -256,7 +258,7 @@ def _length(made: _Plan, images: Images, machine: Machine, hours: float | None, 
     made.choices.append(Choice("(predicted time)", _duration(seconds * epochs), how))
 
 
-def _watching(made: _Plan, images: Images) -> None:
+def _watching(made: _Settings, images: Images) -> None:
     epochs = made["epochs"]
     held = min(2000, images.count // 10) if images.count >= 200 else 0
     held = min(held, images.count - made["batch_size"])

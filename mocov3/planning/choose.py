@@ -14,7 +14,7 @@ from mocov3.config.fields import Layers
 from mocov3.data import Source
 from mocov3.data.sources.survey import Survey, propose, scattered, survey
 from mocov3.errors import UserError
-from mocov3.planning.auto import Choice, Images, Machine, block, parse_budget, plan
+from mocov3.planning.auto import Choice, Images, Machine, block, choose_settings, parse_budget
 from mocov3.pretraining.inputs import open_images
 
 LOOKED_AT = 400
@@ -96,7 +96,7 @@ def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
         fitted = {} if batch == config.batch_size or "batch_size" in fixed else {"batch_size": batch}
         return speed.total_seconds(times["training"], times["loading"], machine.device), fitted
 
-    choices = plan(images, machine, hours, fixed, measured)
+    choices = choose_settings(images, machine, hours, fixed, measured)
     settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}
     config = PretrainConfig(**layers.merged(settings))
     return Proposal(config, choices, images, machine, source, **times)

@@ -17,7 +17,7 @@ from mocov3.config.cheap import stage_of, stages
 from mocov3.data import Batch, Loader, TwoViews
 from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
 from mocov3.data.device.token_strips import cheaper
-from mocov3.data.loading.loader import Unreadable, plan, usable_cores
+from mocov3.data.loading.loader import Unreadable, batches, usable_cores
 from mocov3.distributed import World
 from mocov3.distributed.agreement import check_agreement
 from mocov3.distributed.stop import Stop
@@ -186,7 +186,7 @@ class Run:
             views = TwoViews(stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device")
             local = c.batch_size // world.size
             self._loader = Loader(self.source, views, batch_size=local, seed=self.seed, workers=workers)
-            works = plan(
+            works = batches(
                 len(self.source),
                 seed=self.seed,
                 batch_size=c.batch_size,
@@ -204,7 +204,7 @@ class Run:
     def views(self, batch: Batch) -> tuple[ViewBatch, ViewBatch]:
         """The two views, made on the device when the step asks for them; strips of them in a cheap stage of a ViT."""
         device, mean, std = self.world.device, self.preset.mean, self.preset.std
-        left = batch.parameters if batch.parameters is not None else (None, None)
+        left = batch.colour_draws if batch.colour_draws is not None else (None, None)
         x1, x2 = (
             PixelViewBatch(pixels, device, mean, std, rest) for pixels, rest in zip(batch.pixels, left, strict=True)
         )

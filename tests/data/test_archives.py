@@ -14,7 +14,7 @@ from killing import Process, assert_same_run, kill_until_done
 
 from mocov3 import cli
 from mocov3.data import Loader, TwoViews, open_source
-from mocov3.data.loading.loader import plan
+from mocov3.data.loading.loader import batches
 from mocov3.data.sources import archives as shards_module
 from mocov3.data.sources.archives import expand, open_shards, read_members
 from mocov3.errors import UserError
@@ -43,8 +43,8 @@ def archive(path, members):
     return path
 
 
-def batches(source, workers):
-    works = list(plan(len(source), seed=3, batch_size=16, rank=0, ranks=1, start=(0, 0), epochs=1))
+def loaded(source, workers):
+    works = list(batches(len(source), seed=3, batch_size=16, rank=0, ranks=1, start=(0, 0), epochs=1))
     with Loader(source, TwoViews(32), batch_size=16, seed=3, workers=workers) as loader:
         return [b.pixels.copy() for b in loader.run(works)]
 
@@ -58,7 +58,7 @@ def test_a_packed_folder_is_the_folder(images, packed):
         assert shards.skipped == []
     train = open_source(str(packed))
     assert train.name(0) == "shard-000000.tar/class0/00.jpg"
-    for one, other in zip(batches(open_source(str(images)), 0), batches(train, 2), strict=True):
+    for one, other in zip(loaded(open_source(str(images)), 0), loaded(train, 2), strict=True):
         assert np.array_equal(one, other)
 
 

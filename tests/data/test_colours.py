@@ -13,8 +13,8 @@ from mocov3.config import PRESETS
 from mocov3.data import Loader, TwoViews, open_source
 from mocov3.data.device import colours
 from mocov3.data.device.pixels import PixelViewBatch
-from mocov3.data.loading.loader import plan
-from mocov3.data.views.draws import PARAMETERS, Draw, colour_parameters, draw
+from mocov3.data.loading.loader import batches
+from mocov3.data.views.draws import COLOUR_DRAWS, Draw, colour_draw, draw
 from mocov3.data.views.operations import apply_draw
 
 CHINA = np.asarray(Image.open(GOLDEN / "images" / "china.jpg").convert("RGB"))
@@ -22,7 +22,7 @@ CHINA = np.asarray(Image.open(GOLDEN / "images" / "china.jpg").convert("RGB"))
 
 def on_device(pixels, choices):
     x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-    parameters = np.array([colour_parameters(c) for c in choices], np.float32)
+    parameters = np.array([colour_draw(c) for c in choices], np.float32)
     return colours.apply(x, parameters).permute(0, 2, 3, 1).numpy()
 
 
@@ -81,7 +81,7 @@ def test_views_are_made_outside_autocast(dtype):
     """A network's 16 bits do not reach its views, which are whole numbers up to 255 on the way."""
     choices = [draw(PRESETS["photos"], 0.08, 640, 427, seed=3, epoch=0, index=i, view=i % 2) for i in range(8)]
     pixels = np.stack([CHINA[7 * i : 7 * i + 40, 9 * i : 9 * i + 40] for i in range(8)])
-    parameters = np.array([colour_parameters(c) for c in choices], np.float32)
+    parameters = np.array([colour_draw(c) for c in choices], np.float32)
     view = PixelViewBatch(pixels, torch.device("cpu"), (0.5,) * 3, (0.25,) * 3, parameters)
     want = view[2:]
     with torch.autocast("cpu", dtype):
@@ -102,17 +102,17 @@ def test_sixteen_bits_with_views_on_the_device(images, tmp_path, more):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_hands_over_what_is_left(images, workers):
     source = open_source(str(images))
-    works = list(plan(len(source), seed=9, batch_size=17, rank=0, ranks=1, start=(0, 0), epochs=1))
+    works = list(batches(len(source), seed=9, batch_size=17, rank=0, ranks=1, start=(0, 0), epochs=1))
     made = {}
     for crop_only in (False, True):
         views = TwoViews(32, 0.2, crop_only=crop_only)
         with Loader(source, views, batch_size=17, seed=9, workers=workers if crop_only else 0) as loader:
             made[crop_only] = [
-                (b.pixels.copy(), None if b.parameters is None else b.parameters.copy()) for b in loader.run(works)
+                (b.pixels.copy(), None if b.colour_draws is None else b.colour_draws.copy()) for b in loader.run(works)
             ]
     for (want, nothing), (crops, parameters) in zip(made[False], made[True], strict=True):
         assert nothing is None
-        assert parameters.shape == (2, 17, PARAMETERS)
+        assert parameters.shape == (2, 17, COLOUR_DRAWS)
         for view in range(2):
             x = torch.from_numpy(crops[view]).permute(0, 3, 1, 2)
             got = colours.apply(x, parameters[view]).permute(0, 2, 3, 1).numpy()

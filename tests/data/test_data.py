@@ -18,7 +18,7 @@ from PIL import Image
 
 from mocov3.config import PRESETS, ViewPreset
 from mocov3.data import CentreView, FashionMnist, Loader, TwoViews, Work, open_source
-from mocov3.data.loading.loader import Unreadable, plan
+from mocov3.data.loading.loader import Unreadable, batches
 from mocov3.data.sources import embedded
 from mocov3.data.sources import index as index_module
 from mocov3.data.sources.index import Index
@@ -28,7 +28,7 @@ from mocov3.data.views.draws import draw, permutation, replacement
 from mocov3.errors import UserError
 
 
-def batches(source, workers, works, batch_size=16, seed=5, size=32):
+def loaded(source, workers, works, batch_size=16, seed=5, size=32):
     views = TwoViews(size, 0.2)
     with Loader(source, views, batch_size=batch_size, seed=seed, workers=workers) as loader:
         return [(b.work, b.pixels.copy(), b.corrupt) for b in loader.run(works)]
@@ -36,7 +36,7 @@ def batches(source, workers, works, batch_size=16, seed=5, size=32):
 
 def epoch_plan(n, **changes):
     return list(
-        plan(n, **{"seed": 5, "batch_size": 16, "rank": 0, "ranks": 1, "start": (0, 0), "epochs": 2, **changes})
+        batches(n, **{"seed": 5, "batch_size": 16, "rank": 0, "ranks": 1, "start": (0, 0), "epochs": 2, **changes})
     )
 
 
@@ -44,8 +44,8 @@ def test_workers_change_nothing(images):
     source = open_source(str(images))
     works = epoch_plan(len(source))
     assert len(works) == 8
-    here = batches(source, 0, works)
-    spawned = batches(source, 3, works)
+    here = loaded(source, 0, works)
+    spawned = loaded(source, 3, works)
     for (a, x, _), (b, y, _) in zip(here, spawned, strict=True):
         assert (a.epoch, a.iteration) == (b.epoch, b.iteration)
         assert np.array_equal(x, y)
@@ -230,7 +230,7 @@ def damaged(images, tmp_path):
 def test_unreadable_images_are_replaced_alike(damaged):
     source = scan(damaged)
     works = epoch_plan(len(source), batch_size=17)
-    runs = [batches(source, workers, works, batch_size=17) for workers in (0, 2)]
+    runs = [loaded(source, workers, works, batch_size=17) for workers in (0, 2)]
     for (_, x, a), (_, y, b) in zip(*runs, strict=True):
         assert np.array_equal(x, y)
         assert sorted(c.index for c in a) == sorted(c.index for c in b)
@@ -246,7 +246,7 @@ def test_nothing_readable_is_said(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"no")
     for workers in (0, 1):
         with pytest.raises(Unreadable, match=r"cannot be read"):
-            batches(scan(tmp_path), workers, [Work(0, 0, np.arange(3))])
+            loaded(scan(tmp_path), workers, [Work(0, 0, np.arange(3))])
 
 
 @given(st.binary(max_size=200))

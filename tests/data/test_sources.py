@@ -15,7 +15,7 @@ from PIL import Image
 from mocov3.cli import parse_script
 from mocov3.config import PRESETS, PretrainConfig, preset_of, read_yaml, write_yaml
 from mocov3.data import TwoViews, open_source
-from mocov3.data.loading.loader import plan
+from mocov3.data.loading.loader import batches
 from mocov3.data.loading.order import Order, group_numbers
 from mocov3.data.sources import index as index_module
 from mocov3.data.sources.index import recall
@@ -184,7 +184,7 @@ def test_several_roots_with_shares(tmp_path):
         assert len(indices) == len(set(indices.tolist())) == 30
         assert (indices >= 20).sum() == 10
     assert len(set(np.concatenate(epochs).tolist())) == 60  # others each epoch
-    works = list(plan(60, seed=7, batch_size=4, rank=0, ranks=1, start=(1, 2), epochs=2, order=order))
+    works = list(batches(60, seed=7, batch_size=4, rank=0, ranks=1, start=(1, 2), epochs=2, order=order))
     assert np.array_equal(works[0].indices, epochs[1][8:12])
     write_yaml(config, tmp_path / "c.yaml", "x")
     assert "- " in (tmp_path / "c.yaml").read_text()

@@ -23,7 +23,7 @@ from mocov3.data.loading.labelled import _PLAIN, CropView
 from mocov3.data.loading.supervised import TRANSFER_CROP, DeitAugment, Repeated, key, seeded, stratified
 from mocov3.data.views.draws import draw, permutation
 from mocov3.distributed import World, launch
-from mocov3.finetuning.batches import group_order, iterations, plan
+from mocov3.finetuning.batches import batches, group_order, iterations
 from mocov3.finetuning.evaluate import Accuracy, count
 from mocov3.finetuning.mixing import Depth, Mixer, erase
 from mocov3.finetuning.model import (
@@ -137,16 +137,16 @@ def test_the_order_is_deits(n, groups, repeats):
 
 def test_ranks_and_accumulated_batches_share_one_order():
     args = {"seed": 5, "repeats": 3, "batch_size": 8, "start": (0, 0), "epochs": 2}
-    one = list(plan(300, accumulate=4, rank=0, ranks=1, **args))
-    two = [list(plan(300, accumulate=2, rank=r, ranks=2, **args)) for r in (0, 1)]
-    four = [list(plan(300, accumulate=1, rank=r, ranks=4, **args)) for r in range(4)]
+    one = list(batches(300, accumulate=4, rank=0, ranks=1, **args))
+    two = [list(batches(300, accumulate=2, rank=r, ranks=2, **args)) for r in (0, 1)]
+    four = [list(batches(300, accumulate=1, rank=r, ranks=4, **args)) for r in range(4)]
     steps = iterations(300, repeats=3, groups=4, batch_size=8)
     assert len(one) == 2 * 4 * steps
     for s in range(2 * steps):
         sets = [one[4 * s + g].indices.tolist() for g in range(4)]
         assert [two[g % 2][2 * s + g // 2].indices.tolist() for g in range(4)] == sets
         assert [four[g][s].indices.tolist() for g in range(4)] == sets
-    later = list(plan(300, accumulate=4, rank=0, ranks=1, **{**args, "start": (1, 3)}))
+    later = list(batches(300, accumulate=4, rank=0, ranks=1, **{**args, "start": (1, 3)}))
     assert [w.indices.tolist() for w in later] == [w.indices.tolist() for w in one[4 * (steps + 3) :]]
     assert {i // 3 for w in one[: 4 * steps] for i in w.indices} <= set(permutation(5, 0, 300).tolist())
 

@@ -27,7 +27,7 @@ from mocov3.errors import UserError
 from mocov3.models import build_backbone, sincos_position_embedding
 from mocov3.optim import build_optimizer, set_learning_rate
 from mocov3.planning import speed
-from mocov3.planning.auto import GIB, Images, Machine, memory_of, parse_budget, plan
+from mocov3.planning.auto import GIB, Images, Machine, choose_settings, memory_of, parse_budget
 from mocov3.planning.choose import propose_settings
 from mocov3.pretraining.assemble import build_model
 from mocov3.pretraining.groups import block_numbers, freeze_until, parameter_groups, scale_backbone
@@ -47,7 +47,7 @@ MACHINES = {
 def planned(count, machine, *, side=375, hours=None, given=None, seconds=0.0):
     images = Images(count, side, "photos", "because", "0.5,0.25", gray=False)
     given = given or {}
-    choices = plan(images, machine, hours, given, lambda values: (seconds, {}))
+    choices = choose_settings(images, machine, hours, given, lambda values: (seconds, {}))
     fields = {f.name for f in dataclasses.fields(PretrainConfig)}
     return PretrainConfig(data="x", recipe="auto", **given, **{c.name: c.value for c in choices if c.name in fields}), {
         c.name: c for c in choices
@@ -91,7 +91,7 @@ def test_what_is_given_stays_and_decides_the_rest():
     assert (config.arch, config.batch_size, config.optimizer, config.quality_every) == ("vit_small", 48, "adamw", 0)
     assert config.stop_grad_conv1
     assert "arch" not in choices
-    fitted = plan(
+    fitted = choose_settings(
         Images(9000, 375, "photos", "x", "0.5,0.2", False),
         MACHINES["8 GB"],
         None,

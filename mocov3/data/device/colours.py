@@ -18,30 +18,30 @@ _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601, as Pillow rou
 
 @torch.no_grad()
 def apply(
-    pixels: UInt8[Tensor, "batch 3 height width"], parameters: Float32[np.ndarray, "batch 12"]
+    pixels: UInt8[Tensor, "batch 3 height width"], colour_draws: Float32[np.ndarray, "batch 12"]
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Whole numbers from 0 to 255 as float32: ``pixels`` after what ``parameters`` say.
+    """Whole numbers from 0 to 255 as float32: ``pixels`` after what ``colour_draws`` say.
 
     Args:
         pixels: crops on any device.
-        parameters: of ``mocov3.data.views.draws.colour_parameters``, on the CPU.
+        colour_draws: of ``mocov3.data.views.draws.colour_draw``, on the CPU.
     """
     x = pixels.float()
-    jittered = parameters[:, 0] > 0
+    jittered = colour_draws[:, 0] > 0
     for place in range(4):
         for operation in range(4):
-            chosen = np.flatnonzero(jittered & (parameters[:, 1 + place] == operation))
+            chosen = np.flatnonzero(jittered & (colour_draws[:, 1 + place] == operation))
             if len(chosen):
                 rows = send(chosen, x.device)
-                factors = send(parameters[chosen, 5 + operation], x.device).view(-1, 1, 1, 1)
+                factors = send(colour_draws[chosen, 5 + operation], x.device).view(-1, 1, 1, 1)
                 x[rows] = _jitter(x[rows], operation, factors)
-    if len(chosen := np.flatnonzero(parameters[:, 9] > 0)):
+    if len(chosen := np.flatnonzero(colour_draws[:, 9] > 0)):
         rows = send(chosen, x.device)
         x[rows] = _gray(x[rows]).expand(-1, 3, -1, -1)
-    if len(chosen := np.flatnonzero(parameters[:, 10] > 0)):
+    if len(chosen := np.flatnonzero(colour_draws[:, 10] > 0)):
         rows = send(chosen, x.device)
-        x[rows] = _blur(x[rows], parameters[chosen, 10])
-    if len(chosen := np.flatnonzero(parameters[:, 11] > 0)):
+        x[rows] = _blur(x[rows], colour_draws[chosen, 10])
+    if len(chosen := np.flatnonzero(colour_draws[:, 11] > 0)):
         rows = send(chosen, x.device)
         x[rows] = torch.minimum(x[rows], 255 - x[rows])
     return x

@@ -28,7 +28,7 @@ class PixelViewBatch:
         device: of the parts.
         mean: of the normalisation.
         std: of the normalisation.
-        parameters: what is left of the views to be done on the device, (batch, …).
+        colour_draws: what is left of the views to be done on the device, (batch, …).
     """
 
     def __init__(
@@ -37,16 +37,16 @@ class PixelViewBatch:
         device: torch.device,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        parameters: np.ndarray | None = None,
+        colour_draws: np.ndarray | None = None,
     ) -> None:
-        self._pixels, self._parameters = pixels, parameters
+        self._pixels, self._colour_draws = pixels, colour_draws
         self._settings = (device, mean, std)
 
     def __len__(self) -> int:
         return len(self._pixels)
 
     def __getitem__(self, part: slice, /) -> Tensor:
-        left = self._parameters[part] if self._parameters is not None else None
+        left = self._colour_draws[part] if self._colour_draws is not None else None
         return normalise(self._pixels[part], *self._settings, left)
 
 
@@ -55,16 +55,16 @@ def normalise(
     device: torch.device,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    parameters: np.ndarray | None = None,
+    colour_draws: np.ndarray | None = None,
 ) -> Float[Tensor, "batch channels height width"]:
     """uint8 pixels (batch, height, width, channels) → normalised channels-last floats on the device, in one place.
 
-    ``parameters`` say what is left of the views to be done on the device (``mocov3.data.device.colours``). The floats
+    ``colour_draws`` say what is left of the views to be done on the device (``mocov3.data.device.colours``). The floats
     are torch's default ones, whatever autocast is around: 16 bits are for networks.
     """
     sent = colours.send(pixels, device).permute(0, 3, 1, 2)
     with torch.autocast(device.type, enabled=False):
-        x = (sent if parameters is None else colours.apply(sent, parameters)).to(torch.get_default_dtype())
+        x = (sent if colour_draws is None else colours.apply(sent, colour_draws)).to(torch.get_default_dtype())
         offset, scale = _constants(mean, std, device, x.dtype)
         return x.sub_(offset).mul_(scale)
 

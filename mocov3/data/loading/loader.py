@@ -44,8 +44,8 @@ class Transform(Protocol):
     def __call__(self, data: Any, /, *, seed: int, epoch: int, index: int, out: Any = None) -> Any:
         """Make the views.
 
-        A transform with an attribute ``parameters`` above 0 is also given ``parameters``, float32 (count, that many),
-        to write beside the pixels what is left to do with them; one whose ``reading`` is not RGB says so.
+        A transform with an attribute ``colour_draws`` above 0 is also given ``colour_draws``, float32 (count, that
+        many), to write beside the pixels what is left to do with them; one whose ``reading`` is not RGB says so.
         """
 
 
@@ -53,7 +53,7 @@ class Unreadable(Exception):
     """No readable image was found in place of an unreadable one."""
 
 
-def plan(
+def batches(
     n: int,
     *,
     seed: int,
@@ -92,7 +92,7 @@ class Loader:
 
     def __init__(self, source: Source, transform: Transform, *, batch_size: int, seed: int, workers: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
-        beside, channels = getattr(transform, "parameters", 0), getattr(transform, "reading", RGB).channels
+        beside, channels = getattr(transform, "colour_draws", 0), getattr(transform, "reading", RGB).channels
         layout = Layout(transform.count, batch_size, transform.image_size, beside, channels)
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
@@ -249,7 +249,7 @@ def _fill(
     """Write one image's views; an unreadable image is replaced by one that (seed, epoch, index) decides."""
     corrupt: list[Corrupt] = []
     tried = index
-    left = {"parameters": slot.parameters[:, place]} if slot.parameters.size else {}
+    left = {"colour_draws": slot.colour_draws[:, place]} if slot.colour_draws.size else {}
     for attempt in range(_ATTEMPTS):
         try:
             transform(source.read(tried), seed=seed, epoch=epoch, index=tried, out=slot.pixels[:, place], **left)

@@ -33,7 +33,7 @@ class Batch:
     pixels: np.ndarray
     """uint8, (views, batch, height, width, channels)."""
     corrupt: list[Corrupt]
-    parameters: np.ndarray | None = None
+    colour_draws: np.ndarray | None = None
     """float32, (views, batch, …): what the transform left to do, where it leaves anything."""
 
 
@@ -42,12 +42,12 @@ class Slot:
     """Room for one batch."""
 
     pixels: np.ndarray
-    parameters: np.ndarray
+    colour_draws: np.ndarray
 
     def batch(self, work: Work, corrupt: list[Corrupt]) -> Batch:
         """What lies here, as the batch of ``work``."""
         n = len(work.indices)
-        return Batch(work, self.pixels[:, :n], corrupt, self.parameters[:, :n] if self.parameters.size else None)
+        return Batch(work, self.pixels[:, :n], corrupt, self.colour_draws[:, :n] if self.colour_draws.size else None)
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,23 @@ class Layout:
     batch_size: int
     side: int
     """Of the views, in pixels."""
-    parameters: int
+    colour_draws: int
     """Numbers beside a view."""
     channels: int = 3
 
     @property
     def bytes(self) -> int:
         """Bytes of a slot."""
-        return -(-self.count * self.batch_size * (4 * self.parameters + self.channels * self.side**2) // 64) * 64
+        return -(-self.count * self.batch_size * (4 * self.colour_draws + self.channels * self.side**2) // 64) * 64
 
     def slots(self, memory: Any) -> list[Slot]:
         """The slots in ``memory``."""
         found = []
         images = self.count * self.batch_size
-        head = 4 * images * self.parameters  # parameters first, so that they are aligned
+        head = 4 * images * self.colour_draws  # parameters first, so that they are aligned
         for part in np.frombuffer(memory, dtype=np.uint8).reshape(-1, self.bytes):
-            parameters = part[:head].view(np.float32).reshape(self.count, self.batch_size, self.parameters)
+            colour_draws = part[:head].view(np.float32).reshape(self.count, self.batch_size, self.colour_draws)
             pixels = part[head : head + self.channels * images * self.side**2]
             shape = (self.count, self.batch_size, self.side, self.side, self.channels)
-            found.append(Slot(pixels.reshape(shape), parameters))
+            found.append(Slot(pixels.reshape(shape), colour_draws))
         return found

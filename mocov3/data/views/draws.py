@@ -37,11 +37,11 @@ class Draw(NamedTuple):
     """Quarter turns, counter-clockwise."""
 
 
-PARAMETERS = 12
-"""Numbers that ``colour_parameters`` gives."""
+COLOUR_DRAWS = 12
+"""Numbers that ``colour_draw`` gives."""
 
 
-def colour_parameters(choice: Draw) -> list[float]:
+def colour_draw(choice: Draw) -> list[float]:
     """All but the geometry of a draw, as numbers: jitter (0 or 1), its order, its factors, grey, sigma, solarise."""
     order, *factors = choice.jitter or ((0, 1, 2, 3), 1.0, 1.0, 1.0, 0.0)
     return [choice.jitter is not None, *order, *factors, choice.gray, choice.blur_sigma or 0.0, choice.solarize]

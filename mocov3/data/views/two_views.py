@@ -12,7 +12,7 @@ from PIL import Image
 
 from mocov3.config.presets import PRESETS, RGB, Reading, ViewPreset
 from mocov3.data.views.decode import SHRINKS, ImageBytes
-from mocov3.data.views.draws import PARAMETERS, Draw, colour_parameters, draw, pad_pixels, without_colour
+from mocov3.data.views.draws import COLOUR_DRAWS, Draw, colour_draw, draw, pad_pixels, without_colour
 from mocov3.data.views.operations import Pixels, apply_draw
 
 _SHARPNESS = 1.5
@@ -29,7 +29,7 @@ class TwoViews:
         preset: strengths and probabilities; a name of ``mocov3.config.PRESETS`` or a ``ViewPreset``.
         backend: ``fast``, or ``pillow`` for the reference's operations (``native`` and ``library``: see
             ``mocov3.data.views.operations``).
-        crop_only: stop after crop, resize and flip; what is left is written to ``parameters``, for
+        crop_only: stop after crop, resize and flip; what is left is written to ``colour_draws``, for
             ``mocov3.data.device.colours`` to do on a device.
     """
 
@@ -41,9 +41,9 @@ class TwoViews:
     count: int = field(default=2, init=False)
 
     @property
-    def parameters(self) -> int:
+    def colour_draws(self) -> int:
         """Numbers that go with a view."""
-        return PARAMETERS if self.crop_only else 0
+        return COLOUR_DRAWS if self.crop_only else 0
 
     @property
     def reading(self) -> Reading:
@@ -62,11 +62,11 @@ class TwoViews:
         epoch: int,
         index: int,
         out: Sequence[Pixels] | np.ndarray | None = None,
-        parameters: np.ndarray | None = None,
+        colour_draws: np.ndarray | None = None,
     ) -> tuple[Pixels, Pixels]:
         """The views of the image in ``data`` (file bytes or uint8 pixels), written to ``out`` if given.
 
-        With ``crop_only``, what is left to do is written to ``parameters``, float32 (2, ``PARAMETERS``).
+        With ``crop_only``, what is left to do is written to ``colour_draws``, float32 (2, ``COLOUR_DRAWS``).
 
         Raises:
             DecodeError: if the image cannot be read.
@@ -79,8 +79,8 @@ class TwoViews:
             for view in range(2)
         ]
         if self.crop_only:
-            if parameters is not None:
-                parameters[:] = [colour_parameters(choice) for choice in choices]
+            if colour_draws is not None:
+                colour_draws[:] = [colour_draw(choice) for choice in choices]
             choices = [without_colour(choice) for choice in choices]
         pad = pad_pixels(preset, width, height)
         whole = pad or self.backend == "pillow"
