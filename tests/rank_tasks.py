@@ -141,7 +141,7 @@ def differing(world, _):
     from mocov3.errors import UserError
 
     second = world.rank == 1
-    check_agreement(world, PretrainConfig(data=f"/mnt/{world.rank}", workers=world.rank + 1), {"pictures": "a"})
+    check_agreement(world, PretrainConfig(data=f"/mnt/{world.rank}", workers=world.rank + 1), {"images": "a"})
     cases = [
         (PretrainConfig(lr=0.5 if second else 0.6), "a", "ranks differ in --lr: 0.6 on rank 0; 0.5 on rank 1;"),
         (PretrainConfig(micro_batch="auto" if second else 0), "a", "in --micro-batch: 0 on rank 0; 'auto' on rank 1;"),
@@ -150,7 +150,7 @@ def differing(world, _):
     ]
     for config, digest, message in cases:
         try:
-            check_agreement(world, config, {"pictures": digest})
+            check_agreement(world, config, {"images": digest})
         except UserError as error:
             assert message in str(error), error
         else:

@@ -24,7 +24,7 @@ from mocov3.weights.checkpoint import Position
 from mocov3.weights.origin import origin_of_run
 from mocov3.weights.writer import Writer
 
-IMAGES = "images.txt.gz"
+IMAGES = "pictures.txt.gz"
 _LISTED = 3
 
 

@@ -213,7 +213,7 @@ def test_threads_make_the_same_views():
 def test_without_the_kernel(tmp_path):
     """The switch: the same call by the library path."""
     code = (
-        "import sys, numpy as np; from mocov3.data import TwoViews, native; assert not native.available();"
+        "import sys, numpy as np; from mocov3.data.views import TwoViews, native; assert not native.available();"
         "views = TwoViews(32)(open(sys.argv[1], 'rb').read(), seed=1, epoch=0, index=0);"
         "print(*(int(v.sum()) for v in views))"
     )

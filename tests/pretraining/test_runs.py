@@ -69,7 +69,7 @@ def test_files_of_a_run(whole, images):
         "config.yaml",
         "machine.jsonl",
         "metrics.jsonl",
-        "images.txt.gz",
+        "pictures.txt.gz",
         "tensorboard",
     ]
     saved = contents(whole / "checkpoint_0001.pth.tar")
