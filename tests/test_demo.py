@@ -5,7 +5,7 @@ import pytest
 from mocov3 import demo
 from mocov3.config.recipes import RECIPES
 from mocov3.planning import speed
-from mocov3.pretraining import inputs
+from mocov3.pretraining import task
 
 EPOCHS = RECIPES[demo.RECIPE].settings["epochs"]
 
@@ -14,7 +14,7 @@ EPOCHS = RECIPES[demo.RECIPE].settings["epochs"]
 def started(monkeypatch):
     """Configurations of the runs that were started, none of which trains."""
     configs = []
-    monkeypatch.setattr(inputs, "main", lambda config, script_door: configs.append(config) or 7)
+    monkeypatch.setattr(task, "main", lambda config, script_door: configs.append(config) or 7)
     return configs
 
 

@@ -293,7 +293,7 @@ def newest_step(folder):
 
 @linux
 def test_memory_and_files_stay(images, tmp_path):
-    steps = trials(2000, 20000)
+    steps = trials(800, 20000)
     flags = [
         "--image-size",
         8,
