@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
 from mocov3.models import build_backbone
 from mocov3.weights import checkpoint
 from mocov3.weights.attention_heads import choices, width_of
-from mocov3.weights.convert import build_from, find_backbone, load_backbone, trained_with
+from mocov3.weights.convert import build_from, find_backbone, trained_with
+from mocov3.weights.start import load_start
 
 Row = dict[str, Any]
 
@@ -106,9 +106,10 @@ def _asks(file: str) -> bool:
 
 
 def _beginning(start: str, settings: dict[str, Any]) -> Any:
-    """The network of a run's ``--init``, with the attention heads of the run where the file does not tell."""
-    heads = settings.get("num_heads") if Path(start).is_file() and _asks(start) else None
-    return load_backbone(start, image_size=settings["image_size"], heads=heads)
+    """The network of a run's ``--init`` as the run began: a file's weights, or those that timm publishes."""
+    encoder = build_backbone(**settings)
+    load_start(start, [encoder], settings["arch"], settings.get("num_heads"))
+    return encoder
 
 
 def _row(

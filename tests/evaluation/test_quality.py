@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import TINY
 from doors import refused
@@ -14,7 +15,7 @@ from mocov3 import load_backbone
 from mocov3.cli import main
 from mocov3.data import CentreView, open_source
 from mocov3.data.views.probes import ProbeViews
-from mocov3.evaluation import quality
+from mocov3.evaluation import network_scores, quality
 from mocov3.evaluation.intervals import interval, rank_correlation
 from mocov3.evaluation.label_free import judge
 from mocov3.evaluation.network_scores import leave_one_out
@@ -237,3 +238,21 @@ def test_compare_takes_the_images_kept_back(images, tmp_path, capsys):
     assert "20 images that these runs kept back" in capsys.readouterr().out
     assert main(["compare", str(file), str(many / "class1"), "-j", "0"]) == 0
     assert "16 images, by views" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_the_row_of_the_start_has_the_published_weights(name, monkeypatch):
+    """Not those of a network of the same name that nobody trained."""
+    torch.manual_seed(7)
+    sizes = {"img_size": 32} if "vit" in name else {}
+    published, build = timm.create_model(name, num_classes=0, **sizes).eval(), timm.create_model
+
+    def offline(name, pretrained=False, **kwargs):
+        return published if pretrained else build(name, **kwargs)
+
+    monkeypatch.setattr("timm.create_model", offline)
+    torch.manual_seed(8)
+    before = network_scores._beginning(f"timm/{name}", {"arch": f"timm/{name}", "image_size": 32}).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(before.features(x), published(x), atol=1e-5)
