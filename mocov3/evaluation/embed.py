@@ -57,21 +57,10 @@ def embed(world: Any, config: EmbedConfig) -> int:
 
     from mocov3.evaluation.embeddings import Spool
     from mocov3.evaluation.features import loader_workers, refuse_not_finite, stream
-    from mocov3.evaluation.frozen import open_frozen
+    from mocov3.evaluation.frozen import open_configured
     from mocov3.models.precision import Precision, resolve_precision
 
-    frozen = open_frozen(
-        config.model,
-        flag="--model",
-        arch=config.arch,
-        encoder=config.encoder,
-        image_size=config.image_size,
-        view_preset=config.view_preset,
-        layer=config.layer,
-        untrained=config.untrained,
-        seed=config.seed,
-        heads=config.heads,
-    )
+    frozen = open_configured(config)
     source, preset = open_source(config.data), frozen.preset
     # what makes the features; a pass of other settings is not gone on with
     key = {

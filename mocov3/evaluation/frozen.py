@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mocov3 import models
 from mocov3.config.archs import BUILT_IN_ARCHS, check_heads, is_vit, stored_heads
+from mocov3.config.evaluation import FeatureConfig
 from mocov3.config.presets import PRESETS, Reading, ViewPreset
 from mocov3.data import CentreView
 from mocov3.errors import UserError
@@ -138,6 +139,26 @@ def open_frozen(
     settings: dict[str, Any] = {"image_size": size, **({"num_heads": heads} if heads else {})}
     return _frozen(
         build_backbone(model, **settings), model, size, preset, settings, f"{model}, untrained (seed {seed})", layer
+    )
+
+
+def open_configured(config: FeatureConfig) -> Frozen:
+    """The backbone of ``--model`` and the flags beside it.
+
+    Raises:
+        UserError: as ``open_frozen``.
+    """
+    return open_frozen(
+        config.model,
+        flag="--model",
+        arch=config.arch,
+        encoder=config.encoder,
+        image_size=config.image_size,
+        view_preset=config.view_preset,
+        layer=config.layer,
+        untrained=config.untrained,
+        seed=config.seed,
+        heads=config.heads,
     )
 
 

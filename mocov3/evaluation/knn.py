@@ -76,21 +76,10 @@ def measure(world: Any, config: KnnConfig) -> int:
     import numpy as np
     import torch
 
-    from mocov3.evaluation.frozen import open_frozen
+    from mocov3.evaluation.frozen import open_configured
     from mocov3.evaluation.neighbours import nearest, recalled, vote
 
-    frozen = open_frozen(
-        config.model,
-        flag="--model",
-        arch=config.arch,
-        encoder=config.encoder,
-        image_size=config.image_size,
-        view_preset=config.view_preset,
-        layer=config.layer,
-        untrained=config.untrained,
-        seed=config.seed,
-        heads=config.heads,
-    ).to(world.device)
+    frozen = open_configured(config).to(world.device)
     sources = open_sets(config.data, config.labels)
     bank, labels = _features(world, frozen, config, sources[0])
     asked, answers = (bank, labels) if sources[1] is None else _features(world, frozen, config, sources[1])
