@@ -15,6 +15,7 @@ from typing import Any
 MOVED = {
     "mocov3.checkpoint": "mocov3.weights.checkpoint",
     "mocov3.convert": "mocov3.weights.convert",
+    "mocov3.data.decode": "mocov3.data.views.decode",
     "mocov3.features": "mocov3.evaluation.features",
     "mocov3.frozen": "mocov3.evaluation.frozen",
     "mocov3.neighbours": "mocov3.evaluation.neighbours",
@@ -24,15 +25,17 @@ MOVED = {
     "mocov3.start": "mocov3.weights.start",
     "mocov3.step": "mocov3.pretraining.step",
 }
-"""Old path → where its names are now; ``mocov3.step`` also has those that went elsewhere."""
+"""Old path → where its names are now, but for ``_ELSEWHERE``."""
 
 _ELSEWHERE = {
     "mocov3.step": {
-        "normalise": "mocov3.data.device.pixels",
-        "Precision": "mocov3.models.precision",
-        "resolve_precision": "mocov3.models.precision",
-    }
+        "normalise": ("mocov3.data.device.pixels", "normalise"),
+        "Precision": ("mocov3.models.precision", "Precision"),
+        "resolve_precision": ("mocov3.models.precision", "resolve_precision"),
+    },
+    "mocov3.data.decode": {"Picture": ("mocov3.data.views.decode", "ImageBytes")},
 }
+"""Names that went elsewhere, or are called otherwise."""
 
 
 class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -47,10 +50,10 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         elsewhere = _ELSEWHERE.get(name, {})
 
         def find(attribute: str) -> Any:
-            place = elsewhere.get(attribute, MOVED[name])
-            value = getattr(importlib.import_module(place), attribute)
+            place, called = elsewhere.get(attribute, (MOVED[name], attribute))
+            value = getattr(importlib.import_module(place), called)
             if not attribute.startswith("__"):
-                warnings.warn(f"{name}.{attribute} is now {place}.{attribute}", DeprecationWarning, stacklevel=2)
+                warnings.warn(f"{name}.{attribute} is now {place}.{called}", DeprecationWarning, stacklevel=2)
             return value
 
         module.__getattr__ = find  # type: ignore[method-assign]

@@ -135,6 +135,7 @@ DOCUMENTED = {
     "mocov3.neighbours": ("nearest", "knn_accuracy"),
     "mocov3.convert": ("load_into", "load_backbone"),
     "mocov3.checkpoint": ("read",),
+    "mocov3.data.decode": ("Picture", "DecodeError"),
     "mocov3.recipes": ("RECIPES",),
 }
 """What documents and messages of version 0.1 named, by its former path."""
@@ -146,7 +147,8 @@ def test_former_paths_work_and_warn(path):
     for name in DOCUMENTED.get(path, ()):
         with pytest.warns(DeprecationWarning, match=rf"{path}.{name} is now mocov3\."):
             found = getattr(module, name)
-        assert found is getattr(importlib.import_module(found.__module__ if callable(found) else MOVED[path]), name)
+        here = importlib.import_module(found.__module__) if callable(found) else importlib.import_module(MOVED[path])
+        assert found is getattr(here, found.__name__ if callable(found) else name)
     with pytest.raises(AttributeError):
         _ = module.never_there
 
