@@ -6,7 +6,8 @@ from golden_runs import fine_tuning, linear_evaluation, trajectory
 
 def main():
     torch.set_num_threads(1)
-    trajectory("vit_tiny_adamw_mid", "float32", steps=5).check()
+    # not the "mid" run: one unit before a ReLU is at 1.8e-6 there, and other kernels flip it (test_golden_training.py)
+    trajectory("vit_tiny_adamw_readme_lr", "float32", steps=5).check()
     linear_evaluation("resnet18_wd", "float32", epochs=1).check()
     fine_tuning("smoothing", "float32").check()
 
