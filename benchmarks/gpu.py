@@ -1,23 +1,25 @@
-"""What a CPU cannot measure, on one GPU in under 45 minutes: ``make gpu``, or ``python benchmarks/gpu.py``.
+"""What a CPU cannot measure, on one GPU, in parts: ``make gpu``, or ``python benchmarks/gpu.py --parts steps resume``.
 
-Writes docs/gpu.md: goldens in every precision against float64, speed and share of the GPU's peak, views on the device,
-a batch of 4096 in 12 GB, kernel launches of the update, bit-equal resume. What this machine or this version cannot
-measure is skipped, with the reason. ``--rehearse`` runs every part at toy size on the CPU and writes nothing: it shows
-that the program works, and its numbers mean nothing.
+Every part is written into docs/gpu.md when it ends, with card, versions and date; the others stay as they are. Without
+``--parts``, those that nobody has measured come first, then the oldest, until ``--minutes`` are over. Without a GPU
+nothing is measured and nothing is lost. ``--rehearse`` runs the parts at toy size on the CPU and writes nothing: it
+shows that the program works, and its numbers mean nothing.
 """
 
 import argparse
+import datetime
 import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -27,33 +29,22 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step as steps
 from mocov3 import models
 from mocov3.config import PretrainConfig
 from mocov3.models import MoCo
+from mocov3.models.compiled import is_launch_bound
 from mocov3.optim import build_optimizer
+from mocov3.pretraining.assemble import count_memory
 
-MINUTES = 45
 GOLDENS = {"resnet18_t1.0_w1": "resnet18", "resnet50_t1.0_w1": "resnet50", "vit_small_t0.2_w1": "vit_small"}
-PEAKS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10": 125,
-    "4090": 165,
-    "3090": 71,
-    "T4": 65,
-}
-"""Dense bf16 (T4: fp16) TFLOP/s with float32 sums, from NVIDIA's data sheets; first name that fits."""
-
-
-class Skip(Exception):
-    """Why a part is not measured here."""
+NOTHING = "Not measured yet."
+TARGETS = {"vit_small": (3800, 4400, 0.85), "vit_base": (1150, 1350, 0.85), "resnet50": (2300, 2700, 0.72)}
+"""Images a second on an H200, floor and goal, and the factor for an H100."""
 
 
 @dataclass
@@ -65,48 +56,53 @@ class Machine:
     folder: Path
     """For images and runs."""
 
-    def need_gpu(self) -> None:
-        """Skip where there is none."""
-        if self.device.type != "cuda" and not self.rehearsal:
-            raise Skip("torch finds no CUDA device here")
-
     def pick(self, full: Any, toy: Any) -> Any:
         """The size to measure at."""
         return toy if self.rehearsal else full
 
-    @functools.cached_property
-    def images(self) -> Path:
-        """A folder of JPEGs."""
-        try:
-            from benchmarks import images
-        except ImportError as error:
-            raise Skip(f"images to load need the bench extra ({error})") from None
-        return images.folder(self.folder / "pictures", self.pick(8192, 32))
+    @property
+    def workers(self) -> int:
+        """Loader processes."""
+        return self.pick(min(os.cpu_count() or 1, 16), 0)
 
-    def pretrain(self, *flags: Any, name: str, steps: int) -> list[dict[str, Any]]:
-        """Lines of metrics of a run by the program itself."""
-        out = self.folder / name
-        common = [
-            "--recipe",
-            "defaults",
-            "-p",
-            "1" if self.rehearsal else "5",
-            "--max-steps",
-            steps,
-            "--seed",
-            "0",
-            "--device",
-            self.device.type,
-            "--output-dir",
-            out,
-            "--quiet",
-        ]
-        command = [sys.executable, "-m", "mocov3", "pretrain", self.images, *common, *flags]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, check=False)
+    def images(self, kind: str = "small") -> Path:
+        """A folder of JPEGs of 500×375 pixels: ``small`` of about 55 kB, ``imagenet`` of 117 kB as ImageNet's mean."""
+        from benchmarks import images
+
+        folder = self.folder / f"images-{kind}"
+        count = self.pick(8192, 32)
+        return folder if folder.is_dir() else images.folder(folder, count, quality={"small": 85, "imagenet": 97}[kind])
+
+    def run(self, *command: Any) -> str:
+        """Run the program; what it prints."""
+        argv = [sys.executable, "-m", "mocov3", *map(str, command)]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])
+        return done.stdout
+
+    def pretrain(self, *flags: Any, name: str, steps: int, data: Path | None = None) -> list[dict[str, Any]]:
+        """Lines of metrics of a run by the program itself."""
+        out = self.folder / name
+        usual = ["--recipe", "defaults", "-p", self.pick(5, 1), "--max-steps", steps, "--seed", 0, "--quiet"]
+        where = ["--device", self.device.type, "--output-dir", out]
+        self.run("pretrain", data or self.images(), *usual, *where, *flags)
         return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    @functools.cached_property
+    def product(self) -> float:
+        """FLOP/s of a product of 8192² matrices of bf16 random numbers."""
+        n = self.pick(8192, 256)
+        a, b = torch.randn(2, n, n, device=self.device, dtype=torch.bfloat16).unbind()
+        return 2 * n**3 / fastest(lambda: a @ b, self.device, 10)
+
+    @functools.cached_property
+    def bandwidth(self) -> float:
+        """Bytes/s of a copy on the device, read and written."""
+        n = self.pick(2**31, 2**20)
+        a, b = torch.empty(2, n, device=self.device, dtype=torch.int8).unbind()
+        return 2 * n / fastest(lambda: b.copy_(a), self.device, 10)
 
 
 def sync(device: torch.device) -> None:
@@ -115,7 +111,20 @@ def sync(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-# --- goldens in every precision --------------------------------------------------------------------------------------
+def fastest(run: Callable[[], Any], device: torch.device, times: int, rounds: int = 3) -> float:
+    """Seconds of one call: the best of ``rounds`` of so many ``times``, after as many to warm up."""
+    best = float("inf")
+    for round in range(rounds + 1):
+        sync(device)
+        began = time.perf_counter()
+        for _ in range(times):
+            run()
+        sync(device)
+        best = min(best, (time.perf_counter() - began) / times) if round else best
+    return best
+
+
+# --- right -----------------------------------------------------------------------------------------------------------
 
 
 def _fill() -> Any:
@@ -127,17 +136,17 @@ def _fill() -> Any:
     return module
 
 
-def _golden_step(
-    case: dict[str, Any],
-    machine: Machine,
-    dtype: torch.dtype,
-    autocast: torch.dtype | None = None,
-    *,
-    tf32: bool = False,
-    channels_last: bool = False,
-    compiled: bool = False,
-) -> dict[str, Any]:
-    """Loss, and gradients in float64 on the CPU, of one recorded step."""
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _gradients(model: Any, loss: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+    (loss * scale).backward()
+    named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {n: g.double() / scale for n, g in named.items()}
+
+
+def _golden_loss(case: dict[str, Any], machine: Machine, dtype: torch.dtype) -> float:
     fill, device = _fill(), machine.device
     size, batch = machine.pick(case["image_size"], 32), case["global_batch"]
     model = models.build(
@@ -154,227 +163,221 @@ def _golden_step(
             value.copy_(torch.from_numpy(np.asarray(new)))
     model.to(device, dtype).train()
     views = [torch.from_numpy(fill.images("c_step", 0, v, batch, size)).to(device, dtype) for v in (1, 2)]
-    if channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        views = [v.to(memory_format=torch.channels_last) for v in views]
-    if compiled:
-        model.compile_backbones(*(["eager"] if machine.rehearsal else []))
-    context: AbstractContextManager[Any] = nullcontext()
-    if autocast is not None:
-        context = torch.autocast(device.type, autocast)
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        with context:
-            loss = model(*views, case["m"])
-        (loss * (1024 if autocast == torch.float16 else 1)).backward()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    scale = 1 / 1024 if autocast == torch.float16 else 1
-    left_out = ("encoder.norm.bias", "qkv.bias")  # zero in exact arithmetic, wholly or in part
-    grads = {
-        n: p.grad.double().cpu() * scale
-        for n, p in model.named_parameters()
-        if p.grad is not None and not n.endswith(left_out)
-    }
-    return {"loss": float(loss.detach()), "grads": grads}
+    return float(model(*views, case["m"]).detach())
 
 
-def goldens(machine: Machine) -> list[str]:
-    """One recorded step in every precision, against float64 on the same device."""
-    machine.need_gpu()
+def right(machine: Machine) -> list[str]:
+    """Recorded losses in float64 and float32; gradients in 16 bits of a fresh network against float64."""
     cases = json.loads((ROOT / "tests/golden/c_step.json").read_text())["cases"]
-    ways: dict[str, dict[str, Any]] = {
-        "fp32": {},
-        "fp32, channels-last": {"channels_last": True},
-        "fp32, compiled": {"compiled": True},
-        "TF32": {"tf32": True},
-        "bf16": {"autocast": torch.bfloat16},
-        "bf16, channels-last": {"autocast": torch.bfloat16, "channels_last": True},
-        "bf16, compiled": {"autocast": torch.bfloat16, "channels_last": True, "compiled": True},
-        "fp16": {"autocast": torch.float16},
-    }
-    lines = [
-        "| golden step | arithmetic | loss − float64 | gradients, median relative error | worst |",
-        "|---|---|---:|---:|---:|",
-    ]
+    lines = ["| golden step | float64 − recorded | float32 − recorded |", "|---|---:|---:|"]
     names = [n for n in GOLDENS if n in cases] or [n for n, c in cases.items() if c["world"] == 1]
     for name in names[: machine.pick(len(names), 1)]:
-        case = cases[name]
-        exact = _golden_step(case, machine, torch.float64)
-        recorded = case["float64"][0]["loss"]
-        lines.append(f"| {name} | float64 | recorded: {exact['loss'] - recorded:+.1e} | | |")
-        for way, settings in ways.items():
-            got = _golden_step(case, machine, torch.float32, **settings)
-            errors = [float((g - exact["grads"][n]).norm() / exact["grads"][n].norm()) for n, g in got["grads"].items()]
-            lines.append(
-                f"| {name} | {way} | {got['loss'] - exact['loss']:+.1e} | {median(errors):.1e} | {max(errors):.1e} |"
-            )
+        recorded = cases[name]["float64"][0]["loss"]
+        apart = [_golden_loss(cases[name], machine, dtype) - recorded for dtype in (torch.float64, torch.float32)]
+        lines.append(f"| {name} | " + " | ".join(f"{a:+.0e}" for a in apart) + " |")
+    lines += [
+        "",
+        "Gradients of a freshly initialised network on 64 random images against float64, ‖g − g₆₄‖ / ‖g₆₄‖ over all "
+        "parameters; *eager fp16* is the step in the reference's manner, and what 16 bits are judged by: at most 1.5 "
+        "times its error.",
+        "",
+        "| network | eager fp16 | fp16 | fp16, compiled | bf16 | bf16, compiled |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for arch in machine.pick(["vit_small", "resnet50"], ["vit_tiny"]):
+        lines.append(f"| {arch} | " + " | ".join(f"{e:.3f}" for e in _errors(arch, machine)) + " |")
     return lines
 
 
-# --- speed -----------------------------------------------------------------------------------------------------------
+def _errors(arch: str, machine: Machine) -> list[float]:
+    device, size = machine.device, machine.pick(224, 32)
+    case = steps.CASES["resnet50" if arch == "resnet50" else "vit_small"]
+    torch.manual_seed(1)
+    views = torch.randn(2, machine.pick(64, 8), 3, size, size, device=device)
+
+    def once(dtype: torch.dtype | None, *, plain: bool = False, compiled: bool = False) -> dict[str, Tensor]:
+        wide = torch.float32 if dtype else torch.float64
+        model = steps.build(arch, case, size, device).to(wide)
+        scale = 1024.0 if dtype == torch.float16 else 1.0
+        if plain:
+            eager = steps.Eager(model, case, device)
+            with _autocast(device, dtype):
+                loss = eager.loss(views[0], views[1], 0.99)
+            return _gradients(model, loss, scale)
+        model.to(memory_format=torch.channels_last)
+        if compiled:
+            torch._dynamo.reset()
+            model.compile_backbones(machine.pick("inductor", "eager"))
+        with _autocast(device, dtype):
+            loss = model(*(v.to(wide, memory_format=torch.channels_last) for v in views), 0.99)
+        return _gradients(model, loss, scale)
+
+    exact = once(None)
+    norm = sum(float(g.norm()) ** 2 for g in exact.values())
+    half = machine.pick(torch.float16, torch.bfloat16)
+    found = [once(half, plain=True)]
+    found += [once(dtype, compiled=c) for dtype in (half, torch.bfloat16) for c in (False, True)]
+    return [(sum(float((g[n] - exact[n]).norm()) ** 2 for n in exact) / norm) ** 0.5 for g in found]
 
 
-def flops_of(arch: str, size: int) -> float:
-    """Floating-point operations of a training step an image: both views, gradients, keys; counted by torch."""
-    model = models.build(arch, image_size=size).train()
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def flops_of(arch: str, size: int, **settings: Any) -> float:
+    """Floating-point operations of a training step an image: both views, gradients, keys; attention counted."""
+    model = models.build(arch, image_size=size, **settings).train()
     x = torch.randn(2, 2, 3, size, size)
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x[0], x[1], 0.99).backward()
     return counter.get_total_flops() / 2
 
 
-def peak_of(machine: Machine) -> tuple[float, str]:
-    """FLOP/s of the GPU in bf16, and where that is from."""
-    if machine.rehearsal:
-        return 1e12, "rehearsal"
-    name = torch.cuda.get_device_name()
-    for part, tera in PEAKS.items():
-        if part in name:
-            return tera * 1e12, f"data sheet of {part}"
-    a = torch.randn(8192, 8192, device=machine.device, dtype=torch.bfloat16)
-    best = min(_seconds(lambda: a @ a, machine.device) for _ in range(10))
-    return 2 * 8192**3 / best, "its fastest product of 8192² matrices"
+def _views(machine: Machine, batch: int, size: int) -> list[Tensor]:
+    both = torch.randn(2, batch, 3, size, size, device=machine.device)
+    return [v.to(memory_format=torch.channels_last) for v in both.unbind()]
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    sync(device)
+def _release(machine: Machine) -> None:
+    torch._dynamo.reset()
+    if machine.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def time_step(machine: Machine, arch: str, batch: int, size: int, *, manner: str, **settings: Any) -> dict[str, float]:
+    """Seconds of a step, of the first one, and peak bytes; ``manner``: reference, or a precision of ours."""
+    device, case = machine.device, steps.CASES["resnet50" if arch.startswith("resnet") else "vit_small"]
+    _release(machine)
+    model = steps.build(arch, case, size, device) if size > 64 else _small(arch, size, device)
+    x1, x2 = _views(machine, batch, size)
+    side: Any = (
+        steps.Eager(model, case, device)
+        if manner == "reference"
+        else steps.Ours(model, case, device, precision=manner, **settings)
+    )
     began = time.perf_counter()
-    run()
+    side(x1, x2, 0.99)
     sync(device)
-    return time.perf_counter() - began
+    first = time.perf_counter() - began
+    took = fastest(lambda: side(x1, x2, 0.99), device, machine.pick(6, 1))
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return {"seconds": took, "first": first, "peak": peak}
 
 
-def _batch(machine: Machine, on_80_gb: int) -> int:
-    if machine.device.type != "cuda":
-        return 4
-    share = torch.cuda.get_device_properties(machine.device).total_memory / 80e9
-    return int(max(16, 2 ** int(np.log2(max(on_80_gb * share, 16)))))
+def _small(arch: str, size: int, device: torch.device) -> MoCo:
+    torch.manual_seed(0)
+    return models.build(arch, image_size=size, small_stem=arch.startswith("resnet"), temperature=0.2).to(device).train()
 
 
-def speed(machine: Machine) -> list[str]:
-    """Images a second and share of the peak: steps alone, compiled, and whole runs from JPEG files."""
-    machine.need_gpu()
-    peak, source = peak_of(machine)
-    lines = ["| arch | what | batch | images/s | of bf16 peak | waiting for data |", "|---|---|---:|---:|---:|---:|"]
-    size, rounds = machine.pick((224, 20), (32, 1))
-    for arch, base in machine.pick({"resnet50": 512, "vit_small": 512, "vit_base": 512}, {"vit_tiny": 4}).items():
-        flops, batch = flops_of(arch, size), _batch(machine, base)
-        case = steps.CASES["resnet50" if arch == "resnet50" else "vit_small"]
-
-        def add(what: str, rate: float, wait: str = "", arch: str = arch, batch: int = batch, f: float = flops) -> None:
-            lines.append(f"| {arch} | {what} | {batch} | {rate:.0f} | {100 * rate * f / peak:.0f} % | {wait} |")
-
-        for compiled in (False, True):
-            if compiled and machine.rehearsal:
-                continue  # minutes
-            ours = steps.Ours(steps.build(arch, case, size, machine.device), case, machine.device, compile=compiled)
-            x1, x2 = (
-                x.to(memory_format=torch.channels_last)
-                for x in torch.randn(2, batch, 3, size, size, device=machine.device).unbind()
-            )
-            for _ in range(machine.pick(5, 1)):
-                ours(x1, x2, 0.99)
-            took = _seconds(lambda o=ours, a=x1, b=x2: [o(a, b, 0.99) for _ in range(rounds)], machine.device)  # type: ignore[misc]
-            add("step, compiled" if compiled else "step", rounds * batch / took)
-            del ours, x1, x2
-        found = machine.pretrain(
-            "-a",
-            arch,
-            "-b",
-            batch,
-            "--image-size",
-            size,
-            "--optimizer",
-            case["optimizer"],
-            "--precision",
-            machine.pick("bf16", "fp32"),
-            "-j",
-            machine.pick(16, 0),
-            name=f"speed-{arch}",
-            steps=machine.pick(60, 3),
-        )
-        tail = found[len(found) // 2 :]
-        add(
-            f"run, {os.cpu_count()} cores",
-            median(f["images_per_second"] for f in tail),
-            f"{100 * mean(f['data_wait'] for f in tail):.0f} %",
-        )
-    lines += [
-        "",
-        f"Peak: {peak / 1e12:.0f} TFLOP/s ({source}). Operations are counted by torch for one step: queries "
-        "with gradients and keys of both views.",
+def step_of(machine: Machine, arch: str, batch: int) -> list[str]:
+    """A step in the reference's manner and ours, eager and compiled, in one process."""
+    size, batch = machine.pick((224, batch), (32, 2))
+    compiled = not machine.rehearsal
+    sixteen = machine.pick("bf16", "fp32")
+    ways: dict[str, dict[str, Any]] = {
+        "in the reference's manner, fp16": {"manner": "reference"},
+        "eager, bf16": {"manner": sixteen},
+        "compiled, bf16": {"manner": sixteen, "compile": compiled},
+        "compiled, fp16": {"manner": machine.pick("fp16", "fp32"), "compile": compiled},
+    }
+    flops = flops_of(arch, size)
+    lines = [
+        "| step | images/s | ms | of the product | peak memory | against the first | first step |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    return lines
-
-
-def against_eager(machine: Machine) -> list[str]:
-    """benchmarks/step.py on this device."""
-    machine.need_gpu()
-    size, batch, rounds = machine.pick((224, 64, 5), (32, 2, 1))
-    found = {}
-    for arch in machine.pick(list(steps.CASES), ["vit_small"]):
-        found[arch] = steps.measure(arch, size, batch, rounds, machine.device)
-    return [*steps.table(found).splitlines(), "", f"Batch {batch}; eager: fp16 with a scaler, ours: bf16."]
-
-
-def views_on_device(machine: Machine) -> list[str]:
-    """Colours and blur on the CPU or on the device."""
-    machine.need_gpu()
-    lines = ["| views on | images/s | waiting for data |", "|---|---:|---:|"]
-    for where in ("cpu", "device"):
-        found = machine.pretrain(
-            "-a",
-            machine.pick("vit_small", "vit_tiny"),
-            "-b",
-            _batch(machine, 512),
-            "--optimizer",
-            "adamw",
-            "--image-size",
-            machine.pick(224, 32),
-            "--views-on",
-            where,
-            "-j",
-            machine.pick(16, 0),
-            "--precision",
-            machine.pick("bf16", "fp32"),
-            name=f"views-{where}",
-            steps=machine.pick(60, 3),
+    base = 0.0
+    for name, way in ways.items():
+        found = time_step(machine, arch, batch, size, **way)
+        base = base or found["seconds"]
+        rate = batch / found["seconds"]
+        lines.append(
+            f"| {name} | {rate:.0f} | {1e3 * found['seconds']:.1f} | {100 * rate * flops / machine.product:.0f} % | "
+            f"{found['peak'] / 1e9:.1f} GB | {base / found['seconds']:.2f}× | {found['first']:.0f} s |"
         )
-        tail = found[len(found) // 2 :]
-        rate, wait = median(f["images_per_second"] for f in tail), mean(f["data_wait"] for f in tail)
-        lines.append(f"| {where} | {rate:.0f} | {100 * wait:.0f} % |")
-    return lines
+    optimizer = steps.CASES["resnet50" if arch == "resnet50" else "vit_small"]["optimizer"]
+    config = PretrainConfig(arch=arch, image_size=size, optimizer=optimizer)
+    planned = count_memory(config, sixteen_bits=True).peak(batch)
+    floor, goal, h100 = TARGETS[arch]
+    return [
+        *lines,
+        "",
+        f"Batch {batch}, {size} px, random images on the device; {flops / 1e9:.1f} GFLOP an image (attention counted), "
+        f"against the card's measured product of {machine.product / 1e12:.0f} TFLOP/s; it copies "
+        f"{machine.bandwidth / 1e12:.2f} TB/s. `mocov3 plan` counts {planned / 1e9:.1f} GB. "
+        f"Target on an H200: {floor} images/s, goal {goal} (H100: × {h100}).",
+    ]
 
 
-# --- memory, launches, resume ----------------------------------------------------------------------------------------
+def micro_batches(machine: Machine) -> list[str]:
+    """512 images in one pass and in passes of 128, compiled as a run is."""
+    size, batch, part = machine.pick((224, 512, 128), (32, 4, 2))
+    manner, compiled = machine.pick(("bf16", True), ("fp32", False))
+    lines = ["| ViT-S, 512 images | images/s | ms | peak memory | time of one pass |", "|---|---:|---:|---:|---:|"]
+    whole = 0.0
+    for name, micro in (("one pass", 0), ("passes of 128", part)):
+        graphs = bool(micro) and is_launch_bound(part, size, machine.device)
+        settings = {"compile": compiled, "graphs": graphs, "micro_batch": micro}
+        found = time_step(machine, "vit_small", batch, size, manner=manner, **settings)
+        took = found["seconds"]
+        whole = whole or took
+        lines.append(
+            f"| {name} | {batch / took:.0f} | {1e3 * took:.0f} | {found['peak'] / 1e9:.1f} GB | {took / whole:.2f}× |"
+        )
+    return [*lines, "", "Target: 1.5× the time of one pass, goal 1.35×."]
+
+
+def small_images(machine: Machine) -> list[str]:
+    """ResNet-18 with the stem for small images at 32 px, where launching kernels takes the time."""
+    batch = machine.pick(512, 4)
+    manner, compiled = machine.pick(("bf16", True), ("fp32", False))
+    ways = {
+        "eager": {},
+        "compiled": {"compile": compiled},
+        "compiled and replayed (a run's default)": {"compile": compiled, "graphs": compiled},
+    }
+    lines = ["| ResNet-18, 32 px, batch 512 | images/s | ms | first step |", "|---|---:|---:|---:|"]
+    for name, way in ways.items():
+        found = time_step(machine, "resnet18", batch, 32, manner=manner, **way)
+        took = found["seconds"]
+        lines.append(f"| {name} | {batch / took:.0f} | {1e3 * took:.1f} | {found['first']:.0f} s |")
+    return [*lines, "", "Target: 8,000 images/s, goal 14,000 (H200)."]
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def _rate(lines: list[dict[str, Any]]) -> tuple[float, float]:
+    tail = lines[len(lines) // 2 :]
+    return median(line["images_per_second"] for line in tail), mean(line["data_wait"] for line in tail)
+
+
+def whole_runs(machine: Machine) -> list[str]:
+    """Runs of the program from JPEG files, views on the CPU and on the device."""
+    size, batch, count = machine.pick((224, 512, 60), (32, 4, 3))
+    arch = machine.pick("vit_small", "vit_tiny")
+    usual = ["-a", arch, "-b", batch, "--optimizer", "adamw", "--image-size", size, "--stop-grad-conv1"]
+    lines = ["| run from JPEG files | loader processes | images/s | waiting for data |", "|---|---:|---:|---:|"]
+    few = machine.pick(4, 0)
+    for title, workers, kind, flags in (
+        ("files of 55 kB", machine.workers, "small", []),
+        ("files of 117 kB", machine.workers, "imagenet", []),
+        ("files of 55 kB", few, "small", ["--views-on", "cpu"]),
+        ("files of 55 kB, views on the device", few, "small", ["--views-on", "device"]),
+    ):
+        name = f"run-{kind}-{workers}-{len(flags) and flags[-1]}"
+        found = machine.pretrain(*usual, *flags, "-j", workers, name=name, steps=count, data=machine.images(kind))
+        rate, wait = _rate(found)
+        lines.append(f"| {title} | {workers} | {rate:.0f} | {100 * wait:.0f} % |")
+    return [
+        *lines,
+        "",
+        f"{arch}, batch {batch}, bf16, compiled, {os.cpu_count()} cores; median of the second half of {count} steps. "
+        "Targets: 94 % of the step alone, goal 98 %; views on the device 1.2 times those on the CPU, goal 1.5.",
+    ]
 
 
 def large_batch(machine: Machine) -> list[str]:
     """ViT-B at batch 4096 where only 12 GB may be used."""
-    machine.need_gpu()
-    if "micro_batch" not in {f.name for f in fields(PretrainConfig)}:
-        raise Skip("this version has no --micro-batch")
-    if not machine.rehearsal and torch.cuda.get_device_properties(machine.device).total_memory < 12e9:
-        raise Skip("the GPU has less than 12 GB")
-    flags = [
-        "-a",
-        machine.pick("vit_base", "vit_tiny"),
-        "-b",
-        machine.pick(4096, 16),
-        "--optimizer",
-        "adamw",
-        "--micro-batch",
-        machine.pick("auto", 4),
-        "--stop-grad-conv1",
-        "-j",
-        machine.pick(16, 0),
-        "--precision",
-        machine.pick("bf16", "fp32"),
-        "--image-size",
-        machine.pick(224, 32),
-    ]
     code = (
         "import sys, torch\nfrom mocov3.cli import main\n"
         "if torch.cuda.is_available():\n"
@@ -385,26 +388,12 @@ def large_batch(machine: Machine) -> list[str]:
         "sys.exit(code)\n"
     )
     out = machine.folder / "large"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "pretrain",
-        machine.images,
-        "--recipe",
-        "defaults",
-        "-p",
-        1,
-        "--max-steps",
-        2,
-        "--device",
-        machine.device.type,
-        "--output-dir",
-        out,
-        "--quiet",
-        *flags,
-    ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    flags = ["-a", machine.pick("vit_base", "vit_tiny"), "-b", machine.pick(4096, 16), "--optimizer", "adamw"]
+    flags += ["--micro-batch", machine.pick("auto", 4), "--stop-grad-conv1", "-j", machine.workers, "--recipe"]
+    flags += ["defaults", "-p", 1, "--max-steps", 2, "--device", machine.device.type, "--output-dir", out, "--quiet"]
+    flags += ["--image-size", machine.pick(224, 32)]
+    command = [sys.executable, "-c", code, "pretrain", machine.images(), *flags]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])
@@ -412,22 +401,66 @@ def large_batch(machine: Machine) -> list[str]:
     rate = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["images_per_second"]
     return [
         f"ViT-B, 224 px, batch 4096, `--micro-batch auto`, bf16: {peak / 1e9:.1f} GB reserved at most, "
-        f"{rate:.0f} images/s."
+        f"{rate:.0f} images/s in the second step."
     ]
+
+
+# --- evaluation, fine-tuning -----------------------------------------------------------------------------------------
+
+
+def evaluation(machine: Machine) -> list[str]:
+    """``embed`` from JPEG files against its two halves: the forward pass and the loader."""
+    size, batch = machine.pick((224, 256), (32, 4))
+    arch = machine.pick("vit_small", "vit_tiny")
+    machine.pretrain("-a", arch, "-b", 8, "-j", 0, "--image-size", size, "--no-compile", name="to-embed", steps=1)
+    (weights,) = (machine.folder / "to-embed").glob("checkpoint_*")
+    flags = ["--device", machine.device.type, "-j", machine.workers, "-b", batch, "--overwrite"]
+    out = machine.folder / "features.npy"
+    printed = machine.run("embed", "--model", weights, machine.images(), "--output", out, *flags)
+    embedded = float((re.search(r"; (\d+) images/s", printed) or [0, 0])[1])
+    model = models.build(arch, image_size=size).base_encoder.to(machine.device).eval()
+    x = torch.randn(batch, 3, size, size, device=machine.device)
+    with torch.no_grad(), _autocast(machine.device, machine.pick(torch.bfloat16, None)):
+        forward = batch / fastest(lambda: model.features(x), machine.device, machine.pick(10, 1))
+    loader = _loader_rate(machine, size, batch)
+    return [
+        "| ViT-S, 224 px | images/s |",
+        "|---|---:|",
+        f"| forward pass alone | {forward:.0f} |",
+        f"| loader alone, {machine.workers} processes | {loader:.0f} |",
+        f"| `mocov3 embed` of {machine.pick(8192, 32)} JPEGs, start not counted | {embedded:.0f} |",
+        "",
+        "Target: 5,000 images/s and 0.9 of the slower half, goal 7,500 (H200).",
+    ]
+
+
+def _loader_rate(machine: Machine, size: int, batch: int) -> float:
+    from mocov3.data import CentreView, Loader, Work, open_source
+
+    source = open_source(str(machine.images()))
+    works = [Work(0, i // batch, np.arange(i, min(i + batch, len(source)))) for i in range(0, len(source), batch)]
+    began, done, first = 0.0, 0, min(4, len(works) - 2)  # until then processes start
+    with Loader(source, CentreView(size), batch_size=batch, seed=0, workers=machine.workers) as loader:
+        for i, made in enumerate(loader.run(works)):
+            done += len(made.work.indices) if i > first else 0
+            began = time.perf_counter() if i == first else began
+    return done / (time.perf_counter() - began)
+
+
+# --- launches, resume ------------------------------------------------------------------------------------------------
 
 
 def launches(machine: Machine) -> list[str]:
     """Kernels that the update starts: momentum encoder and optimizer."""
-    machine.need_gpu()
     lines = ["| update of | optimizer | kernel launches |", "|---|---|---:|"]
     for arch, optimizer in machine.pick(
         [("resnet50", "lars"), ("vit_small", "adamw"), ("vit_base", "adamw")], [("resnet10_w32", "lars")]
     ):
         model = models.build(arch).to(machine.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        made: Any = build_optimizer(model.parameters(), optimizer, weight_decay=0.1, momentum=0.9)
+        built: Any = build_optimizer(model.parameters(), optimizer, weight_decay=0.1, momentum=0.9)
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
-        lines.append(f"| {arch} | {optimizer} | {_launches_of_update(model, made, machine.device)} |")
+        lines.append(f"| {arch} | {optimizer} | {_launches_of_update(model, built, machine.device)} |")
     return lines
 
 
@@ -451,26 +484,10 @@ def _launches_of_update(model: MoCo, optimizer: Any, device: torch.device) -> in
 
 def resume(machine: Machine) -> list[str]:
     """A stopped and resumed run ends in the same bits, with --deterministic."""
-    machine.need_gpu()
     lines = []
     for arch, optimizer in machine.pick([("resnet50", "lars"), ("vit_small", "adamw")], [("vit_tiny", "adamw")]):
-        flags = [
-            "-a",
-            arch,
-            "-b",
-            machine.pick(128, 8),
-            "--optimizer",
-            optimizer,
-            "--deterministic",
-            "-j",
-            machine.pick(8, 0),
-            "--image-size",
-            machine.pick(224, 32),
-            "--precision",
-            machine.pick("bf16", "fp32"),
-            "--checkpoint-steps",
-            2,
-        ]
+        flags = ["-a", arch, "-b", machine.pick(128, 8), "--optimizer", optimizer, "--deterministic", "-j"]
+        flags += [machine.pick(8, 0), "--image-size", machine.pick(224, 32), "--checkpoint-steps", 2]
         machine.pretrain(*flags, name=f"straight-{arch}", steps=4)
         machine.pretrain(*flags, name=f"stopped-{arch}", steps=2)
         machine.pretrain(*flags, "--resume", "auto", name=f"stopped-{arch}", steps=4)
@@ -489,36 +506,61 @@ def resume(machine: Machine) -> list[str]:
     return lines
 
 
-PARTS: dict[str, Callable[[Machine], list[str]]] = {
-    "Goldens in every precision": goldens,
-    "Speed": speed,
-    "A step against an eager one": against_eager,
-    "Views on the device": views_on_device,
-    "Batch 4096 in 12 GB": large_batch,
-    "Kernel launches of the update": launches,
-    "Bit-equal resume": resume,
+# --- parts, and the page they are written to -------------------------------------------------------------------------
+
+PARTS: dict[str, tuple[str, Callable[[Machine], list[str]]]] = {
+    "right": ("Right", right),
+    "vit_small": ("A step of ViT-S", functools.partial(step_of, arch="vit_small", batch=512)),
+    "vit_base": ("A step of ViT-B", functools.partial(step_of, arch="vit_base", batch=256)),
+    "resnet50": ("A step of ResNet-50", functools.partial(step_of, arch="resnet50", batch=256)),
+    "micro": ("Micro-batches", micro_batches),
+    "small": ("Small images", small_images),
+    "runs": ("Whole runs", whole_runs),
+    "evaluation": ("Evaluation", evaluation),
+    "large": ("Batch 4096 in 12 GB", large_batch),
+    "launches": ("Kernel launches of the update", launches),
+    "resume": ("Bit-equal resume", resume),
 }
 
+HEAD = """# On a GPU
 
-def measure(machine: Machine, chosen: list[str]) -> tuple[list[str], int]:
-    """All parts as Markdown, and how many failed."""
-    began, text, failed = time.monotonic(), [], 0
-    for title in chosen:
-        text += [f"## {title}", ""]
-        try:
-            if time.monotonic() - began > 60 * (MINUTES - 5):
-                raise Skip(f"the {MINUTES} minutes are over")
-            text += PARTS[title](machine)
-        except Skip as reason:
-            text.append(f"Skipped: {reason}.")
-        except Exception as error:  # the other parts are worth having
-            failed += 1
-            text.append(f"**Failed**: {type(error).__name__}: {str(error)[:500]}")
-        text.append("")
-        print(f"{title}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return text, failed
+What only a GPU can show, measured part by part by `make gpu` (`benchmarks/gpu.py`). Under each title stand the card,
+the versions and the day. A part that says it is not measured has been rehearsed at toy size on a CPU, and no more.
+"""
+
+
+def sections(page: str) -> dict[str, str]:
+    """Title → text of a page's parts."""
+    return {title: body.strip() for title, _, body in (s.partition("\n") for s in page.split("\n## ")[1:])}
+
+
+def write(file: Path, found: dict[str, str]) -> None:
+    """All parts in their order; those without a text say so."""
+    body = "\n".join(f"\n## {title}\n\n{found.get(title, NOTHING)}\n" for title, _ in PARTS.values())
+    file.write_text((HEAD + body).rstrip() + "\n", encoding="utf-8")
+
+
+def due(found: dict[str, str]) -> list[str]:
+    """Names of parts: not measured ones first, then by age."""
+
+    def day(name: str) -> str:
+        text = found.get(PARTS[name][0], NOTHING)
+        return (re.search(r"\d{4}-\d\d-\d\d", text) or [""])[0]
+
+    return sorted(PARTS, key=day)
+
+
+def measure(machine: Machine, name: str) -> tuple[str, bool]:
+    """A part's text under a line that says where and when, and whether it was measured."""
+    try:
+        lines = PARTS[name][1](machine)
+    except Exception as error:  # the other parts are worth having
+        return f"**Failed**: {type(error).__name__}: {str(error)[:500]}", False
+    where = torch.cuda.get_device_name() if machine.device.type == "cuda" else "CPU, rehearsal"
+    from importlib.metadata import version
+
+    versions = f"torch {torch.__version__}, timm {version('timm')}"
+    return "\n".join([f"{where}, {versions}, {datetime.date.today()}.", "", *lines]), True
 
 
 def main() -> int:
@@ -526,27 +568,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "gpu.md")
     parser.add_argument("--rehearse", action="store_true", help="every part at toy size on the CPU; writes nothing")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="PART")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--minutes", type=float, default=11, help="begin no part after this time")
     args = parser.parse_args()
     cuda = torch.cuda.is_available() and not args.rehearse
-    where = torch.cuda.get_device_name() if cuda else "a machine without a GPU"
+    found = sections(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    if not (cuda or args.rehearse):
+        write(args.output, found)
+        print("torch finds no CUDA device here: nothing measured; --rehearse shows that the program works")
+        return 0
+    began, failed = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
         machine = Machine(torch.device("cuda" if cuda else "cpu"), args.rehearse, Path(folder))
-        body, failed = measure(machine, args.parts)
-    head = [
-        "# On a GPU",
-        "",
-        "What only a GPU can show, measured by one command: `make gpu` (`benchmarks/gpu.py`), in "
-        f"under {MINUTES} minutes.",
-        f"This table was made on {where}, torch {torch.__version__}, {os.cpu_count()} cores.",
-        "",
-    ]
-    text = "\n".join([*head, *body]).rstrip() + "\n"
-    if args.rehearse:
-        print(text)
-    else:
-        args.output.write_text(text, encoding="utf-8")
-        print(f"wrote {args.output}")
+        torch.backends.cudnn.benchmark = True
+        for name in args.parts or due(found):
+            if time.monotonic() - began > 60 * args.minutes:
+                print(f"{name}: not begun, the {args.minutes:g} minutes are over", file=sys.stderr)
+                continue
+            text, measured = measure(machine, name)
+            failed += not measured
+            title = PARTS[name][0]
+            print(f"\n## {title} ({time.monotonic() - began:.0f} s)\n\n{text}", flush=True)
+            if measured and cuda:
+                found = sections(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+                write(args.output, {**found, title: text})
+            _release(machine)
     return int(failed > 0)
 
 

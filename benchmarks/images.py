@@ -74,9 +74,9 @@ def tiff16(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def folder(root: Path, count: int) -> Path:
+def folder(root: Path, count: int, quality: int = 85) -> Path:
     """A folder of ``count`` JPEGs of 500 × 375 pixels, from 24 different images."""
-    files = [jpeg(p) for p in several(500, 375, 24)]
+    files = [jpeg(p, quality) for p in several(500, 375, 24)]
     root.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         (root / f"{i:06d}.jpg").write_bytes(files[i % len(files)])

@@ -98,18 +98,22 @@ class Eager:
 
     def __call__(self, x1: Tensor, x2: Tensor, m: float) -> Tensor:
         """Forward, backward, update."""
-        model = self.model
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
-            q1, q2 = (model.predictor(model.base_encoder(x)) for x in (x1, x2))
-            with torch.no_grad():
-                self.average(m)
-                k1, k2 = (model.momentum_encoder(x) for x in (x1, x2))
-            loss = self.half(q1, k2) + self.half(q2, k1)
+            loss = self.loss(x1, x2, m)
         self.model.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer) if isinstance(self.optimizer, torch.optim.Optimizer) else None
         self.update()
         return loss
+
+    def loss(self, x1: Tensor, x2: Tensor, m: float) -> Tensor:
+        """Queries, the momentum update, keys, and the loss in both directions."""
+        model = self.model
+        q1, q2 = (model.predictor(model.base_encoder(x)) for x in (x1, x2))
+        with torch.no_grad():
+            self.average(m)
+            k1, k2 = (model.momentum_encoder(x) for x in (x1, x2))
+        return self.half(q1, k2) + self.half(q2, k1)
 
     @torch.no_grad()
     def average(self, m: float) -> None:
@@ -134,15 +138,33 @@ class Eager:
 class Ours:
     """The step that ``mocov3 pretrain`` runs."""
 
-    def __init__(self, model: MoCo, case: dict[str, Any], device: torch.device, compile: bool = False) -> None:
+    def __init__(
+        self,
+        model: MoCo,
+        case: dict[str, Any],
+        device: torch.device,
+        *,
+        precision: str = "",
+        compile: bool = False,
+        graphs: bool = False,
+        micro_batch: int = 0,
+    ) -> None:
         self.model, self.lr = model.to(memory_format=torch.channels_last), case["lr"]  # type: ignore[call-overload]
+        if compile:
+            model.compile_backbones(graphs=graphs)
         self.optimizer = build_optimizer(
             model.parameters(), case["optimizer"], weight_decay=case["weight_decay"], momentum=0.9
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        precision = Precision("bf16" if device.type == "cuda" else "fp32", device)
-        self.step = Step(self.model, self.optimizer, world=World(0, 1, device), precision=precision, compile=compile)
+        self.step = Step(
+            self.model,
+            self.optimizer,
+            world=World(0, 1, device),
+            precision=Precision(precision or ("bf16" if device.type == "cuda" else "fp32"), device),
+            graphs=graphs,
+            micro_batch=micro_batch,
+        )
 
     def __call__(self, x1: Tensor, x2: Tensor, m: float) -> Tensor:
         """Forward, backward, guarded update."""

@@ -156,7 +156,13 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     nprocs_per_node: int = flag(
         0, "processes to start on this node (default: its GPUs, else 1)", kind=int, result=False, group=RANKS
     )
-    compile: bool = flag(False, "compile the backbones with torch.compile", kind=bool, result=False, group=RANKS)
+    compile: bool | None = flag(
+        None,
+        "compile the backbones with torch.compile (default: on CUDA; a resumed run as it began)",
+        kind=bool,
+        result=False,
+        group=RANKS,
+    )
     grad_checkpoint: bool = flag(
         False, "save memory by recomputing a ViT's blocks in the backward pass", kind=bool, result=False, group=RANKS
     )
@@ -238,6 +244,12 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         for name in ("lr", "weight_decay", "momentum", "max_hours", "moco_t", "moco_m"):
             if getattr(self, name) in (float("inf"), float("-inf")):
                 raise UserError(f"{_flag(name)} must be finite, not {getattr(self, name)}")
+        if self.compile and self.fsdp:
+            raise UserError("--fsdp gathers weights block by block, which --compile cannot see; give one of them")
+        if self.compile and self.deterministic:
+            raise UserError(
+                "--compile tries kernels and takes the fastest, which --deterministic rules out; give one of them"
+            )
         if not self.moco_t > 0:
             raise UserError(f"--moco-t is a temperature and must be above 0, not {self.moco_t}")
         if self.seed is not None and self.seed >= 2**63:

@@ -47,5 +47,3 @@ class ScaleFlags(OwnFlags):
         """
         if isinstance(self.micro_batch, int) and self.micro_batch < 0:
             raise UserError(f"--micro-batch must be auto, 0 (none) or more, not {self.micro_batch}")
-        if self.fsdp and getattr(self, "compile", False):
-            raise UserError("--fsdp gathers weights block by block, which --compile cannot see; give one of them")

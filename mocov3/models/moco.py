@@ -17,6 +17,7 @@ from mocov3.config.archs import is_resnet
 from mocov3.distributed import gather_keys
 from mocov3.distributed.sharding import local, reshard
 from mocov3.models.backbones import Encoder, build_encoder
+from mocov3.models.compiled import compile_features
 
 
 class Statistics(NamedTuple):
@@ -116,13 +117,9 @@ class MoCo(nn.Module):
             return features(x1), features(x2)
         return features(torch.cat([x1, x2])).chunk(2)
 
-    def compile_backbones(self, backend: str = "inductor") -> None:
-        """Compile the backbones with ``torch.compile``. What is around them stays eager: heads are three matrix
-        products, the momentum changes at every step, calls among ranks end a graph; and so does evaluation, whose
-        batches have other sizes."""
-        for encoder in (self.base_encoder, self.momentum_encoder):
-            compiled = torch.compile(encoder.features, backend=backend)
-            encoder.features = _in_training(encoder, compiled)  # type: ignore[method-assign]
+    def compile_backbones(self, backend: str | Callable[..., Any] = "inductor", **settings: Any) -> None:
+        """Compile both backbones (``mocov3.models.compiled.compile_features``, whose ``settings`` these are)."""
+        compile_features([self.base_encoder, self.momentum_encoder], backend, **settings)
 
     def forward(
         self,
@@ -176,15 +173,6 @@ def build(
         **vit_dims,
     )
     return MoCo(encoder, _mlp(2, dim, mlp_dim, dim, last_norm=not resnet), temperature)
-
-
-def _in_training(encoder: Encoder, compiled: Callable[..., Tensor]) -> Any:
-    eager = encoder.features
-
-    def features(*args: Any) -> Tensor:
-        return (compiled if encoder.training else eager)(*args)
-
-    return features
 
 
 def uses_batch_statistics(encoder: Encoder) -> bool:

@@ -16,7 +16,8 @@ from timm.models.vision_transformer import Attention, Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
-from mocov3.models.patches import resized_kernel, sincos_of_places
+from mocov3.models.gelu import use_fused_gelu
+from mocov3.models.patches import resized_kernel, sincos_of_places, use_patch_products
 from mocov3.models.positions import sincos_position_embedding
 from mocov3.models.products import token_linear, use_fast_products
 
@@ -63,6 +64,8 @@ class VisionTransformer(TimmVisionTransformer):
         self.pos_embed = nn.Parameter(sincos_position_embedding(rows, columns, self.embed_dim), requires_grad=False)
         self._initialise()
         use_fast_products(self.blocks)
+        use_fused_gelu(self.blocks)
+        use_patch_products(self.patch_embed.proj)
         if stop_grad_conv1 and isinstance(self.patch_embed.proj, nn.Conv2d):
             # the convolutional stem is trained all the same, as in the reference
             self.patch_embed.proj.requires_grad_(False)

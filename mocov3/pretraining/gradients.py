@@ -127,15 +127,15 @@ class MicroBatches:
         """Features of all micro-batches, and the state of the generator before each."""
         whole: Tensor | None = None
         parts, draws = self._parts(len(x)), []
-        with _averaged(self._norms[encoder], len(parts)) as weigh, self.precision.autocast():
-            for i, part in enumerate(parts):
+        with _averaged(self._norms[encoder], len(parts)) as add_statistics, self.precision.autocast():
+            for part in parts:
                 draws.append(_generator_state(self.world.device))
-                weigh(i)
                 mask.take(part)
                 f = features(x[part])
                 if whole is None:  # one tensor from the start: parts and their concatenation would need twice the room
                     whole = f.new_empty(len(x), *f.shape[1:])
                 whole[part] = f
+                add_statistics()
             mask.take(None)
         assert whole is not None
         return whole, draws
@@ -173,38 +173,44 @@ def _norms(encoder: Encoder) -> list[Any]:
 
 
 @contextmanager
-def _averaged(norms: list[Any], parts: int) -> Iterator[Callable[[int], None]]:
+def _averaged(norms: list[Any], parts: int) -> Iterator[Callable[[], None]]:
     """Make ``parts`` passes count as one for running statistics: r ← (1−a)·r + a·(mean of the parts' statistics).
 
-    Yields what must be called with the number of each part. With weight a/parts for each, the running average after
-    part i is kept divided by the weight so far, which ends at 1.
+    Yields what must be called after each part.
     """
-    rates = [norm.momentum for norm in norms]
-    counts = [norm.num_batches_tracked.clone() for norm in norms if norm.num_batches_tracked is not None]
+    averaged = [norm for norm in norms if norm.momentum is not None]
+    statistics = [buffer for norm in averaged for buffer in (norm.running_mean, norm.running_var)]
+    rates = [norm.momentum for norm in averaged for _ in range(2)]
+    before, total = [s.clone() for s in statistics], [torch.zeros_like(s) for s in statistics]
 
-    def weigh(i: int) -> None:
-        for norm, rate in zip(norms, rates, strict=True):
-            if rate is not None:
-                norm.momentum = (rate / parts) / (1 - rate + (i + 1) * rate / parts)
+    def add() -> None:
+        if statistics:
+            torch._foreach_add_(total, statistics)
 
-    try:
-        yield weigh
-    finally:
-        for norm, rate in zip(norms, rates, strict=True):
-            norm.momentum = rate
-        tracked = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
-        for number, before in zip(tracked, counts, strict=True):
-            number.copy_(before + 1)
+    with _held(norms):  # what a pass leaves are its own statistics
+        yield add
+    for buffer, old, new, rate in zip(statistics, before, total, rates, strict=True):
+        buffer.copy_(old.lerp_(new / parts, rate))
+    for norm in norms:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked += 1
 
 
 @contextmanager
 def _held(norms: list[Any]) -> Iterator[None]:
-    """Normalise by the batch as in training, and leave the running statistics alone."""
+    """Normalise by the batch as in training, and leave the running statistics alone.
+
+    All passes over parts run at one rate, 1: for another a compiled network would be compiled again.
+    """
     kept = [[b.clone() for b in norm.buffers(recurse=False)] for norm in norms]
+    rates = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None if norm.momentum is None else 1.0
     try:
         yield
     finally:
-        for norm, buffers in zip(norms, kept, strict=True):
+        for norm, buffers, usual in zip(norms, kept, rates, strict=True):
+            norm.momentum = usual
             for buffer, before in zip(norm.buffers(recurse=False), buffers, strict=True):
                 buffer.copy_(before)
 

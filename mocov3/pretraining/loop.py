@@ -30,8 +30,10 @@ from mocov3.pretraining import assemble, resume
 from mocov3.pretraining.assemble import (
     build_model,
     check_micro_batch,
+    compile_model,
     describe_micro_batch,
     optimizer_of,
+    resolve_compile,
     resolve_micro_batch,
     set_determinism,
 )
@@ -84,6 +86,7 @@ class Run:
         torch.manual_seed(self.seed)
         self.model = build_model(c, world)
         check_micro_batch(micro_batch, c, world, self.model)
+        self.compiled = resolve_compile(c, world.device, found)
         params = parameter_groups(self.model, c.layer_decay, staged=c.freeze_epochs > 0)
         self.optimizer = optimizer_of(self.model, params, c, world)
         self.step = Step(
@@ -91,7 +94,7 @@ class Run:
             self.optimizer,
             world=world,
             precision=Precision(arithmetic, world.device),
-            compile=c.compile,
+            graphs=self.compiled and compile_model(self.model, c, world, micro_batch),
             micro_batch=micro_batch,
             spike_factor=c.skip_spikes,
         )
@@ -102,7 +105,9 @@ class Run:
             self.log.say(describe_micro_batch(micro_batch, c, world, self.model))
         if c.fsdp and world.size == 1:
             self.log.say("--fsdp: there is one process, so nothing is shared out")
-        complete = dataclasses.replace(c, seed=self.seed)
+        if self.compiled:
+            self.log.say("compiling the backbones: the first steps take a minute more (--no-compile: slower steps)")
+        complete = dataclasses.replace(c, seed=self.seed, compile=self.compiled)
         self.saver = Saver(world, complete, self._name_run(found), self.source, self.log)
         self.recorder = Recorder(
             world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq, images=self._images

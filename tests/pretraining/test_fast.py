@@ -1,7 +1,9 @@
 """Fast steps: one pass for two views, few launches, no reading of the device, compiled and recomputed networks."""
 
+import copy
 import dataclasses
 import functools
+from pathlib import Path
 
 import jaxtyping
 import numpy as np
@@ -11,16 +13,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mocov3 import models
+from mocov3.cli import main
 from mocov3.config import PretrainConfig
 from mocov3.data import Batch, Work
 from mocov3.data.device.pixels import normalise
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.models import MoCo
+from mocov3.models.compiled import compile_features, is_launch_bound
+from mocov3.models.gelu import gelu
+from mocov3.models.patches import project_patches
 from mocov3.models.precision import Precision
 from mocov3.optim import LARS, build_optimizer
 from mocov3.output.log import RunLog
-from mocov3.pretraining.assemble import build_model
+from mocov3.pretraining.assemble import build_model, resolve_compile
 from mocov3.pretraining.recorder import Counters, Recorder
 from mocov3.pretraining.step import Step
 
@@ -113,7 +119,9 @@ def test_compiled_backbones_train_alike(monkeypatch):
         torch.manual_seed(0)
         model = models.build("vit_small", **VIT).train()
         optimizer = build_optimizer(model.parameters(), "adamw", weight_decay=0.1, momentum=0.9)
-        step = Step(model, optimizer, world=World(0, 1, CPU), precision=Precision("fp32", CPU), compile=compiled)
+        if compiled:
+            model.compile_backbones()
+        step = Step(model, optimizer, world=World(0, 1, CPU), precision=Precision("fp32", CPU))
         losses, graphs = [], []
         for i in range(3):
             losses.append(float(step(*torch.randn(2, 4, 3, 32, 32), lr=1e-3, m=0.9 + i / 100).loss))
@@ -126,6 +134,114 @@ def test_compiled_backbones_train_alike(monkeypatch):
     with torch.no_grad():
         model.features(torch.randn(3, 3, 32, 32))  # evaluation stays eager
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs[2]
+
+
+def test_where_nothing_compiles_the_backbone_runs_eagerly_and_says_so_once():
+    def broken(*_):
+        raise RuntimeError("no C compiler\nat all")
+
+    torch._dynamo.reset()
+    said = []
+    model = models.build("resnet10_w16", dim=8, mlp_dim=8).train()
+    x = torch.randn(2, 3, 32, 32)
+    expected = copy.deepcopy(model).features(x)
+    compile_features([model.base_encoder], broken, say=said.append)
+    assert torch.equal(model.features(x), expected)
+    model.features(x)
+    assert len(said) == 1
+    assert "no C compiler" in said[0]
+    assert "at all" not in said[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "before", "compiled"),
+    [
+        ({}, "cpu", None, False),
+        ({}, "cuda", None, True),
+        ({"compile": False}, "cuda", None, False),
+        ({"compile": True}, "cpu", None, True),
+        ({"deterministic": True}, "cuda", None, False),
+        ({"grad_checkpoint": True}, "cuda", None, False),
+        ({"fsdp": True}, "cuda", None, False),
+        ({}, "cuda", {"compile": False}, False),
+        ({}, "cuda", {}, False),  # a run of a version that did not say
+        ({}, "cpu", {"compile": True}, True),
+        ({"compile": False}, "cuda", {"compile": True}, False),
+    ],
+)
+def test_what_is_compiled(flags, device, before, compiled):
+    found = None if before is None else (Path("checkpoint"), {"mocov3": {"config": before}})
+    assert resolve_compile(PretrainConfig(**flags), torch.device(device), found) == compiled
+
+
+def test_a_run_stores_its_mode_and_leaves_the_choice_to_config_yaml(images, tmp_path, monkeypatch):
+    backbones = functools.partialmethod(MoCo.compile_backbones, backend="eager")
+    monkeypatch.setattr(MoCo, "compile_backbones", backbones)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    monkeypatch.setattr("mocov3.pretraining.loop.resolve_compile", lambda *_: True)  # as on CUDA
+    flags = "--recipe defaults -a resnet10_w16 -b 4 --image-size 32 --device cpu -j 0 --max-steps 1 --quiet"
+    flags += " --moco-dim 8 --moco-mlp-dim 8"
+    assert main(["pretrain", str(images), *flags.split(), "--output-dir", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("checkpoint_*")
+    assert torch.load(path, weights_only=True)["mocov3"]["config"]["compile"] is True
+    assert "compile: null" in (tmp_path / "config.yaml").read_text()
+
+
+def test_compiled_kernels_are_no_deterministic_ones():
+    with pytest.raises(UserError, match="--deterministic"):
+        PretrainConfig(compile=True, deterministic=True).check()
+
+
+def test_small_passes_are_replayed():
+    cuda = torch.device("cuda")
+    assert is_launch_bound(512, 32, cuda)
+    assert is_launch_bound(128, 224, cuda)
+    assert not is_launch_bound(512, 224, cuda)
+    assert not is_launch_bound(512, 32, CPU)
+
+
+def test_micro_batches_do_not_compile_a_network_with_batch_norm_again(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    compiled = []
+    for micro_batch in (4, 2):  # 2 and 4 parts
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.manual_seed(0)
+        model = models.build("resnet10_w16", dim=8, mlp_dim=8).train()
+        optimizer = build_optimizer(model.parameters(), "adamw", weight_decay=0.1, momentum=0.9)
+        model.compile_backbones(backend="eager")
+        step = Step(model, optimizer, world=World(0, 1, CPU), precision=Precision("fp32", CPU), micro_batch=micro_batch)
+        for _ in range(2):
+            step(*torch.randn(2, 8, 3, 32, 32), lr=1e-3, m=0.9)
+            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(compiled)) == 1
+
+
+def test_the_gelu_of_16_bits_is_the_exact_one_but_for_rounding():
+    x = torch.linspace(-12, 12, 100_001, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    gelu(x).sum().backward()
+    torch.nn.functional.gelu(exact).sum().backward()
+    assert (gelu(x).double() - torch.nn.functional.gelu(exact)).abs().max() < 4e-6  # 12 times what the function is off
+    assert (x.grad.double() - exact.grad).abs().max() < 4e-6
+    for dtype in (torch.bfloat16, torch.float16):
+        assert gelu(x.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_product_of_patches_is_the_convolution(layout):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 48, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    layer = torch.nn.Conv2d(3, 24, 8, stride=8, dtype=torch.float64)
+    expected = layer(x)
+    got = project_patches(x, layer.weight, layer.bias).permute(0, 3, 1, 2)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(got.square().sum(), [x, layer.weight, layer.bias]),
+        torch.autograd.grad(expected.square().sum(), [x, layer.weight, layer.bias]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 # --- the update ---------------------------------------------------------------------------------------------
