@@ -37,7 +37,6 @@ from benchmarks import step as steps
 from mocov3 import models
 from mocov3.config import PretrainConfig
 from mocov3.models import MoCo
-from mocov3.models.compiled import is_launch_bound
 from mocov3.optim import build_optimizer
 from mocov3.pretraining.assemble import count_memory
 
@@ -315,8 +314,7 @@ def micro_batches(machine: Machine) -> list[str]:
     lines = ["| ViT-S, 512 images | images/s | ms | peak memory | time of one pass |", "|---|---:|---:|---:|---:|"]
     whole = 0.0
     for name, micro in (("one pass", 0), ("passes of 128", part)):
-        graphs = bool(micro) and is_launch_bound(part, size, machine.device)
-        settings = {"compile": compiled, "graphs": graphs, "micro_batch": micro}
+        settings = {"compile": compiled, "micro_batch": micro}
         found = time_step(machine, "vit_small", batch, size, manner=manner, **settings)
         took = found["seconds"]
         whole = whole or took
@@ -330,11 +328,7 @@ def small_images(machine: Machine) -> list[str]:
     """ResNet-18 with the stem for small images at 32 px, where launching kernels takes the time."""
     batch = machine.pick(512, 4)
     manner, compiled = machine.pick(("bf16", True), ("fp32", False))
-    ways = {
-        "eager": {},
-        "compiled": {"compile": compiled},
-        "compiled and replayed (a run's default)": {"compile": compiled, "graphs": compiled},
-    }
+    ways = {"eager (a run's default)": {}, "compiled": {"compile": compiled}}
     lines = ["| ResNet-18, 32 px, batch 512 | images/s | ms | first step |", "|---|---:|---:|---:|"]
     for name, way in ways.items():
         found = time_step(machine, "resnet18", batch, 32, manner=manner, **way)
@@ -536,8 +530,8 @@ def sections(page: str) -> dict[str, str]:
 
 def write(file: Path, found: dict[str, str]) -> None:
     """All parts in their order; those without a text say so."""
-    body = "\n".join(f"\n## {title}\n\n{found.get(title, NOTHING)}\n" for title, _ in PARTS.values())
-    file.write_text((HEAD + body).rstrip() + "\n", encoding="utf-8")
+    parts = [f"## {title}\n\n{found.get(title, NOTHING)}\n" for title, _ in PARTS.values()]
+    file.write_text("\n".join([HEAD, *parts]), encoding="utf-8")
 
 
 def due(found: dict[str, str]) -> list[str]:

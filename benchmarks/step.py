@@ -104,6 +104,7 @@ class Eager:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer) if isinstance(self.optimizer, torch.optim.Optimizer) else None
         self.update()
+        self.scaler.update() if isinstance(self.optimizer, torch.optim.Optimizer) else None
         return loss
 
     def loss(self, x1: Tensor, x2: Tensor, m: float) -> Tensor:
@@ -146,12 +147,11 @@ class Ours:
         *,
         precision: str = "",
         compile: bool = False,
-        graphs: bool = False,
         micro_batch: int = 0,
     ) -> None:
         self.model, self.lr = model.to(memory_format=torch.channels_last), case["lr"]  # type: ignore[call-overload]
         if compile:
-            model.compile_backbones(graphs=graphs)
+            model.compile_backbones()
         self.optimizer = build_optimizer(
             model.parameters(), case["optimizer"], weight_decay=case["weight_decay"], momentum=0.9
         )
@@ -162,7 +162,6 @@ class Ours:
             self.optimizer,
             world=World(0, 1, device),
             precision=Precision(precision or ("bf16" if device.type == "cuda" else "fp32"), device),
-            graphs=graphs,
             micro_batch=micro_batch,
         )
 

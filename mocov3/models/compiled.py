@@ -1,4 +1,4 @@
-"""Compiled backbones: of fixed shapes, replayed as CUDA graphs where launching takes the time, eager where need be.
+"""Compiled backbones: of fixed shapes, while they train; eager where nothing can be compiled.
 
 Measured on an H200 (docs/gpu.md): a compiled ViT-S step takes 0.74 of the eager one, a ResNet-50's in bf16 0.65. What
 is around the backbones stays eager: heads are three matrix products, the momentum changes at every step, calls among
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GRAPH_PIXELS = 2**23
-"""Pixels of a pass (images × height × width) up to which it is replayed as a CUDA graph. ResNet-18 on 512 images of
-32 px: 20,100 images/s eager, 12,500 compiled, 29,700 compiled and replayed (H200)."""
+SMALL_PASS = 2**20
+"""Pixels of a pass (images × height × width) below which compiling does not pay: launching its kernels takes longer
+than running them. ResNet-18 on 512 images of 32 px: 20,100 images/s eager, 12,500 compiled (H200)."""
 
 VARIANTS = 64
 """Compiled variants of a backbone that are kept: with and without gradient, by size of a micro-batch, by stage."""
@@ -27,19 +27,13 @@ class CompiledFeatures:
     Args:
         encoder: its ``features`` are replaced by this object.
         backend: of ``torch.compile``.
-        graphs: replay passes as CUDA graphs; ``begin_step`` must be called before each step.
         say: told, once, when nothing can be compiled here.
     """
 
-    def __init__(
-        self, encoder: Any, backend: str | Callable[..., Any], *, graphs: bool, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, encoder: Any, backend: str | Callable[..., Any], say: Callable[[str], None]) -> None:
         self._encoder, self._eager, self._say = encoder, encoder.features, say
-        mode = "reduce-overhead" if graphs else None
         # symbolic sizes would be slower: a run has few, and they are known from its start
-        self._compiled: Callable[..., Tensor] | None = torch.compile(
-            self._eager, backend=backend, dynamic=False, mode=mode
-        )
+        self._compiled: Callable[..., Tensor] | None = torch.compile(self._eager, backend=backend, dynamic=False)
 
     def __call__(self, *args: Any) -> Tensor:
         """Features of images, as the encoder's own."""
@@ -57,7 +51,6 @@ def compile_features(
     encoders: Iterable[Any],
     backend: str | Callable[..., Any] = "inductor",
     *,
-    graphs: bool = False,
     say: Callable[[str], None] = warnings.warn,
 ) -> None:
     """Compile what makes features in ``encoders``; parameters and their names stay.
@@ -65,24 +58,18 @@ def compile_features(
     Args:
         encoders: each with a method ``features``.
         backend: of ``torch.compile``.
-        graphs: replay passes as CUDA graphs.
         say: told when nothing can be compiled here.
     """
     settings = torch._dynamo.config
     name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # torch before 2.7
     setattr(settings, name, max(getattr(settings, name), VARIANTS))
     for encoder in encoders:
-        encoder.features = CompiledFeatures(encoder, backend, graphs=graphs, say=say)
+        encoder.features = CompiledFeatures(encoder, backend, say)
 
 
-def begin_step() -> None:
-    """Let replayed graphs overwrite what they gave in the step before."""
-    torch.compiler.cudagraph_mark_step_begin()
-
-
-def is_launch_bound(images: int, side: int, device: torch.device) -> bool:
-    """Whether launching the kernels of a pass over ``images`` of ``side`` pixels takes longer than running them."""
-    return device.type == "cuda" and images * side * side <= GRAPH_PIXELS
+def pays(images: int, side: int) -> bool:
+    """Whether compiling pays for passes over ``images`` of ``side`` pixels on a GPU."""
+    return images * side * side >= SMALL_PASS
 
 
 def _reason(error: BaseException) -> str:

@@ -14,9 +14,8 @@ from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import UserError
 from mocov3.models import MoCo, shapes_only
-from mocov3.models.compiled import is_launch_bound
+from mocov3.models.compiled import pays
 from mocov3.optim import build_optimizer
-from mocov3.output.log import warn
 from mocov3.pretraining.footprint import Footprint, choose_micro_batch, footprint, free_memory
 from mocov3.pretraining.groups import freeze_until
 from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
@@ -83,26 +82,21 @@ def plain_model(c: PretrainConfig) -> MoCo:
     )
 
 
-def resolve_compile(config: PretrainConfig, device: torch.device, found: tuple[Path, dict[str, Any]] | None) -> bool:
-    """Whether the backbones are compiled: as ``--compile`` says, else as the run to resume was, else on CUDA.
+def resolve_compile(
+    config: PretrainConfig, world: World, micro_batch: int, found: tuple[Path, dict[str, Any]] | None
+) -> bool:
+    """Whether the backbones are compiled: as ``--compile`` says, else as the run to resume was, else where it pays.
 
-    A resumed run stays with its arithmetic, since the last bits depend on it. Recomputed and sharded backbones, and
-    runs that are to give the same bits again, are left as they are unless asked for.
+    It pays on CUDA, but for the smallest images. A resumed run stays with its arithmetic, since the last bits depend
+    on it. Recomputed and sharded backbones, and runs that are to give the same bits again, are compiled when asked for.
     """
     c = config
     if c.compile is not None:
         return c.compile
     if found:
         return bool((found[1].get("mocov3") or {}).get("config", {}).get("compile"))
-    return device.type == "cuda" and not (c.fsdp or c.grad_checkpoint or c.deterministic)
-
-
-def compile_model(model: MoCo, config: PretrainConfig, world: World, micro_batch: int) -> bool:
-    """Compile the backbones; whether they are replayed as CUDA graphs."""
-    images = micro_batch or config.batch_size // world.size
-    graphs = world.size == 1 and is_launch_bound(images, config.image_size, world.device)
-    model.compile_backbones(graphs=graphs, say=warn)
-    return graphs
+    plain = not (c.fsdp or c.grad_checkpoint or c.deterministic)
+    return world.device.type == "cuda" and plain and pays(micro_batch or c.batch_size // world.size, c.image_size)
 
 
 def optimizer_of(model: MoCo, params: Any, config: PretrainConfig, world: World) -> torch.optim.Optimizer:

@@ -30,7 +30,6 @@ from mocov3.pretraining import assemble, resume
 from mocov3.pretraining.assemble import (
     build_model,
     check_micro_batch,
-    compile_model,
     describe_micro_batch,
     optimizer_of,
     resolve_compile,
@@ -86,7 +85,9 @@ class Run:
         torch.manual_seed(self.seed)
         self.model = build_model(c, world)
         check_micro_batch(micro_batch, c, world, self.model)
-        self.compiled = resolve_compile(c, world.device, found)
+        self.compiled = resolve_compile(c, world, micro_batch, found)
+        if self.compiled:
+            self.model.compile_backbones(say=warn)
         params = parameter_groups(self.model, c.layer_decay, staged=c.freeze_epochs > 0)
         self.optimizer = optimizer_of(self.model, params, c, world)
         self.step = Step(
@@ -94,7 +95,6 @@ class Run:
             self.optimizer,
             world=world,
             precision=Precision(arithmetic, world.device),
-            graphs=self.compiled and compile_model(self.model, c, world, micro_batch),
             micro_batch=micro_batch,
             spike_factor=c.skip_spikes,
         )

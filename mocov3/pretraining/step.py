@@ -14,7 +14,6 @@ from mocov3.data.device.pixels import ViewBatch
 from mocov3.distributed import World
 from mocov3.distributed.sharding import is_sharded, local, norms
 from mocov3.models import MoCo, Statistics
-from mocov3.models.compiled import begin_step
 from mocov3.models.precision import Precision
 from mocov3.optim import set_learning_rate
 from mocov3.pretraining.gradients import MicroBatches, WholeBatch
@@ -39,7 +38,6 @@ class Step:
         optimizer: over all parameters of the model.
         world: this rank; gradients are averaged over all.
         precision: arithmetic.
-        graphs: the backbones are replayed as CUDA graphs (``mocov3.models.compiled``).
         micro_batch: most images in a pass; 0: the whole batch in one (``mocov3.pretraining.gradients``).
         spike_factor: skip steps whose gradient norm is so many times its usual one (0: none).
     """
@@ -51,13 +49,11 @@ class Step:
         *,
         world: World,
         precision: Precision,
-        graphs: bool = False,
         micro_batch: int = 0,
         spike_factor: float = 0.0,
     ) -> None:
         self.model, self.optimizer, self.world, self.precision = model, optimizer, world, precision
         self.spikes = SpikeGuard(spike_factor, world.device) if spike_factor else None
-        self._graphs = graphs
         self.gradients: WholeBatch | MicroBatches = (
             MicroBatches(model, world=world, precision=precision, size=micro_batch)
             if micro_batch
@@ -79,8 +75,6 @@ class Step:
             m: momentum of the momentum encoder at this step.
         """
         set_learning_rate(self.optimizer, lr)
-        if self._graphs:
-            begin_step()
         before = torch.cat([b.flatten() for b in self._buffers])
         self.optimizer.zero_grad(set_to_none=True)
         loss, statistics = self.gradients(x1, x2, m)

@@ -20,7 +20,7 @@ from mocov3.data.device.pixels import normalise
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.models import MoCo
-from mocov3.models.compiled import compile_features, is_launch_bound
+from mocov3.models.compiled import compile_features
 from mocov3.models.gelu import gelu
 from mocov3.models.patches import project_patches
 from mocov3.models.precision import Precision
@@ -166,12 +166,17 @@ def test_where_nothing_compiles_the_backbone_runs_eagerly_and_says_so_once():
         ({}, "cuda", {"compile": False}, False),
         ({}, "cuda", {}, False),  # a run of a version that did not say
         ({}, "cpu", {"compile": True}, True),
+        ({"image_size": 32}, "cuda", None, False),  # launching the kernels takes longer than running them
+        ({"image_size": 32, "compile": True}, "cuda", None, True),
+        ({"micro_batch": 16}, "cuda", None, False),
         ({"compile": False}, "cuda", {"compile": True}, False),
     ],
 )
 def test_what_is_compiled(flags, device, before, compiled):
     found = None if before is None else (Path("checkpoint"), {"mocov3": {"config": before}})
-    assert resolve_compile(PretrainConfig(**flags), torch.device(device), found) == compiled
+    config = PretrainConfig(**{"batch_size": 512, **flags})
+    micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else 0
+    assert resolve_compile(config, World(0, 1, torch.device(device)), micro_batch, found) == compiled
 
 
 def test_a_run_stores_its_mode_and_leaves_the_choice_to_config_yaml(images, tmp_path, monkeypatch):
@@ -190,14 +195,6 @@ def test_a_run_stores_its_mode_and_leaves_the_choice_to_config_yaml(images, tmp_
 def test_compiled_kernels_are_no_deterministic_ones():
     with pytest.raises(UserError, match="--deterministic"):
         PretrainConfig(compile=True, deterministic=True).check()
-
-
-def test_small_passes_are_replayed():
-    cuda = torch.device("cuda")
-    assert is_launch_bound(512, 32, cuda)
-    assert is_launch_bound(128, 224, cuda)
-    assert not is_launch_bound(512, 224, cuda)
-    assert not is_launch_bound(512, 32, CPU)
 
 
 def test_micro_batches_do_not_compile_a_network_with_batch_norm_again(monkeypatch):
@@ -226,6 +223,11 @@ def test_the_gelu_of_16_bits_is_the_exact_one_but_for_rounding():
     assert (x.grad.double() - exact.grad).abs().max() < 4e-6
     for dtype in (torch.bfloat16, torch.float16):
         assert gelu(x.to(dtype)).dtype == dtype
+    torch._dynamo.reset()
+    compiled, before = torch.compile(gelu, backend="aot_eager"), x.grad.clone()
+    x.grad = None
+    compiled(x).sum().backward()
+    torch.testing.assert_close(x.grad, before)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
