@@ -91,8 +91,8 @@ class MoCo(nn.Module):
             hits = hits + losses.retrieved(scores.detach(), target)
         with torch.no_grad():
             normalised = nn.functional.normalize(torch.cat([q1, q2]).float(), dim=1)
-            spread = normalised.std(0).mean() * normalised.shape[1] ** 0.5
-        return total, Statistics(hits, 2 * len(q1), spread, normalised)
+            feature_std = normalised.std(0).mean() * normalised.shape[1] ** 0.5
+        return total, Statistics(hits, 2 * len(q1), feature_std, normalised)
 
     def contrast(
         self,

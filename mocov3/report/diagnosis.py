@@ -16,7 +16,7 @@ from mocov3.report.runs import Run
 LATE = 0.2
 """The last part of a run that is judged; at least five lines."""
 FEW_LINES, ENOUGH_LINES = 10, 30
-SPREAD, RANK_SHARE, RANK_FALL = 0.3, 0.15, 0.3
+FEATURE_STD, RANK_SHARE, RANK_FALL = 0.3, 0.15, 0.3
 PROGRESS, ABOVE_CHANCE = 0.05, 2.0
 SPIKE_SHARE, SPIKE_COUNT, FELL_BACK, SKIPPED_SHARE = 0.03, 3, 0.15, 0.005
 WAITING = 0.3
@@ -25,7 +25,7 @@ RULES = [
     ("too early", f"fewer than {FEW_LINES} lines of metrics, or the warm-up is not over and nothing is wrong"),
     (
         "collapsed",
-        f"late in the run (its last fifth) the queries' spread is below {SPREAD}; or their effective "
+        f"late in the run (its last fifth) the queries' spread is below {FEATURE_STD}; or their effective "
         f"rank is below {RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the "
         f"start; or, on {ENOUGH_LINES} lines or more, after learning or after the warm-up, the loss is back at its "
         "start and own images are found no more often than by chance",
@@ -159,11 +159,11 @@ def _collapsed(f: _Facts) -> Finding | None:
     c = f.run.columns
     if len(f.run) < 3:
         return None
-    spread = _median(c["feature_std"][f.late])
+    feature_std = _median(c["feature_std"][f.late])
     advice = _collapse_advice(f)
-    if spread < SPREAD:
+    if feature_std < FEATURE_STD:
         return Finding(
-            "collapsed", f"The queries' spread is {spread:.2f} (1: even, 0: all images look the same).", advice
+            "collapsed", f"The queries' spread is {feature_std:.2f} (1: even, 0: all images look the same).", advice
         )
     rank, first = _median(c["effective_rank"][f.late]), _median(c["effective_rank"][:3])
     config = f.run.config

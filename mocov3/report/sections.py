@@ -257,7 +257,7 @@ def collapse(runs: Sequence[Run], spectra: Sequence[tuple[str, np.ndarray]]) -> 
     curves = Curves(runs)
     charts = [
         curves.chart(
-            "spread",
+            "feature_std",
             "Spread of the queries",
             "Standard deviation of the normalised queries over the batch, times √dim: 1 when they are spread "
             "evenly, 0 when "

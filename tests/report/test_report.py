@@ -278,7 +278,7 @@ def test_charts_hold_the_metrics(trained):
         "momentum": ("momentum", 1),
         "speed": ("images_per_second", 1),
         "wait": ("data_wait", 100),
-        "spread": ("feature_std", 1),
+        "feature_std": ("feature_std", 1),
         "rank": ("effective_rank", 1),
     }
     for id, (name, scale) in names.items():
