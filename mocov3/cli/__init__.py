@@ -54,7 +54,7 @@ usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
   verify     the accuracy of a published linear file beside the published figure
   convert    a pre-training checkpoint to DeiT's format
   export     a backbone for timm, torchvision, transformers, ONNX …, verified
-  report     one page of a run, or of several: verdict, curves, views, neighbours, a map
+  report     one page of a run, or of several: diagnosis, curves, views, neighbours, a map
   demo       train on 8,000 embedded images (5 to 8 minutes on 2 cores) and show what was learned
 
 The reference's commands work too: python main_moco.py …, python main_lincls.py …, python convert_to_deit.py …

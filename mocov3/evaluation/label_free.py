@@ -1,4 +1,4 @@
-"""A verdict on a network without labels: held-out images, views of kinds never trained on, six measures.
+"""Quality of a network, judged without labels: held-out images, views of kinds never trained on, six measures.
 
 Sources of the measures: ``mocov3.evaluation.quality``. How far each goes along with k-NN accuracy:
 ``docs/own-images.md``.
@@ -29,7 +29,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True)
-class Verdict:
+class LabelFreeQuality:
     """One network's measures."""
 
     images: int
@@ -47,9 +47,9 @@ class Verdict:
         return {"pictures": values.pop("images"), **values}
 
 
-def judge(views: Float[Tensor, "images views dim"]) -> Verdict:
+def judge(views: Float[Tensor, "images views dim"]) -> LabelFreeQuality:
     """Measures of features: view 0 is the evaluation view, the others its changed versions (three or more in all)."""
-    return Verdict(
+    return LabelFreeQuality(
         images=len(views),
         retrieval=quality.retrieval(views[:, 1], views[:, 2]),
         rankme=quality.rankme(views[:, 0]),

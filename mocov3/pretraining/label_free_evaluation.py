@@ -16,7 +16,7 @@ from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.sharding import whole
 from mocov3.errors import UserError
-from mocov3.evaluation.label_free import IMAGES, Verdict, features_of_views, judge, pixel_features
+from mocov3.evaluation.label_free import IMAGES, LabelFreeQuality, features_of_views, judge, pixel_features
 from mocov3.metrics import QUALITY
 from mocov3.models import MoCo
 from mocov3.output.log import RunLog, cut, warn
@@ -64,19 +64,19 @@ class Watch:
         c, done = self.config, position.epoch
         if not c.quality_every or (done % c.quality_every and done != c.epochs):
             return False
-        verdict = self._judge(self.model.base_encoder)
-        self._note("epoch", verdict, position)
-        measures = {f"quality/{name}": value for name, value in verdict.as_dict().items() if name != "pictures"}
+        label_free = self._judge(self.model.base_encoder)
+        self._note("epoch", label_free, position)
+        measures = {f"quality/{name}": value for name, value in label_free.as_dict().items() if name != "pictures"}
         self.log.scalars(measures, position.step - 1)
-        better = verdict.retrieval > self.best
+        better = label_free.retrieval > self.best
         self.log.say(
-            f"Epoch {done - 1}: without labels, {verdict.retrieval:.1f} % of {verdict.images} unseen images found "
-            f"again (at the start {self.base.get('start', 0):.1f}, pixels {self.base.get('pixels', 0):.1f})"
+            f"Epoch {done - 1}: without labels, {label_free.retrieval:.1f} % of {label_free.images} unseen images "
+            f"found again (at the start {self.base.get('start', 0):.1f}, pixels {self.base.get('pixels', 0):.1f})"
             + (", the best so far" if better else "")
         )
         if better:
-            self.best, self.since_best = verdict.retrieval, 0
-            self._keep(verdict, position)
+            self.best, self.since_best = label_free.retrieval, 0
+            self._keep(label_free, position)
         else:
             self.since_best += 1
         if done == c.epochs:
@@ -86,7 +86,7 @@ class Watch:
             self.log.say(f"no better for {c.patience} judgements: stopping (--patience)")
         return stop
 
-    def _judge(self, network: Any) -> Verdict:
+    def _judge(self, network: Any) -> LabelFreeQuality:
         c, preset = self.config, self.config.preset
         images = min(len(self.images), IMAGES)
         parallel = images * c.image_size**2 > _SMALL
@@ -104,15 +104,15 @@ class Watch:
             raise UserError("the quality without labels needs two or more readable images that are not trained on")
         return judge(views)
 
-    def _note(self, name: str, verdict: Verdict, position: Position) -> None:
+    def _note(self, name: str, label_free: LabelFreeQuality, position: Position) -> None:
         if name != "epoch":
-            self.base[name] = verdict.retrieval
+            self.base[name] = label_free.retrieval
         if self.world.main:
-            line = {"name": name, "epoch": position.epoch, "step": position.step, **verdict.as_dict()}
+            line = {"name": name, "epoch": position.epoch, "step": position.step, **label_free.as_dict()}
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def _keep(self, verdict: Verdict, position: Position) -> None:
+    def _keep(self, label_free: LabelFreeQuality, position: Position) -> None:
         state = whole(self.model.state_dict(), keep=self.world.main)  # --fsdp: every rank gives its part
         if not self.world.main:
             return
@@ -125,7 +125,7 @@ class Watch:
                 "step": position.step,
                 "seed": self.config.seed,
                 "config": dataclasses.asdict(self.config),
-                "quality": verdict.as_dict(),
+                "quality": label_free.as_dict(),
                 **origin_of_run(self.config.init),
             },
         }

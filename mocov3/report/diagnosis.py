@@ -1,7 +1,7 @@
-"""The verdict on a run in words, from stated rules over its metrics. numpy alone; thresholds are held to real runs.
+"""The diagnosis of a run, in words, from stated rules over its metrics. numpy alone; thresholds are held to real runs.
 
-``tests/recorded/verdicts.json`` has the metrics of runs made to learn, collapse, spike and starve
-(``benchmarks/verdicts.py``).
+``tests/recorded/diagnoses.json`` has the metrics of runs made to learn, collapse, spike and starve
+(``benchmarks/diagnoses.py``).
 """
 
 import math
@@ -44,7 +44,7 @@ RULES = [
     ),
     ("not learning yet", "none of these"),
 ]
-"""Verdicts and their rules, in the order in which the first that holds gives the headline; others are listed too."""
+"""Diagnoses and their rules, in the order in which the first that holds gives the headline; others are listed too."""
 
 _WORDS = {
     "early": "too early to tell",
@@ -68,7 +68,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The verdict: the worst finding gives the headline."""
+    """The diagnosis: the worst finding gives the headline."""
 
     findings: list[Finding] = field(default_factory=list)
 
@@ -114,7 +114,7 @@ class _Facts:
 
 
 def diagnose(run: Run) -> Diagnosis:
-    """The verdict on a run."""
+    """The diagnosis of a run."""
     facts = _facts(run)
     trouble = [f for rule in (_collapsed, _unstable, _starved) if (f := rule(facts)) is not None]
     learning = _learning(facts)
@@ -292,7 +292,9 @@ def _learning(f: _Facts) -> Finding | None:
 def _early(f: _Facts) -> Finding:
     config = f.run.config
     warming = config is not None and not f.warm
-    why = f"the warm-up ends after {config.warmup_epochs} epochs" if warming and config else "a verdict needs ten lines"
+    why = (
+        f"the warm-up ends after {config.warmup_epochs} epochs" if warming and config else "a diagnosis needs ten lines"
+    )
     return Finding(
         "early",
         f"{len(f.run)} lines of metrics, {f.run.epochs_done:.1f} epochs: {why}.",

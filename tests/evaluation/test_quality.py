@@ -88,11 +88,11 @@ def test_retrieval_counts_the_nearest_and_no_ties():
 
 def test_judge_puts_each_measure_in_its_place():
     views = gaussian(30, 4, 12).float()
-    verdict = judge(views)
-    assert verdict.images == 30
-    assert verdict.rankme == quality.rankme(views[:, 0])
-    assert verdict.lidar == quality.lidar(views[:, 1:])
-    assert verdict.alignment == quality.alignment(views[:, 1], views[:, 2])
+    label_free = judge(views)
+    assert label_free.images == 30
+    assert label_free.rankme == quality.rankme(views[:, 0])
+    assert label_free.lidar == quality.lidar(views[:, 1:])
+    assert label_free.alignment == quality.alignment(views[:, 1], views[:, 2])
 
 
 def test_probes_are_fixed_and_of_their_own_kind():
