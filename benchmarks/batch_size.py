@@ -93,9 +93,9 @@ def train(kind: str, batch: int, seed: int, epochs: int, lr: float) -> dict[str,
     works = batches(len(source), seed=seed, batch_size=batch, rank=0, ranks=1, start=(0, 0), epochs=epochs)
     losses = []
     with Loader(source, TwoViews(28, 0.3, PRESET), batch_size=batch, seed=seed, workers=0) as loader:
-        for found in loader.run(works):
-            at = found.work.epoch + found.work.iteration / iterations
-            x1, x2 = (PixelViewBatch(p, CPU.device, PRESET.mean, PRESET.std) for p in found.pixels)
+        for loaded in loader.run(works):
+            at = loaded.work.epoch + loaded.work.iteration / iterations
+            x1, x2 = (PixelViewBatch(p, CPU.device, PRESET.mean, PRESET.std) for p in loaded.pixels)
             rate = schedules.learning_rate(at, peak=lr * batch / 256, warmup_epochs=epochs / 10, epochs=epochs)
             outcome = step(x1, x2, lr=rate, m=schedules.momentum(at, start=0.99, epochs=epochs, cosine=True))
             assert bool(outcome.ok)

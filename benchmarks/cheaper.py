@@ -109,8 +109,8 @@ def table(results: dict[str, dict[str, float]], epochs: int) -> str:
         return "\n".join(lines)
     cost = mean(results[f"{PLAIN}/{epochs}/{s}"]["seconds"] for s in seeds)
     for way in ways:
-        found = [results[f"{way}/{epochs}/{s}"] for s in seeds]
-        knn, seconds = [f["knn"] for f in found], mean(f["seconds"] for f in found)
+        runs = [results[f"{way}/{epochs}/{s}"] for s in seeds]
+        knn, seconds = [f["knn"] for f in runs], mean(f["seconds"] for f in runs)
         spread = f" ± {stdev(knn):.1f}" if len(knn) > 1 else ""
         flags = f"`{WAYS[way]}`" if WAYS[way] else ""
         lines.append(f"| {way} | {flags} | {mean(knn):.1f}{spread} | {seconds:.0f} | {seconds / cost:.2f} |")

@@ -147,7 +147,7 @@ def stored(name: str, folder: Path) -> dict[str, Any]:
     from mocov3.config.fields import read_yaml
 
     config = PretrainConfig(**read_yaml(folder / "config.yaml", PretrainConfig))
-    kept = (
+    shown = (
         "arch",
         "batch_size",
         "epochs",
@@ -162,7 +162,7 @@ def stored(name: str, folder: Path) -> dict[str, Any]:
     )
     fields = {f.name: f for f in dataclasses.fields(config)}
     flags = []
-    for field in kept:
+    for field in shown:
         value = getattr(config, field)
         flag = (fields[field].metadata["names"] or (f"--{field.replace('_', '-')}",))[-1]
         flags += (
@@ -193,7 +193,7 @@ def main() -> int:
     from mocov3.report.diagnosis import diagnose
     from mocov3.report.runs import read_run
 
-    found, right = {}, 0
+    records, right = {}, 0
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(args.keep or temporary)
         place.mkdir(exist_ok=True, parents=True)
@@ -207,11 +207,11 @@ def main() -> int:
                 f"{name}: made to be {RUNS[name][0]}, found {diagnosis.state}. {diagnosis.findings[0].reason}",
                 flush=True,
             )
-            found[name] = stored(name, place / name)
+            records[name] = stored(name, place / name)
     print(f"{right} of {len(names)} right")
     if args.write:
         about = f"python benchmarks/diagnoses.py --write {args.write}"
-        runs = ",\n".join(f"{json.dumps(n)}: {json.dumps(r, separators=(',', ':'))}" for n, r in found.items())
+        runs = ",\n".join(f"{json.dumps(n)}: {json.dumps(r, separators=(',', ':'))}" for n, r in records.items())
         Path(args.write).write_text(f'{{"made by": {json.dumps(about)},\n"runs": {{\n{runs}\n}}}}\n')
     return 0 if right == len(names) else 1
 

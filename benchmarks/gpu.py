@@ -279,7 +279,7 @@ def speed(machine: Machine) -> list[str]:
             took = _seconds(lambda o=ours, a=x1, b=x2: [o(a, b, 0.99) for _ in range(rounds)], machine.device)  # type: ignore[misc]
             add("step, compiled" if compiled else "step", rounds * batch / took)
             del ours, x1, x2
-        found = machine.pretrain(
+        runs = machine.pretrain(
             "-a",
             arch,
             "-b",
@@ -295,7 +295,7 @@ def speed(machine: Machine) -> list[str]:
             name=f"speed-{arch}",
             steps=machine.pick(60, 3),
         )
-        tail = found[len(found) // 2 :]
+        tail = runs[len(runs) // 2 :]
         add(
             f"run, {os.cpu_count()} cores",
             median(f["images_per_second"] for f in tail),
@@ -313,10 +313,10 @@ def against_eager(machine: Machine) -> list[str]:
     """benchmarks/step.py on this device."""
     machine.need_gpu()
     size, batch, rounds = machine.pick((224, 64, 5), (32, 2, 1))
-    found = {}
+    rows = {}
     for arch in machine.pick(list(steps.CASES), ["vit_small"]):
-        found[arch] = steps.measure(arch, size, batch, rounds, machine.device)
-    return [*steps.table(found).splitlines(), "", f"Batch {batch}; eager: fp16 with a scaler, ours: bf16."]
+        rows[arch] = steps.measure(arch, size, batch, rounds, machine.device)
+    return [*steps.table(rows).splitlines(), "", f"Batch {batch}; eager: fp16 with a scaler, ours: bf16."]
 
 
 def views_on_device(machine: Machine) -> list[str]:
@@ -324,7 +324,7 @@ def views_on_device(machine: Machine) -> list[str]:
     machine.need_gpu()
     lines = ["| views on | images/s | waiting for data |", "|---|---:|---:|"]
     for where in ("cpu", "device"):
-        found = machine.pretrain(
+        runs = machine.pretrain(
             "-a",
             machine.pick("vit_small", "vit_tiny"),
             "-b",
@@ -342,7 +342,7 @@ def views_on_device(machine: Machine) -> list[str]:
             name=f"views-{where}",
             steps=machine.pick(60, 3),
         )
-        tail = found[len(found) // 2 :]
+        tail = runs[len(runs) // 2 :]
         rate, wait = median(f["images_per_second"] for f in tail), mean(f["data_wait"] for f in tail)
         lines.append(f"| {where} | {rate:.0f} | {100 * wait:.0f} % |")
     return lines
@@ -424,10 +424,10 @@ def launches(machine: Machine) -> list[str]:
         [("resnet50", "lars"), ("vit_small", "adamw"), ("vit_base", "adamw")], [("resnet10_w32", "lars")]
     ):
         model = models.build(arch).to(machine.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        made: Any = build_optimizer(model.parameters(), optimizer, weight_decay=0.1, momentum=0.9)
+        built: Any = build_optimizer(model.parameters(), optimizer, weight_decay=0.1, momentum=0.9)
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
-        lines.append(f"| {arch} | {optimizer} | {_launches_of_update(model, made, machine.device)} |")
+        lines.append(f"| {arch} | {optimizer} | {_launches_of_update(model, built, machine.device)} |")
     return lines
 
 

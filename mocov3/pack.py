@@ -75,11 +75,11 @@ def _pack(source: Source, place: Path, args: Any) -> None:
     written = 0
     try:
         place.mkdir(parents=True, exist_ok=True)
-        for index, made in _prepared(source, args):
-            if isinstance(made, Exception):
-                bad.append(f"{printable(source.name(index))}: {printable(str(made))}")
+        for index, prepared in _prepared(source, args):
+            if isinstance(prepared, Exception):
+                bad.append(f"{printable(source.name(index))}: {printable(str(prepared))}")
                 continue
-            ending, data = made
+            ending, data = prepared
             writer.add(_key(source.name(index), taken), ending, data, None if labels is None else int(labels[index]))
             written += 1
         writer.close()

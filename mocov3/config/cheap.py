@@ -86,7 +86,7 @@ def stages(config: "CheapFlags") -> list[Stage]:
         for _, value in plan:
             _check(name, value, full)
     edges = sorted({0, epochs, *(end for plan, _ in plans.values() for end, _ in plan)})
-    made = []
+    stage_list = []
     for first, end in itertools.pairwise(edges):
         keep, pixels, side = (next((v for until, v in plan if first < until), full) for plan, full in plans.values())
         cheap = arch in VITS and (keep, pixels, side) != (1.0, size, patch)
@@ -96,13 +96,13 @@ def stages(config: "CheapFlags") -> list[Stage]:
                 f"epochs {first}–{end - 1}: views of {stage.image_size} px do not divide into patches of "
                 f"{stage.patch_size} px; change --image-size-schedule or --patch-size-schedule"
             )
-        made.append(stage)
-    return made
+        stage_list.append(stage)
+    return stage_list
 
 
-def stage_of(made: list[Stage], epoch: int) -> Stage:
+def stage_of(stages: list[Stage], epoch: int) -> Stage:
     """The stage of an epoch."""
-    return next(stage for stage in made if epoch < stage.end)
+    return next(stage for stage in stages if epoch < stage.end)
 
 
 def _check(name: str, value: float, full: float) -> None:
@@ -122,7 +122,7 @@ def _read(name: str, text: str, epochs: int) -> list[tuple[int, float]]:
     """(epoch it ends at, value) of each part."""
     if not text:
         return []
-    made: list[tuple[int, float]] = []
+    parts: list[tuple[int, float]] = []
     done = 0.0
     for part in text.split(","):
         value, colon, share = part.partition(":")
@@ -138,8 +138,8 @@ def _read(name: str, text: str, epochs: int) -> list[tuple[int, float]]:
         if done >= 1 - 1e-9:
             raise UserError(f"{name} '{printable(text)}': shares add up to {done:g}; the end of the run must be full")
         end = min(round(done * epochs), epochs - 1)
-        if end > (made[-1][0] if made else 0):
-            made.append((end, number))
-    if not made:
+        if end > (parts[-1][0] if parts else 0):
+            parts.append((end, number))
+    if not parts:
         raise UserError(f"{name}: {epochs} epochs are too few for a cheap part and a full end; give more --epochs")
-    return made
+    return parts

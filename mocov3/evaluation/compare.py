@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         for row in rows:
             print(json.dumps(row))
         return 0
-    _print(rows, labels, args.labels, kept=unseen is not None)
+    _print(rows, labels, args.labels, held_out=unseen is not None)
     return 0
 
 
@@ -91,10 +91,10 @@ _COLUMNS = {
 _NAME = 34
 
 
-def _print(rows: list[dict[str, Any]], labels: Labels | None, file: str, *, kept: bool) -> None:
+def _print(rows: list[dict[str, Any]], labels: Labels | None, file: str, *, held_out: bool) -> None:
     trained = [row for row in rows if row["kind"] == "checkpoint"]
     best = max(row["retrieval"] for row in trained)
-    which = " that these runs kept back (--hold-out)" if kept else ""
+    which = " that these runs kept back (--hold-out)" if held_out else ""
     print(f"{rows[0]['pictures']} images{which}, by views of kinds not trained on; *: finds most again\n")
     heads = [f"{title:>7}" for title, _ in _COLUMNS.values()] + (["k-NN % (95 %)"] if labels is not None else [])
     print(f"  {'network':<{_NAME}}" + " ".join(heads))

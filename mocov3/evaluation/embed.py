@@ -82,8 +82,8 @@ def embed(world: Any, config: EmbedConfig) -> int:
     with torch.no_grad(), precision.autocast():
         shape = tuple(frozen.features(torch.zeros(1, 3, side, side, device=world.device)).shape[1:])
     spool = Spool(Path(config.output), key, images=len(source), shape=shape, batch=config.batch_size, world=world)
-    if world.main and spool.found:
-        _say(f"going on: {spool.found} of {spool.batches} batches are there")
+    if world.main and spool.count_done:
+        _say(f"going on: {spool.count_done} of {spool.batches} batches are there")
     mine = spool.todo()
     began, done = time.perf_counter(), 0
     for part in stream(

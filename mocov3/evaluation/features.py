@@ -89,8 +89,8 @@ def stream(
             for batch in loader.run(works):
                 x = normalise(batch.pixels[0], device, mean, std)
                 with torch.no_grad(), autocast():
-                    found = features(x)
-                yield Part(batch.work.indices, at_least_float32(found), batch.corrupt)
+                    batch_features = features(x)
+                yield Part(batch.work.indices, at_least_float32(batch_features), batch.corrupt)
     finally:
         network.train(training)
 
@@ -122,20 +122,20 @@ def collect(
         UserError: if features are not finite, naming the images.
     """
     mine = grid(len(source), batch_size, world)
-    own, filled = torch.empty(0), 0
+    local, filled = torch.empty(0), 0
     corrupt: dict[int, str] = {}
     for part in stream(network, features, source, view, mine, device=world.device, **settings):
         if check:
             refuse_not_finite(part.features, part.indices, source)
         if not filled:
-            own = torch.empty(sum(map(len, mine)), *part.features.shape[1:])
-        own[filled : filled + len(part.indices)] = part.features.cpu()
+            local = torch.empty(sum(map(len, mine)), *part.features.shape[1:])
+        local[filled : filled + len(part.indices)] = part.features.cpu()
         filled += len(part.indices)
         met = set(part.indices.tolist())
         corrupt.update({c.index: c.reason for c in part.corrupt if c.index in met})
-    everyone = world.gather((own, corrupt))
+    everyone = world.gather((local, corrupt))
     if world.size == 1:
-        return Collected(own, corrupt)
+        return Collected(local, corrupt)
     together = {i: reason for _, bad in everyone for i, reason in bad.items()}
     return Collected(torch.cat([part for part, _ in everyone if part.numel()]), together)
 

@@ -96,8 +96,8 @@ def features_of_views(
     finally:
         if network is not None:
             network.train(training)
-    own = torch.cat(parts) if parts else torch.empty(0)
-    return torch.cat([part for part in world.gather(own) if part.numel()])
+    local = torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat([part for part in world.gather(local) if part.numel()])
 
 
 def pixel_features(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:

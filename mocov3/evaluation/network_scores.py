@@ -161,6 +161,6 @@ def leave_one_out(features: Float[Tensor, "images dim"], labels: Int[Tensor, "im
     """Images whose class the k nearest others vote for (weights as in ``neighbours``), and all images."""
     n = len(features)
     k = min(K, n - 1)
-    found = nearest(features, features, k, own=torch.arange(n))
-    voted = vote(found, labels, [k], [TEMPERATURE], classes=int(labels.max()) + 1)[k, TEMPERATURE]
+    neighbours = nearest(features, features, k, self_index=torch.arange(n))
+    voted = vote(neighbours, labels, [k], [TEMPERATURE], classes=int(labels.max()) + 1)[k, TEMPERATURE]
     return int((voted == labels).sum()), n

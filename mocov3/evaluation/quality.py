@@ -80,14 +80,14 @@ def uniformity(features: Float[Tensor, "images dim"]) -> float:
 def retrieval(queries: Float[Tensor, "images dim"], keys: Float[Tensor, "images dim"]) -> float:
     """Share in % of images whose other view is the nearest of all keys by cosine; ties count as missed."""
     q, k = _unit(queries), _unit(keys)
-    found = 0
+    hits = 0
     for start in range(0, len(q), 1024):
         scores = q[start : start + 1024] @ k.T
         rows = torch.arange(len(scores))
-        own = scores[rows, start + rows].clone()
+        positive = scores[rows, start + rows].clone()
         scores[rows, start + rows] = -torch.inf
-        found += int((own > scores.max(1).values).sum())
-    return 100 * found / len(q)
+        hits += int((positive > scores.max(1).values).sum())
+    return 100 * hits / len(q)
 
 
 def _effective_rank(values: Tensor) -> float:

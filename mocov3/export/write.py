@@ -133,7 +133,7 @@ def load(
         names = tuple(map(str, known)) if isinstance(known, list) and len(known) == classes else ()
     config = convert.trained_with(contents)
     preset = convert.views_of(config, str(path))
-    own = contents.get("mocov3") or {}
+    entry = contents.get("mocov3") or {}
     return Exported(
         encoder=encoder,
         **settings,
@@ -144,8 +144,8 @@ def load(
         sha256=_sha256(path),
         recipe=_recipe(config),
         epochs=contents["epoch"] if isinstance(contents.get("epoch"), int) else None,
-        licence=licence or str(own.get("licence", _REFERENCE)),
-        origin=str(own.get("origin", _ORIGIN)),
+        licence=licence or str(entry.get("licence", _REFERENCE)),
+        origin=str(entry.get("origin", _ORIGIN)),
         momentum=momentum,
         classes=classes,
         class_names=names,

@@ -61,8 +61,8 @@ def find_start(config: FinetuneConfig, world: World) -> Start:
     elif config.resume:
         where = f"--resume {config.resume}"
         contents = checkpoint.read(config.resume)
-        own = contents.get("mocov3") or {}
-        if own.get("task") == TASK and "optimizer" in contents:
+        entry = contents.get("mocov3") or {}
+        if entry.get("task") == TASK and "optimizer" in contents:
             resumed = contents
         else:
             weights = contents
@@ -90,8 +90,8 @@ def _completed(config: FinetuneConfig, contents: dict[str, Any] | None, where: s
         values["mean_std"] = saved["mean_std"]  # belongs to the weights' preset
     values["arch"] = known_arch(values["arch"])
     if contents and is_vit(values["arch"]):
-        found = convert.find_backbone(contents, where, heads=config.heads)
-        heads = found.sizes(values["arch"], where).get("num_heads", config.heads)
+        weights = convert.find_backbone(contents, where, heads=config.heads)
+        heads = weights.sizes(values["arch"], where).get("num_heads", config.heads)
         values["heads"] = stored_heads(heads, values["arch"], config.heads)
     complete = dataclasses.replace(config, **values)
     complete.check()
@@ -119,10 +119,10 @@ def start_from(
     Raises:
         UserError: if it does not fit, or has no classifier of ``classes`` classes where one is to be kept.
     """
-    found = convert.find_backbone(contents, where, heads=heads)
-    if found.arch is not None and found.arch != arch:
-        raise UserError(f"{where}: is of arch {found.arch}, not {arch}")
-    left = convert.load_into(model, found, where)
+    weights = convert.find_backbone(contents, where, heads=heads)
+    if weights.arch is not None and weights.arch != arch:
+        raise UserError(f"{where}: is of arch {weights.arch}, not {arch}")
+    left = convert.load_into(model, weights, where)
     if keep_head:
         state: dict[str, Tensor] = contents.get("model", {})
         for key in left:
@@ -148,20 +148,20 @@ def check_same_run(start: Start, *, total_batch: int, digest: str, images: int) 
         UserError: naming what differs.
     """
     assert start.resumed is not None
-    own = start.resumed["mocov3"]
-    saved = {k: v for k, v in own.get("config", {}).items() if k != "heads"}  # compared with the weights already
+    entry = start.resumed["mocov3"]
+    saved = {k: v for k, v in entry.get("config", {}).items() if k != "heads"}  # compared with the weights already
     changed = changed_fields(start.config, saved)
-    if own.get("total_batch") != total_batch:
-        before = own.get("total_batch")
+    if entry.get("total_batch") != total_batch:
+        before = entry.get("total_batch")
         changed.append(f"images a step in all ({before} → {total_batch}; --accum-iter makes up for processes)")
     if changed and not start.config.allow_config_change:
         raise UserError(
             f"{start.where}: these differ from the checkpoint's: {', '.join(changed)}; give them as they were, "
             "or --allow-config-change"
         )
-    if own.get("data_digest") != digest:
+    if entry.get("data_digest") != digest:
         raise UserError(
-            f"{start.where}: was trained on {own.get('pictures')} images; --data-path holds {images}, or others"
+            f"{start.where}: was trained on {entry.get('pictures')} images; --data-path holds {images}, or others"
         )
 
 
@@ -170,12 +170,12 @@ def origin(start: Start) -> tuple[str, str]:
     contents = start.resumed or start.weights
     if contents is None:
         return "trained from scratch by mocov3", "the trainer's to choose"
-    own = contents.get("mocov3") or {}
+    entry = contents.get("mocov3") or {}
     if start.resumed is not None:
-        return str(own.get("origin", "")), str(own.get("licence", ""))
+        return str(entry.get("origin", "")), str(entry.get("licence", ""))
     name = Path(start.where.split(" ", 1)[1]).name
     unknown = "that of the starting weights, not stated in them (the reference's public files: CC-BY-NC 4.0)"
-    return f"fine-tuned from {name} ({own.get('origin', 'origin not stated')})", str(own.get("licence", unknown))
+    return f"fine-tuned from {name} ({entry.get('origin', 'origin not stated')})", str(entry.get("licence", unknown))
 
 
 def named(start: Start) -> str:
@@ -209,7 +209,7 @@ def contents(
         classes: their names.
     """
     come_from, licence = origin(start)
-    own = {
+    entry = {
         "format": checkpoint.FORMAT_VERSION,
         "task": TASK,
         "config": dataclasses.asdict(start.config),
@@ -224,11 +224,11 @@ def contents(
         "origin": come_from,
         "licence": licence,
     }
-    kept = {"model": parts.model.state_dict(), "arch": start.config.arch, "epoch": position.epoch, "mocov3": own}
+    weights = {"model": parts.model.state_dict(), "arch": start.config.arch, "epoch": position.epoch, "mocov3": entry}
     if best:
-        return kept
+        return weights
     average = parts.ema.module.state_dict() if parts.ema is not None else {}
-    return kept | {
+    return weights | {
         "optimizer": parts.optimizer.state_dict(),
         "model_ema": average,
         "scaler": parts.precision.scaler.state_dict(),

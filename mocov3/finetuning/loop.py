@@ -164,8 +164,8 @@ class Tuning:
         together: list[Batch] = []
         for batch in self._loader.run(works):
             # a batch's slot is overwritten when the next is asked for
-            kept = batch if c.accum_iter == 1 else dataclasses.replace(batch, pixels=batch.pixels.copy())
-            together.append(kept)
+            copy = batch if c.accum_iter == 1 else dataclasses.replace(batch, pixels=batch.pixels.copy())
+            together.append(copy)
             if len(together) == c.accum_iter:
                 self.recorder.batches_came(together)
                 yield together

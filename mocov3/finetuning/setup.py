@@ -132,15 +132,15 @@ def restore(parts: Parts, contents: dict[str, Any], where: str, classes: int) ->
         files.check_classes(state[head], classes, where)
     checkpoint.check_state(parts.model, state if isinstance(state, dict) else {}, where)
     parts.model.load_state_dict(contents["model"])
-    own = contents["mocov3"]
+    entry = contents["mocov3"]
     try:
         checkpoint.restore_optimizer(parts.optimizer, contents["optimizer"])
         if parts.precision.scaler.is_enabled():
             parts.precision.scaler.load_state_dict(contents["scaler"])
         if parts.ema is not None:
             parts.ema.module.load_state_dict(contents["model_ema"])
-        position = checkpoint.Position(*(int(own[name]) for name in ("epoch", "iteration", "step")))
-        counters = Counters(**own["counters"])
+        position = checkpoint.Position(*(int(entry[name]) for name in ("epoch", "iteration", "step")))
+        counters = Counters(**entry["counters"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error)[:100]}"
         raise UserError(f"{where}: is damaged ({reason}); use another checkpoint") from None

@@ -84,11 +84,11 @@ class RunLog:
         if not active:
             return
         # a resumed run goes on from its checkpoint: what was logged after it never happened
-        kept = cut(folder / METRICS, lambda entry: entry["step"] < first_step)
+        entries = cut(folder / METRICS, lambda entry: entry["step"] < first_step)
         cut(folder / SKIPPED, lambda entry: entry["step"] < first_step)
         cut(folder / CORRUPT, lambda entry: entry["index"] in corrupt)
-        self.last = _parsed(kept[-1]) if kept else None
-        self._knn = next((e["knn"] for e in reversed(kept) if isinstance(e.get("knn"), float)), None)
+        self.last = _parsed(entries[-1]) if entries else None
+        self._knn = next((e["knn"] for e in reversed(entries) if isinstance(e.get("knn"), float)), None)
         self._metrics, self._corrupt = LineFile(folder / METRICS), LineFile(folder / CORRUPT)
         self._skipped = LineFile(folder / SKIPPED)
         self._loggers = Loggers(
@@ -271,19 +271,19 @@ def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, An
     """Rewrite a file of JSON lines with the entries to keep, and return them."""
     if not path.exists():
         return []
-    kept, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    entries, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
     for line in lines:
         try:
             entry = json.loads(line)
             if keep(entry):
-                kept.append(entry)
+                entries.append(entry)
         except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a kill, or of another program
             continue
-    if len(kept) < len(lines):
+    if len(entries) < len(lines):
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
         os.replace(partial, path)
-    return kept
+    return entries
 
 
 def _parsed(entry: dict[str, Any]) -> MetricsLine | None:

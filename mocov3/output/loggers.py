@@ -175,13 +175,13 @@ class MlflowLogger:
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name)
         run = _run_id(folder, first_step)
-        found = self._client.search_runs([experiment], f"tags.mocov3_run = '{run}'", max_results=1)
-        if found:
-            self._id = found[0].info.run_id
+        runs = self._client.search_runs([experiment], f"tags.mocov3_run = '{run}'", max_results=1)
+        if runs:
+            self._id = runs[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
         else:
-            made = self._client.create_run(experiment, tags={"mocov3_run": run}, run_name=folder.resolve().name)
-            self._id = made.info.run_id
+            created = self._client.create_run(experiment, tags={"mocov3_run": run}, run_name=folder.resolve().name)
+            self._id = created.info.run_id
             params = [Param(key, str(value)[:500]) for key, value in config.items()]
             for i in range(0, len(params), _PARAMS):
                 self._client.log_batch(self._id, params=params[i : i + _PARAMS])
@@ -259,9 +259,9 @@ def _run_id(folder: Path, first_step: int) -> str:
     file = folder / RUN_ID
     if first_step and file.exists() and (known := file.read_text(encoding="utf-8").strip()).isalnum():
         return known
-    made = secrets.token_hex(8)
-    file.write_text(made + "\n", encoding="utf-8")
-    return made
+    run_id = secrets.token_hex(8)
+    file.write_text(run_id + "\n", encoding="utf-8")
+    return run_id
 
 
 def _reason(error: Exception) -> str:

@@ -53,8 +53,8 @@ def choose(layers: Layers) -> PretrainConfig:
     return proposal.config
 
 
-def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
-    """Settings for the images and the machine; ``found`` saves looking at images again.
+def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
+    """Settings for the images and the machine; ``facts`` saves looking at images again.
 
     Raises:
         UserError: as ``choose``.
@@ -68,7 +68,7 @@ def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
     hours = budget(first)
     source, _, order = open_images(first)
     order.check()
-    images = look(source, first, found)
+    images = look(source, first, facts)
     from mocov3.planning import speed
 
     machine = speed.machine(first.device, first.gpu)
@@ -136,21 +136,21 @@ def budget(config: PretrainConfig) -> float | None:
         raise UserError(f"--budget {config.budget!r}: write a time above 0, as 30m, 2h or 1.5d") from None
 
 
-def look(source: Source, config: PretrainConfig, found: Survey | None = None) -> Images:
+def look(source: Source, config: PretrainConfig, facts: Survey | None = None) -> Images:
     """What some of the images show, for the plan.
 
     Raises:
         UserError: if none of them can be read.
     """
-    found = found or survey(source, scattered(len(source), LOOKED_AT), workers=0, reading=config.preset.reading)
-    if not found.readable:
-        index, reason = found.unreadable[0]
+    facts = facts or survey(source, scattered(len(source), LOOKED_AT), workers=0, reading=config.preset.reading)
+    if not facts.readable:
+        index, reason = facts.unreadable[0]
         raise UserError(
-            f"data {config.data_title}: none of {found.examined} images looked at can be read, first: "
+            f"data {config.data_title}: none of {facts.examined} images looked at can be read, first: "
             f"{source.name(index)}: {reason}"
         )
-    preset, reason = propose(found)
-    return Images(len(source), found.short_side[1], preset, reason, found.mean_std, found.gray_share > 0.95)
+    preset, reason = propose(facts)
+    return Images(len(source), facts.short_side[1], preset, reason, facts.mean_std, facts.gray_share > 0.95)
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:

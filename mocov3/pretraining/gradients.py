@@ -200,11 +200,11 @@ def _averaged(norms: list[Any], parts: int) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def _held(norms: list[Any]) -> Iterator[None]:
     """Normalise by the batch as in training, and leave the running statistics alone."""
-    kept = [[b.clone() for b in norm.buffers(recurse=False)] for norm in norms]
+    saved_buffers = [[b.clone() for b in norm.buffers(recurse=False)] for norm in norms]
     try:
         yield
     finally:
-        for norm, buffers in zip(norms, kept, strict=True):
+        for norm, buffers in zip(norms, saved_buffers, strict=True):
             for buffer, before in zip(norm.buffers(recurse=False), buffers, strict=True):
                 buffer.copy_(before)
 

@@ -50,10 +50,10 @@ def block_numbers(encoder: Encoder) -> dict[str, int]:
     for name, _ in encoder.named_parameters():
         if name.startswith(_HEADS):
             continue
-        found = _BLOCK.match(name)
-        if found and found[1] not in seen:
-            seen.append(found[1])
-        numbers[name] = seen.index(found[1]) + 1 if found else (len(seen) + 1 if seen else 0)
+        block = _BLOCK.match(name)
+        if block and block[1] not in seen:
+            seen.append(block[1])
+        numbers[name] = seen.index(block[1]) + 1 if block else (len(seen) + 1 if seen else 0)
     return numbers
 
 

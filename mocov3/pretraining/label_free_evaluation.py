@@ -49,9 +49,9 @@ class Watch:
         if not config.quality_every:
             return
         self.images = unseen_images(config)
-        kept: list[dict[str, Any]] = world.broadcast(_reopened(self.file, start.step) if world.main else None)
-        self.base = {line["name"]: line["retrieval"] for line in kept if line["name"] != "epoch"}
-        past = [line["retrieval"] for line in kept if line["name"] == "epoch"]
+        lines: list[dict[str, Any]] = world.broadcast(_reopened(self.file, start.step) if world.main else None)
+        self.base = {line["name"]: line["retrieval"] for line in lines if line["name"] != "epoch"}
+        past = [line["retrieval"] for line in lines if line["name"] == "epoch"]
         self.best = max(past, default=-1.0)
         self.since_best = len(past) - 1 - past.index(self.best) if past else 0
         if not self.base:

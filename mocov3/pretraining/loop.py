@@ -75,9 +75,9 @@ class Run:
         self.preset, self.stages = c.preset, stages(c)
         self.iterations = self.order.iterations
         set_determinism(c)
-        found = resume.find(c, world)
-        self.config = c = assemble.with_heads(c, found)
-        seed = resume.saved_seed(found)
+        resume_from = resume.find(c, world)
+        self.config = c = assemble.with_heads(c, resume_from)
+        seed = resume.saved_seed(resume_from)
         self.seed: int = seed if seed is not None else world.broadcast(c.seed if c.seed is not None else _draw_seed())
         arithmetic = resolve_precision(c.precision, world.device, script_door=job.script_door)
         micro_batch = resolve_micro_batch(c, world, arithmetic)
@@ -95,15 +95,15 @@ class Run:
             micro_batch=micro_batch,
             spike_factor=c.skip_spikes,
         )
-        self.position = self._start(found)
-        self.counters = resume.counters(found, self.source)
+        self.position = self._start(resume_from)
+        self.counters = resume.counters(resume_from, self.source)
         self.log = self._open_log(job.script_door)
         if c.micro_batch:
             self.log.say(describe_micro_batch(micro_batch, c, world, self.model))
         if c.fsdp and world.size == 1:
             self.log.say("--fsdp: there is one process, so nothing is shared out")
         complete = dataclasses.replace(c, seed=self.seed)
-        self.saver = Saver(world, complete, self._name_run(found), self.source, self.log)
+        self.saver = Saver(world, complete, self._name_run(resume_from), self.source, self.log)
         self.recorder = Recorder(
             world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq, images=self._images
         )
@@ -113,29 +113,34 @@ class Run:
         self.pages = Pages(self.folder, c.report_every, self.log, active=world.main)
         self._loader: Loader | None = None
 
-    def _name_run(self, found: resume.Found | None) -> str:
+    def _name_run(self, resume_from: resume.ResumeFrom | None) -> str:
         """The run's name: the checkpoint's, or a new one; config.yaml and the list of images go with it."""
-        name = resume.saved_run(found) or new_run_name()
+        name = resume.saved_run(resume_from) or new_run_name()
         if self.world.main:
             note_start(self.folder, self.world, self.position.step, self.step.precision.name)
             complete = dataclasses.replace(self.config, seed=self.seed, resume="", config="")
             write_yaml(complete, self.folder / "config.yaml", f"run {name}; re-run by: mocov3 pretrain --config FILE")
-            if found is None or not (self.folder / IMAGES).exists():
+            if resume_from is None or not (self.folder / IMAGES).exists():
                 write_images(self.source, self.folder)
         return name
 
-    def _start(self, found: resume.Found | None) -> Position:
+    def _start(self, resume_from: resume.ResumeFrom | None) -> Position:
         c = self.config
-        if found is None:
+        if resume_from is None:
             return Position(c.start_epoch, 0, c.start_epoch * self.iterations)
-        resume.check_same_run(found, c, self.source)
+        resume.check_same_run(resume_from, c, self.source)
         scaler = self.step.precision.scaler
         position = checkpoint.restore(
-            *found, arch=c.arch, model=self.model, optimizer=self.optimizer, scaler=scaler, iterations=self.iterations
+            *resume_from,
+            arch=c.arch,
+            model=self.model,
+            optimizer=self.optimizer,
+            scaler=scaler,
+            iterations=self.iterations,
         )
-        own = found[1].get("mocov3") or {}
-        if self.step.spikes is not None and "spikes" in own:
-            self.step.spikes.restore(own["spikes"])
+        entry = resume_from[1].get("mocov3") or {}
+        if self.step.spikes is not None and "spikes" in entry:
+            self.step.spikes.restore(entry["spikes"])
         # another batch size (--allow-config-change) may have fewer iterations an epoch
         return position if position.iteration < self.iterations else Position(position.epoch + 1, 0, position.step)
 

@@ -95,13 +95,13 @@ def _show(run: Run, key: str, images: int, device: str) -> Shown:
         return Shown(run, remarks=["no network was run (--pictures 0)"])
     from mocov3.report.learned import look
 
-    found = look(run, images=images, device=device)
-    shown = Shown(run, facts=found.facts, remarks=found.remarks)
-    if found.source is not None and run.config is not None:
-        shown.views = views(found.source, run.config)
+    contents = look(run, images=images, device=device)
+    shown = Shown(run, facts=contents.facts, remarks=contents.remarks)
+    if contents.source is not None and run.config is not None:
+        shown.views = views(contents.source, run.config)
     else:
         shown.views = '<p class="note">The images are not at hand, so their views cannot be shown.</p>'
-    if found.learned is not None:
-        shown.panel = learned(found.learned, key)
-        shown.spectra = [(network.title, network.spectrum) for network in found.learned.networks]
+    if contents.learned is not None:
+        shown.panel = learned(contents.learned, key)
+        shown.spectra = [(network.title, network.spectrum) for network in contents.learned.networks]
     return shown

@@ -106,7 +106,7 @@ class _Facts:
     progress: float
     """Way from start to floor late in the run, 0–1."""
     best: float
-    found: float
+    retrieval: float
     """Share of own images found, late."""
     chance: float
     warm: bool
@@ -132,7 +132,7 @@ def diagnose(run: Run) -> Diagnosis:
             Finding(
                 "stalled",
                 f"The loss has come {_percent(facts.progress)} of the way to its floor, and "
-                f"{_percent(facts.found)} of "
+                f"{_percent(facts.retrieval)} of "
                 f"queries find their own image (chance {_percent(facts.chance)}).",
                 "Give it time: the first epochs move little. If it stays so, try a higher --lr (or a lower one if the "
                 "loss jumps), "
@@ -178,13 +178,13 @@ def _collapsed(f: _Facts) -> Finding | None:
         )
     if math.isnan(f.chance) or len(f.run) < ENOUGH_LINES:
         return None
-    lost = f.progress < 0.01 and f.found < 1.5 * f.chance
+    lost = f.progress < 0.01 and f.retrieval < 1.5 * f.chance
     if lost and (f.best > PROGRESS or f.warm):
         before = f"after {_percent(f.best)}" if f.best > PROGRESS else "and has never left it"
         return Finding(
             "collapsed",
             f"The loss is at its start ({_percent(f.progress)} of the way, {before}) and "
-            f"{_percent(f.found)} of queries find their own image (chance {_percent(f.chance)}): all keys "
+            f"{_percent(f.retrieval)} of queries find their own image (chance {_percent(f.chance)}): all keys "
             "look alike.",
             advice,
         )
@@ -268,12 +268,12 @@ def _starved(f: _Facts) -> Finding | None:
 
 
 def _learning(f: _Facts) -> Finding | None:
-    above = math.isnan(f.chance) or f.found >= ABOVE_CHANCE * f.chance
+    above = math.isnan(f.chance) or f.retrieval >= ABOVE_CHANCE * f.chance
     if not (f.progress >= PROGRESS and above):
         return None
     reason = (
         f"The loss has come {_percent(f.progress)} of the way from start to floor, and "
-        f"{_percent(f.found)} of queries "
+        f"{_percent(f.retrieval)} of queries "
         f"find their own image among the keys (chance {_percent(f.chance)})."
     )
     knn = f.run.knn

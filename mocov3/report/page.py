@@ -88,7 +88,7 @@ def render(shown: Sequence[Shown]) -> str:
         "sets": {f"r{i}": s.panel.set for i, s in enumerate(shown) if s.panel},
     }
     style = _asset("page.css") + "".join(s.panel.style for s in shown if s.panel)
-    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    made_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -102,7 +102,7 @@ def render(shown: Sequence[Shown]) -> str:
 <body>
 <a class="skip" href="#s1">Skip to the diagnosis</a>
 <header><h1>{text(title)}</h1>
-<p class="note">MoCo v3 pre-training (arXiv 2104.02057) · page made {made} by mocov3 {__version__}</p></header>
+<p class="note">MoCo v3 pre-training (arXiv 2104.02057) · page made {made_at} by mocov3 {__version__}</p></header>
 <nav aria-label="Sections"><div>{links}<button id="theme" type="button">Light / dark</button></div></nav>
 <main>
 <p id="trouble" role="status" class="note"></p>
@@ -235,7 +235,7 @@ def _stability(runs: Sequence[Run]) -> str:
     return notes(said)
 
 
-def _projection(config: PretrainConfig, found: int) -> str:
+def _projection(config: PretrainConfig, spike_count: int) -> str:
     """The frozen patch projection explained, where it is about this network."""
     if not config.arch.startswith("vit"):
         return ""
@@ -248,7 +248,7 @@ def _projection(config: PretrainConfig, found: int) -> str:
             "that is trained. The paper found spikes to begin in the projection, and that freezing a random one "
             "steadies training and costs nothing"
         )
-    helps = "it is the first thing to try here" if found else "worth knowing should spikes come"
+    helps = "it is the first thing to try here" if spike_count else "worth knowing should spikes come"
     return (
         ". The patch projection is trained. In the paper spikes begin there and reach the last layer some "
         "dozens of steps "

@@ -190,8 +190,8 @@ def _faults(runs: Sequence[Run], curves: Curves) -> list[Chart]:
         ("resumed", "resumes", 0),
     ):
         if any(highest(run.columns[name]) > 0 for run in runs):
-            found = curves.of(name, label, colour=colour)
-            for trace, run in zip(found, runs, strict=True):
+            traces = curves.of(name, label, colour=colour)
+            for trace, run in zip(traces, runs, strict=True):
                 trace["line"] = {"shape": "hv"}
                 trace["name"] = trace["name"] if curves.alone else f"{trace['name']}: {label}"
                 trace["hovertemplate"] = "%{y}<br>step %{x}<extra></extra>"

@@ -38,11 +38,11 @@ def told(contents: dict[str, Any], kind: str, state: dict[str, Tensor], where: s
     Raises:
         UserError: if it names a number that cannot be.
     """
-    width, own = width_of(state), contents.get("mocov3")
+    width, entry = width_of(state), contents.get("mocov3")
     if width is None or str(contents.get("arch", "")).startswith("timm/"):
         return Known()  # the network of that name has its own
-    if isinstance(own, dict):
-        config = own.get("config")
+    if isinstance(entry, dict):
+        config = entry.get("config")
         count = config.get("heads") if isinstance(config, dict) else None
         if count is None:  # as built unless told otherwise
             return Known(HEADS.get(width), "as mocov3 builds it")

@@ -71,13 +71,13 @@ def step_name(epoch: int, step: int) -> str:
 
 def listed(folder: Path) -> list[Path]:
     """Checkpoints of a folder, newest first."""
-    found = []
+    checkpoints = []
     for path in folder.glob("checkpoint_*.pth.tar"):
         if match := _NAME.fullmatch(path.name):
             epoch, step = int(match[1]), match[2]
             # the file of epoch e stands at the beginning of epoch e + 1
-            found.append(((epoch + 1, 0) if step is None else (epoch, int(step)), path))
-    return [path for _, path in sorted(found, reverse=True)]
+            checkpoints.append(((epoch + 1, 0) if step is None else (epoch, int(step)), path))
+    return [path for _, path in sorted(checkpoints, reverse=True)]
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
@@ -148,9 +148,9 @@ def restore(
         group.update(ours)
     if scaler.is_enabled() and contents.get("scaler"):
         scaler.load_state_dict(contents["scaler"])
-    own = contents.get("mocov3") or {}
+    entry = contents.get("mocov3") or {}
     epoch = int(contents["epoch"])
-    return Position(epoch, int(own.get("iteration", 0)), int(own.get("step", epoch * iterations)))
+    return Position(epoch, int(entry.get("iteration", 0)), int(entry.get("step", epoch * iterations)))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -196,8 +196,8 @@ def _check_entries(contents: dict[str, Any], path: Path) -> None:
         if not isinstance(contents.get(entry), kind):
             have = ", ".join(map(str, list(contents)[:6]))
             raise UserError(f"{path}: misses the entry {entry!r} that a resume needs (it has: {have})")
-    own = contents.get("mocov3", {})
-    if not isinstance(own, dict) or int(own.get("format", 0)) > FORMAT_VERSION:
+    extra = contents.get("mocov3", {})
+    if not isinstance(extra, dict) or int(extra.get("format", 0)) > FORMAT_VERSION:
         raise UserError(f"{path}: was written by a newer mocov3; update this one")
 
 

@@ -75,7 +75,7 @@ def find_backbone(
         if "base_encoder." not in prefix:
             raise UserError(f"{where}: is a {kind} and has no momentum encoder")
         prefix = prefix.replace("base_encoder.", "momentum_encoder.")
-    kept: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
     for key, value in state.items():
         name = key.removeprefix(prefix)
@@ -84,13 +84,13 @@ def find_backbone(
         elif name.startswith(_HEADS):
             dropped[key] = "head"
         else:
-            kept[name] = value
-    if not kept:
+            weights[name] = value
+    if not weights:
         raise UserError(f"{where}: holds no backbone, only {', '.join(list(state)[:3])} …")
     known = attention_heads.settled(
-        attention_heads.told(contents, kind, kept, where), heads, attention_heads.width_of(kept), where
+        attention_heads.told(contents, kind, weights, where), heads, attention_heads.width_of(weights), where
     )
-    return BackboneWeights(kind, arch if isinstance(arch, str) else None, kept, dropped, known)
+    return BackboneWeights(kind, arch if isinstance(arch, str) else None, weights, dropped, known)
 
 
 def find_classifier(contents: dict[str, Any], encoder: Encoder, where: str, *, momentum: bool = False) -> nn.Linear:
@@ -122,10 +122,10 @@ def to_deit(contents: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: if ``contents`` is not a pre-training checkpoint.
     """
-    found = find_backbone(contents, where)
-    if not found.kind.startswith("pre-training"):
-        raise UserError(f"{where}: is a {found.kind}, not a pre-training checkpoint; nothing to convert")
-    return {"model": found.state, **heads_entry(found.heads.number, found.state)}
+    weights = find_backbone(contents, where)
+    if not weights.kind.startswith("pre-training"):
+        raise UserError(f"{where}: is a {weights.kind}, not a pre-training checkpoint; nothing to convert")
+    return {"model": weights.state, **heads_entry(weights.heads.number, weights.state)}
 
 
 def heads_entry(heads: int | None, state: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -281,8 +281,8 @@ def settings_of(state: dict[str, Tensor], arch: str) -> dict[str, Any]:
 
 def trained_with(contents: dict[str, Any]) -> dict[str, Any]:
     """The configuration that a checkpoint of ours was trained with; empty for others' files."""
-    own = contents.get("mocov3")
-    config = own.get("config") if isinstance(own, dict) else None
+    entry = contents.get("mocov3")
+    config = entry.get("config") if isinstance(entry, dict) else None
     return config if isinstance(config, dict) else {}
 
 

@@ -76,8 +76,8 @@ def _safetensors(path: Path) -> dict[str, Any]:
         contents: dict[str, Any] = {"model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
     if "arch" in about:
         contents["arch"] = about["arch"]
-        own = {name: about[name] for name in ("origin", "licence") if name in about}
-        contents["mocov3"] = {"config": json.loads(about.get("config", "{}")), **own}
+        origin = {name: about[name] for name in ("origin", "licence") if name in about}
+        contents["mocov3"] = {"config": json.loads(about.get("config", "{}")), **origin}
     return contents
 
 

@@ -70,12 +70,12 @@ class Layout:
 
     def slots(self, memory: Any) -> list[Slot]:
         """The slots in ``memory``."""
-        found = []
+        slots = []
         images = self.count * self.batch_size
         head = 4 * images * self.colour_draws  # parameters first, so that they are aligned
         for part in np.frombuffer(memory, dtype=np.uint8).reshape(-1, self.bytes):
             colour_draws = part[:head].view(np.float32).reshape(self.count, self.batch_size, self.colour_draws)
             pixels = part[head : head + self.channels * images * self.side**2]
             shape = (self.count, self.batch_size, self.side, self.side, self.channels)
-            found.append(Slot(pixels.reshape(shape), colour_draws))
-        return found
+            slots.append(Slot(pixels.reshape(shape), colour_draws))
+        return slots

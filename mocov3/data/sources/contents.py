@@ -26,7 +26,7 @@ def look(folder: str) -> Contents:
     """What lies directly in a folder, less what a scan passes over."""
     listing = list_folder(os.fsencode(folder), also=_PACKED_BYTES)
     names = sorted(map(os.fsdecode, listing.others))
-    packed = next((found for e in _PACKED if (found := [n for n in names if n.lower().endswith(e)])), [])
+    packed = next((matches for e in _PACKED if (matches := [n for n in names if n.lower().endswith(e)])), [])
     files = [os.path.join(folder, name) for name in packed]
     return Contents(sorted(map(os.fsdecode, listing.folders)), files, len(listing.images))
 

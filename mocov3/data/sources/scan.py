@@ -101,7 +101,7 @@ def unreadable_folders(folder: Path) -> list[tuple[str, str]]:
 
 def _list_all(root: bytes, without: frozenset[bytes] = frozenset()) -> dict[bytes, Listing]:
     """Listings by folder, relative to ``root`` (b"" is the root itself)."""
-    found: dict[bytes, Listing] = {}
+    listings: dict[bytes, Listing] = {}
     todo: deque[bytes] = deque([b""])
     running: dict[Future[Listing], bytes] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -111,11 +111,11 @@ def _list_all(root: bytes, without: frozenset[bytes] = frozenset()) -> dict[byte
                 running[pool.submit(list_folder, root, relative)] = relative
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 relative = running.pop(done)
-                listing = found[relative] = done.result()
+                listing = listings[relative] = done.result()
                 if not relative:
                     listing.folders = [name for name in listing.folders if name not in without]
                 todo.extend(relative + b"/" + name if relative else name for name in listing.folders)
-    return found
+    return listings
 
 
 def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = (), *, first: bool = False) -> Listing:

@@ -175,13 +175,13 @@ def _rgb_of(image: Any, reading: Reading) -> np.ndarray:
 
 def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     """uint8 (H, W) or (H, W, found) → (H, W, channels): grey to RGB, RGB to grey."""
-    found = pixels.shape[2] if pixels.ndim == 3 else 1
-    fits = found == channels or (channels in (1, 3) and found in (1, 3))
+    channels_now = pixels.shape[2] if pixels.ndim == 3 else 1
+    fits = channels_now == channels or (channels in (1, 3) and channels_now in (1, 3))
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not fits:
         raise DecodeError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (H, W) or (H, W, {channels})")
-    if found == channels:
+    if channels_now == channels:
         return pixels if pixels.ndim == 3 else pixels[..., None]
-    if found == 1:
+    if channels_now == 1:
         return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
     return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
