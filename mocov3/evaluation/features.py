@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mocov3.data import CentreView, Loader, Source, Work
 from mocov3.data.device.pixels import normalise
-from mocov3.data.loading.loader import Corrupt, usable_cores
+from mocov3.data.loading.loader import usable_cores
+from mocov3.data.loading.slots import Corrupt
 from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.errors import UserError

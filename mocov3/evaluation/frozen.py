@@ -277,7 +277,8 @@ def _frozen(
 
 def _layer(network: Any, arch: str, layer: str) -> Callable[[Tensor], Tensor]:
     if layer in ("", "projector"):
-        return network.features if not layer else network
+        features: Callable[[Tensor], Tensor] = network if layer else network.features
+        return features
     if isinstance(network, Pixels):
         raise UserError(f"--layer {layer}: pixels have no layers")
     body = network.backbone if isinstance(network, TimmEncoder) else network

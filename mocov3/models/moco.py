@@ -57,7 +57,8 @@ class MoCo(nn.Module):
 
     def queries(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
         """Features → projector → predictor."""
-        return self.predictor(_projector(self.base_encoder)(features))
+        out: Tensor = self.predictor(_projector(self.base_encoder)(features))
+        return out
 
     @torch.no_grad()
     def key_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]:
@@ -67,7 +68,8 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def keys(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
         """Features → momentum projector, without gradient."""
-        return _projector(self.momentum_encoder)(features)
+        out: Tensor = _projector(self.momentum_encoder)(features)
+        return out
 
     @torch.no_grad()
     def update_momentum_encoder(self, m: float) -> None:
@@ -211,4 +213,5 @@ def _mlp(layers: int, width: int, hidden: int, out: int, *, last_norm: bool) -> 
 
 
 def _projector(encoder: Encoder) -> nn.Module:
-    return getattr(encoder, encoder.projector_name)
+    projector: nn.Module = getattr(encoder, encoder.projector_name)
+    return projector

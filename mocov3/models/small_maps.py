@@ -26,7 +26,8 @@ class SmallMapConv2d(nn.Conv2d):
         if not self._worth_it(input):
             return super().forward(input)
         precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-        return _WholeMaps.apply(input.to(precision), self.weight)
+        output: Tensor = _WholeMaps.apply(input.to(precision), self.weight)
+        return output
 
     def _worth_it(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mocov3.data.loading.loader import Corrupt
+from mocov3.data.loading.slots import Corrupt
 from mocov3.errors import printable
 from mocov3.metrics import Meter, MetricsLine, Progress
 from mocov3.output.loggers import ImageBytes, Loggers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mocov3.data import Batch
-from mocov3.data.loading.loader import Corrupt
+from mocov3.data.loading.slots import Corrupt
 from mocov3.distributed import World
 from mocov3.evaluation.quality import rank_of_gram
 from mocov3.metrics import MetricsLine

@@ -179,7 +179,7 @@ def _position_table(table: Tensor, wanted: Tensor, where: str) -> Tensor:
         return sincos_position_embedding(new, new, table.shape[2]).to(table.dtype)
     from timm.layers import resample_abs_pos_embed
 
-    resampled = resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=prefix)
+    resampled: Tensor = resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=prefix)
     return resampled.to(table.dtype)
 
 

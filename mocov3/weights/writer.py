@@ -133,7 +133,7 @@ class Writer:
                 return type(value)(copied(v) for v in value)
             return value
 
-        snapshot = copied(contents)
+        snapshot: dict[str, Any] = copied(contents)
         if any(t.is_pinned() for t in self._buffers[:1]):
             self._copied = torch.cuda.Event()
             self._copied.record()

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from mocov3.data.sources.opening import Source
 from mocov3.data.views.decode import decode
 from mocov3.data.views.draws import permutation
-from mocov3.data.views.two_views import Pixels, written
+from mocov3.data.views.operations import Pixels
+from mocov3.data.views.two_views import written
 from mocov3.errors import UserError
 
 _AUGMENT = 8  # a stream of the seed; 0 to 3 are those of draws.py

@@ -61,7 +61,8 @@ class FashionMnist:
 
     def read(self, index: int) -> np.ndarray:
         """uint8 pixels, (28, 28)."""
-        return self.images[index]
+        pixels: np.ndarray = self.images[index]
+        return pixels
 
     def name(self, index: int) -> str:
         """The image's number in its split."""

@@ -121,7 +121,8 @@ class Cifar:
 
     def read(self, index: int) -> np.ndarray:
         """uint8 pixels, (32, 32, 3)."""
-        return self.images[index]
+        pixels: np.ndarray = self.images[index]
+        return pixels
 
     def name(self, index: int) -> str:
         """The image's number in its split."""

@@ -180,7 +180,8 @@ def _by_library(pixels: Pixels, choice: Draw) -> Pixels:
 
 
 def _table(levels: np.ndarray) -> np.ndarray:
-    return np.clip(levels, 0, 255).astype(np.uint8)  # Pillow cuts fractions off too
+    table: np.ndarray = np.clip(levels, 0, 255).astype(np.uint8)  # Pillow cuts fractions off too
+    return table
 
 
 def _gray(pixels: Pixels) -> Pixels:

@@ -77,4 +77,4 @@ def _changed(pixels: np.ndarray, seed: int, index: int, probe: int) -> np.ndarra
 
 
 def _between(u: float, low: float, high: float) -> float:
-    return low * (high / low) ** u
+    return float(low * (high / low) ** u)

@@ -18,7 +18,8 @@ from mocov3 import schedules
 from mocov3.data import Batch, Loader
 from mocov3.data.device.pixels import normalise
 from mocov3.data.loading.labelled import CropView, open_labelled, plan_all
-from mocov3.data.loading.loader import Unreadable, Work, usable_cores
+from mocov3.data.loading.loader import Unreadable, usable_cores
+from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
 from mocov3.distributed.stop import Stop
 from mocov3.errors import UserError
