@@ -5,6 +5,7 @@ raw pixels, HOG (Dalal & Triggs 2005, by scikit-image), the untrained network an
 images as they are and moved: shifted, scaled and brightened, the bank unchanged.
 """
 
+import argparse
 import dataclasses
 import json
 import time
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Any:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="mocov3 demo", description=__doc__, add_help=True)
     parser.add_argument("--output-dir", default="", help="folder of the run (default runs/TIME-demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default 0)")

@@ -5,6 +5,7 @@ classes). The training and validation part of DIR become SHARDS/train and SHARDS
 them.
 """
 
+import argparse
 import io
 import os
 import tarfile
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Any:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="mocov3 pack", description=__doc__)
     parser.add_argument("data", metavar="DIR", help="folder of images, or whatever else pretrain takes")
     parser.add_argument("--out", required=True, metavar="SHARDS", help="folder to write; new or empty")
@@ -69,7 +70,7 @@ def _parse(argv: Sequence[str]) -> Any:
     return args
 
 
-def _pack(source: Source, place: Path, args: Any) -> None:
+def _pack(source: Source, place: Path, args: argparse.Namespace) -> None:
     labels, taken, bad = source.labels, set[str](), list[str]()
     writer = _Writer(place, args.shard_mb << 20)
     written = 0
@@ -98,7 +99,7 @@ def _pack(source: Source, place: Path, args: Any) -> None:
     print(f"{printable(str(place))}: {written} images in {writer.number} archive(s), {writer.total / 1e6:.1f} MB")
 
 
-def _prepared(source: Source, args: Any) -> Iterator[tuple[int, Any]]:
+def _prepared(source: Source, args: argparse.Namespace) -> Iterator[tuple[int, Any]]:
     """Every image's (ending, bytes) or the reason against it, in order; a bounded number is ahead."""
     ahead: list[tuple[int, Future[Any]]] = []
     with ThreadPoolExecutor(args.workers) as pool:

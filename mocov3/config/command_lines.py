@@ -1,5 +1,6 @@
 """What the command line of each task means, as a configuration. Nothing is measured, and torch is not imported."""
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def parse_embed(argv: Sequence[str], *, prog: str) -> EmbedConfig:
     return parse(EmbedConfig, argv, prog=prog, description=EmbedConfig.__doc__ or "")
 
 
-def parse_convert(argv: Sequence[str], *, prog: str) -> Any:
+def parse_convert(argv: Sequence[str], *, prog: str) -> argparse.Namespace:
     """Command line of the conversion."""
     parser = Parser(prog=prog, description="Convert a pre-training checkpoint to DeiT's format.")
     parser.add_argument("--input", required=True, help="pre-training checkpoint, ours or the reference's")

@@ -4,6 +4,7 @@ Every checkpoint is shown beside the same network untrained, the weights it star
 plain pixels. Measures: ``mocov3.evaluation.quality``; which to trust: ``docs/own-images.md``.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Any:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="mocov3 compare", description=__doc__)
     parser.add_argument(
         "things",

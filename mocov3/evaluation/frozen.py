@@ -19,7 +19,7 @@ from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
 from mocov3.models.shapes import shapes_only
-from mocov3.weights import attention_heads, checkpoint
+from mocov3.weights import Contents, attention_heads, checkpoint
 from mocov3.weights.convert import BackboneWeights, find_backbone, load_into, settings_of, views_of
 
 PIXELS = "pixels"
@@ -211,7 +211,7 @@ def _saved_preset(entry: Any, config: dict[str, Any], where: str) -> ViewPreset:
     )
 
 
-def _with_projector(contents: dict[str, Any], arch: str, encoder: str, settings: dict[str, Any], where: str) -> Encoder:
+def _with_projector(contents: Contents, arch: str, encoder: str, settings: dict[str, Any], where: str) -> Encoder:
     part = f"{encoder}_encoder."
     state = {k.removeprefix("module."): v for k, v in contents.get("state_dict", {}).items() if isinstance(v, Tensor)}
     part_state = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}

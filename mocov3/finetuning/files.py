@@ -16,7 +16,7 @@ from mocov3.config.presets import PRESETS
 from mocov3.distributed import World
 from mocov3.errors import UserError, nearest
 from mocov3.models import Encoder
-from mocov3.weights import checkpoint, convert
+from mocov3.weights import Contents, checkpoint, convert
 
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 TASK = "finetune"
@@ -35,9 +35,9 @@ class Start(NamedTuple):
 
     config: FinetuneConfig
     """Complete: nothing is left to the weights."""
-    resumed: dict[str, Any] | None
+    resumed: Contents | None
     """Contents of a checkpoint of this task to go on from."""
-    weights: dict[str, Any] | None
+    weights: Contents | None
     """Contents of a file to start from."""
     where: str
     """The file, for messages."""
@@ -71,7 +71,7 @@ def find_start(config: FinetuneConfig, world: World) -> Start:
     return Start(_completed(config, resumed or weights, where), resumed, weights, where)
 
 
-def _completed(config: FinetuneConfig, contents: dict[str, Any] | None, where: str) -> FinetuneConfig:
+def _completed(config: FinetuneConfig, contents: Contents | None, where: str) -> FinetuneConfig:
     saved = dict(convert.trained_with(contents)) if contents else {}
     if contents and isinstance(contents.get("arch"), str):
         saved["arch"] = contents["arch"]
@@ -104,7 +104,7 @@ def _completed(config: FinetuneConfig, contents: dict[str, Any] | None, where: s
 
 def start_from(
     model: Encoder,
-    contents: dict[str, Any],
+    contents: Contents,
     where: str,
     *,
     arch: str,

@@ -31,7 +31,7 @@ from mocov3.finetuning.recorder import Counters, TuneRecorder
 from mocov3.finetuning.step import Micro, Outcome
 from mocov3.output.log import warn
 from mocov3.output.terminal import style_of
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 from mocov3.weights.checkpoint import Position
 
 _BAD_IN_A_ROW = 50
@@ -252,7 +252,7 @@ class Tuning:
             self._write(files.LAST, self._contents())
             self.world.barrier()
 
-    def _write(self, name: str, contents: dict[str, Any]) -> None:
+    def _write(self, name: str, contents: Contents) -> None:
         if not self.world.main:
             return
         try:

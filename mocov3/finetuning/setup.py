@@ -1,7 +1,6 @@
 """What a fine-tuning run is made of: network, optimizer, schedule, average, step; built from a configuration."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -20,7 +19,7 @@ from mocov3.finetuning.recorder import Counters
 from mocov3.finetuning.step import TuneStep
 from mocov3.models import Encoder
 from mocov3.models.precision import Precision, resolve_precision
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 
 
 @dataclass
@@ -120,7 +119,7 @@ def _mixer(c: FinetuneConfig, classes: int) -> Mixer | None:
     )
 
 
-def restore(parts: Parts, contents: dict[str, Any], where: str, classes: int) -> tuple[checkpoint.Position, Counters]:
+def restore(parts: Parts, contents: Contents, where: str, classes: int) -> tuple[checkpoint.Position, Counters]:
     """Go on from a checkpoint: weights, their average, optimizer, scaler, and what was counted.
 
     Raises:

@@ -18,6 +18,7 @@ from mocov3.optim import build_optimizer
 from mocov3.pretraining.footprint import Footprint, choose_micro_batch, footprint, free_memory
 from mocov3.pretraining.groups import freeze_until
 from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
+from mocov3.weights import Contents
 from mocov3.weights.convert import find_backbone
 from mocov3.weights.start import load_start, starting_weights
 
@@ -48,7 +49,7 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
     return model.train()
 
 
-def with_heads(config: PretrainConfig, resume_from: tuple[Path, dict[str, Any]] | None = None) -> PretrainConfig:
+def with_heads(config: PretrainConfig, resume_from: tuple[Path, Contents] | None = None) -> PretrainConfig:
     """The configuration with its ViT's attention heads: of the checkpoint to go on from, else those of ``--init``.
 
     Raises:

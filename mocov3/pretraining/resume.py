@@ -1,7 +1,6 @@
 """Where a run goes on: finds the checkpoint, refuses one of another run, and restores everything counted."""
 
 from pathlib import Path
-from typing import Any
 
 from mocov3.config import PretrainConfig, changed_fields
 from mocov3.data import Source
@@ -11,9 +10,9 @@ from mocov3.output.log import warn
 from mocov3.pretraining.inputs import restarted_by_torchrun
 from mocov3.pretraining.recorder import Counters
 from mocov3.pretraining.saver import image_changes
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 
-ResumeFrom = tuple[Path, dict[str, Any]]
+ResumeFrom = tuple[Path, Contents]
 """A checkpoint's file and its contents."""
 
 

@@ -1,9 +1,9 @@
 """``mocov3 report RUN…``: one self-contained page of a run, or of several side by side."""
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Any:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="mocov3 report",
         description="One page of a pre-training run: does it learn, is it "

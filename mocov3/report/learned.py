@@ -34,7 +34,7 @@ from mocov3.pretraining.label_free_evaluation import BEST
 from mocov3.report.geometry import cls_attention, flat_map, spectrum
 from mocov3.report.images import THUMB, encoded, heated, sprite, thumbnail
 from mocov3.report.runs import Run
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 from mocov3.weights.origin import origin_of
 
 _MOST_REMARKS = 10
@@ -138,7 +138,7 @@ def _checkpoint(run: Run) -> tuple[Any, dict[str, Any]]:
     raise UserError("there is no checkpoint in the run's folder yet")
 
 
-def _facts(name: str, contents: dict[str, Any]) -> dict[str, Any]:
+def _facts(name: str, contents: Contents) -> dict[str, Any]:
     given = contents.get("mocov3")
     entry: dict[str, Any] = given if isinstance(given, dict) else {}
     facts = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from mocov3.config.archs import HEADS, OTHERS_HEADS, WIDTHS, is_vit, likely_heads
 from mocov3.errors import UserError
 from mocov3.models.positions import is_sincos_position_embedding
+from mocov3.weights import Contents
 
 
 class Known(NamedTuple):
@@ -26,7 +27,7 @@ def width_of(state: dict[str, Tensor]) -> int | None:
     return int(cls.shape[-1]) if cls is not None and cls.ndim == 3 and qkv is not None else None
 
 
-def told(contents: dict[str, Any], kind: str, state: dict[str, Tensor], where: str) -> Known:
+def told(contents: Contents, kind: str, state: dict[str, Tensor], where: str) -> Known:
     """The attention heads that a weights file tells by itself.
 
     Args:

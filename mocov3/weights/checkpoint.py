@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mocov3.distributed.sharding import is_shard, like, whole
 from mocov3.errors import UserError
 from mocov3.optim import in_memory_order
+from mocov3.weights import Contents
 from mocov3.weights.tensorfiles import read, write
 
 __all__ = ["Position", "check_state", "newest", "pack", "prune", "read", "restore", "restore_optimizer", "write"]
@@ -80,7 +81,7 @@ def listed(folder: Path) -> list[Path]:
     return [path for _, path in sorted(checkpoints, reverse=True)]
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+def newest(folder: Path) -> tuple[Path, Contents, list[str]] | None:
     """The newest checkpoint that can be read, its contents, and why newer ones were passed over."""
     passed = []
     for path in listed(folder):
@@ -120,7 +121,7 @@ def prune(folder: Path, *, epoch_complete: int | None = None, keep_last: int = 0
 
 def restore(
     path: Path,
-    contents: dict[str, Any],
+    contents: Contents,
     *,
     arch: str,
     model: nn.Module,
@@ -190,7 +191,7 @@ def check_state(model: nn.Module, state: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: holds {unknown[0]}, which this model does not have")
 
 
-def _check_entries(contents: dict[str, Any], path: Path) -> None:
+def _check_entries(contents: Contents, path: Path) -> None:
     kinds = {"epoch": int, "arch": str, "state_dict": dict, "optimizer": dict}
     for entry, kind in kinds.items():
         if not isinstance(contents.get(entry), kind):

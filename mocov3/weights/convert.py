@@ -15,7 +15,7 @@ from mocov3.config.archs import BUILT_IN_ARCHS, HEADS, RESNETS, check_heads, is_
 from mocov3.errors import UserError, printable
 from mocov3.models.backbones import Encoder, build_backbone
 from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
-from mocov3.weights import attention_heads, checkpoint
+from mocov3.weights import Contents, attention_heads, checkpoint
 
 # what a file is ← prefix of the encoder's keys in it; the first that occurs decides
 _PREFIXES = {
@@ -49,7 +49,7 @@ class BackboneWeights:
 
 
 def find_backbone(
-    contents: dict[str, Any], where: str, *, momentum: bool = False, heads: int | None = None
+    contents: Contents, where: str, *, momentum: bool = False, heads: int | None = None
 ) -> BackboneWeights:
     """The backbone in the contents of a weights file: ours, the reference's, DeiT's, timm's or torchvision's.
 
@@ -93,7 +93,7 @@ def find_backbone(
     return BackboneWeights(kind, arch if isinstance(arch, str) else None, weights, dropped, known)
 
 
-def find_classifier(contents: dict[str, Any], encoder: Encoder, where: str, *, momentum: bool = False) -> nn.Linear:
+def find_classifier(contents: Contents, encoder: Encoder, where: str, *, momentum: bool = False) -> nn.Linear:
     """The linear classifier in the contents of a fine-tuned or linearly evaluated file.
 
     Raises:
@@ -114,7 +114,7 @@ def find_classifier(contents: dict[str, Any], encoder: Encoder, where: str, *, m
     raise UserError(f"{where}: has no classifier; fine-tune it first, or export the backbone without --classifier")
 
 
-def to_deit(contents: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+def to_deit(contents: Contents, where: str) -> dict[str, dict[str, Any]]:
     """``{"model": encoder without head}``, as DeiT's ``--resume`` reads it; ResNets without ``fc.*``.
 
     A ViT of other attention heads than MoCo v3's says so in an entry more, since its position table says the opposite.
@@ -223,7 +223,7 @@ def load_backbone(
 
 
 def build_from(
-    contents: dict[str, Any],
+    contents: Contents,
     where: str,
     *,
     arch: str | None = None,
@@ -279,7 +279,7 @@ def settings_of(state: dict[str, Tensor], arch: str) -> dict[str, Any]:
     return settings
 
 
-def trained_with(contents: dict[str, Any]) -> dict[str, Any]:
+def trained_with(contents: Contents) -> dict[str, Any]:
     """The configuration that a checkpoint of ours was trained with; empty for others' files."""
     entry = contents.get("mocov3")
     config = entry.get("config") if isinstance(entry, dict) else None

@@ -7,6 +7,7 @@ from typing import Any
 
 from mocov3.config.fields import Parser
 from mocov3.errors import UserError, printable
+from mocov3.weights import Contents
 
 _RESUMES = ("epoch", "arch", "state_dict", "optimizer")
 
@@ -90,7 +91,7 @@ def _heads(weights: Any, arch: str | None) -> tuple[str, bool]:
     return f"{to_build(weights.heads, arch, weights.state, '')} (as all ViTs of width {width})", False
 
 
-def _kind(path: str, kind: str, contents: dict[str, Any], entry: dict[str, Any] | None) -> str:
+def _kind(path: str, kind: str, contents: Contents, entry: dict[str, Any] | None) -> str:
     if kind.startswith("pre-training"):
         return "pre-training checkpoint of " + ("mocov3" if entry else "the reference, or a program of its layout")
     if kind == "linear evaluation" and "best_acc1" in contents:
@@ -99,7 +100,7 @@ def _kind(path: str, kind: str, contents: dict[str, Any], entry: dict[str, Any] 
     return f"{kind} weights" + (" in DeiT's format" if deit else "")
 
 
-def _uses(path: str, contents: dict[str, Any], kind: str, arch: str | None, asked: bool) -> tuple[list[str], list[str]]:
+def _uses(path: str, contents: Contents, kind: str, arch: str | None, asked: bool) -> tuple[list[str], list[str]]:
     uses, missing = [], []
     lacking = [entry for entry in _RESUMES if entry not in contents]
     if kind.startswith("pre-training") and not lacking:

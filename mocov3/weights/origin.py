@@ -1,16 +1,15 @@
 """Where weights come from and under which licence they may be used; carried from file to file."""
 
 from functools import lru_cache
-from typing import Any
 
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 
 _OWN = "trained from scratch by mocov3"
 _TRAINERS = "the trainer's to choose"
 _REFERENCE = "CC-BY-NC 4.0 (weights of facebookresearch/moco-v3)"
 
 
-def origin_of(contents: dict[str, Any]) -> dict[str, str]:
+def origin_of(contents: Contents) -> dict[str, str]:
     """Origin and licence of the weights in a file: what it says itself, else what its layout tells."""
     entry = contents.get("mocov3")
     if isinstance(entry, dict) and isinstance(entry.get("origin"), str):

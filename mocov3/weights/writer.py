@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocov3.weights import tensorfiles
+from mocov3.weights import Contents, tensorfiles
 
 FIRST_PAUSE, LONGEST_PAUSE = 10.0, 300.0
 """Seconds until a failed write is tried again; doubled after every failure."""
@@ -49,7 +49,7 @@ class Writer:
         self._thread = threading.Thread(target=self._serve, name="checkpoint writer", daemon=True)
         self._thread.start()
 
-    def save(self, name: str, contents: dict[str, Any]) -> None:
+    def save(self, name: str, contents: Contents) -> None:
         """Take a snapshot of ``contents`` and write it as ``name``; returns once the snapshot is taken.
 
         Waits for a write that is going on; takes the place of one that failed and waits for its next try.
@@ -102,7 +102,7 @@ class Writer:
                 self._job = self._job if failure else None
                 self._changed.notify_all()
 
-    def _write(self, name: str, contents: dict[str, Any]) -> str:
+    def _write(self, name: str, contents: Contents) -> str:
         try:
             if self._copied is not None:
                 self._copied.synchronize()  # the step did not wait for the copies to the host
@@ -115,7 +115,7 @@ class Writer:
             return f"{type(error).__name__}: {error}"
         return ""
 
-    def _snapshot(self, contents: dict[str, Any]) -> dict[str, Any]:
+    def _snapshot(self, contents: Contents) -> dict[str, Any]:
         # buffers are used again: fresh memory costs a page fault every 4 KB, pinned memory far more
         old, self._buffers = self._buffers[::-1], []
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mocov3.errors import UserError
 from mocov3.evaluation.frozen import Frozen
 from mocov3.evaluation.linear.heads import Heads
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 from mocov3.weights.checkpoint import FORMAT_VERSION, PREFIX, Position
 
 CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
@@ -64,7 +64,7 @@ def _one_head(heads: Heads, number: int) -> dict[str, Any]:
     return {"state": state, "param_groups": [{**group, "params": [0, 1]}]}
 
 
-def read(path: str | Path, where: str) -> dict[str, Any]:
+def read(path: str | Path, where: str) -> Contents:
     """The contents of a linear file, ours or the reference's.
 
     Raises:
@@ -84,7 +84,7 @@ def read(path: str | Path, where: str) -> dict[str, Any]:
     return contents
 
 
-def classifier(contents: dict[str, Any], where: str) -> Classifier:
+def classifier(contents: Contents, where: str) -> Classifier:
     """The linear layer in the contents of a linear file.
 
     Raises:
@@ -98,13 +98,13 @@ def classifier(contents: dict[str, Any], where: str) -> Classifier:
     raise UserError(f"{where}: holds no linear classifier (fc.weight, head.weight or projector.weight)")
 
 
-def best_acc1(contents: dict[str, Any]) -> float:
+def best_acc1(contents: Contents) -> float:
     """The file's ``best_acc1``, a number or (in the reference's published files) a tensor of one."""
     value = contents.get("best_acc1", 0.0)
     return float(value) if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1) else 0.0
 
 
-def restore(contents: dict[str, Any], heads: Heads, where: str, *, iterations: int) -> Position:
+def restore(contents: Contents, heads: Heads, where: str, *, iterations: int) -> Position:
     """Load heads and optimizer from the contents of a linear file, and say where the run stood.
 
     Raises:

@@ -34,7 +34,7 @@ from mocov3.evaluation.linear.setup import check_same_run, find, open_backbone, 
 from mocov3.losses import at_least_float32
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.output.log import warn
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 from mocov3.weights.checkpoint import Position
 
 
@@ -107,7 +107,7 @@ class Evaluation:
         )
         self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
 
-    def _restore(self, where: str, contents: dict[str, Any]) -> None:
+    def _restore(self, where: str, contents: Contents) -> None:
         self.position = files.restore(contents, self.heads, where, iterations=self.iterations)
         if self.position.iteration >= self.iterations:  # another batch size, by --allow-config-change
             self.position = Position(self.position.epoch + 1, 0, self.position.step)

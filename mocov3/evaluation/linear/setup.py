@@ -17,9 +17,9 @@ from mocov3.evaluation.linear.heads import Heads
 from mocov3.evaluation.linear.log import EvaluationLog
 from mocov3.output.log import warn
 from mocov3.output.terminal import style_of
+from mocov3.weights import Contents
 from mocov3.weights.checkpoint import Position
 
-Contents = dict[str, Any]
 PROTOCOL = "linear evaluation"
 CACHED = "linear evaluation on cached features, without augmentation (not the published protocol)"
 
