@@ -1,4 +1,4 @@
-"""What going on from existing weights brings: half of a set, then another half that looks different.
+"""What starting from existing weights brings: half of a set, then another half that looks different.
 
     python benchmarks/adapt.py                  # about 6 minutes a seed on one quiet core
     python benchmarks/adapt.py --seeds 0

@@ -8,7 +8,7 @@ at 28 px, the same epochs for all, learning rate by the linear rule from the bat
   the heads' batch norm stay inside each 64. Same memory, steps, images and learning rates as exact.
 - small batch: steps on 64 images.
 
-Every run is printed as a line of JSON when it ends, so that a stopped benchmark can go on (``--done FILE``).
+Every run is printed as a line of JSON when it ends, so that a stopped benchmark can be resumed (``--done FILE``).
 """
 
 import argparse
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3, help="for 256 images")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--done", type=Path, help="file of lines of a former run, which is gone on with")
+    parser.add_argument("--done", type=Path, help="file of lines of a former run, which is resumed")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = []

@@ -3,7 +3,7 @@
 A small ViT (width 64, depth 4, patches of 4 px) trains on the embedded images by ``mocov3 pretrain``'s own loop, once
 as usual and once by each way of ``WAYS``; seconds are of processor time of the whole training, loading included, on one
 thread. Printed: k-NN accuracy on the test images and cost, mean over seeds. Results are kept in ``--results`` as they
-come, so that a stopped measurement goes on; ``--readme FILE`` puts the table into a Markdown file.
+come, so that a stopped measurement can be resumed; ``--readme FILE`` puts the table into a Markdown file.
 """
 
 import argparse

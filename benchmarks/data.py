@@ -231,7 +231,7 @@ def table(rows: list[list[str]], ratios: dict[str, float], worst: float, rounds:
         "how many times as long others take; speed as a share of decoding alone (simplejpeg for JPEG, OpenCV for PNG,",
         "Pillow for TIFF). JPEG quality 92 (12 Mpx: 90; up to 96 px: 95), cut from photographs in scikit-learn and",
         "scikit-image. albumentations resizes with OpenCV's area filter, which antialiases. The reference's pipeline",
-        "goes on to float tensors, in the loader processes; ours stays uint8 and normalises on the device. 12 Mpx",
+        "continues to float tensors, in the loader processes; ours stays uint8 and normalises on the device. 12 Mpx",
         f"images are decoded smaller where every crop allows: views differ by at most {worst:.1f}/255 in the mean.",
         f"The loader adds {loader:.0f} % to the views' time; of two loader processes the busier spends "
         f"1/{ratios['processor']:.2f} of what one",

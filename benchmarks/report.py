@@ -44,7 +44,7 @@ def main() -> None:
         size = page_file.stat().st_size / 1e6
     median, best, load = statistics.median(ready), min(ready), os.getloadavg()[0]
     print(
-        f"50,000 lines: made in {seconds:.1f} s, {size:.1f} MB; charts in sight drawn and usable {median:.2f} s after "
+        f"50,000 lines: made in {seconds:.1f} s, {size:.1f} MB; visible charts drawn and usable {median:.2f} s after "
         f"opening (median of 5; best {best:.2f}; load of the machine {load:.1f})"
     )
 

@@ -1,4 +1,4 @@
-"""Module paths that the documents named before the package had rooms: they still work, with a warning.
+"""Module paths that the documents named before the package was divided into folders: they still work, with a warning.
 
 Kept for two minor versions (docs/releases.md).
 """
@@ -60,6 +60,6 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Let old paths be imported."""
+    """Make old paths importable."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Moved())

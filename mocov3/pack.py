@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     data, out = args.data, Path(args.out)
     folder = Path(data)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: is there already and not empty; name a new folder")
+        raise UserError(f"--out {out}: exists and is not empty; name a new folder")
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--out {out}: lies in {folder}; name a folder outside")
     parts = parts_of(data) if folder.is_dir() else []

@@ -1,6 +1,6 @@
-"""The doors: the program ``mocov3`` with its subcommands, and the scripts of the reference's names.
+"""Entry points: the program ``mocov3`` with its subcommands, and the scripts of the reference's names.
 
-Nothing here imports torch before a task starts, so help and refusals come at once.
+Nothing here imports torch before a task starts, so help and errors are immediate.
 """
 
 import os
@@ -43,7 +43,7 @@ usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
 
   pretrain   learn features from a folder of images without labels
   check      look at images and machine before training: facts, faults, speed, a sheet of views
-  plan       micro-batch, memory and time on GPUs that are not at hand
+  plan       micro-batch, memory and time on GPUs you need not have
   inspect    what a weights file is, what it is good for, its origin and licence
   compare    networks side by side, judged without labels or with few
   finetune   train a classifier end to end from pre-trained weights (DeiT's recipe), and transfer
@@ -120,7 +120,7 @@ def parse_script(name: str, argv: Sequence[str]) -> Any:
 
 
 def main_moco() -> int:
-    """``main_moco.py``: the script door of pre-training."""
+    """``main_moco.py``: the reference's script for pre-training."""
 
     def run() -> int:
         config = chosen(read_pretrain(sys.argv[1:], "main_moco.py", None))
@@ -132,7 +132,7 @@ def main_moco() -> int:
 
 
 def main_lincls() -> int:
-    """``main_lincls.py``: the script door of linear evaluation."""
+    """``main_lincls.py``: the reference's script for linear evaluation."""
 
     def run() -> int:
         config = parse_script("main_lincls.py", sys.argv[1:])
@@ -144,7 +144,7 @@ def main_lincls() -> int:
 
 
 def transfer_main() -> int:
-    """``transfer/main.py``: the script door of fine-tuning and transfer."""
+    """``transfer/main.py``: the reference's script for fine-tuning and transfer."""
 
     def run() -> int:
         config = parse_script("transfer/main.py", sys.argv[1:])
@@ -156,5 +156,5 @@ def transfer_main() -> int:
 
 
 def convert_to_deit() -> int:
-    """``convert_to_deit.py``: the script door of the conversion."""
+    """``convert_to_deit.py``: the reference's script for the conversion."""
     return guarded(lambda: convert(sys.argv[1:], "convert_to_deit.py"))

@@ -1,7 +1,7 @@
 """Flags of cheaper pre-training: parts of the run at fewer tokens or smaller images, back to full before the end.
 
 Random token dropout and larger patches (Lin et al. 2024, arXiv 2410.22364, who report 4× for MoCo v3), smaller images
-(FFCV-SSL: 160 before 224 pixels). The first share of the epochs is cheap, the rest is as without these flags.
+(FFCV-SSL: 160 before 224 pixels). The first share of the epochs is cheap, the rest is unchanged.
 """
 
 import itertools
@@ -18,7 +18,7 @@ CHEAP = "cheaper pre-training"
 
 
 class Stage(NamedTuple):
-    """Epochs that are trained alike."""
+    """Epochs that are trained in the same way."""
 
     first: int
     end: int
@@ -47,7 +47,7 @@ class CheapFlags:
 
     token_keep: str = flag(
         "",
-        "share of a ViT's patches that are kept, drawn anew for each view: KEEP[:SHARE][,…], for the first SHARE of "
+        "share of a ViT's patches that are kept, drawn afresh for each view: KEEP[:SHARE][,…], for the first SHARE of "
         f"the epochs (default {SHARE:g}), then all",
         group=CHEAP,
         metavar="KEEP:SHARE",
@@ -113,9 +113,9 @@ def _check(name: str, value: float, full: float) -> None:
     if not (value >= 1 and value.is_integer()):
         raise UserError(f"{name} takes whole numbers of pixels, not {value:g}")
     if name == "--image-size-schedule" and value > full:
-        raise UserError(f"{name} {value:g} is larger than --image-size {full}: that would not be cheaper")
+        raise UserError(f"{name} {value:g} is larger than --image-size {full}: which would not be cheaper")
     if name == "--patch-size-schedule" and value < full:
-        raise UserError(f"{name} {value:g} is smaller than --patch-size {full}: that would not be cheaper")
+        raise UserError(f"{name} {value:g} is smaller than --patch-size {full}: which would not be cheaper")
 
 
 def _read(name: str, text: str, epochs: int) -> list[tuple[int, float]]:
@@ -132,14 +132,16 @@ def _read(name: str, text: str, epochs: int) -> list[tuple[int, float]]:
             raise UserError(f"{name} '{printable(text)}': takes VALUE:SHARE parts with commas between them") from None
         if not 0 < length < 1:
             raise UserError(
-                f"{name}: '{printable(part)}' lasts {length:g} of the epochs; above 0 and below 1 is possible"
+                f"{name}: '{printable(part)}' lasts {length:g} of the epochs; give a share above 0 and below 1"
             )
         done += length
         if done >= 1 - 1e-9:
-            raise UserError(f"{name} '{printable(text)}': shares add up to {done:g}; the end of the run must be full")
+            raise UserError(
+                f"{name} '{printable(text)}': shares add up to {done:g}; they must leave epochs at full size"
+            )
         end = min(round(done * epochs), epochs - 1)
         if end > (parts[-1][0] if parts else 0):
             parts.append((end, number))
     if not parts:
-        raise UserError(f"{name}: {epochs} epochs are too few for a cheap part and a full end; give more --epochs")
+        raise UserError(f"{name}: {epochs} epochs are too few for a cheap part and a full-size end; raise --epochs")
     return parts

@@ -14,7 +14,7 @@ from mocov3.config.pretrain import PretrainConfig
 
 
 def parse_pretrain(argv: Sequence[str], *, prog: str, defaults: dict[str, Any] | None = None) -> PretrainConfig:
-    """Command line of pre-training; both doors share it, only defaults differ. Nothing is measured."""
+    """Command line of pre-training; both commands share it, only defaults differ. Nothing is measured."""
     return merged(read_pretrain(argv, prog, defaults))
 
 
@@ -38,7 +38,7 @@ def merged(layers: Layers) -> PretrainConfig:
 
 
 def parse_finetune(argv: Sequence[str], *, prog: str) -> FinetuneConfig:
-    """Command line of fine-tuning and transfer; both doors share it."""
+    """Command line of fine-tuning and transfer; both commands share it."""
     return parse(
         FinetuneConfig,
         argv,
@@ -50,7 +50,7 @@ def parse_finetune(argv: Sequence[str], *, prog: str) -> FinetuneConfig:
 
 
 def parse_lincls(argv: Sequence[str], *, prog: str, defaults: dict[str, Any] | None = None) -> LinclsConfig:
-    """Command line of linear evaluation; both doors share it, only defaults differ."""
+    """Command line of linear evaluation; both commands share it, only defaults differ."""
     return parse(
         LinclsConfig,
         argv,

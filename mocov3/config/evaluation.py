@@ -189,7 +189,7 @@ def at_least(config: Any, low: int, names: tuple[str, ...]) -> None:
 
 
 def check_model_flags(config: Any) -> None:
-    """Refuse a weights file that is not there, and backends that are not known."""
+    """Refuse a missing weights file and unknown backends."""
     pretrained = getattr(config, "pretrained", "")
     if pretrained and not Path(pretrained).is_file():
         raise UserError(f"--pretrained {pretrained}: there is no such file")

@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type, defaults: dict[str, Any]) -> None:
-    """Add every field of ``config`` to ``parser``; a flag that is not given leaves no trace in the result."""
+    """Add every field of ``config`` to ``parser``; a flag that is not given is absent from the result."""
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         meta = field.metadata
@@ -85,14 +85,14 @@ def add_flags(parser: argparse.ArgumentParser, config: type, defaults: dict[str,
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Where values come from, strongest first: flags and ``--config``, the recipe, the door's defaults."""
+    """Where values come from, strongest first: flags and ``--config``, the recipe, the command's defaults."""
 
     given: dict[str, Any]
     recipe: dict[str, Any]
     defaults: dict[str, Any]
 
     def merged(self, between: dict[str, Any] | None = None) -> dict[str, Any]:
-        """All values; ``between`` lies over the defaults and under the recipe."""
+        """All values; ``between`` overrides the defaults and is overridden by the recipe."""
         return {**self.defaults, **(between or {}), **self.recipe, **self.given}
 
 

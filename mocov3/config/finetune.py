@@ -1,6 +1,6 @@
 """Configuration of fine-tuning and transfer: DeiT's flags with its defaults (facebookresearch/deit), and ours.
 
-Both doors, ``mocov3 finetune`` and ``transfer/main.py``, parse it.
+Both ``mocov3 finetune`` and ``transfer/main.py`` parse it.
 """
 
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class FinetuneConfig:
     )
     resume: str = flag(
         "",
-        "checkpoint to go on from, or 'auto' for the output folder's; a file without optimizer: start from its weights",
+        "checkpoint to resume from, or 'auto' for the output folder's; a file without optimizer: its weights only",
         result=False,
         group=RUN,
     )

@@ -80,7 +80,7 @@ class LinclsConfig:
     print_freq: int = flag(10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN)
     resume: str = flag(
         "",
-        "linear file to go on from or to evaluate; 'auto': checkpoint.pth.tar of the output folder",
+        "linear file to resume from or to evaluate; 'auto': checkpoint.pth.tar of the output folder",
         result=False,
         group=RUN,
     )
@@ -93,7 +93,7 @@ class LinclsConfig:
     rank: int = flag(-1, "rank of this node, or of this process", kind=int, result=False, group=RANKS)
     dist_url: str = flag(
         "tcp://224.66.41.62:23456",
-        "where ranks meet: tcp://HOST:PORT or env://; on one node a free loopback port unless given",
+        "address at which ranks meet: tcp://HOST:PORT or env://; on one node a free loopback port unless given",
         result=False,
         group=RANKS,
     )

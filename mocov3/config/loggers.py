@@ -19,7 +19,7 @@ def logger_names(given: str) -> tuple[str, ...]:
         return ()
     names = tuple(dict.fromkeys(given.split(",")))
     if "none" in names:
-        raise UserError(f"--logger {given}: none stands alone")
+        raise UserError(f"--logger {given}: none cannot be combined with others")
     for name in names:
         if name not in LOGGERS:
             raise UserError(f"--logger {name!r} is not known; {nearest(name, [*LOGGERS, 'none'])}")

@@ -41,7 +41,7 @@ RECIPES: dict[str, Recipe] = {
             "quality_every": 1,
             "patience": 4,
         },
-        "ours: goes on from --init on other images; the rest as in auto",
+        "ours: continues training the weights of --init on other images; the rest as in auto",
     ),
     "defaults": Recipe({}, "the reference's defaults; what main_moco.py does unless told otherwise"),
     "resnet50_100ep": Recipe(

@@ -1,6 +1,6 @@
 """Judge networks side by side, without labels or with few: ``mocov3 compare CKPT… DIR``.
 
-Every checkpoint is shown beside the same network untrained, the weights it started from where they are at hand, and
+Every checkpoint is shown beside the same network untrained, the weights it started from where they are available, and
 plain pixels. Measures: ``mocov3.evaluation.quality``; which to trust: ``docs/own-images.md``.
 """
 

@@ -1,4 +1,4 @@
-"""Files of embeddings: a spool that a stopped pass goes on with, the finished ``.npy`` or ``.parquet``, duplicates.
+"""Files of embeddings: a spool that a stopped pass resumes from, the finished ``.npy`` or ``.parquet``, duplicates.
 
 The spool lies beside the output: ``.NAME.spool.npy`` (features), ``.NAME.done`` (a byte a batch), ``.NAME.key.json``
 (what made them) and ``.NAME.errors.jsonl`` (unreadable images).

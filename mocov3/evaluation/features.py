@@ -1,7 +1,7 @@
 """Features of a frozen backbone over a set of images, in evaluation mode, split over ranks.
 
-Images are taken in batches of a fixed grid, which ranks share out; so features do not depend on the number of
-ranks, nor on where a stopped pass goes on.
+Images are taken in batches of a fixed grid, which are divided among ranks; so features do not depend on the number of
+ranks, nor on where a stopped pass is resumed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -162,4 +162,4 @@ def refuse_not_finite(x: Tensor, indices: np.ndarray, source: Source) -> None:
     rows = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
     names = ", ".join(source.name(int(indices[row])) for row in rows[:5])
     more = f" and {len(rows) - 5} more of this batch" if len(rows) > 5 else ""
-    raise UserError(f"features are not finite for {names}{more}; the weights, or --precision, are not fit")
+    raise UserError(f"features are not finite for {names}{more}; check the weights and --precision")

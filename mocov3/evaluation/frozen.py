@@ -51,7 +51,7 @@ class Frozen:
 
     @property
     def head(self) -> str:
-        """Name of what stands in place of the classifier."""
+        """Name of the module in place of the classifier."""
         return str(self.network.projector_name)
 
     @property
@@ -240,7 +240,7 @@ def _published(model: str, image_size: int, view_preset: str, layer: str) -> Fro
     except Exception as error:  # whatever the hub's client raises without a network
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
-            f"--model {model}: its published weights cannot be had ({reason}); give a weights file "
+            f"--model {model}: its published weights could not be fetched ({reason}); give a weights file "
             f"with -a {model}, or --untrained"
         ) from None
     data_config = timm.data.resolve_model_data_config(network.backbone)

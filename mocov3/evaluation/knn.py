@@ -1,7 +1,7 @@
 """k-NN evaluation (Wu et al. 2018; Caron et al. 2021): ``mocov3 knn --model FILE DIR``.
 
-With a training and a validation part (DIR/train, DIR/val) the first is the bank and the second is asked; one folder of
-classes is asked against itself, each image left out in turn; so are the few that ``--labels some.csv`` names.
+With a training and a validation part (DIR/train, DIR/val) the first is the bank, the second the queries. One folder of
+classes is its own bank, each image left out in turn; so are the few that ``--labels some.csv`` names.
 """
 
 import json
@@ -23,7 +23,7 @@ def main(config: KnnConfig) -> int:
     """Check, start the ranks, measure, print.
 
     Raises:
-        UserError: for anything the user can mend.
+        UserError: for anything the user can fix.
     """
     config.check()
     bank, queries = open_sets(config.data, config.labels)
@@ -53,7 +53,7 @@ def open_sets(data: str, labels: str = "") -> tuple[Source, Source | None]:
 
 
 def limits(config: KnnConfig, available: int) -> tuple[tuple[int, ...], tuple[int, ...], list[str]]:
-    """The k of the vote and of recall that the bank allows, and a note on those left out.
+    """The values of k for the vote and recall that the bank allows, and a note on those left out.
 
     Raises:
         UserError: if a k that was asked for is above the bank.

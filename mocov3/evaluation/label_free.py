@@ -1,6 +1,6 @@
 """Quality of a network, judged without labels: held-out images, views of kinds never trained on, six measures.
 
-Sources of the measures: ``mocov3.evaluation.quality``. How far each goes along with k-NN accuracy:
+Sources of the measures: ``mocov3.evaluation.quality``. How each correlates with k-NN accuracy:
 ``docs/own-images.md``.
 """
 
@@ -34,7 +34,7 @@ class LabelFreeQuality:
 
     images: int
     retrieval: float
-    """Share in % of images found again among all by another view; the one that chooses ``best_unlabelled``."""
+    """Share in % of images retrieved among all by another view; the one that chooses ``best_unlabelled``."""
     rankme: float
     alpha: float
     lidar: float
@@ -73,7 +73,7 @@ def features_of_views(
     batch_size: int = 64,
 ) -> Float[Tensor, "images views dim"]:
     """Features of at most ``IMAGES`` images, all views of each, on every rank's CPU as float32; unreadable images
-    are left out. ``network`` is put in evaluation mode for the time.
+    are left out. ``network`` is temporarily in evaluation mode.
     """
     chosen = scattered(len(source), IMAGES)
     mine = np.array_split(chosen, world.size)[world.rank]
@@ -101,5 +101,5 @@ def features_of_views(
 
 
 def pixel_features(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
-    """The images themselves, at 16×16: what a network must beat."""
+    """The images themselves, at 16×16: the baseline for a network."""
     return nn.functional.adaptive_avg_pool2d(x, _PIXELS).flatten(1)

@@ -1,7 +1,7 @@
 """Nearest neighbours of features by cosine: exact search, weighted vote, retrieval; and nearest centroids.
 
-The search runs in float32 tile by tile, and decides in float64: what it finds, equal similarities included, does not
-depend on tiles, on the number of ranks or on how many images are asked for together.
+The search runs in float32 tile by tile, and decides in float64: the result, ties included, does not
+depend on tiles, on the number of ranks or on how many queries are searched together.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ _GRID = 2.0**40  # similarities are rounded to 1/grid, so that equal features ar
 
 
 class Neighbours(NamedTuple):
-    """The k nearest bank rows of every query: by falling similarity, equal ones by rising index."""
+    """The k nearest bank rows of every query: by decreasing similarity, ties by increasing index."""
 
     similarity: Float[Tensor, "queries k"]
     """Cosine, float64."""
-    index: Int[Tensor, "queries k"]  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: Int[Tensor, "queries k"]  # type: ignore[assignment]  # hides tuple.index, which is not used here
 
 
 def nearest(

@@ -22,7 +22,7 @@ def rankme(features: Float[Tensor, "images dim"]) -> float:
 
 
 def rank_of_gram(gram: Float[Tensor, "dim dim"]) -> float:
-    """``rankme`` of features from xᵀx (any multiple of it), which ranks can add up."""
+    """``rankme`` of features from xᵀx (any multiple of it), which can be summed over ranks."""
     return _effective_rank(torch.linalg.eigvalsh(_double(gram)).clamp(min=0).sqrt())
 
 

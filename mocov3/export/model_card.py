@@ -1,4 +1,4 @@
-"""The text that goes with every exported model: what it is, where it comes from, how to load it."""
+"""The text written with every exported model: what it is, where it comes from, how to load it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Write, load back, compare: what ``mocov3 export`` does once its arguments are known to be sound."""
+"""Write, load back, compare: what ``mocov3 export`` does once its arguments have been checked."""
 
 import dataclasses
 import hashlib

@@ -1,6 +1,6 @@
 """Checkpoints of fine-tuning: DeiT's ``checkpoint.pth`` (``model, optimizer, epoch, model_ema``) and what we add.
 
-``model`` holds the network with its classifier under the names of DeiT's files, so every reader of those reads ours.
+``model`` holds the network with its classifier under the names of DeiT's files, so every reader of those can read ours.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Start(NamedTuple):
     config: FinetuneConfig
     """Complete: nothing is left to the weights."""
     resumed: Contents | None
-    """Contents of a checkpoint of this task to go on from."""
+    """Contents of a checkpoint of this task to resume from."""
     weights: Contents | None
     """Contents of a file to start from."""
     where: str
@@ -46,7 +46,7 @@ class Start(NamedTuple):
 def find_start(config: FinetuneConfig, world: World) -> Start:
     """The checkpoint or weights that ``--resume`` and ``--finetune`` name, and the configuration completed by them.
 
-    ``--resume FILE`` goes on if FILE is a checkpoint of this task; any other file with weights is started from, as
+    ``--resume FILE`` resumes if FILE is a checkpoint of this task; any other file with weights is started from, as
     the reference's users start from a file with ``model`` alone.
 
     Raises:
@@ -138,11 +138,11 @@ def check_classes(value: Tensor, classes: int, where: str) -> None:
     """Refuse a classifier of another number of classes than the data set's."""
     if value.shape[:1] != (classes,):
         have = value.shape[0] if value.ndim else 0
-        raise UserError(f"{where}: its classifier knows {have} classes, the data set has {classes}")
+        raise UserError(f"{where}: its classifier has {have} classes, the data set has {classes}")
 
 
 def check_same_run(start: Start, *, total_batch: int, digest: str, images: int) -> None:
-    """Refuse to go on with other result-changing fields, another batch over all processes, or other images.
+    """Refuse to resume with other result-changing fields, another batch over all processes, or other images.
 
     Raises:
         UserError: naming what differs.

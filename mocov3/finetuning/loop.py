@@ -38,7 +38,7 @@ _BAD_IN_A_ROW = 50
 
 
 def tune(world: World, job: Job) -> int:
-    """Fine-tune on this rank, from wherever the run stands to its end; returns the exit code."""
+    """Fine-tune on this rank, from its present position to its end; returns the exit code."""
     with Tuning(world, job) as run:
         if run.config.eval:
             run.report(run.evaluate())
@@ -258,7 +258,7 @@ class Tuning:
         try:
             checkpoint.write(self.folder / name, contents)
         except OSError as error:
-            warn(f"{name} could not be written ({error.strerror or error}); the run goes on")
+            warn(f"{name} could not be written ({error.strerror or error}); the run continues")
 
     def _contents(self, *, best: bool = False) -> dict[str, Any]:
         return files.contents(
@@ -277,7 +277,7 @@ class Tuning:
         """0 when done, 128 + its number when stopped by a signal."""
         if number := self._stop.signal:
             name = signal.Signals(number).name
-            self.recorder.log.say(f"stopped by {name}, checkpoint written; go on with --resume auto")
+            self.recorder.log.say(f"stopped by {name}, checkpoint written; continue with --resume auto")
             return 128 + number
         self.recorder.log.terminal.result(
             f"{self.folder / files.LAST}: {self.position.epoch} of {self.config.epochs} epochs, best Acc@1 "

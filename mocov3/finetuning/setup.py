@@ -120,7 +120,7 @@ def _mixer(c: FinetuneConfig, classes: int) -> Mixer | None:
 
 
 def restore(parts: Parts, contents: Contents, where: str, classes: int) -> tuple[checkpoint.Position, Counters]:
-    """Go on from a checkpoint: weights, their average, optimizer, scaler, and what was counted.
+    """Resume from a checkpoint: weights, their average, optimizer, scaler, and what was counted.
 
     Raises:
         UserError: if it is of another model or damaged.

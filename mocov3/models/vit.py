@@ -128,7 +128,7 @@ class VisionTransformer(TimmVisionTransformer):
 
 
 def _first_token(block: Any, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1 dim"]:
-    """What a block makes of the first token: all tokens are attended to, but nobody asks what becomes of the others."""
+    """What a block makes of the first token: all tokens are attended to, but the others' outputs are not needed."""
     attention = block.attn
     plain = type(block) is Block and type(attention) is Attention and attention.fused_attn
     if not plain or getattr(attention, "gate", None) is not None:

@@ -1,4 +1,4 @@
-"""The only owner of what a pre-training run puts out: terminal, ``metrics.jsonl``, loggers; and warnings of all."""
+"""The only owner of the output of a pre-training run: terminal, ``metrics.jsonl``, loggers; and warnings of all."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ def warn(text: str) -> None:
 
 
 def warn_left_out(*sources: object, said: object = None, most: int = 10) -> None:
-    """Say what is left out of ``sources`` or remarkable: their lines ``skipped``, once, but for those of ``said``."""
+    """Report what is left out of ``sources`` or remarkable: their lines ``skipped``, once, without those of ``said``."""
     before = getattr(said, "skipped", [])
     lines = [line for source in sources for line in getattr(source, "skipped", []) if line not in before]
     lines = list(dict.fromkeys(lines))
@@ -78,12 +78,12 @@ class RunLog:
         self._epoch = -1
         self._knn: float | None = None
         self.last: MetricsLine | None = None
-        """The last line of a former run, without k-NN: what a resume goes on from."""
+        """The last line of a former run, without k-NN: what a resume starts from."""
         self.shown: MetricsLine | None = None
         """The last line of this process."""
         if not active:
             return
-        # a resumed run goes on from its checkpoint: what was logged after it never happened
+        # a resumed run continues from its checkpoint: what was logged after it never happened
         entries = cut(folder / METRICS, lambda entry: entry["step"] < first_step)
         cut(folder / SKIPPED, lambda entry: entry["step"] < first_step)
         cut(folder / CORRUPT, lambda entry: entry["index"] in corrupt)
@@ -195,7 +195,7 @@ class RunLog:
         warn(f"step {step} skipped: its loss ({loss:.4g}) or gradient was not finite, or a spike (listed in {SKIPPED})")
 
     def sync(self) -> None:
-        """What was logged so far is on the disk afterwards, as far as the disk takes it."""
+        """Flush what was logged so far to the disk, as far as the disk takes it."""
         if self.active:
             self._metrics.sync()
 
@@ -232,7 +232,7 @@ class RunLog:
 
 
 class LineFile:
-    """A file that lines are appended to; lines that a full or lost disk refuses are kept and tried again."""
+    """A file that lines are appended to; lines that a full or lost disk refuses are kept and retried."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -252,10 +252,10 @@ class LineFile:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                warn(f"{self.path.name} cannot be written ({error.strerror or error}); its lines are kept for later")
+                warn(f"{self.path.name} cannot be written ({error.strerror or error}); its lines will be written later")
 
     def sync(self) -> None:
-        """Ask the system to bring the lines to the disk."""
+        """Flush the lines to the disk."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._file.fileno())

@@ -52,7 +52,7 @@ class Loggers:
         warn: called with a line about a failure.
 
     Raises:
-        UserError: if one cannot be opened by a run that begins; one that goes on does without it.
+        UserError: if one cannot be opened by a run that begins; a resumed run does without it.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Loggers:
                 if not first_step:
                     self.close()
                     raise UserError(f"--logger {name}: cannot be opened ({_reason(error)})") from None
-                warn(f"--logger {name}: cannot be opened ({_reason(error)}); the run goes on without it")
+                warn(f"--logger {name}: cannot be opened ({_reason(error)}); the run continues without it")
 
     def scalars(self, values: Mapping[str, float | None], step: int) -> None:
         """Numbers of a step; those that were not measured are left out."""
@@ -98,7 +98,7 @@ class Loggers:
             try:
                 call(logger)
             except Exception as error:  # whatever a client, its server or the disk thinks up
-                self.warn(f"logger {name} is given up ({_reason(error)})")
+                self.warn(f"logger {name} is disabled ({_reason(error)})")
                 del self._loggers[name]
 
 
@@ -129,7 +129,7 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A run of Weights & Biases; its files are in the run's folder ``wandb``. A resumed run goes on in it."""
+    """A run of Weights & Biases; its files are in the run's folder ``wandb``. A resumed run continues in it."""
 
     def __init__(self, folder: Path, config: dict[str, Any], first_step: int, quiet: bool) -> None:
         import wandb

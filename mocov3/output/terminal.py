@@ -178,7 +178,7 @@ def _can_print(text: str) -> bool:
 
 
 class _Bar:
-    """The row as rich draws it: made anew at every refresh, to the terminal's present width."""
+    """The row as rich draws it: rebuilt at every refresh, for the terminal's present width."""
 
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal

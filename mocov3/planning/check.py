@@ -105,7 +105,7 @@ def _facts(source: Source, survey: Survey, values: dict[str, Any]) -> list[str]:
             f"  mean, std        {survey.mean_std}",
             f"  copies           {survey.copies} equal to an earlier one, {survey.near_copies} nearly"
             + _examples(source, survey),
-            f"  alike, upright   mean correlation {survey.alike:.2f}; mean image against its turns "
+            f"  similarity       mean correlation {survey.alike:.2f}; mean image against its rotations "
             f"{survey.upright:.1f} × chance",
         ]
     if survey.unreadable:

@@ -117,7 +117,7 @@ def measured_normalisation(config: PretrainConfig) -> PretrainConfig:
 
 def _check_start(config: PretrainConfig) -> None:
     if config.recipe == "adapt" and not config.init:
-        raise UserError("--recipe adapt goes on from existing weights: give --init FILE or --init timm/NAME")
+        raise UserError("--recipe adapt starts from existing weights: give --init FILE or --init timm/NAME")
     if config.init and not config.init.startswith("timm/") and not Path(config.init).is_file():
         raise UserError(f"--init {config.init}: there is no such file; give a weights file, or timm/NAME")
 
@@ -158,7 +158,7 @@ def _known(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def saved_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the run that is to go on, if its folder tells them."""
+    """Fields of the run that is to be resumed, if its folder tells them."""
     resume = values.get("resume") or ""
     if not resume:
         return {}

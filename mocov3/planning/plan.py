@@ -1,6 +1,6 @@
 """Before renting machines: ``mocov3 plan --recipe vit_base_300ep --gpus 64 --gpu-memory 32``.
 
-Micro-batch, memory, and time of a pre-training run on GPUs that are not at hand. Memory is counted on the network
+Micro-batch, memory, and time of a pre-training run on GPUs you need not have. Memory is counted on the network
 itself (``mocov3.pretraining.footprint``); time needs a speed, which is stated (``--images-per-second``) or measured on
 a GPU here. Takes the flags of ``mocov3 pretrain`` too. Formulas and sources: docs/scaling.md.
 """
@@ -86,7 +86,7 @@ def traffic(gpus: int, batch: int, *, trained: float, dim: int, norm_channels: i
         norm_channels: channels of all batch norms that are run, over both encoders.
         passes: passes of an encoder's blocks in a step and view: 3 (query forward and backward, key forward), and with
             micro-batches a fourth, times their number.
-        fsdp: whether weights are shared out.
+        fsdp: whether weights are sharded.
     """
     ring = (gpus - 1) / gpus  # of a reduce-scatter or an all-gather; an all-reduce is both
     return Traffic(

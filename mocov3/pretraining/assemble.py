@@ -50,10 +50,10 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
 
 
 def with_heads(config: PretrainConfig, resume_from: tuple[Path, Contents] | None = None) -> PretrainConfig:
-    """The configuration with its ViT's attention heads: of the checkpoint to go on from, else those of ``--init``.
+    """The configuration with its ViT's attention heads: of the checkpoint to resume from, else those of ``--init``.
 
     Raises:
-        UserError: if nobody says which of two networks these weights are of, or ``--heads`` says another.
+        UserError: if it is not known which of two networks these weights are of, or ``--heads`` says another.
     """
     c = config
     if not is_vit(c.arch) or not (resume_from or c.init):

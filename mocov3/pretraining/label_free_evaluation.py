@@ -34,10 +34,10 @@ class Watch:
 
     Args:
         config: of the run, seed included.
-        world: this rank; the images are shared out.
+        world: this rank; the images are divided among the ranks.
         model: judged through its query backbone.
         log: where judgements are told.
-        start: where the run begins or goes on; later lines of a former run are cut off.
+        start: where the run begins or resumes; later lines of a former run are cut off.
 
     Raises:
         UserError: if there are no images to judge on.
@@ -71,7 +71,7 @@ class Watch:
         better = label_free.retrieval > self.best
         self.log.say(
             f"Epoch {done - 1}: without labels, {label_free.retrieval:.1f} % of {label_free.images} unseen images "
-            f"found again (at the start {self.base.get('start', 0):.1f}, pixels {self.base.get('pixels', 0):.1f})"
+            f"retrieved (at the start {self.base.get('start', 0):.1f}, pixels {self.base.get('pixels', 0):.1f})"
             + (", the best so far" if better else "")
         )
         if better:
@@ -80,10 +80,10 @@ class Watch:
         else:
             self.since_best += 1
         if done == c.epochs:
-            self.log.say(f"best without labels: {self.file.with_name(BEST)} ({self.best:.1f} % found again)")
+            self.log.say(f"best without labels: {self.file.with_name(BEST)} ({self.best:.1f} % retrieved)")
         stop = bool(c.patience) and self.since_best >= c.patience and done < c.epochs
         if stop:
-            self.log.say(f"no better for {c.patience} judgements: stopping (--patience)")
+            self.log.say(f"no improvement in {c.patience} judgements: stopping (--patience)")
         return stop
 
     def _judge(self, network: Any) -> LabelFreeQuality:
@@ -132,9 +132,9 @@ class Watch:
         try:
             checkpoint.write(self.file.with_name(BEST), contents)
         except OSError as error:
-            warn(f"{BEST} could not be written ({error.strerror or error}); the run goes on")
+            warn(f"{BEST} could not be written ({error.strerror or error}); the run continues")
 
 
 def _reopened(path: Path, first_step: int) -> list[dict[str, Any]]:
-    """Lines of a former run up to where this one goes on; the rest is cut off."""
+    """Lines of a former run up to where this one resumes; the rest is cut off."""
     return cut(path, lambda line: line["step"] <= first_step and {"name", "retrieval"} <= set(line))

@@ -48,7 +48,7 @@ from mocov3.weights.checkpoint import Position
 
 
 def train(world: World, job: Job) -> int:
-    """Train on this rank, from wherever the run stands to its end; returns the exit code."""
+    """Train on this rank, from its present position to its end; returns the exit code."""
     with Run(world, job) as run:
         for batch in run.batches():
             lr, m = run.schedule(batch)
@@ -101,7 +101,7 @@ class Run:
         if c.micro_batch:
             self.log.say(describe_micro_batch(micro_batch, c, world, self.model))
         if c.fsdp and world.size == 1:
-            self.log.say("--fsdp: there is one process, so nothing is shared out")
+            self.log.say("--fsdp: there is one process, so there is nothing to shard")
         complete = dataclasses.replace(c, seed=self.seed)
         self.saver = Saver(world, complete, self._name_run(resume_from), self.source, self.log)
         self.recorder = Recorder(
@@ -164,14 +164,14 @@ class Run:
         if world.main and c.precision not in ("auto", used):
             warn(f"--precision {c.precision} is for CUDA; training in {used}")
         if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
-            log.say("no CUDA here: ranks talk over gloo instead of nccl")
+            log.say("no CUDA here: ranks communicate over gloo instead of nccl")
         log.say(
             f"{len(self.source)} images, {self.iterations} steps of {c.batch_size} an epoch, {c.epochs} epochs; "
             f"{world.size} process(es) on {world.device.type}, {used}; seed {self.seed}"
         )
         log.say(
             f"The loss starts near {start:.2f} (4τ·ln N: all keys look alike) and cannot fall below about {floor:.2f} "
-            "(own key found, others unrelated); where it settles depends on batch and temperature."
+            "(own key retrieved, others unrelated); where it settles depends on batch and temperature."
         )
         if self.counters.resumed:
             log.say(f"resumed at epoch {self.position.epoch}, iteration {self.position.iteration}")
@@ -286,9 +286,9 @@ class Run:
         if self._stop.refusal:
             raise UserError(f"{self._stop.refusal}; {where}")
         if unsaved:
-            raise UserError(f"--output-dir: {where}; make room and go on with --resume auto from what is there")
+            raise UserError(f"--output-dir: {where}; free some space, then continue with --resume auto")
         if number := self._stop.signal:
-            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; go on with --resume auto")
+            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; continue with --resume auto")
             return 128 + number
         self.log.result(f"{self.folder / self.saver.newest}: {self.log.standing(self.position.epoch)}")
         return 0

@@ -23,7 +23,7 @@ class Online:
 
     Args:
         config: of the run.
-        world: this rank; features are shared out.
+        world: this rank; features are divided among the ranks.
         model: its query backbone is looked at.
         source: the images that are trained on.
         log: whose loggers get the images.

@@ -1,4 +1,4 @@
-"""Where a run goes on: finds the checkpoint, refuses one of another run, and restores everything counted."""
+"""Where a run resumes: finds the checkpoint, refuses one of another run, and restores everything counted."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def find(config: PretrainConfig, world: World) -> ResumeFrom | None:
 
 
 def _newest(folder: Path, world: World) -> ResumeFrom | None:
-    # the main rank chooses, so that all go on from the same
+    # the main rank chooses, so that all resume from the same
     newest_file, passed, error = None, [], ""
     if world.main:
         try:
@@ -51,7 +51,7 @@ def _newest(folder: Path, world: World) -> ResumeFrom | None:
         return None
     if newest_file is None and not path.is_file():
         raise UserError(
-            f"--resume auto: rank {world.rank} does not see {path}, which rank 0 goes on from; they must "
+            f"--resume auto: rank {world.rank} does not see {path}, which rank 0 resumes from; they must "
             "share the folder"
         )
     return newest_file or (path, checkpoint.read(path))

@@ -121,7 +121,7 @@ class Saver:
             out = np.zeros((2, size, size, views.reading.channels), np.uint8)
             try:
                 views(self.source.read(index), seed=int(self.config.seed or 0), epoch=epoch, index=index, out=out)
-            except Exception:  # unreadable: another image stood in for it
+            except Exception:  # unreadable: another image was used instead
                 continue
             readable.append(index)
             pixels.append(out)

@@ -1,4 +1,4 @@
-"""``--fsdp``: a model whose weights, gradients and optimizer states are shared out over ranks, and its optimizer."""
+"""``--fsdp``: a model whose weights, gradients and optimizer states are sharded over ranks, and its optimizer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ from mocov3.optim import LARS, build_optimizer
 
 
 def shard_model(model: MoCo, world: World) -> None:
-    """Share out the parameters of ``model``: a unit for every block, projector, predictor, and the rest of an encoder.
+    """Shard the parameters of ``model``: a unit for every block, projector, predictor, and the rest of an encoder.
 
     Call it before the optimizer is built.
     """

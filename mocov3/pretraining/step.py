@@ -163,7 +163,7 @@ class SpikeGuard:
         return self._state.tolist()
 
     def restore(self, state: list[float]) -> None:
-        """Go on from ``state``."""
+        """Continue from ``state``."""
         self._state.copy_(torch.tensor(state))
 
 

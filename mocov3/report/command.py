@@ -65,7 +65,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def write_page(runs: Sequence[Run], output: Path, *, images: int = IMAGES, device: str = "auto") -> list[Shown]:
-    """Make the page and put it in place at once, so that nobody ever reads half of one; returns what is on it.
+    """Make the page and put it in place atomically, so that no reader sees half of one; returns what is on it.
 
     Args:
         runs: to show.
@@ -100,7 +100,7 @@ def _show(run: Run, key: str, images: int, device: str) -> Shown:
     if contents.source is not None and run.config is not None:
         shown.views = views(contents.source, run.config)
     else:
-        shown.views = '<p class="note">The images are not at hand, so their views cannot be shown.</p>'
+        shown.views = '<p class="note">The images are not available, so their views cannot be shown.</p>'
     if contents.learned is not None:
         shown.panel = learned(contents.learned, key)
         shown.spectra = [(network.title, network.spectrum) for network in contents.learned.networks]

@@ -28,7 +28,7 @@ RULES = [
         f"late in the run (its last fifth) the queries' spread is below {FEATURE_STD}; or their effective "
         f"rank is below {RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the "
         f"start; or, on {ENOUGH_LINES} lines or more, after learning or after the warm-up, the loss is back at its "
-        "start and own images are found no more often than by chance",
+        "start and own images are retrieved no more often than by chance",
     ),
     (
         "unstable",
@@ -39,7 +39,7 @@ RULES = [
     ("starved of data", f"late in the run more than {WAITING:.0%} of the time goes into waiting for images"),
     (
         "learning",
-        f"the loss has come {PROGRESS:.0%} of the way from start to floor, and own images are found "
+        f"the loss has come {PROGRESS:.0%} of the way from start to floor, and own images are retrieved "
         f"{ABOVE_CHANCE:.0f} times as often as by chance",
     ),
     ("not learning yet", "none of these"),
@@ -107,7 +107,7 @@ class _Facts:
     """Way from start to floor late in the run, 0–1."""
     best: float
     retrieval: float
-    """Share of own images found, late."""
+    """Share of own images retrieved, late."""
     chance: float
     warm: bool
     """Whether the warm-up is over."""
@@ -133,7 +133,7 @@ def diagnose(run: Run) -> Diagnosis:
                 "stalled",
                 f"The loss has come {_percent(facts.progress)} of the way to its floor, and "
                 f"{_percent(facts.retrieval)} of "
-                f"queries find their own image (chance {_percent(facts.chance)}).",
+                f"queries retrieve their own image (chance {_percent(facts.chance)}).",
                 "Give it time: the first epochs move little. If it stays so, try a higher --lr (or a lower one if the "
                 "loss jumps), "
                 "and look at the views below: they may hide what tells images apart.",
@@ -184,8 +184,8 @@ def _collapsed(f: _Facts) -> Finding | None:
         return Finding(
             "collapsed",
             f"The loss is at its start ({_percent(f.progress)} of the way, {before}) and "
-            f"{_percent(f.retrieval)} of queries find their own image (chance {_percent(f.chance)}): all keys "
-            "look alike.",
+            f"{_percent(f.retrieval)} of queries retrieve their own image (chance {_percent(f.chance)}): all keys "
+            "are alike.",
             advice,
         )
     return None
@@ -203,7 +203,7 @@ def _collapse_advice(f: _Facts) -> str:
         if config.warmup_epochs < 1:
             hints.append("a warm-up (--warmup-epochs)")
     hints = hints or ["a lower --lr, a longer --warmup-epochs, --moco-m .99"]
-    return f"Start again from a checkpoint before it, or anew, with {', '.join(hints)}."
+    return f"Restart from an earlier checkpoint, or from scratch, with {', '.join(hints)}."
 
 
 def _unstable(f: _Facts) -> Finding | None:
@@ -282,10 +282,10 @@ def _learning(f: _Facts) -> Finding | None:
     judged = [q for q in f.run.quality if q.get("name") == "epoch"]
     base = {q.get("name"): q["retrieval"] for q in f.run.quality}
     if judged and "start" in base:
-        reason += f" Unseen images found again: {judged[-1]['retrieval']:.1f} % (at the start {base['start']:.1f} %)."
+        reason += f" Unseen images retrieved: {judged[-1]['retrieval']:.1f} % (at the start {base['start']:.1f} %)."
     advice = ""
     if judged and "start" in base and judged[-1]["retrieval"] <= base["start"]:
-        advice = "The loss falls, but unseen images are found no better than at the start: look at the views below."
+        advice = "The loss falls, but unseen images are retrieved no better than at the start: look at the views below."
     return Finding("learning", reason, advice)
 
 
@@ -298,7 +298,7 @@ def _early(f: _Facts) -> Finding:
     return Finding(
         "early",
         f"{len(f.run)} lines of metrics, {f.run.epochs_done:.1f} epochs: {why}.",
-        "Look again later: mocov3 report makes this page anew at any time.",
+        "Look again later: mocov3 report rebuilds this page at any time.",
     )
 
 

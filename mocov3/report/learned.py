@@ -1,6 +1,6 @@
 """What a run's network has learned: features of some images by the network as it began and as it is now.
 
-Needs a checkpoint in the run's folder and the images that its config.yaml names; says so where they are not at hand.
+Needs a checkpoint in the run's folder and the images that its config.yaml names; says so where they are not available.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ def look(run: Run, *, images: int, device: str) -> RunContents:
         result.source, held_out, _ = open_images(config)
         result.remarks += getattr(result.source, "skipped", [])[:_MOST_REMARKS]
     except (UserError, OSError) as error:
-        result.remarks.append(f"the images are not at hand: {error}")
+        result.remarks.append(f"the images are not available: {error}")
     try:
         file, contents = _checkpoint(run)
     except (UserError, OSError) as error:
@@ -238,7 +238,7 @@ def _features(frozen: Frozen, source: Source, world: World, most: int | None) ->
 def _beginning(
     config: PretrainConfig, trained: Frozen, source: Source, world: World, most: int, seconds: float, remarks: list[str]
 ) -> tuple[Tensor | None, str]:
-    """Features of the network as the run began with it, built anew from its seed or from ``--init``."""
+    """Features of the network as the run began with it, rebuilt from its seed or from ``--init``."""
     title = "at the start" if config.init else "untrained"
     try:
         torch.manual_seed(config.seed or 0)

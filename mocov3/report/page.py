@@ -203,7 +203,7 @@ def _tiles(s: Shown) -> str:
         base = {q.get("name"): q["retrieval"] for q in run.quality}
         items.append(
             (
-                "Unseen found again",
+                "Unseen images retrieved",
                 f"{judged[-1]['retrieval']:.1f} %",
                 f"start {base.get('start', math.nan):.1f}, pixels {base.get('pixels', math.nan):.1f}",
             )

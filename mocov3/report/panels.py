@@ -174,7 +174,7 @@ def _map(content: Any, which: int, id: str, key: str) -> Chart:
     about = (
         "The first two principal components of the normalised features; images that lie together look "
         "alike to the "
-        "network. Point at one to see it; zoom in until few are in sight to see all of them."
+        "network. Point at one to see it; zoom in until few are visible to see all of them."
     )
     scatter = chart(
         id,

@@ -17,7 +17,7 @@ def learning(runs: Sequence[Run]) -> list[Chart]:
     charts.append(
         curves.chart(
             "retrieval",
-            "Own image found again",
+            "Own view retrieved",
             "Share of queries whose nearest key of the whole batch is their own image's other view. Chance is one in "
             "the batch size. It rises while the loss falls, and can be compared between temperatures.",
             "retrieval_accuracy",
@@ -155,8 +155,8 @@ def _quality(runs: Sequence[Run]) -> list[Chart]:
         (
             "found",
             "retrieval",
-            "Quality without labels: images found again, %",
-            "Unseen images found again among all others from views of kinds that were never trained on. The higher "
+            "Quality without labels: images retrieved, %",
+            "Unseen images retrieved among all others from views of kinds that were never trained on. The higher "
             "the better; it goes along with k-NN best of all measures that need no labels.",
         ),
         (

@@ -96,7 +96,7 @@ def to_build(known: Known, arch: str, state: dict[str, Tensor], where: str) -> i
     """The heads to build ``arch`` with for a backbone; ``None`` for networks whose name tells all.
 
     Raises:
-        UserError: if nobody says which of two networks it is.
+        UserError: if it is not known which of two networks it is.
     """
     if not is_vit(arch):
         return None
@@ -109,7 +109,7 @@ def to_build(known: Known, arch: str, state: dict[str, Tensor], where: str) -> i
 
 
 def _nobody_says(width: int | None, asked: str, where: str) -> UserError:
-    return UserError(f"{where}: a ViT of width {width} without a word on its attention heads; give {asked}")
+    return UserError(f"{where}: a ViT of width {width} that does not record its attention heads; give {asked}")
 
 
 def heads_of(network: Any) -> int | None:
@@ -126,7 +126,7 @@ def check_built(network: Any, known: Known, state: dict[str, Tensor], where: str
     """Refuse weights of other attention heads than the network has that they are to be loaded into.
 
     Raises:
-        UserError: if they differ, or nobody says which of two networks the weights are of.
+        UserError: if they differ, or it is not known which of two networks the weights are of.
     """
     built, width = heads_of(network), width_of(state)
     if built is None or width is None or width != getattr(getattr(network, "backbone", network), "embed_dim", None):

@@ -155,7 +155,7 @@ def restore(
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load an optimizer's state, shared out and laid out in memory as the parameters are.
+    """Load an optimizer's state, sharded and laid out in memory as the parameters are.
 
     Files of the reference and of sharded runs hold contiguous tensors, ours those of channels-last weights; torch
     loads either as it stands, and its fused updates then pair entries of different places.
@@ -165,7 +165,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     def placed(value: Any, parameter: Tensor) -> Any:
         if not isinstance(value, Tensor) or value.shape != parameter.shape:
             return value  # a number, or the count of steps
-        # shared parameters are contiguous, and so is what is shared out of a contiguous tensor
+        # shared parameters are contiguous, and so is the shard of a contiguous tensor
         return like(value.contiguous(), parameter) if is_shard(parameter) else in_memory_order(value, parameter)
 
     state = {

@@ -138,7 +138,7 @@ def heads_entry(heads: int | None, state: dict[str, Tensor]) -> dict[str, dict[s
 def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[str]:
     """Load a backbone into an encoder, leaving its head alone; returns the head's keys that were not loaded.
 
-    A position table of another grid is built anew if it is the fixed sine-cosine one, since that is a function of the
+    A position table of another grid is rebuilt if it is the fixed sine-cosine one, since that is a function of the
     grid; one that was trained (learned, or by fine-tuning) is interpolated by timm.
 
     Raises:

@@ -69,7 +69,7 @@ def describe(path: str) -> dict[str, Any]:
         facts["recipe"] = config.get("recipe") or "flags"
     if entry and isinstance(entry.get("quality"), dict):
         quality = entry["quality"]
-        facts["quality"] = f"{quality.get('retrieval')} % of {quality.get('pictures')} unseen images found again"
+        facts["quality"] = f"{quality.get('retrieval')} % of {quality.get('pictures')} unseen images retrieved"
     facts |= origin_of(contents)
     facts["good_for"], missing = _uses(path, contents, weights.kind, arch, asked)
     if missing:
@@ -104,9 +104,9 @@ def _uses(path: str, contents: Contents, kind: str, arch: str | None, asked: boo
     uses, missing = [], []
     lacking = [entry for entry in _RESUMES if entry not in contents]
     if kind.startswith("pre-training") and not lacking:
-        uses.append(f"going on: mocov3 pretrain … --resume {path}")
+        uses.append(f"resuming: mocov3 pretrain … --resume {path}")
     else:
-        missing.append("going on: " + (f"misses {', '.join(lacking)}" if lacking else f"is a {kind} file"))
+        missing.append("resuming: " + (f"misses {', '.join(lacking)}" if lacking else f"is a {kind} file"))
     if arch is None:
         missing.append("use by name: build its arch and call mocov3.weights.convert.load_into")
         return uses, missing

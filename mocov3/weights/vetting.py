@@ -76,7 +76,7 @@ def _vet_archive(file: IO[bytes], path: Path, size: int) -> None:
                     while member.read(_CHUNK):
                         pass
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError):
-        raise UserError(f"{path}: is damaged or truncated (its checksums do not fit); use another") from None
+        raise UserError(f"{path}: is damaged or truncated (its checksums do not match); use another") from None
     _Vetter(path, lambda key: members.get(f"data/{key}", -1)).run(pickletools.genops(pickled))
 
 

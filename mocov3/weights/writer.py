@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: a snapshot in host memory, then a thread that writes it.
+"""Checkpoints written while training continues: a snapshot in host memory, then a thread that writes it.
 
 The step waits only for the snapshot. A disk that is full or gone costs no run: the thread warns, tries again, and
 never touches the last good file.
@@ -52,7 +52,7 @@ class Writer:
     def save(self, name: str, contents: Contents) -> None:
         """Take a snapshot of ``contents`` and write it as ``name``; returns once the snapshot is taken.
 
-        Waits for a write that is going on; takes the place of one that failed and waits for its next try.
+        Waits for a write in progress; takes the place of one that failed and waits for its next try.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._busy)
@@ -95,7 +95,7 @@ class Writer:
             failure = self._write(name, contents)
             pause = min(2 * pause or self.first_pause, LONGEST_PAUSE) if failure else 0.0
             if failure:
-                again = f"the run goes on, next try in {pause:.0f} s"
+                again = f"the run continues, next attempt in {pause:.0f} s"
                 self.warn(f"checkpoint {name} could not be written ({failure}); {again}")
             with self._changed:
                 self._busy, self._failure = False, failure

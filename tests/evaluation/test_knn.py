@@ -195,7 +195,7 @@ def test_embedding_goes_on_after_a_kill(images, pretrained, tmp_path, capsys):
     there = sum(marks.read_bytes())
     assert 3 <= there < 96
     assert main([*flags, "-o", str(tmp_path / "killed.npy")]) == 0
-    assert f"going on: {there} of 96" in capsys.readouterr().out
+    assert f"resuming: {there} of 96" in capsys.readouterr().out
     assert main([*flags, "-o", str(tmp_path / "whole.npy")]) == 0
     assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "killed.npy").read_bytes()
 

@@ -386,7 +386,7 @@ def test_what_is_missing_is_said(trained, tmp_path, capsys):
     config = (trained / "config.yaml").read_text()
     (folder / "config.yaml").write_text(re.sub(r"^data: .*$", "data: nowhere", config, flags=re.M))
     out = said()
-    assert "images are not at hand" in out
+    assert "images are not available" in out
     assert "no checkpoint" in out
     shutil.copy(trained / "config.yaml", folder)
     (folder / "checkpoint_0001.pth.tar").write_bytes(b"damaged")

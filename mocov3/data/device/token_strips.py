@@ -41,7 +41,7 @@ def cheaper(
 
 
 class Strips:
-    """One view of every image of a batch, as strips made when a part of the batch is asked for.
+    """One view of every image of a batch, as strips made on demand.
 
     Args:
         views: (batch, channels, height, width), or what gives such parts.

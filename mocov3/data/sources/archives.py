@@ -2,7 +2,7 @@
 
 An archive is read once for an index of its members (archive, offset, size), which is kept in the cache folder; then
 any image is one read at its place. So an epoch's order, its split over ranks and processes, and a resume are what
-they are for a folder. Nothing is ever unpacked, so no name can lead out of anywhere; what cannot be used is skipped
+they are for a folder. Nothing is ever unpacked, so no name can point outside; what cannot be used is skipped
 and listed.
 """
 
@@ -67,7 +67,7 @@ def _braces(pattern: str) -> Iterator[str]:
     if numbers:
         first, last = int(numbers[1]), int(numbers[2])
         if last < first or last - first >= _MOST_FILES:
-            raise UserError(f"data {pattern}: {{{braces[1]}}} must rise, over at most {_MOST_FILES} numbers")
+            raise UserError(f"data {pattern}: {{{braces[1]}}} must increase, over at most {_MOST_FILES} numbers")
         choices = [str(i).zfill(len(numbers[1])) for i in range(first, last + 1)]
     else:
         choices = braces[1].split(",")

@@ -73,7 +73,7 @@ def _either(path: Path) -> Path:
     for candidate in (path, path.with_name(path.name + ".gz")):
         if candidate.exists():
             return candidate
-    raise UserError(f"data {path}: is missing (nor is it there as .gz); torchvision's FashionMNIST writes it")
+    raise UserError(f"data {path}: is missing (and so is its .gz); torchvision's FashionMNIST writes it")
 
 
 def _idx(path: Path) -> np.ndarray:

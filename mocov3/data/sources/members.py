@@ -70,7 +70,7 @@ class Member:
 
 @dataclass
 class Remarks:
-    """What is said of archives: lines on single members, and counts over all archives with the first of each kind."""
+    """Remarks on archives: lines on single members, and counts over all archives with the first of each kind."""
 
     lines: list[str] = field(default_factory=list)
     _counts: dict[str, tuple[int, str]] = field(default_factory=dict)

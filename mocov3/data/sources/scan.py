@@ -119,7 +119,7 @@ def _list_all(root: bytes, without: frozenset[bytes] = frozenset()) -> dict[byte
 
 
 def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = (), *, first: bool = False) -> Listing:
-    """What lies directly in a folder, less what a scan passes over.
+    """What is directly in a folder, without what a scan skips.
 
     Args:
         root: folder of the tree.
@@ -163,7 +163,7 @@ def _hidden(folder: bytes) -> bool:
 
 
 def passed_over(parts: Sequence[str]) -> bool:
-    """Whether a member of an archive, given as the parts of its path, is one that a folder's scan passes over."""
+    """Whether a member of an archive, given as the parts of its path, is one that a folder's scan skips."""
     *folders, base = parts or ("",)
     ways = (".", "..", "/")  # no hidden folders
     return base.startswith("._") or any(_hidden(os.fsencode(f)) for f in folders if f not in ways)

@@ -2,9 +2,9 @@
 
 A folder, archive or table belongs to a part by its name. The name of a folder has no other letters than the word
 (``train``, ``Val``, ``train2017``); that of an archive or table holds the word between characters that are no letters,
-as Hugging Face has it (``train-00000-of-00001.parquet``, ``imagenet-val-000.tar``). Names of single images say nothing.
+as Hugging Face has it (``train-00000-of-00001.parquet``, ``imagenet-val-000.tar``). Names of single images are ignored.
 A folder with such a name may be a class too (a set of vehicles has a class ``train``), so it is a part only where the
-folders beside it do not look like its equals (``_are_parts``).
+folders beside it do not look like classes too (``_are_parts``).
 """
 
 import os
@@ -88,7 +88,7 @@ def no_part(folder: str, split: str) -> UserError:
     """The error that says why a folder has no such part."""
     place = os.path.join(folder, split)
     if not os.path.isdir(place):
-        return UserError(f"data {place}: there is no such folder, nor another with validation or test images")
+        return UserError(f"data {place}: there is no such folder, and no other with validation or test images")
     if not holds(place):
         return UserError(f"data {place}: holds no image ({', '.join(EXTENSIONS[:10])} …)")
     return UserError(

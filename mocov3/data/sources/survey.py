@@ -22,7 +22,7 @@ _SEED = 5
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found."""
+    """What was measured."""
 
     images: int
     """Of the whole source."""
@@ -205,7 +205,7 @@ def propose(survey: Survey) -> tuple[str, str]:
         reason = f"the images resemble each other (mean correlation {survey.alike:.2f}, above {_ALIKE})"
         return "inspection", f"{reason}: small differences count"
     if survey.readable >= 100 and survey.upright < _UPRIGHT:
-        reason = f"no side is up (the mean image and its turns differ by {survey.upright:.1f} × chance"
+        reason = f"no side is up (the mean image and its rotations differ by {survey.upright:.1f} × chance"
         return "aerial", f"{reason}, below {_UPRIGHT:.0f})"
     gray = f"{100 * survey.gray_share:.0f} % of the images are grey"
     return (

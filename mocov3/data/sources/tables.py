@@ -1,4 +1,4 @@
-"""Images in Parquet tables, as Hugging Face keeps data sets: a column of file bytes, and maybe one of classes.
+"""Images in Parquet tables, as Hugging Face keeps data sets: a column of file bytes, and optionally one of classes.
 
 Needs pyarrow (``pip install mocov3[parquet]``). An image is reached by reading the row group it lies in, so shuffled
 training reads much more than it uses; for many epochs, ``mocov3 pack`` the tables into archives first.

@@ -59,7 +59,7 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def replacement(seed: int, epoch: int, index: int, attempt: int, n: int) -> int:
-    """The image that stands in for the unreadable image ``index`` at the given attempt."""
+    """The image used instead of the unreadable image ``index`` at the given attempt."""
     bits = np.random.Philox(key=[seed, _REPLACEMENT], counter=[0, attempt, index, epoch])
     return int(bits.random_raw() % n)
 

@@ -39,7 +39,7 @@ from mocov3.weights.checkpoint import Position
 
 
 def train(world: World, job: Job) -> int:
-    """Train the heads on this rank, from wherever the run stands to its end; returns the exit code."""
+    """Train the heads on this rank, from its present position to its end; returns the exit code."""
     with Evaluation(world, job) as run:
         if run.config.solver == "lbfgs":
             run.solve()
@@ -331,13 +331,13 @@ class Evaluation:
                 try:
                     checkpoint.write(self.folder / name, contents)
                 except OSError as error:
-                    warn(f"{name} could not be written ({error.strerror or error}); the run goes on")
+                    warn(f"{name} could not be written ({error.strerror or error}); the run continues")
         self.world.barrier()
 
     def finish(self) -> int:
         """The table of heads at the end, or what to do after a signal; returns the exit code."""
         if number := self._stop.signal:
-            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; go on with --resume auto")
+            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; continue with --resume auto")
             return 128 + number
         if self.results[0].best_epoch >= 0:
             c = self.config

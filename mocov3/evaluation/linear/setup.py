@@ -1,4 +1,4 @@
-"""Where linear evaluation starts or goes on: its file, its backbone, its resolved configuration."""
+"""Where linear evaluation starts or resumes: its file, its backbone, its resolved configuration."""
 
 import dataclasses
 import secrets
@@ -25,7 +25,7 @@ CACHED = "linear evaluation on cached features, without augmentation (not the pu
 
 
 def protocol(config: LinclsConfig) -> str:
-    """What is done, as it is written beside every number."""
+    """The protocol, as it is written beside every number."""
     return CACHED if config.cache_features else PROTOCOL
 
 
@@ -83,7 +83,7 @@ def open_backbone(
 
 
 def check_same_run(path: str, contents: Contents | None, config: LinclsConfig, source: Source) -> None:
-    """Refuse to go on with a file of other result-changing flags, other classes or other images.
+    """Refuse to resume from a file with other result-changing flags, other classes or other images.
 
     Raises:
         UserError: naming what differs.
@@ -147,7 +147,7 @@ def open_log(
         if not (c.pretrained or c.resume or c.arch == "pixels"):
             warn("no --pretrained: the backbone is untrained")
     if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
-        log.say("no CUDA here: ranks talk over gloo instead of nccl")
+        log.say("no CUDA here: ranks communicate over gloo instead of nccl")
     log.say(
         f"{protocol(c)} of {frozen.about}: {images[0]} training and {images[1]} validation images, "
         f"{heads.classes} classes, {len(heads.specs)} heads, {iterations} steps of {c.batch_size} an epoch, "

@@ -60,7 +60,7 @@ class Exported:
         return {k: v.detach().contiguous() for k, v in self.encoder.state_dict().items()}
 
     def about(self) -> dict[str, str]:
-        """What formats with room for strings carry along."""
+        """Metadata for formats that can hold strings."""
         return {
             "arch": self.arch,
             "image_size": str(self.image_size),
@@ -84,11 +84,11 @@ class Exported:
 
 
 class Unfit(Exception):
-    """The format has no place for this arch; the message is the reason and what to take instead."""
+    """The format cannot hold this arch; the message is the reason and the alternative."""
 
 
 class Format(Protocol):
-    """A way to take a backbone elsewhere."""
+    """A format that a backbone is exported to."""
 
     tolerance: float
     """Largest difference of a feature allowed, as a share of the largest feature (at least 1)."""
