@@ -1,4 +1,4 @@
-"""What ``--recipe auto`` would choose for sizes of sets and machines you need not have, as a Markdown table.
+"""What ``--recipe auto`` would choose for sizes of sets and machines that need not be present, as a Markdown table.
 
     python benchmarks/plans.py
 

@@ -42,10 +42,10 @@ _HELP = f"""mocov3 {__version__}: self-supervised pre-training of ResNet and ViT
 usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
 
   pretrain   learn features from a folder of images without labels
-  check      look at images and machine before training: facts, faults, speed, a sheet of views
-  plan       micro-batch, memory and time on GPUs you need not have
-  inspect    what a weights file is, what it is good for, its origin and licence
-  compare    networks side by side, judged without labels or with few
+  check      examine images and machine before training: facts, faults, speed, a sheet of views
+  plan       micro-batch, memory and time on GPUs that need not be present
+  inspect    what a weights file is, what it can be used for, its origin and licence
+  compare    compare networks, without labels or with few
   finetune   train a classifier end to end from pre-trained weights (DeiT's recipe), and transfer
   pack       a folder of images into tar archives
   lincls     linear evaluation of frozen features, many learning rates in one pass

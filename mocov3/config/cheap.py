@@ -47,7 +47,7 @@ class CheapFlags:
 
     token_keep: str = flag(
         "",
-        "share of a ViT's patches that are kept, drawn afresh for each view: KEEP[:SHARE][,…], for the first SHARE of "
+        "fraction of a ViT's patches to keep, drawn afresh for each view: KEEP[:SHARE][,…], for the first SHARE of "
         f"the epochs (default {SHARE:g}), then all",
         group=CHEAP,
         metavar="KEEP:SHARE",

@@ -6,7 +6,7 @@ from mocov3.errors import UserError, nearest
 
 LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 """Name → module that it needs."""
-HELP = "comma list of where numbers and images also go: tensorboard, wandb, mlflow, or none"
+HELP = "comma list of loggers for numbers and images: tensorboard, wandb, mlflow, or none"
 
 
 def logger_names(given: str) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     patch_size: int = flag(16, "side of a ViT's patches in pixels", kind=int, group=MODEL)
     heads: int | None = flag(
         None,
-        "attention heads of a ViT, new or from an --init that does not tell (ViT-S: 12 in "
+        "attention heads of a ViT, new or from an --init that does not record them (ViT-S: 12 in "
         "MoCo v3; 6 in DeiT, DINO, timm)",
         kind=int,
         group=MODEL,
@@ -155,7 +155,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     )
     report_every: int = flag(
         0,
-        "epochs between refreshed pages report.html, made beside the training and at its end (0: none)",
+        "epochs between refreshed pages report.html, made in the background and at the end (0: none)",
         kind=int,
         result=False,
         group=RUN,

@@ -45,7 +45,7 @@ class Mixer:
         mixup: α of mixup.
         cutmix: α of cutmix.
         probability: share of batches mixed.
-        switch_probability: share of cutmix where both are on.
+        switch_probability: share of cutmix where both are enabled.
         smoothing: of the targets.
         classes: number of them.
         seed: of the run.

@@ -27,7 +27,7 @@ def warn(text: str) -> None:
 
 
 def warn_left_out(*sources: object, said: object = None, most: int = 10) -> None:
-    """Report what is left out of ``sources`` or remarkable: their lines ``skipped``, once, without those of ``said``."""
+    """Report once what is left out of ``sources`` or remarkable: their lines ``skipped``, without those of ``said``."""
     before = getattr(said, "skipped", [])
     lines = [line for source in sources for line in getattr(source, "skipped", []) if line not in before]
     lines = list(dict.fromkeys(lines))

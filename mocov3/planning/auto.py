@@ -1,7 +1,7 @@
 """``--recipe auto``: settings from the images, the machine and a budget of time, each with its reason.
 
 Pure: what is measured (images, memory, speed) comes in as values, so that every plan can be shown and tested for
-machines you need not have. Where a rule rests on something measured or published, the reason says so; the others
+machines that need not be present. Where a rule rests on something measured or published, the reason says so; the others
 are our judgement.
 """
 

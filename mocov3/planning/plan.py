@@ -1,6 +1,6 @@
 """Before renting machines: ``mocov3 plan --recipe vit_base_300ep --gpus 64 --gpu-memory 32``.
 
-Micro-batch, memory, and time of a pre-training run on GPUs you need not have. Memory is counted on the network
+Micro-batch, memory, and time of a pre-training run on GPUs that need not be present. Memory is counted on the network
 itself (``mocov3.pretraining.footprint``); time needs a speed, which is stated (``--images-per-second``) or measured on
 a GPU here. Takes the flags of ``mocov3 pretrain`` too. Formulas and sources: docs/scaling.md.
 """

@@ -1,8 +1,8 @@
 """Draw → pixels of one view, in three ways that give the same image.
 
 ``pillow`` applies the reference's own operations and is the baseline. ``native`` is the compiled kernel, ``library``
-the same draws by Pillow's resize, OpenCV and look-up tables, where the kernel was not built; the tests compare both with
-the baseline. ``fast`` is the better of the two here.
+the same draws by Pillow's resize, OpenCV and look-up tables, where the kernel was not built; the tests compare both
+with the baseline. ``fast`` is the better of the two here.
 """
 
 import cv2
