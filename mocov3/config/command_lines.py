@@ -2,23 +2,22 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from mocov3.config import recipes
 from mocov3.config.evaluation import EmbedConfig, KnnConfig
-from mocov3.config.fields import Layers, Parser, parse, read_layers
+from mocov3.config.fields import Fields, Layers, Parser, parse, read_layers
 from mocov3.config.finetune import FinetuneConfig
 from mocov3.config.lincls import LinclsConfig
 from mocov3.config.presets import PRESETS
 from mocov3.config.pretrain import PretrainConfig
 
 
-def parse_pretrain(argv: Sequence[str], *, prog: str, defaults: dict[str, Any] | None = None) -> PretrainConfig:
+def parse_pretrain(argv: Sequence[str], *, prog: str, defaults: Fields | None = None) -> PretrainConfig:
     """Command line of pre-training; both commands share it, only defaults differ. Nothing is measured."""
     return merged(read_pretrain(argv, prog, defaults))
 
 
-def read_pretrain(argv: Sequence[str], prog: str, defaults: dict[str, Any] | None) -> Layers:
+def read_pretrain(argv: Sequence[str], prog: str, defaults: Fields | None) -> Layers:
     """Command line of pre-training, as layers that are not merged yet."""
     return read_layers(
         PretrainConfig,
@@ -49,7 +48,7 @@ def parse_finetune(argv: Sequence[str], *, prog: str) -> FinetuneConfig:
     )
 
 
-def parse_lincls(argv: Sequence[str], *, prog: str, defaults: dict[str, Any] | None = None) -> LinclsConfig:
+def parse_lincls(argv: Sequence[str], *, prog: str, defaults: Fields | None = None) -> LinclsConfig:
     """Command line of linear evaluation; both commands share it, only defaults differ."""
     return parse(
         LinclsConfig,

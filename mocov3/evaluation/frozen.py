@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mocov3 import models
 from mocov3.config.archs import BUILT_IN_ARCHS, check_heads, is_vit, stored_heads
 from mocov3.config.evaluation import FeatureConfig
+from mocov3.config.fields import Fields
 from mocov3.config.presets import PRESETS, Reading, ViewPreset
 from mocov3.data import CentreView
 from mocov3.errors import UserError
@@ -196,7 +197,7 @@ def _from_file(
     return _frozen(network, name, size, preset, settings, about, layer)
 
 
-def _saved_preset(entry: Any, config: dict[str, Any], where: str) -> ViewPreset:
+def _saved_preset(entry: Any, config: Fields, where: str) -> ViewPreset:
     """Normalisation and centre crop as a file of ours says them, else those of ``photos``."""
     preset = views_of(config, where)
     view = entry.get("view") if isinstance(entry, dict) else None

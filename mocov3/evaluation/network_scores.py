@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mocov3.config import preset_of
+from mocov3.config.fields import Fields
 from mocov3.data import Source
 from mocov3.data.loading.order import hold_out
 from mocov3.data.sources.labels import Labels
@@ -120,7 +121,7 @@ def _row(
     labels: Labels | None,
     *,
     world: World,
-    config: dict[str, Any],
+    config: Fields,
     size: int,
     workers: int,
     whole: Source,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mocov3.config import FinetuneConfig, changed_fields
 from mocov3.config.archs import is_vit, stored_heads
+from mocov3.config.fields import Fields
 from mocov3.config.finetune import known_arch
 from mocov3.config.presets import PRESETS
 from mocov3.distributed import World
@@ -75,7 +76,7 @@ def _completed(config: FinetuneConfig, contents: Contents | None, where: str) ->
     saved = dict(convert.trained_with(contents)) if contents else {}
     if contents and isinstance(contents.get("arch"), str):
         saved["arch"] = contents["arch"]
-    values: dict[str, Any] = {}
+    values: Fields = {}
     for name, (not_given, default) in _OPEN.items():
         value = getattr(config, name)
         if value == not_given:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mocov3.config.archs import CONV_VITS, is_resnet, is_vit
+from mocov3.config.fields import Fields
 from mocov3.config.presets import PRESETS
 
 GIB = 1 << 30
@@ -69,13 +70,11 @@ class Choice:
     reason: str
 
 
-Speed = Callable[[dict[str, Any]], tuple[float, dict[str, Any]]]
+Speed = Callable[[Fields], tuple[float, Fields]]
 """Settings so far → seconds an epoch, and settings that had to change to fit the memory."""
 
 
-def choose_settings(
-    images: Images, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed
-) -> list[Choice]:
+def choose_settings(images: Images, machine: Machine, hours: float | None, given: Fields, speed: Speed) -> list[Choice]:
     """Every setting that ``given`` leaves open, in the order they depend on each other.
 
     Args:
@@ -92,7 +91,7 @@ def choose_settings(
 
 
 def _made(
-    images: Images, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed, cpu_side: int
+    images: Images, machine: Machine, hours: float | None, given: Fields, speed: Speed, cpu_side: int
 ) -> "_Settings":
     settings = _Settings(given)
     _views(settings, images, machine, cpu_side)
@@ -105,7 +104,7 @@ def _made(
 
 
 class _Settings:
-    def __init__(self, given: dict[str, Any]) -> None:
+    def __init__(self, given: Fields) -> None:
         self.given, self.values = given, dict(given)
         self.choices: list[Choice] = []
 
@@ -293,7 +292,7 @@ def parse_budget(text: str) -> float:
     return hours
 
 
-def block(choices: list[Choice], recipe: dict[str, Any], given: dict[str, Any]) -> str:
+def block(choices: list[Choice], recipe: Fields, given: Fields) -> str:
     """The plan as text: a setting a line, with its value and reason."""
     rows = [(c.name.replace("_", "-"), _shown(c.value), c.reason) for c in choices]
     rest = [(name, value, "of the recipe") for name, value in recipe.items() if name not in given]

@@ -9,11 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mocov3.config.fields import Layers, Parser
+from mocov3.config.fields import Fields, Layers, Parser
 from mocov3.config.views import preset_of
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
@@ -77,7 +76,7 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
     return 0
 
 
-def _facts(source: Source, survey: Survey, values: dict[str, Any]) -> list[str]:
+def _facts(source: Source, survey: Survey, values: Fields) -> list[str]:
     low, middle, high = survey.short_side
     lines = [
         f"{survey.images} images"
@@ -120,7 +119,7 @@ def _facts(source: Source, survey: Survey, values: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _deep(survey: Survey, values: dict[str, Any]) -> list[str]:
+def _deep(survey: Survey, values: Fields) -> list[str]:
     count, low, high = survey.deep
     if not count:
         return []

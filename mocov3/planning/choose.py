@@ -7,10 +7,9 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mocov3.config import PretrainConfig, read_yaml
-from mocov3.config.fields import Layers
+from mocov3.config.fields import Fields, Layers
 from mocov3.data import Source
 from mocov3.data.sources.survey import Survey, propose, scattered, survey
 from mocov3.errors import UserError
@@ -89,7 +88,7 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
         fixed = {**settings_of(starting_weights(first.init, heads).state, arch), **fixed}
     times = {"training": 0.0, "loading": 0.0}
 
-    def measured(values: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    def measured(values: Fields) -> tuple[float, Fields]:
         config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})
         config.check()
         times["training"], times["loading"], batch = speed.epoch_seconds(config, source, len(source))
@@ -153,11 +152,11 @@ def look(source: Source, config: PretrainConfig, facts: Survey | None = None) ->
     return Images(len(source), facts.short_side[1], preset, reason, facts.mean_std, facts.gray_share > 0.95)
 
 
-def _known(values: dict[str, Any]) -> dict[str, Any]:
+def _known(values: Fields) -> Fields:
     return {name: value for name, value in values.items() if name in _FIELDS}
 
 
-def saved_fields(values: dict[str, Any]) -> dict[str, Any]:
+def saved_fields(values: Fields) -> Fields:
     """Fields of the run that is to be resumed, if its folder tells them."""
     resume = values.get("resume") or ""
     if not resume:

@@ -17,6 +17,7 @@ from mocov3.report.curves import dips, smooth, spikes, thin
 from mocov3.report.runs import Run
 
 Chart = dict[str, Any]
+Numbers = np.ndarray | Sequence[float]
 _ROWS = 12  # of a chart's table
 
 
@@ -25,12 +26,14 @@ def plain(text: str) -> str:
     return html.escape(printable(text))
 
 
-def numbers(values: Any, digits: int = 5) -> list[float | None]:
+def numbers(values: Numbers, digits: int = 5) -> list[float | None]:
     """Floats for JSON, of so many significant digits; ``None`` where not finite."""
     return [float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in np.asarray(values, float).tolist()]
 
 
-def line(x: Any, y: Any, name: str, colour: int, *, epochs: Any = None, unit: str = "", **more: Any) -> Chart:
+def line(
+    x: Numbers, y: Numbers, name: str, colour: int, *, epochs: Numbers | None = None, unit: str = "", **more: Any
+) -> Chart:
     """A curve; hovering shows step, epoch and value."""
     where = "epoch %{customdata:.2f}, step %{x}" if epochs is not None else "%{x}"
     trace = {
@@ -47,7 +50,7 @@ def line(x: Any, y: Any, name: str, colour: int, *, epochs: Any = None, unit: st
     return trace | more
 
 
-def marks(x: Any, y: Any, name: str, colour: int, **more: Any) -> Chart:
+def marks(x: Numbers, y: Numbers, name: str, colour: int, **more: Any) -> Chart:
     """Points."""
     return line(x, y, name, colour, mode="markers", **more)
 
@@ -65,7 +68,7 @@ def chart(
     *,
     x: str = "step",
     y: str = "",
-    table: Any = None,
+    table: dict[str, Any] | None = None,
     levels: Sequence[dict[str, Any]] = (),
     height: int = 300,
     **layout: Any,
@@ -108,7 +111,7 @@ def chart(
     }
 
 
-def sampled(head: Sequence[str], columns: Sequence[Any]) -> dict[str, Any]:
+def sampled(head: Sequence[str], columns: Sequence[np.ndarray]) -> dict[str, Any]:
     """A table of a few evenly spaced rows of ``columns``."""
     n = min((len(c) for c in columns), default=0)
     rows = np.unique(np.linspace(0, n - 1, min(n, _ROWS)).round().astype(int)) if n else np.empty(0, int)

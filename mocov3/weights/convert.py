@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mocov3.config import ViewPreset, preset_of
 from mocov3.config.archs import BUILT_IN_ARCHS, HEADS, RESNETS, check_heads, is_resnet, is_vit
+from mocov3.config.fields import Fields
 from mocov3.errors import UserError, printable
 from mocov3.models.backbones import Encoder, build_backbone
 from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
@@ -279,14 +280,14 @@ def settings_of(state: dict[str, Tensor], arch: str) -> dict[str, Any]:
     return settings
 
 
-def trained_with(contents: Contents) -> dict[str, Any]:
+def trained_with(contents: Contents) -> Fields:
     """The configuration that a checkpoint of ours was trained with; empty for others' files."""
     entry = contents.get("mocov3")
     config = entry.get("config") if isinstance(entry, dict) else None
     return config if isinstance(config, dict) else {}
 
 
-def views_of(config: dict[str, Any], where: str) -> ViewPreset:
+def views_of(config: Fields, where: str) -> ViewPreset:
     """The views that a checkpoint's configuration describes, its own normalisation included; ``photos`` without one.
 
     Raises:

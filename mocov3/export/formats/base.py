@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mocov3.config.archs import is_vit
+from mocov3.config.fields import Fields
 from mocov3.models.backbones import Encoder
 
 
@@ -28,7 +29,7 @@ class Exported:
     """The shorter side is resized to ``round(image_size · zoom)`` for evaluation."""
     source: str
     sha256: str
-    recipe: dict[str, Any]
+    recipe: Fields
     epochs: int | None
     licence: str
     origin: str
