@@ -170,7 +170,7 @@ def test_a_resumed_run_judges_on(watched, images, tmp_path):
 def test_patience_stops_the_run(images, tmp_path, capsys):
     flags = [*TINY, "--epochs", "9", "--lr", "0", "--output-dir", str(tmp_path), "--quality-every", "1"]
     assert main(["pretrain", str(images), *flags, "--patience", "2", "--hold-out", "12", "-b", "8"]) == 0
-    assert "no better for 2 judgements" in capsys.readouterr().out
+    assert "no improvement in 2 judgements" in capsys.readouterr().out
     assert not (tmp_path / "checkpoint_0008.pth.tar").exists()
     assert (tmp_path / "best_unlabelled.pth.tar").exists()
 
