@@ -112,7 +112,7 @@ def draw(
 
 
 def _philox(seed: int, stream: int, index: int, epoch: int) -> np.random.Philox:
-    # np.random.Philox(key=[seed, stream], counter=[0, 0, index, epoch]) at a fifth of its cost: one a thread, set anew
+    # np.random.Philox(key=[seed, stream], counter=[0, 0, index, epoch]) at a fifth of its cost: one a thread, reset
     bits: np.random.Philox
     try:
         bits, state = _of_thread.philox
