@@ -1,4 +1,4 @@
-"""What going on from existing weights brings: half of a set, then another half that looks different.
+"""What starting from existing weights brings: half of a set, then another half that looks different.
 
     python benchmarks/adapt.py                  # about 6 minutes a seed on one quiet core
     python benchmarks/adapt.py --seeds 0
@@ -69,11 +69,11 @@ def one_seed(halves: Path, folder: Path, seed: int) -> dict[str, float]:
         files[train(f"adapted{epochs}", "B", epochs, "--recipe", "adapt", "--init", old)] = f"adapted{epochs}"
     for epochs in (EPOCHS, ADAPTED[0]):
         files[train(f"scratch{epochs}", "B", epochs)] = f"scratch{epochs}"
-    found: dict[str, float] = {}
+    accuracies: dict[str, float] = {}
     for half in "AB":
         for row in map(json.loads, mocov3("compare", *files, halves / half, "--json").splitlines()):
-            found[f"{files.get(Path(row['name']), row['name'].split()[0])} {half}"] = row["knn"]
-    return found
+            accuracies[f"{files.get(Path(row['name']), row['name'].split()[0])} {half}"] = row["knn"]
+    return accuracies
 
 
 def main() -> int:
@@ -84,7 +84,7 @@ def main() -> int:
     seeds = [int(s) for s in args.seeds.split(",")]
     with tempfile.TemporaryDirectory() as name:
         make_halves(Path(name))
-        found = [one_seed(Path(name), Path(name) / f"seed{seed}", seed) for seed in seeds]
+        by_seed = [one_seed(Path(name), Path(name) / f"seed{seed}", seed) for seed in seeds]
     print("| network | old kind | new kind |\n|---|---|---|")
     titles = {
         "old": f"trained on the old kind, {EPOCHS} epochs",
@@ -97,7 +97,7 @@ def main() -> int:
     }
     for key, title in titles.items():
         print(
-            f"| {title} | " + " | ".join(" ".join(f"{f[f'{key} {half}']:.1f}" for f in found) for half in "AB") + " |"
+            f"| {title} | " + " | ".join(" ".join(f"{f[f'{key} {half}']:.1f}" for f in by_seed) for half in "AB") + " |"
         )
     print(f"\nSeeds {args.seeds}; `python benchmarks/adapt.py`.")
     return 0

@@ -8,7 +8,7 @@ at 28 px, the same epochs for all, learning rate by the linear rule from the bat
   the heads' batch norm stay inside each 64. Same memory, steps, images and learning rates as exact.
 - small batch: steps on 64 images.
 
-Every run is printed as a line of JSON when it ends, so that a stopped benchmark can go on (``--done FILE``).
+Every run is printed as a line of JSON when it ends, so that a stopped benchmark can be resumed (``--done FILE``).
 """
 
 import argparse
@@ -93,9 +93,9 @@ def train(kind: str, batch: int, seed: int, epochs: int, lr: float) -> dict[str,
     works = batches(len(source), seed=seed, batch_size=batch, rank=0, ranks=1, start=(0, 0), epochs=epochs)
     losses = []
     with Loader(source, TwoViews(28, 0.3, PRESET), batch_size=batch, seed=seed, workers=0) as loader:
-        for found in loader.run(works):
-            at = found.work.epoch + found.work.iteration / iterations
-            x1, x2 = (PixelViewBatch(p, CPU.device, PRESET.mean, PRESET.std) for p in found.pixels)
+        for loaded in loader.run(works):
+            at = loaded.work.epoch + loaded.work.iteration / iterations
+            x1, x2 = (PixelViewBatch(p, CPU.device, PRESET.mean, PRESET.std) for p in loaded.pixels)
             rate = schedules.learning_rate(at, peak=lr * batch / 256, warmup_epochs=epochs / 10, epochs=epochs)
             outcome = step(x1, x2, lr=rate, m=schedules.momentum(at, start=0.99, epochs=epochs, cosine=True))
             assert bool(outcome.ok)
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3, help="for 256 images")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--done", type=Path, help="file of lines of a former run, which is gone on with")
+    parser.add_argument("--done", type=Path, help="file of lines of a former run, which is resumed")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = []

@@ -3,7 +3,7 @@
 A small ViT (width 64, depth 4, patches of 4 px) trains on the embedded images by ``mocov3 pretrain``'s own loop, once
 as usual and once by each way of ``WAYS``; seconds are of processor time of the whole training, loading included, on one
 thread. Printed: k-NN accuracy on the test images and cost, mean over seeds. Results are kept in ``--results`` as they
-come, so that a stopped measurement goes on; ``--readme FILE`` puts the table into a Markdown file.
+come, so that a stopped measurement can be resumed; ``--readme FILE`` puts the table into a Markdown file.
 """
 
 import argparse
@@ -109,8 +109,8 @@ def table(results: dict[str, dict[str, float]], epochs: int) -> str:
         return "\n".join(lines)
     cost = mean(results[f"{PLAIN}/{epochs}/{s}"]["seconds"] for s in seeds)
     for way in ways:
-        found = [results[f"{way}/{epochs}/{s}"] for s in seeds]
-        knn, seconds = [f["knn"] for f in found], mean(f["seconds"] for f in found)
+        runs = [results[f"{way}/{epochs}/{s}"] for s in seeds]
+        knn, seconds = [f["knn"] for f in runs], mean(f["seconds"] for f in runs)
         spread = f" ± {stdev(knn):.1f}" if len(knn) > 1 else ""
         flags = f"`{WAYS[way]}`" if WAYS[way] else ""
         lines.append(f"| {way} | {flags} | {mean(knn):.1f}{spread} | {seconds:.0f} | {seconds / cost:.2f} |")

@@ -131,10 +131,10 @@ def measure(rounds: int, quick: bool) -> list[list[str]]:
 
 def mix() -> list[bytes]:
     """Twenty JPEGs of ImageNet's usual sizes."""
-    found = []
+    files = []
     for (width, height), count in images.MIX:
-        found += [images.jpeg(p, 92) for p in images.several(width, height, count)]
-    return found
+        files += [images.jpeg(p, 92) for p in images.several(width, height, count)]
+    return files
 
 
 def loading(rounds: int) -> dict[str, float]:
@@ -167,10 +167,10 @@ def loading(rounds: int) -> dict[str, float]:
                 cost.append(spent[1] / spent[0])
         speeds: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
         for _ in range(max(3, rounds // 2)):
-            for workers, found in speeds.items():
-                found.append(_speed(source, views, works, batch, workers))
-    clock = {workers: max(rate for rate, _ in found) for workers, found in speeds.items()}
-    busiest = {workers: median(spent for _, spent in found) for workers, found in speeds.items()}
+            for workers, rates in speeds.items():
+                rates.append(_speed(source, views, works, batch, workers))
+    clock = {workers: max(rate for rate, _ in rates) for workers, rates in speeds.items()}
+    busiest = {workers: median(spent for _, spent in rates) for workers, rates in speeds.items()}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return {
         "loader": median(cost),
@@ -217,26 +217,26 @@ def shrunk_sharpness() -> float:
     return worst
 
 
-def table(rows: list[list[str]], found: dict[str, float], worst: float, rounds: int) -> str:
+def table(rows: list[list[str]], ratios: dict[str, float], worst: float, rounds: int) -> str:
     """The table in Markdown."""
     head = ["images → views", "ours, ms", "reference's pipeline", "albumentations", "torchvision v2", "of decode-only"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    made = "compiled kernel" if kernel.available() else "library path (no compiled kernel)"
-    loader = max(0.0, 100 * (found["loader"] - 1))
+    way = "compiled kernel" if kernel.available() else "library path (no compiled kernel)"
+    loader = max(0.0, 100 * (ratios["loader"] - 1))
     system = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     lines += [
         "",
-        f"Milliseconds of processor time an image for both views, one thread, median of {rounds} rounds, {made};",
+        f"Milliseconds of processor time an image for both views, one thread, median of {rounds} rounds, {way};",
         "how many times as long others take; speed as a share of decoding alone (simplejpeg for JPEG, OpenCV for PNG,",
         "Pillow for TIFF). JPEG quality 92 (12 Mpx: 90; up to 96 px: 95), cut from photographs in scikit-learn and",
         "scikit-image. albumentations resizes with OpenCV's area filter, which antialiases. The reference's pipeline",
-        "goes on to float tensors, in the loader processes; ours stays uint8 and normalises on the device. 12 Mpx",
+        "continues to float tensors, in the loader processes; ours stays uint8 and normalises on the device. 12 Mpx",
         f"images are decoded smaller where every crop allows: views differ by at most {worst:.1f}/255 in the mean.",
         f"The loader adds {loader:.0f} % to the views' time; of two loader processes the busier spends "
-        f"1/{found['processor']:.2f} of what one",
-        f"alone does, and by the clock two make {found['clock']:.2f} times as many images (load average "
-        f"{found['load']:.0f} here). {system}.",
+        f"1/{ratios['processor']:.2f} of what one",
+        f"alone does, and by the clock two make {ratios['clock']:.2f} times as many images (load average "
+        f"{ratios['load']:.0f} here). {system}.",
     ]
     return "\n".join(lines)
 

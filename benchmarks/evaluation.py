@@ -56,8 +56,8 @@ def heads(rounds: int) -> None:
     sides: dict[str, Callable[[], object]] = {"forward": forward}
     for n in (1, 20):
         specs = [HeadSpec("linear", 0.01 * (i + 1), 0.0) for i in range(n)]
-        made = Heads(specs, width=2048, classes=classes, seed=0, momentum=0.9, world=HERE)
-        sides[f"{n}"] = lambda made=made: made.step(features, y, lr_factor=1.0)
+        classifiers = Heads(specs, width=2048, classes=classes, seed=0, momentum=0.9, world=HERE)
+        sides[f"{n}"] = lambda classifiers=classifiers: classifiers.step(features, y, lr_factor=1.0)
     got = best(sides, rounds)
     one, twenty = got["forward"] + got["1"], got["forward"] + got["20"]
     print(

@@ -214,9 +214,9 @@ def _errors(arch: str, machine: Machine) -> list[float]:
     exact = once(None)
     norm = sum(float(g.norm()) ** 2 for g in exact.values())
     half = machine.pick(torch.float16, torch.bfloat16)
-    found = [once(half, plain=True)]
-    found += [once(dtype, compiled=c) for dtype in (half, torch.bfloat16) for c in (False, True)]
-    return [(sum(float((g[n] - exact[n]).norm()) ** 2 for n in exact) / norm) ** 0.5 for g in found]
+    gradients = [once(half, plain=True)]
+    gradients += [once(dtype, compiled=c) for dtype in (half, torch.bfloat16) for c in (False, True)]
+    return [(sum(float((g[n] - exact[n]).norm()) ** 2 for n in exact) / norm) ** 0.5 for g in gradients]
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -286,12 +286,12 @@ def step_of(machine: Machine, arch: str, batch: int) -> list[str]:
     ]
     base = 0.0
     for name, way in ways.items():
-        found = time_step(machine, arch, batch, size, **way)
-        base = base or found["seconds"]
-        rate = batch / found["seconds"]
+        times = time_step(machine, arch, batch, size, **way)
+        base = base or times["seconds"]
+        rate = batch / times["seconds"]
         lines.append(
-            f"| {name} | {rate:.0f} | {1e3 * found['seconds']:.1f} | {100 * rate * flops / machine.product:.0f} % | "
-            f"{found['peak'] / 1e9:.1f} GB | {base / found['seconds']:.2f}× | {found['first']:.0f} s |"
+            f"| {name} | {rate:.0f} | {1e3 * times['seconds']:.1f} | {100 * rate * flops / machine.product:.0f} % | "
+            f"{times['peak'] / 1e9:.1f} GB | {base / times['seconds']:.2f}× | {times['first']:.0f} s |"
         )
     optimizer = steps.CASES["resnet50" if arch == "resnet50" else "vit_small"]["optimizer"]
     config = PretrainConfig(arch=arch, image_size=size, optimizer=optimizer)
@@ -315,11 +315,11 @@ def micro_batches(machine: Machine) -> list[str]:
     whole = 0.0
     for name, micro in (("one pass", 0), ("passes of 128", part)):
         settings = {"compile": compiled, "micro_batch": micro}
-        found = time_step(machine, "vit_small", batch, size, manner=manner, **settings)
-        took = found["seconds"]
+        times = time_step(machine, "vit_small", batch, size, manner=manner, **settings)
+        took = times["seconds"]
         whole = whole or took
         lines.append(
-            f"| {name} | {batch / took:.0f} | {1e3 * took:.0f} | {found['peak'] / 1e9:.1f} GB | {took / whole:.2f}× |"
+            f"| {name} | {batch / took:.0f} | {1e3 * took:.0f} | {times['peak'] / 1e9:.1f} GB | {took / whole:.2f}× |"
         )
     return [*lines, "", "Target: 1.5× the time of one pass, goal 1.35×."]
 
@@ -331,9 +331,9 @@ def small_images(machine: Machine) -> list[str]:
     ways = {"eager (a run's default)": {}, "compiled": {"compile": compiled}}
     lines = ["| ResNet-18, 32 px, batch 512 | images/s | ms | first step |", "|---|---:|---:|---:|"]
     for name, way in ways.items():
-        found = time_step(machine, "resnet18", batch, 32, manner=manner, **way)
-        took = found["seconds"]
-        lines.append(f"| {name} | {batch / took:.0f} | {1e3 * took:.1f} | {found['first']:.0f} s |")
+        times = time_step(machine, "resnet18", batch, 32, manner=manner, **way)
+        took = times["seconds"]
+        lines.append(f"| {name} | {batch / took:.0f} | {1e3 * took:.1f} | {times['first']:.0f} s |")
     return [*lines, "", "Target: 8,000 images/s, goal 14,000 (H200)."]
 
 
@@ -359,8 +359,8 @@ def whole_runs(machine: Machine) -> list[str]:
         ("files of 55 kB, views on the device", few, "small", ["--views-on", "device"]),
     ):
         name = f"run-{kind}-{workers}-{len(flags) and flags[-1]}"
-        found = machine.pretrain(*usual, *flags, "-j", workers, name=name, steps=count, data=machine.images(kind))
-        rate, wait = _rate(found)
+        metrics = machine.pretrain(*usual, *flags, "-j", workers, name=name, steps=count, data=machine.images(kind))
+        rate, wait = _rate(metrics)
         lines.append(f"| {title} | {workers} | {rate:.0f} | {100 * wait:.0f} % |")
     return [
         *lines,
@@ -528,17 +528,17 @@ def sections(page: str) -> dict[str, str]:
     return {title: body.strip() for title, _, body in (s.partition("\n") for s in page.split("\n## ")[1:])}
 
 
-def write(file: Path, found: dict[str, str]) -> None:
+def write(file: Path, page: dict[str, str]) -> None:
     """All parts in their order; those without a text say so."""
-    parts = [f"## {title}\n\n{found.get(title, NOTHING)}\n" for title, _ in PARTS.values()]
+    parts = [f"## {title}\n\n{page.get(title, NOTHING)}\n" for title, _ in PARTS.values()]
     file.write_text("\n".join([HEAD, *parts]), encoding="utf-8")
 
 
-def due(found: dict[str, str]) -> list[str]:
+def due(page: dict[str, str]) -> list[str]:
     """Names of parts: not measured ones first, then by age."""
 
     def day(name: str) -> str:
-        text = found.get(PARTS[name][0], NOTHING)
+        text = page.get(PARTS[name][0], NOTHING)
         return (re.search(r"\d{4}-\d\d-\d\d", text) or [""])[0]
 
     return sorted(PARTS, key=day)
@@ -566,16 +566,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=11, help="begin no part after this time")
     args = parser.parse_args()
     cuda = torch.cuda.is_available() and not args.rehearse
-    found = sections(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    page = sections(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     if not (cuda or args.rehearse):
-        write(args.output, found)
+        write(args.output, page)
         print("torch finds no CUDA device here: nothing measured; --rehearse shows that the program works")
         return 0
     began, failed = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
         machine = Machine(torch.device("cuda" if cuda else "cpu"), args.rehearse, Path(folder))
         torch.backends.cudnn.benchmark = True
-        for name in args.parts or due(found):
+        for name in args.parts or due(page):
             if time.monotonic() - began > 60 * args.minutes:
                 print(f"{name}: not begun, the {args.minutes:g} minutes are over", file=sys.stderr)
                 continue
@@ -584,8 +584,8 @@ def main() -> int:
             title = PARTS[name][0]
             print(f"\n## {title} ({time.monotonic() - began:.0f} s)\n\n{text}", flush=True)
             if measured and cuda:
-                found = sections(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
-                write(args.output, {**found, title: text})
+                page = sections(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+                write(args.output, {**page, title: text})
             _release(machine)
     return int(failed > 0)
 

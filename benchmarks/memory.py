@@ -32,9 +32,9 @@ def mixed(root: Path, count: int) -> Path:
     """A folder of small images of every kind; one in fifty is damaged."""
     root.mkdir()
     shapes = [(28, 28), (64, 48), (33, 90), (500, 375)]
-    made = [list(images.several(w, h, 4)) for w, h in shapes]
+    variants = [list(images.several(w, h, 4)) for w, h in shapes]
     for i in range(count):
-        image = made[i % 4][i // 4 % 4]
+        image = variants[i % 4][i // 4 % 4]
         if i % 50 == 49:
             (root / f"{i}.jpg").write_bytes(images.jpeg(image)[:200])
         elif i % 7 == 0:
@@ -56,11 +56,11 @@ def measure(samples: int, workers: int, size: int = 64, folder: int = 400) -> It
         with Loader(source, TwoViews(size, 0.08), batch_size=batch, seed=0, workers=workers) as loader:
             pids = [os.getpid(), *(p.pid for p in loader._processes)]
             done, next_at = 0, 0
-            for found in loader.run(works):
+            for batch in loader.run(works):
                 if done >= next_at:
                     yield done, sum(map(resident, pids))
                     next_at += samples // 10
-                done += len(found.work.indices)
+                done += len(batch.work.indices)
             yield done, sum(map(resident, pids))
 
 

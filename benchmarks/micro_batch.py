@@ -78,7 +78,7 @@ def main() -> int:
     if args.side:
         print(json.dumps(measure(args.arch, args.image_size, *SIDES[args.side])))
         return 0
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    measured: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(args.rounds):
         for side in SIDES:
             command = [
@@ -92,8 +92,8 @@ def main() -> int:
                 side,
             ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found[side].append(json.loads(done.stdout))
-    best = {side: {key: min(r[key] for r in results) for key in results[0]} for side, results in found.items()}
+            measured[side].append(json.loads(done.stdout))
+    best = {side: {key: min(r[key] for r in results) for key in results[0]} for side, results in measured.items()}
     print(f"{args.arch}, {args.image_size} px, {args.rounds} rounds\n")
     print("| batch | peak memory | of it beyond the libraries | ms an image |")
     print("|---|---:|---:|---:|")

@@ -1,4 +1,4 @@
-"""What ``--recipe auto`` would choose for sizes of sets and machines that are not at hand, as a Markdown table.
+"""What ``--recipe auto`` would choose for sizes of sets and machines that need not be present, as a Markdown table.
 
     python benchmarks/plans.py
 
@@ -25,18 +25,21 @@ def main() -> None:
     for title, count in _COUNTS.items():
         for name, machine in _MACHINES.items():
             images = Images(count, 375, "photos", "", "", gray=False)
-            made: dict[str, Any] = {
+            settings: dict[str, Any] = {
                 c.name: c.value for c in choose_settings(images, machine, None, {}, lambda _: (0.0, {}))
             }
-            held = made.get("hold_out", 0)
-            steps = (count - held) // made["batch_size"] * made["epochs"]
+            held = settings.get("hold_out", 0)
+            steps = (count - held) // settings["batch_size"] * settings["epochs"]
             each, fixed = memory_of(
-                made["arch"], made["image_size"], bool(made.get("small_stem")), half=machine.device == "cuda"
+                settings["arch"],
+                settings["image_size"],
+                bool(settings.get("small_stem")),
+                half=machine.device == "cuda",
             )
             print(
-                f"| {title} | {name} | {made['arch']}, {made['image_size']} | {made['batch_size']} | "
-                f"{made['optimizer']}, {made['lr']:g} | {made['epochs']} ({steps:,}) | {held} | "
-                f"{(each * made['batch_size'] + fixed) / GIB:.1f} GB |"
+                f"| {title} | {name} | {settings['arch']}, {settings['image_size']} | {settings['batch_size']} | "
+                f"{settings['optimizer']}, {settings['lr']:g} | {settings['epochs']} ({steps:,}) | {held} | "
+                f"{(each * settings['batch_size'] + fixed) / GIB:.1f} GB |"
             )
 
 

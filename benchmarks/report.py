@@ -30,7 +30,7 @@ def main() -> None:
         write_long_run(Path(folder))
         began = time.perf_counter()
         write_page([read_run(Path(folder))], page_file, images=0)
-        made = time.perf_counter() - began
+        seconds = time.perf_counter() - began
         chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         ready = []
@@ -44,7 +44,7 @@ def main() -> None:
         size = page_file.stat().st_size / 1e6
     median, best, load = statistics.median(ready), min(ready), os.getloadavg()[0]
     print(
-        f"50,000 lines: made in {made:.1f} s, {size:.1f} MB; charts in sight drawn and usable {median:.2f} s after "
+        f"50,000 lines: made in {seconds:.1f} s, {size:.1f} MB; visible charts drawn and usable {median:.2f} s after "
         f"opening (median of 5; best {best:.2f}; load of the machine {load:.1f})"
     )
 

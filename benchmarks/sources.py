@@ -72,13 +72,13 @@ def paths(count: int) -> None:
         for _ in processes:
             results.get()
         sizes = [_proportional(process.pid or 0) for process in processes]
-        own = _proportional(os.getpid())
+        this_process = _proportional(os.getpid())
         go.set()
         for process in processes:
             process.join()
         print(
-            f"{count} paths, {_PROCESSES} loader processes: {(own + sum(sizes)) / 1e9:.2f} GB in all "
-            f"(this process {own / 1e9:.2f}, with an epoch's order of {order.nbytes / 1e9:.2f}; "
+            f"{count} paths, {_PROCESSES} loader processes: {(this_process + sum(sizes)) / 1e9:.2f} GB in all "
+            f"(this process {this_process / 1e9:.2f}, with an epoch's order of {order.nbytes / 1e9:.2f}; "
             f"each other {np.mean(sizes) / 1e6:.0f} MB)"
         )
     finally:

@@ -207,20 +207,20 @@ def measure(arch: str, size: int, batch: int, rounds: int, device: torch.device)
     }
     views: dict[str, Any] = {"eager": torch.randn(2, batch, 3, size, size, device=device).unbind()}
     views["ours"] = [v.to(memory_format=torch.channels_last) for v in views["eager"]]
-    found: dict[str, Any] = {name: {"step": [], "update": []} for name in sides}
+    times: dict[str, Any] = {name: {"step": [], "update": []} for name in sides}
     for round in range(rounds + 1):
         for name, side in sides.items():
             x1, x2 = views[name]
             took = seconds(lambda side=side, x1=x1, x2=x2: side(x1, x2, 0.99), device)  # type: ignore[misc]
             update = min(seconds(lambda side=side: (side.average(0.99), side.update()), device) for _ in range(3))  # type: ignore[misc]
             if round:  # the first warms up
-                found[name]["step"].append(took)
-                found[name]["update"].append(update)
+                times[name]["step"].append(took)
+                times[name]["update"].append(update)
     for name, side in sides.items():
         x1, x2 = views[name]
-        found[name] = {k: min(v) for k, v in found[name].items()}
-        found[name]["shares"] = shares(lambda side=side, x1=x1, x2=x2: side(x1, x2, 0.99), device)  # type: ignore[misc]
-    return found
+        times[name] = {k: min(v) for k, v in times[name].items()}
+        times[name]["shares"] = shares(lambda side=side, x1=x1, x2=x2: side(x1, x2, 0.99), device)  # type: ignore[misc]
+    return times
 
 
 def shares(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
@@ -242,17 +242,17 @@ def shares(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
     return {kind: took / total for kind, took in spent.items()}
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(by_arch: dict[str, dict[str, Any]]) -> str:
     """Both sides, the ratios, and where the time goes, in Markdown."""
     lines = ["| step of | eager, ms | ours, ms | ratio | update: eager, ms | ours, ms | ratio |", "|---|" + "---:|" * 6]
-    for arch, f in found.items():
+    for arch, f in by_arch.items():
         e, o = f["eager"], f["ours"]
         lines.append(
             f"| {arch} | {1e3 * e['step']:.0f} | {1e3 * o['step']:.0f} | {e['step'] / o['step']:.2f}× | "
             f"{1e3 * e['update']:.1f} | {1e3 * o['update']:.1f} | {e['update'] / o['update']:.1f}× |"
         )
     lines += ["", "| share of the time | " + " | ".join([*KINDS, "rest"]) + " |", "|---|" + "---:|" * (len(KINDS) + 1)]
-    for arch, f in found.items():
+    for arch, f in by_arch.items():
         for name in ("eager", "ours"):
             parts = " | ".join(f"{100 * share:.0f} %" for share in f[name]["shares"].values())
             lines.append(f"| {arch}, {name} | {parts} |")
@@ -272,12 +272,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = int(os.environ["OMP_NUM_THREADS"])
     torch.set_num_threads(threads)
-    found = {}
+    by_arch = {}
     for arch in args.archs:
-        found[arch] = measure(arch, size, args.batch_size, rounds, device)
+        by_arch[arch] = measure(arch, size, args.batch_size, rounds, device)
         print(f"{arch} done", file=sys.stderr, flush=True)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"processor time, {threads} thread(s)"
-    print(table(found))
+    print(table(by_arch))
     print(f"\nBatch {args.batch_size}, {size} px, {where}, fastest of {rounds} rounds, torch {torch.__version__}.")
 
 

@@ -5,6 +5,7 @@ raw pixels, HOG (Dalal & Triggs 2005, by scikit-image), the untrained network an
 images as they are and moved: shifted, scaled and brightened, the bank unchanged.
 """
 
+import argparse
 import dataclasses
 import json
 import time
@@ -76,22 +77,22 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Any:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="mocov3 demo", description=__doc__, add_help=True)
     parser.add_argument("--output-dir", default="", help="folder of the run (default runs/TIME-demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default 0)")
     parser.add_argument("--epochs", type=int, default=0, help=f"epochs (default {_EPOCHS}, or what 8 minutes hold)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
+    parser.add_argument("--resume", action="store_true", help="resume the run in --output-dir")
     args = parser.parse_args(list(argv))
     if args.epochs < 0:
         raise UserError(f"--epochs must be 1 or more, not {args.epochs}")
     if args.resume and not args.output_dir:
-        raise UserError("--resume: name the run to go on with by --output-dir")
+        raise UserError("--resume: name the run to resume with --output-dir")
     return args
 
 
 def _epochs_in_time(config: PretrainConfig) -> int:
-    """The recipe's epochs, or as many as 8 minutes hold on this machine; a run that goes on keeps its own."""
+    """The recipe's epochs, or as many as 8 minutes hold on this machine; a resumed run keeps its own."""
     from mocov3.data import FashionMnist
     from mocov3.planning.choose import saved_fields
     from mocov3.planning.speed import epoch_seconds

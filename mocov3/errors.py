@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend: printed as one line, exit code 2, never a traceback."""
+"""The one exception that is the user's to fix: printed as one line, exit code 2, never a traceback."""
 
 import io
 import sys
@@ -6,14 +6,14 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that says what is wrong, where, and how to mend it."""
+    """Bad input. The message is one line that says what is wrong, where, and how to fix it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(" ".join(message.split())))
 
 
 class RankLost(Exception):
-    """Another rank is gone. The message is one line; the run can go on from its last checkpoint."""
+    """Another rank is lost. The message is one line; the run can be resumed from its last checkpoint."""
 
 
 def printable(text: str) -> str:
@@ -22,7 +22,7 @@ def printable(text: str) -> str:
 
 
 def lenient_output() -> None:
-    """Let no character that an old encoding lacks end a run: → is shown as ? there."""
+    """Keep characters that an old encoding lacks from ending a run: → is shown as ? there."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

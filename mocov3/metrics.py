@@ -101,8 +101,8 @@ def correct_at(scores: Float[Any, "batch classes"], target: Int[Any, "batch"], k
     Exact where scores are equal: the class with the lower number comes first. A row whose target's score is NaN is
     never correct. ``scores`` and ``target`` are torch tensors.
     """
-    own = scores.gather(1, target[:, None].long())
+    target_score = scores.gather(1, target[:, None].long())
     number = scores.new_ones(scores.shape[1]).cumsum(0) - 1
-    before = (scores > own) | ((scores == own) & (number < target[:, None]))
-    rank = before.sum(1) + (own != own).squeeze(1) * scores.shape[1]
+    before = (scores > target_score) | ((scores == target_score) & (number < target[:, None]))
+    rank = before.sum(1) + (target_score != target_score).squeeze(1) * scores.shape[1]
     return (rank[:, None] < target.new_tensor(list(ks))).sum(0)

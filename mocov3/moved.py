@@ -1,4 +1,4 @@
-"""Module paths that the documents named before the package had rooms: they still work, with a warning.
+"""Module paths that the documents named before the package was divided into folders: they still work, with a warning.
 
 Kept for two minor versions (docs/releases.md).
 """
@@ -8,6 +8,7 @@ import importlib.abc
 import importlib.util
 import sys
 import warnings
+from collections.abc import Iterable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -39,7 +40,7 @@ _ELSEWHERE = {
 
 
 class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Iterable[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         return importlib.util.spec_from_loader(name, self) if name in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> None:
@@ -60,6 +61,6 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Let old paths be imported."""
+    """Make old paths importable."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Moved())

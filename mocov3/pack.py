@@ -5,6 +5,7 @@ classes). The training and validation part of DIR become SHARDS/train and SHARDS
 them.
 """
 
+import argparse
 import io
 import os
 import tarfile
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     data, out = args.data, Path(args.out)
     folder = Path(data)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: is there already and not empty; name a new folder")
+        raise UserError(f"--out {out}: exists and is not empty; name a new folder")
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--out {out}: lies in {folder}; name a folder outside")
     parts = parts_of(data) if folder.is_dir() else []
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Any:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="mocov3 pack", description=__doc__)
     parser.add_argument("data", metavar="DIR", help="folder of images, or whatever else pretrain takes")
     parser.add_argument("--out", required=True, metavar="SHARDS", help="folder to write; new or empty")
@@ -69,17 +70,17 @@ def _parse(argv: Sequence[str]) -> Any:
     return args
 
 
-def _pack(source: Source, place: Path, args: Any) -> None:
+def _pack(source: Source, place: Path, args: argparse.Namespace) -> None:
     labels, taken, bad = source.labels, set[str](), list[str]()
     writer = _Writer(place, args.shard_mb << 20)
     written = 0
     try:
         place.mkdir(parents=True, exist_ok=True)
-        for index, made in _prepared(source, args):
-            if isinstance(made, Exception):
-                bad.append(f"{printable(source.name(index))}: {printable(str(made))}")
+        for index, prepared in _prepared(source, args):
+            if isinstance(prepared, Exception):
+                bad.append(f"{printable(source.name(index))}: {printable(str(prepared))}")
                 continue
-            ending, data = made
+            ending, data = prepared
             writer.add(_key(source.name(index), taken), ending, data, None if labels is None else int(labels[index]))
             written += 1
         writer.close()
@@ -98,7 +99,7 @@ def _pack(source: Source, place: Path, args: Any) -> None:
     print(f"{printable(str(place))}: {written} images in {writer.number} archive(s), {writer.total / 1e6:.1f} MB")
 
 
-def _prepared(source: Source, args: Any) -> Iterator[tuple[int, Any]]:
+def _prepared(source: Source, args: argparse.Namespace) -> Iterator[tuple[int, Any]]:
     """Every image's (ending, bytes) or the reason against it, in order; a bounded number is ahead."""
     ahead: list[tuple[int, Future[Any]]] = []
     with ThreadPoolExecutor(args.workers) as pool:

@@ -1,7 +1,7 @@
 """The kill driver: runs a resumable training command in real processes, kills it at random moments, starts it again,
 and compares what it leaves with the run that was never killed.
 
-A command is a function ``folder → argv`` that trains into ``folder`` and goes on from what it finds there (every task
+A command is a function ``folder → argv`` that trains into ``folder`` and resumes from what it finds there (every task
 has ``--resume auto``, which starts afresh where there is nothing). Kills come as SIGKILL to the whole process group,
 ranks and loader processes included: nothing in the program can react.
 

@@ -37,7 +37,7 @@ def page() -> str:
         parts.append(f"\n## {title}\n\n{doors}\n")
         groups: dict[str, list[str]] = {}
         for field in dataclasses.fields(config):
-            group = "pictures" if field.metadata["positional"] else field.metadata["group"]
+            group = "input" if field.metadata["positional"] else field.metadata["group"]
             groups.setdefault(group, []).append(row(field))
         for group, rows in groups.items():
             parts.append(f"\n### {title}: {group}\n\n| flag | meaning | default | |\n|---|---|---|---|\n")

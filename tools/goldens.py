@@ -25,17 +25,17 @@ from processors import SETTINGS  # noqa: E402
 
 def largest(figures: Path) -> list[str]:
     """A line for every family, arithmetic and quantity: largest deviation, bound, where."""
-    found: dict[tuple[str, str, str], tuple[float, float, str]] = {}
+    worst: dict[tuple[str, str, str], tuple[float, float, str]] = {}
     for line in figures.read_text().splitlines() if figures.exists() else []:
         entry = json.loads(line)
         family, dtype = entry["of"][0], "float64" if "float64" in entry["of"] else "float32"
         for quantity, (value, bound) in entry["deviations"].items():
-            before = found.get((family, dtype, quantity), (-1.0, 1.0, ""))
+            before = worst.get((family, dtype, quantity), (-1.0, 1.0, ""))
             if value / bound > before[0] / before[1]:
-                found[family, dtype, quantity] = (value, bound, entry["of"])
+                worst[family, dtype, quantity] = (value, bound, entry["of"])
     return [
         f"    {family} {dtype} {quantity:18} {value:8.1e} of {bound:8.1e}   {of}"
-        for (family, dtype, quantity), (value, bound, of) in sorted(found.items())
+        for (family, dtype, quantity), (value, bound, of) in sorted(worst.items())
     ]
 
 

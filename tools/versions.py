@@ -50,7 +50,7 @@ def run(name: str) -> str:
     except subprocess.CalledProcessError as error:
         return f"| {name} | – | could not be installed (pip ended with {error.returncode}) | – |"
     code = "import torch, torchvision, timm; print(torch.__version__, torchvision.__version__, timm.__version__)"
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    versions = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     began = time.monotonic()
     log = PLACE / f"{name}.txt"
     with log.open("w") as out:
@@ -60,7 +60,7 @@ def run(name: str) -> str:
     counted = next((line for line in reversed(lines) if re.search(r"\d+ passed", line)), "did not run").strip("= ")
     failed = sorted({line.split()[1].split("[")[0] for line in lines if line.startswith(("FAILED", "ERROR"))})
     said = f" ({', '.join(failed)})" if failed else ""
-    return f"| {name} | {' · '.join(found)} | {counted}{said} | {time.monotonic() - began:.0f} s |"
+    return f"| {name} | {' · '.join(versions)} | {counted}{said} | {time.monotonic() - began:.0f} s |"
 
 
 def main() -> int:

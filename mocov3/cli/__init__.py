@@ -1,6 +1,6 @@
-"""The doors: the program ``mocov3`` with its subcommands, and the scripts of the reference's names.
+"""Entry points: the program ``mocov3`` with its subcommands, and the scripts of the reference's names.
 
-Nothing here imports torch before a task starts, so help and refusals come at once.
+Nothing here imports torch before a task starts, so help and errors are immediate.
 """
 
 import os
@@ -42,10 +42,10 @@ _HELP = f"""mocov3 {__version__}: self-supervised pre-training of ResNet and ViT
 usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
 
   pretrain   learn features from a folder of images without labels
-  check      look at images and machine before training: facts, faults, speed, a sheet of views
-  plan       micro-batch, memory and time on GPUs that are not at hand
-  inspect    what a weights file is, what it is good for, its origin and licence
-  compare    networks side by side, judged without labels or with few
+  check      examine images and machine before training: facts, faults, speed, a sheet of views
+  plan       micro-batch, memory and time on GPUs that need not be present
+  inspect    what a weights file is, what it can be used for, its origin and licence
+  compare    compare networks, without labels or with few
   finetune   train a classifier end to end from pre-trained weights (DeiT's recipe), and transfer
   pack       a folder of images into tar archives
   lincls     linear evaluation of frozen features, many learning rates in one pass
@@ -54,7 +54,7 @@ usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
   verify     the accuracy of a published linear file beside the published figure
   convert    a pre-training checkpoint to DeiT's format
   export     a backbone for timm, torchvision, transformers, ONNX …, verified
-  report     one page of a run, or of several: verdict, curves, views, neighbours, a map
+  report     one page of a run, or of several: diagnosis, curves, views, neighbours, a map
   demo       train on 8,000 embedded images (5 to 8 minutes on 2 cores) and show what was learned
 
 The reference's commands work too: python main_moco.py …, python main_lincls.py …, python convert_to_deit.py …
@@ -120,7 +120,7 @@ def parse_script(name: str, argv: Sequence[str]) -> Any:
 
 
 def main_moco() -> int:
-    """``main_moco.py``: the script door of pre-training."""
+    """``main_moco.py``: the reference's script for pre-training."""
 
     def run() -> int:
         config = chosen(read_pretrain(sys.argv[1:], "main_moco.py", None))
@@ -132,7 +132,7 @@ def main_moco() -> int:
 
 
 def main_lincls() -> int:
-    """``main_lincls.py``: the script door of linear evaluation."""
+    """``main_lincls.py``: the reference's script for linear evaluation."""
 
     def run() -> int:
         config = parse_script("main_lincls.py", sys.argv[1:])
@@ -144,7 +144,7 @@ def main_lincls() -> int:
 
 
 def transfer_main() -> int:
-    """``transfer/main.py``: the script door of fine-tuning and transfer."""
+    """``transfer/main.py``: the reference's script for fine-tuning and transfer."""
 
     def run() -> int:
         config = parse_script("transfer/main.py", sys.argv[1:])
@@ -156,5 +156,5 @@ def transfer_main() -> int:
 
 
 def convert_to_deit() -> int:
-    """``convert_to_deit.py``: the script door of the conversion."""
+    """``convert_to_deit.py``: the reference's script for the conversion."""
     return guarded(lambda: convert(sys.argv[1:], "convert_to_deit.py"))

@@ -1,6 +1,6 @@
 """The commands: what each one's command line means, and the task that it starts.
 
-Nothing here imports torch before a task starts, so help and refusals come at once.
+Nothing here imports torch before a task starts, so help and errors are immediate.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def _pretrain(argv: list[str]) -> int:
     layers = read_pretrain(argv, "mocov3 pretrain", {"output_dir": "", "recipe": "auto"})
     values = layers.merged()
     if values.get("resume") == "auto" and not values["output_dir"]:
-        raise UserError("--resume auto: name the run to go on with by --output-dir")
+        raise UserError("--resume auto: name the run to resume with --output-dir")
     config = chosen(layers)
     if not config.output_dir:
         folder = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.arch.replace('/', '-')}"
@@ -97,7 +97,7 @@ def _lincls(argv: list[str]) -> int:
     config = parse_lincls(argv, prog="mocov3 lincls", defaults={"arch": "", "lr": SWEEP, "output_dir": ""})
     if not config.output_dir:
         if config.resume == "auto":
-            raise UserError("--resume auto: name the run to go on with by --output-dir")
+            raise UserError("--resume auto: name the run to resume with --output-dir")
         folder = "." if config.evaluate else f"runs/{time.strftime('%Y%m%d-%H%M%S')}-lincls"
         config = dataclasses.replace(config, output_dir=folder)
     return main(config, script_door=False)

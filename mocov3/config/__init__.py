@@ -1,6 +1,6 @@
 """Configuration: one frozen dataclass a task, from which flags, help, ``config.yaml`` and checks are made.
 
-Nothing in this package imports torch, so that help and refusals come at once.
+Nothing in this package imports torch, so that help and errors are immediate.
 """
 
 from mocov3.config.archs import BUILT_IN_ARCHS

@@ -1,7 +1,7 @@
 """Flags of cheaper pre-training: parts of the run at fewer tokens or smaller images, back to full before the end.
 
 Random token dropout and larger patches (Lin et al. 2024, arXiv 2410.22364, who report 4× for MoCo v3), smaller images
-(FFCV-SSL: 160 before 224 pixels). The first share of the epochs is cheap, the rest is as without these flags.
+(FFCV-SSL: 160 before 224 pixels). The first share of the epochs is cheap, the rest is unchanged.
 """
 
 import itertools
@@ -18,7 +18,7 @@ CHEAP = "cheaper pre-training"
 
 
 class Stage(NamedTuple):
-    """Epochs that are trained alike."""
+    """Epochs that are trained in the same way."""
 
     first: int
     end: int
@@ -47,7 +47,7 @@ class CheapFlags:
 
     token_keep: str = flag(
         "",
-        "share of a ViT's patches that are kept, drawn anew for each view: KEEP[:SHARE][,…], for the first SHARE of "
+        "fraction of a ViT's patches to keep, drawn afresh for each view: KEEP[:SHARE][,…], for the first SHARE of "
         f"the epochs (default {SHARE:g}), then all",
         group=CHEAP,
         metavar="KEEP:SHARE",
@@ -86,7 +86,7 @@ def stages(config: "CheapFlags") -> list[Stage]:
         for _, value in plan:
             _check(name, value, full)
     edges = sorted({0, epochs, *(end for plan, _ in plans.values() for end, _ in plan)})
-    made = []
+    stage_list = []
     for first, end in itertools.pairwise(edges):
         keep, pixels, side = (next((v for until, v in plan if first < until), full) for plan, full in plans.values())
         cheap = arch in VITS and (keep, pixels, side) != (1.0, size, patch)
@@ -96,13 +96,13 @@ def stages(config: "CheapFlags") -> list[Stage]:
                 f"epochs {first}–{end - 1}: views of {stage.image_size} px do not divide into patches of "
                 f"{stage.patch_size} px; change --image-size-schedule or --patch-size-schedule"
             )
-        made.append(stage)
-    return made
+        stage_list.append(stage)
+    return stage_list
 
 
-def stage_of(made: list[Stage], epoch: int) -> Stage:
+def stage_of(stages: list[Stage], epoch: int) -> Stage:
     """The stage of an epoch."""
-    return next(stage for stage in made if epoch < stage.end)
+    return next(stage for stage in stages if epoch < stage.end)
 
 
 def _check(name: str, value: float, full: float) -> None:
@@ -113,16 +113,16 @@ def _check(name: str, value: float, full: float) -> None:
     if not (value >= 1 and value.is_integer()):
         raise UserError(f"{name} takes whole numbers of pixels, not {value:g}")
     if name == "--image-size-schedule" and value > full:
-        raise UserError(f"{name} {value:g} is larger than --image-size {full}: that would not be cheaper")
+        raise UserError(f"{name} {value:g} is larger than --image-size {full}: which would not be cheaper")
     if name == "--patch-size-schedule" and value < full:
-        raise UserError(f"{name} {value:g} is smaller than --patch-size {full}: that would not be cheaper")
+        raise UserError(f"{name} {value:g} is smaller than --patch-size {full}: which would not be cheaper")
 
 
 def _read(name: str, text: str, epochs: int) -> list[tuple[int, float]]:
     """(epoch it ends at, value) of each part."""
     if not text:
         return []
-    made: list[tuple[int, float]] = []
+    parts: list[tuple[int, float]] = []
     done = 0.0
     for part in text.split(","):
         value, colon, share = part.partition(":")
@@ -132,14 +132,16 @@ def _read(name: str, text: str, epochs: int) -> list[tuple[int, float]]:
             raise UserError(f"{name} '{printable(text)}': takes VALUE:SHARE parts with commas between them") from None
         if not 0 < length < 1:
             raise UserError(
-                f"{name}: '{printable(part)}' lasts {length:g} of the epochs; above 0 and below 1 is possible"
+                f"{name}: '{printable(part)}' lasts {length:g} of the epochs; give a share above 0 and below 1"
             )
         done += length
         if done >= 1 - 1e-9:
-            raise UserError(f"{name} '{printable(text)}': shares add up to {done:g}; the end of the run must be full")
+            raise UserError(
+                f"{name} '{printable(text)}': shares add up to {done:g}; they must leave epochs at full size"
+            )
         end = min(round(done * epochs), epochs - 1)
-        if end > (made[-1][0] if made else 0):
-            made.append((end, number))
-    if not made:
-        raise UserError(f"{name}: {epochs} epochs are too few for a cheap part and a full end; give more --epochs")
-    return made
+        if end > (parts[-1][0] if parts else 0):
+            parts.append((end, number))
+    if not parts:
+        raise UserError(f"{name}: {epochs} epochs are too few for a cheap part and a full-size end; raise --epochs")
+    return parts

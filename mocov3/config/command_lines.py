@@ -1,23 +1,23 @@
 """What the command line of each task means, as a configuration. Nothing is measured, and torch is not imported."""
 
+import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from mocov3.config import recipes
 from mocov3.config.evaluation import EmbedConfig, KnnConfig
-from mocov3.config.fields import Layers, Parser, parse, read_layers
+from mocov3.config.fields import Fields, Layers, Parser, parse, read_layers
 from mocov3.config.finetune import FinetuneConfig
 from mocov3.config.lincls import LinclsConfig
 from mocov3.config.presets import PRESETS
 from mocov3.config.pretrain import PretrainConfig
 
 
-def parse_pretrain(argv: Sequence[str], *, prog: str, defaults: dict[str, Any] | None = None) -> PretrainConfig:
-    """Command line of pre-training; both doors share it, only defaults differ. Nothing is measured."""
+def parse_pretrain(argv: Sequence[str], *, prog: str, defaults: Fields | None = None) -> PretrainConfig:
+    """Command line of pre-training; both commands share it, only defaults differ. Nothing is measured."""
     return merged(read_pretrain(argv, prog, defaults))
 
 
-def read_pretrain(argv: Sequence[str], prog: str, defaults: dict[str, Any] | None) -> Layers:
+def read_pretrain(argv: Sequence[str], prog: str, defaults: Fields | None) -> Layers:
     """Command line of pre-training, as layers that are not merged yet."""
     return read_layers(
         PretrainConfig,
@@ -37,7 +37,7 @@ def merged(layers: Layers) -> PretrainConfig:
 
 
 def parse_finetune(argv: Sequence[str], *, prog: str) -> FinetuneConfig:
-    """Command line of fine-tuning and transfer; both doors share it."""
+    """Command line of fine-tuning and transfer; both commands share it."""
     return parse(
         FinetuneConfig,
         argv,
@@ -48,8 +48,8 @@ def parse_finetune(argv: Sequence[str], *, prog: str) -> FinetuneConfig:
     )
 
 
-def parse_lincls(argv: Sequence[str], *, prog: str, defaults: dict[str, Any] | None = None) -> LinclsConfig:
-    """Command line of linear evaluation; both doors share it, only defaults differ."""
+def parse_lincls(argv: Sequence[str], *, prog: str, defaults: Fields | None = None) -> LinclsConfig:
+    """Command line of linear evaluation; both commands share it, only defaults differ."""
     return parse(
         LinclsConfig,
         argv,
@@ -71,7 +71,7 @@ def parse_embed(argv: Sequence[str], *, prog: str) -> EmbedConfig:
     return parse(EmbedConfig, argv, prog=prog, description=EmbedConfig.__doc__ or "")
 
 
-def parse_convert(argv: Sequence[str], *, prog: str) -> Any:
+def parse_convert(argv: Sequence[str], *, prog: str) -> argparse.Namespace:
     """Command line of the conversion."""
     parser = Parser(prog=prog, description="Convert a pre-training checkpoint to DeiT's format.")
     parser.add_argument("--input", required=True, help="pre-training checkpoint, ours or the reference's")

@@ -13,7 +13,9 @@ from mocov3.errors import UserError, nearest
 MODEL, OUTPUT, IMAGES, RUNNING = "model", "result", "images", "running"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
-HEADS_HELP = "attention heads of a ViT, of a file that does not tell (ViT-S: 12 in MoCo v3; 6 in DeiT, DINO, timm)"
+HEADS_HELP = (
+    "attention heads of a ViT, of a file that does not record them (ViT-S: 12 in MoCo v3; 6 in DeiT, DINO, timm)"
+)
 LAYERS = ("", "cls", "mean", "patches", "projector")
 KS, TEMPERATURES, RECALLS = (1, 10, 20, 100, 200), (0.07,), (1, 5, 10)
 
@@ -77,7 +79,7 @@ class FeatureConfig:
     device: str = flag("auto", "device", choices=DEVICES, result=False, group=RUNNING)
     precision: str = flag("fp32", "arithmetic of the backbone", choices=PRECISIONS, group=RUNNING)
     nprocs_per_node: int = flag(
-        0, "start so many processes here (torchrun needs no flag)", kind=int, result=False, group=RUNNING
+        0, "processes to start on this node (torchrun needs no flag)", kind=int, result=False, group=RUNNING
     )
     seed: int = flag(0, "seed of an untrained network", kind=int, group=MODEL)
 
@@ -121,7 +123,7 @@ class KnnConfig(FeatureConfig):
     recall: tuple[int, ...] = flag(RECALLS, "recall@k of these", kind=integers, group=OUTPUT, metavar="K[,K…]")
     labels: str = flag(
         "",
-        "CSV of path,label: use these images of the folder (10–100 are of use), each left out in turn",
+        "CSV of path,label: use these images of the folder (10–100 are enough), each left out in turn",
         group=IMAGES,
         metavar="FILE",
     )
@@ -189,7 +191,7 @@ def at_least(config: Any, low: int, names: tuple[str, ...]) -> None:
 
 
 def check_model_flags(config: Any) -> None:
-    """Refuse a weights file that is not there, and backends that are not known."""
+    """Refuse a missing weights file and unknown backends."""
     pretrained = getattr(config, "pretrained", "")
     if pretrained and not Path(pretrained).is_file():
         raise UserError(f"--pretrained {pretrained}: there is no such file")

@@ -16,6 +16,10 @@ T = TypeVar("T")
 _LARGEST_CONFIG = 1 << 20  # bytes
 
 
+Fields = dict[str, Any]
+"""Values of a configuration by the names of their fields: some of them, or all."""
+
+
 def flag(
     default: Any,
     help: str,
@@ -57,8 +61,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type, defaults: dict[str, Any]) -> None:
-    """Add every field of ``config`` to ``parser``; a flag that is not given leaves no trace in the result."""
+def add_flags(parser: argparse.ArgumentParser, config: type, defaults: Fields) -> None:
+    """Add every field of ``config`` to ``parser``; a flag that is not given is absent from the result."""
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         meta = field.metadata
@@ -85,14 +89,14 @@ def add_flags(parser: argparse.ArgumentParser, config: type, defaults: dict[str,
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Where values come from, strongest first: flags and ``--config``, the recipe, the door's defaults."""
+    """Where values come from, strongest first: flags and ``--config``, the recipe, the command's defaults."""
 
-    given: dict[str, Any]
-    recipe: dict[str, Any]
-    defaults: dict[str, Any]
+    given: Fields
+    recipe: Fields
+    defaults: Fields
 
-    def merged(self, between: dict[str, Any] | None = None) -> dict[str, Any]:
-        """All values; ``between`` lies over the defaults and under the recipe."""
+    def merged(self, between: Fields | None = None) -> Fields:
+        """All values; ``between`` overrides the defaults and is overridden by the recipe."""
         return {**self.defaults, **(between or {}), **self.recipe, **self.given}
 
 
@@ -102,8 +106,8 @@ def read_layers(
     *,
     prog: str,
     description: str,
-    defaults: dict[str, Any] | None = None,
-    recipes: dict[str, dict[str, Any]] | None = None,
+    defaults: Fields | None = None,
+    recipes: dict[str, Fields] | None = None,
     epilog: str = "",
 ) -> Layers:
     """Command line → where each value comes from; the arguments and errors are those of ``parse``."""
@@ -133,8 +137,8 @@ def parse(
     *,
     prog: str,
     description: str,
-    defaults: dict[str, Any] | None = None,
-    recipes: dict[str, dict[str, Any]] | None = None,
+    defaults: Fields | None = None,
+    recipes: dict[str, Fields] | None = None,
     epilog: str = "",
 ) -> T:
     """Command line → frozen configuration.
@@ -164,7 +168,7 @@ def write_yaml(config: Any, path: Path, header: str) -> None:
     path.write_text(f"# {header}\n{body}", encoding="utf-8")
 
 
-def read_yaml(path: Path, config: type) -> dict[str, Any]:
+def read_yaml(path: Path, config: type) -> Fields:
     """The fields set in a configuration file.
 
     Raises:
@@ -222,7 +226,7 @@ def _typed(value: Any, field: "dataclasses.Field[Any]", where: str) -> Any:
     return value
 
 
-def changed_fields(config: Any, saved: dict[str, Any]) -> list[str]:
+def changed_fields(config: Any, saved: Fields) -> list[str]:
     """'name (saved → now)' for every result-changing field of ``config`` that differs from ``saved``."""
     return [
         f"{f.name} ({saved[f.name]!r} → {getattr(config, f.name)!r})"

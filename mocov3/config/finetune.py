@@ -1,6 +1,6 @@
 """Configuration of fine-tuning and transfer: DeiT's flags with its defaults (facebookresearch/deit), and ours.
 
-Both doors, ``mocov3 finetune`` and ``transfer/main.py``, parse it.
+Both ``mocov3 finetune`` and ``transfer/main.py`` parse it.
 """
 
 from dataclasses import dataclass
@@ -66,8 +66,8 @@ class FinetuneConfig:
     )
     heads: int | None = flag(
         None,
-        "attention heads of a ViT (default: of the weights where they tell, else 12 for vit_small as in MoCo v3; DeiT, "
-        "DINO and timm have 6)",
+        "attention heads of a ViT (default: of the weights where they record it, else 12 for vit_small as in MoCo v3; "
+        "DeiT, DINO and timm have 6)",
         kind=int,
         group=MODEL,
     )
@@ -85,7 +85,7 @@ class FinetuneConfig:
     )
     resume: str = flag(
         "",
-        "checkpoint to go on from, or 'auto' for the output folder's; a file without optimizer: start from its weights",
+        "checkpoint to resume from, or 'auto' for the output folder's; a file without optimizer: its weights only",
         result=False,
         group=RUN,
     )
@@ -95,7 +95,7 @@ class FinetuneConfig:
     batch_size: int = flag(64, "images a step and process", "-b", "--batch-size", kind=int, group=METHOD)
     accum_iter: int = flag(
         1,
-        "batches a process adds up before a step, as if so many more processes ran",
+        "batches that a process accumulates for a step; equals as many times the processes",
         "--accum-iter",
         kind=int,
         result=False,
@@ -119,7 +119,7 @@ class FinetuneConfig:
         1.0, "factor of the learning rate from one layer to the one below", "--layer-decay", kind=float, group=METHOD
     )
     clip_grad: float = flag(0.0, "largest gradient norm (0: not clipped)", "--clip-grad", kind=float, group=METHOD)
-    model_ema: bool = flag(True, "keep an average of the weights beside", "--model-ema", kind=bool, group=METHOD)
+    model_ema: bool = flag(True, "also keep an average of the weights", "--model-ema", kind=bool, group=METHOD)
     model_ema_decay: float = flag(0.99996, "its decay", "--model-ema-decay", kind=float, group=METHOD)
     drop_path: float = flag(
         0.1, "stochastic depth of the last block (ViTs and timm's)", "--drop-path", kind=float, group=METHOD
@@ -135,13 +135,17 @@ class FinetuneConfig:
     )
     reprob: float = flag(0.25, "probability of random erasing", "--reprob", kind=float, group=DATA)
     repeated_aug: bool = flag(
-        True, "every image thrice an epoch, a third of the images", "--repeated-aug", kind=bool, group=DATA
+        True,
+        "repeated augmentation: a third of the images an epoch, each three times",
+        "--repeated-aug",
+        kind=bool,
+        group=DATA,
     )
     mixup: float = flag(0.8, "mixup α (0: none)", "--mixup", kind=float, group=DATA)
     cutmix: float = flag(1.0, "cutmix α (0: none)", "--cutmix", kind=float, group=DATA)
     mixup_prob: float = flag(1.0, "share of batches that are mixed", "--mixup-prob", kind=float, group=DATA)
     mixup_switch_prob: float = flag(
-        0.5, "share of cutmix where both are on", "--mixup-switch-prob", kind=float, group=DATA
+        0.5, "share of cutmix where both are enabled", "--mixup-switch-prob", kind=float, group=DATA
     )
     transfer_transform: bool | None = flag(
         None,
@@ -162,7 +166,7 @@ class FinetuneConfig:
         group=DATA,
     )
     pin_mem: bool = flag(
-        True, "accepted; batches lie in shared memory", "--pin-mem", kind=bool, result=False, group=DATA
+        True, "accepted; batches are in shared memory", "--pin-mem", kind=bool, result=False, group=DATA
     )
     print_freq: int = flag(10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN)
     checkpoint_steps: int = flag(
@@ -182,9 +186,9 @@ class FinetuneConfig:
         0, "processes to start here (default: torchrun's, else 1)", kind=int, result=False, group=RANKS
     )
     world_size: int = flag(
-        1, "accepted; torchrun says it", "--world_size", "--world-size", kind=int, result=False, group=RANKS
+        1, "accepted; torchrun sets it", "--world_size", "--world-size", kind=int, result=False, group=RANKS
     )
-    dist_url: str = flag("env://", "accepted; torchrun says it", "--dist_url", "--dist-url", result=False, group=RANKS)
+    dist_url: str = flag("env://", "accepted; torchrun sets it", "--dist_url", "--dist-url", result=False, group=RANKS)
     deterministic: bool = flag(False, "only deterministic operations", kind=bool, result=False, group=RANKS)
     allow_config_change: bool = flag(
         False, "resume although result-changing fields differ", kind=bool, result=False, group=RUN

@@ -80,7 +80,7 @@ class LinclsConfig:
     print_freq: int = flag(10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN)
     resume: str = flag(
         "",
-        "linear file to go on from or to evaluate; 'auto': checkpoint.pth.tar of the output folder",
+        "linear file to resume from or to evaluate; 'auto': checkpoint.pth.tar of the output folder",
         result=False,
         group=RUN,
     )
@@ -93,7 +93,7 @@ class LinclsConfig:
     rank: int = flag(-1, "rank of this node, or of this process", kind=int, result=False, group=RANKS)
     dist_url: str = flag(
         "tcp://224.66.41.62:23456",
-        "where ranks meet: tcp://HOST:PORT or env://; on one node a free loopback port unless given",
+        "address at which ranks meet: tcp://HOST:PORT or env://; on one node a free loopback port unless given",
         result=False,
         group=RANKS,
     )
@@ -111,7 +111,7 @@ class LinclsConfig:
     # --- ours ------------------------------------------------------------------------------------------
     head: str = flag(
         "linear",
-        "comma list of heads: linear, bn-linear (behind a batch norm without parameters, folded into the saved layer)",
+        "comma list of heads: linear, bn-linear (after a batch norm without parameters, folded into the saved layer)",
         group=METHOD,
     )
     cache_features: bool = flag(
@@ -140,15 +140,15 @@ class LinclsConfig:
     recipe: str = flag("", "named set of flags, see the list at the end", result=False, group=RUN)
     config: str = flag("", "YAML file of flags, for example a run's lincls.yaml", result=False, group=RUN)
     checkpoint_steps: int = flag(
-        0, "also write checkpoint.pth.tar every so many steps", kind=int, result=False, group=RUN
+        0, "steps between writes of checkpoint.pth.tar within an epoch", kind=int, result=False, group=RUN
     )
-    max_steps: int = flag(0, "stop after so many steps in all, with a checkpoint", kind=int, result=False, group=RUN)
-    max_hours: float = flag(0.0, "stop after so many hours, with a checkpoint", kind=float, result=False, group=RUN)
+    max_steps: int = flag(0, "stop after this many steps in all, with a checkpoint", kind=int, result=False, group=RUN)
+    max_hours: float = flag(0.0, "stop after this many hours, with a checkpoint", kind=float, result=False, group=RUN)
     device: str = flag("auto", "device", choices=DEVICES, result=False, group=RANKS)
     precision: str = flag(
         "fp32", "arithmetic of the backbone; heads are always float32", choices=PRECISIONS, group=RANKS
     )
-    nprocs_per_node: int = flag(0, "start so many processes on this node", kind=int, result=False, group=RANKS)
+    nprocs_per_node: int = flag(0, "processes to start on this node", kind=int, result=False, group=RANKS)
     allow_config_change: bool = flag(
         False, "resume although result-changing flags differ", kind=bool, result=False, group=RUN
     )

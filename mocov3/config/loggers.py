@@ -6,7 +6,7 @@ from mocov3.errors import UserError, nearest
 
 LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 """Name → module that it needs."""
-HELP = "comma list of where numbers and images also go: tensorboard, wandb, mlflow, or none"
+HELP = "comma list of loggers for numbers and images: tensorboard, wandb, mlflow, or none"
 
 
 def logger_names(given: str) -> tuple[str, ...]:
@@ -19,7 +19,7 @@ def logger_names(given: str) -> tuple[str, ...]:
         return ()
     names = tuple(dict.fromkeys(given.split(",")))
     if "none" in names:
-        raise UserError(f"--logger {given}: none stands alone")
+        raise UserError(f"--logger {given}: none cannot be combined with others")
     for name in names:
         if name not in LOGGERS:
             raise UserError(f"--logger {name!r} is not known; {nearest(name, [*LOGGERS, 'none'])}")

@@ -1,4 +1,4 @@
-"""Flags for own images: a budget of time, judging without labels, groups, and going on from existing weights."""
+"""Flags for own images: a budget of time, judging without labels, groups, and training on from existing weights."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class OwnFlags(ViewFlags):
     )
     patience: int = flag(
         0,
-        "stop after so many judgements in a row that were not the best (0: never)",
+        "stop after this many judgements in a row without a new best (0: never)",
         kind=int,
         result=False,
         group=OWN,
@@ -43,7 +43,7 @@ class OwnFlags(ViewFlags):
     )
     group_by: str = flag(
         "",
-        "regular expression; images whose names match it alike (its first bracket) are never in one batch",
+        "regular expression; images for which its first group matches the same text are never in one batch",
         group=OWN,
         metavar="REGEX",
     )
@@ -61,7 +61,7 @@ class OwnFlags(ViewFlags):
     )
 
     def check_own(self) -> None:
-        """Refuse values that mean nothing.
+        """Refuse values that make no sense.
 
         Raises:
             UserError: naming the first.

@@ -56,7 +56,10 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     weight_decay: float = flag(1e-6, "weight decay", "--wd", "--weight-decay", kind=float, group=METHOD)
     print_freq: int = flag(10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN)
     resume: str = flag(
-        "", "checkpoint to go on from, or 'auto' for the newest valid one in the output folder", result=False, group=RUN
+        "",
+        "checkpoint to resume from, or 'auto' for the newest valid one in the output folder",
+        result=False,
+        group=RUN,
     )
     world_size: int = flag(
         -1, "nodes (with --multiprocessing-distributed), else processes", kind=int, result=False, group=RANKS
@@ -64,7 +67,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     rank: int = flag(-1, "rank of this node, or of this process", kind=int, result=False, group=RANKS)
     dist_url: str = flag(
         "tcp://224.66.41.62:23456",
-        "where ranks meet: tcp://HOST:PORT or env://; on one node a free loopback port unless given",
+        "address at which ranks meet: tcp://HOST:PORT or env://; on one node a free loopback port unless given",
         result=False,
         group=RANKS,
     )
@@ -95,7 +98,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     patch_size: int = flag(16, "side of a ViT's patches in pixels", kind=int, group=MODEL)
     heads: int | None = flag(
         None,
-        "attention heads of a ViT, new or from an --init that does not tell (ViT-S: 12 in "
+        "attention heads of a ViT, new or from an --init that does not record them (ViT-S: 12 in "
         "MoCo v3; 6 in DeiT, DINO, timm)",
         kind=int,
         group=MODEL,
@@ -111,7 +114,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     view_preset: str = flag("photos", "strengths and probabilities of the views", choices=tuple(PRESETS), group=DATA)
     views: str = flag(
         "fast",
-        "pillow: the reference's operations; fast: the same draws several times as fast",
+        "pillow: the reference's operations; fast: the same draws, several times faster",
         choices=("fast", "pillow"),
         group=DATA,
     )
@@ -131,7 +134,12 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         0, "steps between checkpoints within an epoch (0: none)", kind=int, result=False, group=RUN, metavar="N"
     )
     keep_last: int = flag(
-        0, "keep only the newest so many checkpoints of epochs (0: all)", kind=int, result=False, group=RUN, metavar="K"
+        0,
+        "keep only this many of the newest epoch checkpoints (0: all)",
+        kind=int,
+        result=False,
+        group=RUN,
+        metavar="K",
     )
     keep_every: int = flag(
         0, "with --keep-last, also keep every N-th epoch's", kind=int, result=False, group=RUN, metavar="N"
@@ -147,7 +155,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     )
     report_every: int = flag(
         0,
-        "epochs between refreshed pages report.html, made beside the training and at its end (0: none)",
+        "epochs between refreshed pages report.html, made in the background and at the end (0: none)",
         kind=int,
         result=False,
         group=RUN,
@@ -218,7 +226,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
                 raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
         if self.batch_size < 2:
             raise UserError(
-                f"--batch-size must be at least 2, not {self.batch_size}: the loss tells the images of a batch apart"
+                f"--batch-size must be at least 2, not {self.batch_size}: the loss compares the images of a batch"
             )
         not_negative = (
             "workers",

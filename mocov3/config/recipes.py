@@ -6,12 +6,14 @@ A recipe holds only what differs from the defaults; any flag overrides it.
 from dataclasses import dataclass
 from typing import Any
 
+from mocov3.config.fields import Fields
+
 
 @dataclass(frozen=True)
 class Recipe:
     """Flags beyond the defaults, and the result the reference reports for them on ImageNet-1k, in %."""
 
-    settings: dict[str, Any]
+    settings: Fields
     about: str
     reference_result: str = ""
 
@@ -41,7 +43,7 @@ RECIPES: dict[str, Recipe] = {
             "quality_every": 1,
             "patience": 4,
         },
-        "ours: goes on from --init on other images; the rest as in auto",
+        "ours: continues training the weights of --init on other images; the rest as in auto",
     ),
     "defaults": Recipe({}, "the reference's defaults; what main_moco.py does unless told otherwise"),
     "resnet50_100ep": Recipe(
@@ -188,7 +190,7 @@ FINETUNE_RECIPES: dict[str, Recipe] = {
 """Recipes of fine-tuning and transfer; results are the reference's, after its pre-training of 300 epochs."""
 
 
-def finetune_settings() -> dict[str, dict[str, Any]]:
+def finetune_settings() -> dict[str, Fields]:
     """Fine-tuning recipe → the fields it sets."""
     return {name: recipe.settings for name, recipe in FINETUNE_RECIPES.items()}
 
@@ -203,7 +205,7 @@ LINCLS_RECIPES: dict[str, Recipe] = {
 }
 
 
-def settings(known: dict[str, Recipe] = RECIPES) -> dict[str, dict[str, Any]]:
+def settings(known: dict[str, Recipe] = RECIPES) -> dict[str, Fields]:
     """Recipe name → the fields it sets."""
     return {name: recipe.settings for name, recipe in known.items()}
 

@@ -32,7 +32,7 @@ class ScaleFlags(OwnFlags):
     )
     fsdp: bool = flag(
         False,
-        "share weights, gradients and optimizer states out over the processes (FSDP2), for networks larger than a "
+        "shard weights, gradients and optimizer states over the processes (FSDP2), for networks larger than a "
         "device; files are the same",
         kind=bool,
         result=False,
@@ -40,7 +40,7 @@ class ScaleFlags(OwnFlags):
     )
 
     def check_scale(self) -> None:
-        """Refuse values that mean nothing.
+        """Refuse values that make no sense.
 
         Raises:
             UserError: naming the first.

@@ -40,20 +40,20 @@ class ViewFlags:
     contrast: float | None = flag(None, "factors of contrast are drawn from 1 ± this", kind=float, group=VIEWS)
     saturation: float | None = flag(None, "factors of saturation are drawn from 1 ± this", kind=float, group=VIEWS)
     hue: float | None = flag(
-        None, "hue is turned by up to this part of the circle (at most 0.5)", kind=float, group=VIEWS
+        None, "hue is rotated by up to this fraction of the circle (at most 0.5)", kind=float, group=VIEWS
     )
-    jitter_probability: float | None = flag(None, "how often colours are changed", kind=float, group=VIEWS)
+    jitter_probability: float | None = flag(None, "how often colours are jittered", kind=float, group=VIEWS)
     gray_probability: float | None = flag(None, "how often a view is grey", kind=float, group=VIEWS)
     blur_probability: str = flag("", "how often views are blurred, one number or one a view (1.0,0.1)", group=VIEWS)
     blur_sigma: str = flag("", "smallest,largest standard deviation of the blur in pixels", group=VIEWS)
     solarize_probability: str = flag("", "how often views are solarised, one number or one a view", group=VIEWS)
-    flip_probability: float | None = flag(None, "how often left and right change sides", kind=float, group=VIEWS)
+    flip_probability: float | None = flag(None, "how often a view is mirrored left to right", kind=float, group=VIEWS)
     vertical_flip_probability: float | None = flag(
-        None, "how often top and bottom change sides", kind=float, group=VIEWS
+        None, "how often a view is mirrored top to bottom", kind=float, group=VIEWS
     )
     turn_probability: float | None = flag(
         None,
-        "how often a view is turned by 90, 180 or 270 degrees (0.75: all four ways up alike)",
+        "how often a view is rotated by 90, 180 or 270 degrees (0.75: all four orientations equally often)",
         kind=float,
         group=VIEWS,
     )
@@ -77,7 +77,7 @@ class ViewFlags:
     )
 
     def check_views(self) -> None:
-        """Refuse strengths that mean nothing.
+        """Refuse strengths that make no sense.
 
         Raises:
             UserError: naming the first.

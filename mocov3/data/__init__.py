@@ -1,6 +1,7 @@
 """From files to batches of views. Nothing in this package imports torch, so that loader processes start at once."""
 
-from mocov3.data.loading.loader import Batch, Loader, Work
+from mocov3.data.loading.loader import Loader
+from mocov3.data.loading.slots import Batch, Work
 from mocov3.data.sources.embedded import FashionMnist
 from mocov3.data.sources.opening import Source, open_source
 from mocov3.data.views.two_views import CentreView, TwoViews

@@ -1,7 +1,7 @@
-"""Ranks that were started differently: found before the first step, by digest, naming field and ranks.
+"""Ranks that were started differently: detected before the first step, by digest, naming field and ranks.
 
-Each rank reads its own command line, files and images. Where these differ the run would hang, or average gradients of
-different trainings without a word.
+Each rank reads its own command line, files and images. Where these differ the run would hang, or silently average
+gradients of different trainings.
 """
 
 import dataclasses

@@ -76,15 +76,17 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise by the statistics of all ranks (training) or by the running ones (evaluation)."""
-        return self.act(self.drop(self._normalise(input)))
+        out: Tensor = self.act(self.drop(self._normalise(input)))
+        return out
 
-    @torch.compiler.disable  # calls among ranks end a compiled graph
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # calls among ranks end a compiled graph
     def _normalise(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(input)
         if input.device.type == "cuda" and dist.get_backend() == "nccl":
             return self._cuda(input)
         wide = input if input.dtype in (torch.float32, torch.float64) else input.float()
+        out: Tensor
         out, mean, variance, total = _SynchronisedNorm.apply(wide, self.weight, self.bias, self.eps)
         with torch.no_grad():
             assert self.num_batches_tracked is not None
@@ -104,7 +106,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-        return SyncBatchNorm.apply(
+        out: Tensor = SyncBatchNorm.apply(
             input,
             self.weight,
             self.bias,
@@ -115,6 +117,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
             dist.group.WORLD,
             world_size(),
         )
+        return out
 
 
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:

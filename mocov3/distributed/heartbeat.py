@@ -1,6 +1,6 @@
-"""Which rank is gone: every rank leaves a sign of life in the store where the ranks met, and a thread watches.
+"""Which rank is lost: every rank writes a heartbeat to the shared store, and a thread watches.
 
-A collective call only says that somebody is missing, after a time that may be half an hour. Rank 0 watches all,
+A collective call only reports that some rank is missing, after up to half an hour. Rank 0 watches all,
 the others watch rank 0, so that the traffic grows with the number of ranks only.
 """
 
@@ -20,7 +20,7 @@ _LEFT = "left "
 
 
 class Heartbeat:
-    """Signs of life of one rank, and what it knows of the others'.
+    """Heartbeats of one rank, and what it knows of the others'.
 
     Args:
         rank: of this process.
@@ -39,7 +39,7 @@ class Heartbeat:
             self._thread.start()
 
     def leave(self, reason: str) -> None:
-        """Say that this rank ends, '' at its proper end, and stop watching."""
+        """Announce that this rank ends ('' for a regular end), and stop watching."""
         self._stop.set()
         if self._store is not None:
             self._thread.join(timeout=5 * PERIOD)
@@ -47,7 +47,7 @@ class Heartbeat:
                 self._store.set(self._key(self.rank), _LEFT + reason)
 
     def blame(self, within: float = 8 * PERIOD) -> str:
-        """Who is gone, in words, after a call among ranks failed; '' if all seem well."""
+        """Which rank is lost, in words, after a collective call failed; '' if none seems to be."""
         if self._store is None:
             return ""
         end = time.monotonic() + within
@@ -74,7 +74,7 @@ class Heartbeat:
 
     def _end(self, text: str) -> None:
         # the main thread may hang in a call that never returns
-        print(f"mocov3: error: {text}; rank {self.rank} ends; go on with --resume auto", file=sys.stderr, flush=True)
+        print(f"mocov3: error: {text}; rank {self.rank} ends; continue with --resume auto", file=sys.stderr, flush=True)
         os._exit(1)
 
     def _watched(self, *, everyone: bool) -> list[int]:

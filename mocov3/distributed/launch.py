@@ -43,7 +43,7 @@ def launch(
     ``nodes``); or from ``nodes`` and ``node_rank`` alone (every process started by hand); else there is one.
 
     torchrun may bring another number of ranks at every start: where ``batch`` does not divide over them, the largest
-    number over which it does trains, and the others stand by.
+    number over which it does trains, and the others idle.
 
     Raises:
         UserError: if the device does not exist or ranks do not meet.
@@ -58,7 +58,7 @@ def launch(
         if rank >= trains:
             return stand_by(meet.address, rank, meet.timeout)
         if trains < size and rank == 0:
-            warn(f"a batch of {batch} does not divide over {size} processes: {trains} train, {size - trains} stand by")
+            warn(f"a batch of {batch} does not divide over {size} processes: {trains} train, {size - trains} idle")
         code = _run(task, payload, rank, trains, here, pick_device(device, local if gpu is None else gpu), meet)
         if trains < size and rank == 0:
             tell_done(meet.address, meet.timeout, code)
@@ -103,7 +103,7 @@ def launch_as(config: Any, task: Task, payload: Any, **more: Any) -> int:
 
 
 class Meeting(NamedTuple):
-    """How ranks meet, and how long one may be silent."""
+    """How ranks connect, and how long one may be silent."""
 
     backend: str
     address: str
@@ -127,9 +127,9 @@ def _run(task: Task, payload: Any, rank: int, size: int, here: int, device: torc
         raise
     except RuntimeError as error:
         reason = f"{type(error).__name__}"
-        if gone := world.blame():  # what a call among ranks says names nobody
+        if gone := world.blame():  # the error of a collective call names no rank
             reason = gone
-            raise RankLost(f"{gone}; rank {rank} ends; go on with --resume auto") from None
+            raise RankLost(f"{gone}; rank {rank} ends; continue with --resume auto") from None
         raise
     finally:
         world.finish(reason)

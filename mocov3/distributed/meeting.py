@@ -1,7 +1,7 @@
-"""Where ranks meet: a store that all can reach, and the roll call in it, which names those that do not come.
+"""Where ranks connect: a store that all can reach, and the roll call in it, which names those that are missing.
 
 Under torchrun the number of ranks may change from one start to the next (elastic): where the batch does not divide over
-them, the largest number that it divides over trains, and the others stand by.
+them, the largest number that it divides over trains, and the others idle.
 """
 
 import os
@@ -43,25 +43,27 @@ def open_store(address: str, rank: int, timeout: timedelta) -> Any:
         if keeps:
             raise
         waited = f"{timeout.total_seconds():.0f} s"
-        raise RuntimeError(f"rank 0 did not come within {waited} (nobody answers at {host}:{number})") from None
+        raise RuntimeError(f"rank 0 did not connect within {waited} (no answer at {host}:{number})") from None
 
 
 def name_group(store: Any, rank: int, size: int, seconds: float) -> str:
-    """A name for this meeting of ranks that no earlier one in the same store has.
+    """A name for this start of the ranks that no earlier one in the same store has.
 
     torchrun keeps its store when it starts a group again, and what the former group left there makes the new one wait
     for ever. Ranks cannot tell old keys from new ones, but for those named by a token of their own: each says hello
     with its token until rank 0 has answered to it.
 
     Raises:
-        RuntimeError: naming the ranks that did not come.
+        RuntimeError: naming the ranks that did not connect.
     """
     end = time.monotonic() + seconds
     token = secrets.token_hex(8)
     missing = set(range(1, size)) if rank == 0 else {0}
     while missing:
         if time.monotonic() > end:
-            raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)[:5]))} did not come within {seconds:.0f} s")
+            raise RuntimeError(
+                f"rank {', '.join(map(str, sorted(missing)[:5]))} did not connect within {seconds:.0f} s"
+            )
         if rank == 0:
             for other in sorted(missing):
                 if store.check([f"hello/{other}"]):
@@ -97,5 +99,5 @@ def stand_by(address: str, rank: int, timeout: timedelta, period: float = 1.0) -
 
 
 def tell_done(address: str, timeout: timedelta, code: int) -> None:
-    """Let the ranks that stand by go."""
+    """Release the idle ranks."""
     open_store(address, 1, timeout).set(_DONE, str(code))

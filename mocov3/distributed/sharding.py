@@ -1,7 +1,7 @@
-"""Weights, gradients and optimizer states shared out over ranks (FSDP2, Zhao et al. 2023, arXiv 2304.11277).
+"""Weights, gradients and optimizer states sharded over ranks (FSDP2, Zhao et al. 2023, arXiv 2304.11277).
 
-Every block of an encoder, its stem, projector and predictor are gathered when they run and shared out again after.
-Files always hold the whole tensors, so that checkpoints do not depend on how a run was spread.
+Every block of an encoder, its stem, projector and predictor are gathered when they run and sharded again afterwards.
+Files always hold the whole tensors, so that checkpoints do not depend on the number of ranks.
 """
 
 import warnings
@@ -17,11 +17,11 @@ from mocov3.distributed.world import World
 from mocov3.errors import UserError
 
 ON_CPU = hasattr(torch.cpu.Stream, "record_event")
-"""Whether this torch shares out on CPUs too (2.6 does not)."""
+"""Whether this torch shards on CPUs too (2.6 does not)."""
 
 
 def shard(world: World, units: Iterable[nn.Module], calls: dict[nn.Module, list[str]]) -> None:
-    """Share out the parameters of ``units`` (inner ones first) over all ranks.
+    """Shard the parameters of ``units`` (inner ones first) over all ranks.
 
     Args:
         world: this rank; a world of one works, and shares nothing.
@@ -29,10 +29,10 @@ def shard(world: World, units: Iterable[nn.Module], calls: dict[nn.Module, list[
         calls: methods, other than ``forward``, by which units are run.
 
     Raises:
-        UserError: on CPUs, if this torch can share out on GPUs only.
+        UserError: on CPUs, if this torch can shard on GPUs only.
     """
     if world.device.type == "cpu" and not ON_CPU:
-        raise UserError(f"--fsdp: torch {torch.__version__} shares out on GPUs only; use a newer one on CPUs")
+        raise UserError(f"--fsdp: torch {torch.__version__} shards on GPUs only; use a newer one on CPUs")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -53,25 +53,25 @@ def reduce_now(units: Iterable[Any], now: bool) -> None:
 
 
 def reshard(modules: Iterable[Any]) -> None:
-    """Give back what the outermost units keep gathered after a forward pass; nothing where nothing is shared out."""
+    """Give back what the outermost units keep gathered after a forward pass; nothing where nothing is sharded."""
     for module in modules:
         if hasattr(module, "reshard"):
             module.reshard()
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's part of every tensor; the tensor itself where it is not shared out."""
+    """This rank's part of every tensor; the tensor itself where it is not sharded."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters of ``module`` are shared out over ranks."""
+    """Whether parameters of ``module`` are sharded over ranks."""
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Hold all of ``module`` on every rank, so that ranks may run it unequally often. Every rank must enter."""
+    """Hold all of ``module`` on every rank, so that ranks may run it at different times. Every rank must enter."""
     units: list[Any] = [m for m in module.modules() if hasattr(m, "set_requires_gradient_sync")]
     for unit in units:
         unit.unshard()
@@ -85,7 +85,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def whole(values: Any, *, keep: bool = True) -> Any:
-    """``values`` with every shared tensor gathered, on the CPU; dicts and lists are gone through.
+    """``values`` with every sharded tensor gathered, on the CPU; dicts and lists are traversed.
 
     Every rank must call it; those that do not ``keep`` the result get empty tensors, one gathered tensor after the
     other, so that nowhere but on the keeper's host all are held at once.
@@ -115,6 +115,6 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def norms(world: World, tensors: Iterable[Tensor], sharded: bool) -> Tensor:
-    """Euclidean norm of every tensor, its parts on all ranks together, by one call among ranks for all."""
+    """Euclidean norm of every tensor, its parts on all ranks together, by one collective call for all."""
     parts = torch.stack([torch.linalg.vector_norm(t) for t in local(tensors)])
     return world.sum(parts.square()).sqrt() if sharded else parts

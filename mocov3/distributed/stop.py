@@ -1,4 +1,4 @@
-"""Why and when a run stops before its end: signals, limits, too much that cannot be read. Ranks agree each step."""
+"""Why and when a run stops before its end: signals, limits, too many unreadable images. Ranks agree each step."""
 
 import signal
 import time
@@ -12,7 +12,7 @@ _AGAIN = 0.5  # seconds: a key pressed once reaches spawned ranks twice, from th
 
 
 class Stop:
-    """Collects reasons to stop; the loop asks after every step.
+    """Collects reasons to stop; the loop checks after every step.
 
     Args:
         max_steps: stop once so many steps are done in all (0: never).
@@ -40,11 +40,11 @@ class Stop:
             raise KeyboardInterrupt  # asked twice: at once
 
     def refuse(self, text: str) -> None:
-        """Ask to stop because the input is not fit."""
+        """Ask to stop because the input is unsuitable."""
         self._reason, self.refusal = self._reason or _REFUSED, text
 
     def finish(self) -> None:
-        """Ask to stop because nothing more is to be gained."""
+        """Ask to stop because no further gain is expected."""
         self._reason = self._reason or _LIMIT
 
     def steps_done(self, step: int) -> bool:
@@ -67,6 +67,6 @@ class Stop:
         return self._reason if self._reason < _LIMIT else 0
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""This process among the ranks, and what ranks tell each other."""
+"""This process among the ranks, and their communication."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -90,11 +90,11 @@ class World:
             dist.barrier(group=_control_group())
 
     def blame(self) -> str:
-        """Which rank is gone, in words, after a call among ranks failed; '' if none is known to be."""
+        """Which rank is lost, in words, after a collective call failed; '' if none is known to be."""
         return self.heartbeat.blame() if self.heartbeat is not None else ""
 
     def finish(self, reason: str = "") -> None:
-        """Leave the process group; ``reason`` is told to the other ranks where it is not the proper end."""
+        """Leave the process group; ``reason`` is sent to the other ranks unless it is a regular end."""
         if self.heartbeat is not None:
             self.heartbeat.leave(reason)
         if dist.is_initialized():
@@ -158,7 +158,7 @@ def start(
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         except (ValueError, RuntimeError) as error:
             reason = str(error).split("\n")[0][:200]
-            raise UserError(f"rank {rank} of {size} could not meet the others at {address}: {reason}") from None
+            raise UserError(f"rank {rank} of {size} could not connect to the others at {address}: {reason}") from None
         _control_group()
         heartbeat = Heartbeat(rank, size, group=name, silence=60 * timeout_minutes)
         return World(rank, size, device, local_size, heartbeat)

@@ -1,1 +1,1 @@
-"""Judging frozen features: linear evaluation, k-NN, embedding, quality without labels, networks side by side."""
+"""Evaluating frozen features: linear evaluation, k-NN, embedding, quality without labels, networks side by side."""

@@ -1,9 +1,10 @@
 """Judge networks side by side, without labels or with few: ``mocov3 compare CKPT… DIR``.
 
-Every checkpoint is shown beside the same network untrained, the weights it started from where they are at hand, and
+Every checkpoint is shown beside the same network untrained, the weights it started from where they are available, and
 plain pixels. Measures: ``mocov3.evaluation.quality``; which to trust: ``docs/own-images.md``.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,11 +48,11 @@ def main(argv: Sequence[str]) -> int:
         for row in rows:
             print(json.dumps(row))
         return 0
-    _print(rows, labels, args.labels, kept=unseen is not None)
+    _print(rows, labels, args.labels, held_out=unseen is not None)
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Any:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="mocov3 compare", description=__doc__)
     parser.add_argument(
         "things",
@@ -91,10 +92,10 @@ _COLUMNS = {
 _NAME = 34
 
 
-def _print(rows: list[dict[str, Any]], labels: Labels | None, file: str, *, kept: bool) -> None:
+def _print(rows: list[dict[str, Any]], labels: Labels | None, file: str, *, held_out: bool) -> None:
     trained = [row for row in rows if row["kind"] == "checkpoint"]
     best = max(row["retrieval"] for row in trained)
-    which = " that these runs kept back (--hold-out)" if kept else ""
+    which = " that these runs kept back (--hold-out)" if held_out else ""
     print(f"{rows[0]['pictures']} images{which}, by views of kinds not trained on; *: finds most again\n")
     heads = [f"{title:>7}" for title, _ in _COLUMNS.values()] + (["k-NN % (95 %)"] if labels is not None else [])
     print(f"  {'network':<{_NAME}}" + " ".join(heads))

@@ -2,7 +2,7 @@
 
 As for training, these are the images of its training part where it has parts; name DIR/val for those of the other.
 
-Features are written as they come; a stopped pass goes on where it stood when the same command is given again.
+Features are written as they come; a stopped pass resumes where it stopped when the same command is given again.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ def main(config: EmbedConfig) -> int:
     """Check, start the ranks, embed.
 
     Raises:
-        UserError: for anything the user can mend.
+        UserError: for anything the user can fix.
     """
     config.check()
     output = Path(config.output)
@@ -62,7 +62,7 @@ def embed(world: Any, config: EmbedConfig) -> int:
 
     frozen = open_configured(config)
     source, preset = open_source(config.data), frozen.preset
-    # what makes the features; a pass of other settings is not gone on with
+    # what makes the features; a pass with other settings is not resumed
     key = {
         "pictures": source.digest,
         "backbone": frozen.digest(),
@@ -82,8 +82,8 @@ def embed(world: Any, config: EmbedConfig) -> int:
     with torch.no_grad(), precision.autocast():
         shape = tuple(frozen.features(torch.zeros(1, 3, side, side, device=world.device)).shape[1:])
     spool = Spool(Path(config.output), key, images=len(source), shape=shape, batch=config.batch_size, world=world)
-    if world.main and spool.found:
-        _say(f"going on: {spool.found} of {spool.batches} batches are there")
+    if world.main and spool.count_done:
+        _say(f"resuming: {spool.count_done} of {spool.batches} batches are there")
     mine = spool.todo()
     began, done = time.perf_counter(), 0
     for part in stream(

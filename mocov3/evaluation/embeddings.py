@@ -1,4 +1,4 @@
-"""Files of embeddings: a spool that a stopped pass goes on with, the finished ``.npy`` or ``.parquet``, duplicates.
+"""Files of embeddings: a spool that a stopped pass resumes from, the finished ``.npy`` or ``.parquet``, duplicates.
 
 The spool lies beside the output: ``.NAME.spool.npy`` (features), ``.NAME.done`` (a byte a batch), ``.NAME.key.json``
 (what made them) and ``.NAME.errors.jsonl`` (unreadable images).
@@ -49,7 +49,7 @@ class Spool:
         world.barrier()
         self._features: Any = np.load(self._features_file, mmap_mode="r+")
         self._done: Any = np.memmap(self._done_file, dtype=np.uint8, mode="r+", shape=(self.batches,))
-        self.found = int(self._done.sum())
+        self.count_done = int(self._done.sum())
         self._pending: list[int] = []
         self._flushed = time.monotonic()
 
@@ -64,10 +64,10 @@ class Spool:
         for file in (self._key_file, self._done_file, self._features_file, self._errors_file):
             file.unlink(missing_ok=True)
         try:
-            made = np.lib.format.open_memmap(
+            array = np.lib.format.open_memmap(
                 self._features_file, mode="w+", dtype=np.float32, shape=(self.images, *shape)
             )
-            del made
+            del array
             self._done_file.write_bytes(bytes(self.batches))
             self._key_file.write_text(json.dumps(key))  # last: without it the others do not count
         except OSError as error:
@@ -123,14 +123,14 @@ class Spool:
     def _errors(self) -> dict[int, str]:
         if not self._errors_file.exists():
             return {}
-        found = {}
+        reasons = {}
         for line in self._errors_file.read_text(encoding="utf-8").splitlines():
             try:
                 index, reason = json.loads(line)
-                found[int(index)] = str(reason)
+                reasons[int(index)] = str(reason)
             except ValueError:  # cut short by a kill; its batch was not done and came again
                 continue
-        return found
+        return reasons
 
 
 def class_of(source: Source, index: int) -> str:
@@ -192,11 +192,11 @@ def duplicate_groups(features: torch.Tensor, threshold: float, *, leave_out: set
 
     Largest groups first. An image is compared with its 20 nearest.
     """
-    kept = torch.tensor([i for i in range(len(features)) if i not in leave_out], dtype=torch.long)
-    if len(kept) < 2:
+    readable = torch.tensor([i for i in range(len(features)) if i not in leave_out], dtype=torch.long)
+    if len(readable) < 2:
         return []
-    x = features[kept] if leave_out else features
-    found = nearest(x, x, min(_NEIGHBOURS, len(x) - 1), own=torch.arange(len(x)))
+    x = features[readable] if leave_out else features
+    neighbours = nearest(x, x, min(_NEIGHBOURS, len(x) - 1), self_index=torch.arange(len(x)))
     parent = list(range(len(x)))
 
     def root(i: int) -> int:
@@ -205,15 +205,15 @@ def duplicate_groups(features: torch.Tensor, threshold: float, *, leave_out: set
             i = parent[i]
         return i
 
-    near = (found.similarity >= threshold).nonzero().tolist()
+    near = (neighbours.similarity >= threshold).nonzero().tolist()
     for i, place in near:
-        parent[root(int(found.index[i, place]))] = root(i)
+        parent[root(int(neighbours.index[i, place]))] = root(i)
     groups: dict[int, list[int]] = {}
     least: dict[int, float] = {}
     for i, place in near:
         r = root(i)
-        least[r] = min(least.get(r, 1.0), float(found.similarity[i, place]))
-    for i in sorted({i for i, _ in near} | {int(found.index[i, place]) for i, place in near}):
-        groups.setdefault(root(i), []).append(int(kept[i]))
+        least[r] = min(least.get(r, 1.0), float(neighbours.similarity[i, place]))
+    for i in sorted({i for i, _ in near} | {int(neighbours.index[i, place]) for i, place in near}):
+        groups.setdefault(root(i), []).append(int(readable[i]))
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[1][0]))
     return [(least[r], members) for r, members in ordered]

@@ -1,7 +1,7 @@
 """Features of a frozen backbone over a set of images, in evaluation mode, split over ranks.
 
-Images are taken in batches of a fixed grid, which ranks share out; so features do not depend on the number of
-ranks, nor on where a stopped pass goes on.
+Images are taken in batches of a fixed grid, which are divided among ranks; so features do not depend on the number of
+ranks, nor on where a stopped pass is resumed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mocov3.data import CentreView, Loader, Source, Work
 from mocov3.data.device.pixels import normalise
-from mocov3.data.loading.loader import Corrupt, usable_cores
+from mocov3.data.loading.loader import usable_cores
+from mocov3.data.loading.slots import Corrupt
 from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.errors import UserError
@@ -89,8 +90,8 @@ def stream(
             for batch in loader.run(works):
                 x = normalise(batch.pixels[0], device, mean, std)
                 with torch.no_grad(), autocast():
-                    found = features(x)
-                yield Part(batch.work.indices, at_least_float32(found), batch.corrupt)
+                    batch_features = features(x)
+                yield Part(batch.work.indices, at_least_float32(batch_features), batch.corrupt)
     finally:
         network.train(training)
 
@@ -122,20 +123,20 @@ def collect(
         UserError: if features are not finite, naming the images.
     """
     mine = grid(len(source), batch_size, world)
-    own, filled = torch.empty(0), 0
+    local, filled = torch.empty(0), 0
     corrupt: dict[int, str] = {}
     for part in stream(network, features, source, view, mine, device=world.device, **settings):
         if check:
             refuse_not_finite(part.features, part.indices, source)
         if not filled:
-            own = torch.empty(sum(map(len, mine)), *part.features.shape[1:])
-        own[filled : filled + len(part.indices)] = part.features.cpu()
+            local = torch.empty(sum(map(len, mine)), *part.features.shape[1:])
+        local[filled : filled + len(part.indices)] = part.features.cpu()
         filled += len(part.indices)
         met = set(part.indices.tolist())
         corrupt.update({c.index: c.reason for c in part.corrupt if c.index in met})
-    everyone = world.gather((own, corrupt))
+    everyone = world.gather((local, corrupt))
     if world.size == 1:
-        return Collected(own, corrupt)
+        return Collected(local, corrupt)
     together = {i: reason for _, bad in everyone for i, reason in bad.items()}
     return Collected(torch.cat([part for part, _ in everyone if part.numel()]), together)
 
@@ -161,4 +162,4 @@ def refuse_not_finite(x: Tensor, indices: np.ndarray, source: Source) -> None:
     rows = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
     names = ", ".join(source.name(int(indices[row])) for row in rows[:5])
     more = f" and {len(rows) - 5} more of this batch" if len(rows) > 5 else ""
-    raise UserError(f"features are not finite for {names}{more}; the weights, or --precision, are not fit")
+    raise UserError(f"features are not finite for {names}{more}; check the weights and --precision")

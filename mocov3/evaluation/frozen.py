@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from mocov3 import models
 from mocov3.config.archs import BUILT_IN_ARCHS, check_heads, is_vit, stored_heads
 from mocov3.config.evaluation import FeatureConfig
+from mocov3.config.fields import Fields
 from mocov3.config.presets import PRESETS, Reading, ViewPreset
 from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
 from mocov3.models.shapes import shapes_only
-from mocov3.weights import attention_heads, checkpoint
+from mocov3.weights import Contents, attention_heads, checkpoint
 from mocov3.weights.convert import BackboneWeights, find_backbone, load_into, settings_of, views_of
 
 PIXELS = "pixels"
@@ -51,7 +52,7 @@ class Frozen:
 
     @property
     def head(self) -> str:
-        """Name of what stands in place of the classifier."""
+        """Name of the module in place of the classifier."""
         return str(self.network.projector_name)
 
     @property
@@ -172,11 +173,11 @@ def _from_file(
     name = arch or weights.arch
     if not name:
         raise UserError(f"{where}: does not say which arch it is; {_fits(weights)}")
-    own = contents.get("mocov3")
+    entry = contents.get("mocov3")
     try:
-        config = dict(own["config"]) if isinstance(own, dict) else {}
+        config = dict(entry["config"]) if isinstance(entry, dict) else {}
         size = image_size or int(config.get("image_size") or 224)
-        preset = PRESETS[view_preset] if view_preset else _saved_preset(own, config, where)
+        preset = PRESETS[view_preset] if view_preset else _saved_preset(entry, config, where)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{where}: its entry 'mocov3' is damaged; give a whole file") from None
     settings = {"image_size": size, **settings_of(weights.state, name), **weights.sizes(name, where)}
@@ -196,10 +197,10 @@ def _from_file(
     return _frozen(network, name, size, preset, settings, about, layer)
 
 
-def _saved_preset(own: Any, config: dict[str, Any], where: str) -> ViewPreset:
+def _saved_preset(entry: Any, config: Fields, where: str) -> ViewPreset:
     """Normalisation and centre crop as a file of ours says them, else those of ``photos``."""
     preset = views_of(config, where)
-    view = own.get("view") if isinstance(own, dict) else None
+    view = entry.get("view") if isinstance(entry, dict) else None
     if not isinstance(view, dict):
         return preset
     return dataclasses.replace(
@@ -211,18 +212,18 @@ def _saved_preset(own: Any, config: dict[str, Any], where: str) -> ViewPreset:
     )
 
 
-def _with_projector(contents: dict[str, Any], arch: str, encoder: str, settings: dict[str, Any], where: str) -> Encoder:
+def _with_projector(contents: Contents, arch: str, encoder: str, settings: dict[str, Any], where: str) -> Encoder:
     part = f"{encoder}_encoder."
     state = {k.removeprefix("module."): v for k, v in contents.get("state_dict", {}).items() if isinstance(v, Tensor)}
-    found = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
+    part_state = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
     for name in ("fc.", "head.", "projector."):
-        own = {k.removeprefix(name): v for k, v in found.items() if k.startswith(name)}
-        matrices = [v for v in own.values() if v.ndim == 2]
+        head_state = {k.removeprefix(name): v for k, v in part_state.items() if k.startswith(name)}
+        matrices = [v for v in head_state.values() if v.ndim == 2]
         if matrices:
             model = models.build(arch, dim=len(matrices[-1]), mlp_dim=len(matrices[0]), **settings).base_encoder
             projector = getattr(model, model.projector_name)
-            checkpoint.check_state(projector, own, where)
-            projector.load_state_dict(own)
+            checkpoint.check_state(projector, head_state, where)
+            projector.load_state_dict(head_state)
             return model
     raise UserError(f"{where}: holds no projector; a pre-training checkpoint does")
 
@@ -240,15 +241,18 @@ def _published(model: str, image_size: int, view_preset: str, layer: str) -> Fro
     except Exception as error:  # whatever the hub's client raises without a network
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
-            f"--model {model}: its published weights cannot be had ({reason}); give a weights file "
+            f"--model {model}: its published weights could not be fetched ({reason}); give a weights file "
             f"with -a {model}, or --untrained"
         ) from None
-    found = timm.data.resolve_model_data_config(network.backbone)
+    data_config = timm.data.resolve_model_data_config(network.backbone)
     preset = (
         PRESETS[view_preset]
         if view_preset
         else dataclasses.replace(
-            PRESETS["photos"], mean=tuple(found["mean"]), std=tuple(found["std"]), evaluation_zoom=1 / found["crop_pct"]
+            PRESETS["photos"],
+            mean=tuple(data_config["mean"]),
+            std=tuple(data_config["std"]),
+            evaluation_zoom=1 / data_config["crop_pct"],
         )
     )
     about = f"{model}, timm's published weights"
@@ -274,7 +278,8 @@ def _frozen(
 
 def _layer(network: Any, arch: str, layer: str) -> Callable[[Tensor], Tensor]:
     if layer in ("", "projector"):
-        return network.features if not layer else network
+        features: Callable[[Tensor], Tensor] = network if layer else network.features
+        return features
     if isinstance(network, Pixels):
         raise UserError(f"--layer {layer}: pixels have no layers")
     body = network.backbone if isinstance(network, TimmEncoder) else network
@@ -285,25 +290,25 @@ def _layer(network: Any, arch: str, layer: str) -> Callable[[Tensor], Tensor]:
         return lambda x: body.forward_features(x)[:, 0]
 
     def patches(x: Tensor) -> Tensor:
-        found = body.feature_map(x) if isinstance(body, ResNet) else body.forward_features(x)
-        if found.ndim == 4:  # a map, channels first unless said otherwise
+        tokens = body.feature_map(x) if isinstance(body, ResNet) else body.forward_features(x)
+        if tokens.ndim == 4:  # a map, channels first unless said otherwise
             last = str(getattr(body, "output_fmt", "NCHW")).upper().endswith("NHWC")
-            return found.flatten(1, 2) if last else found.flatten(2).transpose(1, 2)
-        return found[:, prefix:]
+            return tokens.flatten(1, 2) if last else tokens.flatten(2).transpose(1, 2)
+        return tokens[:, prefix:]
 
     return patches if layer == "patches" else lambda x: patches(x).mean(1)
 
 
 def _fits(weights: BackboneWeights) -> str:
     """Which built-in archs have a backbone of exactly these keys and shapes, as a hint."""
-    found, state = [], weights.state
+    fitting, state = [], weights.state
     for arch in BUILT_IN_ARCHS:
         with shapes_only():
             wanted = build_backbone(arch, **settings_of(state, arch)).state_dict()
         bare = {k: v for k, v in wanted.items() if not k.startswith(("fc.", "head."))}
         if set(bare) == set(state) and all(v.shape == state[k].shape for k, v in bare.items() if k != "pos_embed"):
-            found.append(arch)
-    if not found:
+            fitting.append(arch)
+    if not fitting:
         return "no built-in arch fits it; is it timm/NAME?"
     asked = attention_heads.choices(attention_heads.width_of(state)) if weights.heads.number is None else ""
-    return f"-a {' or '.join(found)} fits it" + (f", with {asked}" if asked else "")
+    return f"-a {' or '.join(fitting)} fits it" + (f", with {asked}" if asked else "")

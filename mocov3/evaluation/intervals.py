@@ -1,4 +1,4 @@
-"""How sure a share is, and how far two measures go together."""
+"""How certain a fraction is, and how strongly two measures correlate."""
 
 import math
 from collections.abc import Sequence

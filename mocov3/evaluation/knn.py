@@ -1,7 +1,7 @@
 """k-NN evaluation (Wu et al. 2018; Caron et al. 2021): ``mocov3 knn --model FILE DIR``.
 
-With a training and a validation part (DIR/train, DIR/val) the first is the bank and the second is asked; one folder of
-classes is asked against itself, each image left out in turn; so are the few that ``--labels some.csv`` names.
+With a training and a validation part (DIR/train, DIR/val) the first is the bank, the second the queries. One folder of
+classes is its own bank, each image left out in turn; so are the few that ``--labels some.csv`` names.
 """
 
 import json
@@ -23,7 +23,7 @@ def main(config: KnnConfig) -> int:
     """Check, start the ranks, measure, print.
 
     Raises:
-        UserError: for anything the user can mend.
+        UserError: for anything the user can fix.
     """
     config.check()
     bank, queries = open_sets(config.data, config.labels)
@@ -53,22 +53,22 @@ def open_sets(data: str, labels: str = "") -> tuple[Source, Source | None]:
 
 
 def limits(config: KnnConfig, available: int) -> tuple[tuple[int, ...], tuple[int, ...], list[str]]:
-    """The k of the vote and of recall that the bank allows, and a note on those left out.
+    """The values of k for the vote and recall that the bank allows, and a note on those left out.
 
     Raises:
         UserError: if a k that was asked for is above the bank.
     """
-    notes, kept = [], []
+    notes, allowed = [], []
     for flag, given, default in (("--k", config.k, KS), ("--recall", config.recall, RECALLS)):
         above = [k for k in given if k > available]
         if above and given != default:
             raise UserError(f"{flag} {above[0]} is above the {available} images of the bank; give less")
         if above:
             notes.append(f"{flag} {','.join(map(str, above))} left out: the bank has {available} images")
-        kept.append(tuple(dict.fromkeys(k for k in given if k <= available)))
-    if not kept[0]:
+        allowed.append(tuple(dict.fromkeys(k for k in given if k <= available)))
+    if not allowed[0]:
         raise UserError(f"the bank has {available} images, too few for any k")
-    return kept[0], kept[1], notes
+    return allowed[0], allowed[1], notes
 
 
 def measure(world: Any, config: KnnConfig) -> int:
@@ -85,11 +85,13 @@ def measure(world: Any, config: KnnConfig) -> int:
     asked, answers = (bank, labels) if sources[1] is None else _features(world, frozen, config, sources[1])
     ks, recalls, notes = limits(config, len(bank) - (sources[1] is None))
     mine = torch.from_numpy(np.array_split(np.arange(len(asked)), world.size)[world.rank])
-    own = mine if sources[1] is None else None
-    found = nearest(bank, asked[mine], max(*ks, *recalls, 1), own=own, device=world.device)
-    voted = vote(found, labels, ks, config.temperature, classes=len(sources[0].classes))
+    self_index = mine if sources[1] is None else None
+    neighbours = nearest(bank, asked[mine], max(*ks, *recalls, 1), self_index=self_index, device=world.device)
+    voted = vote(neighbours, labels, ks, config.temperature, classes=len(sources[0].classes))
     hits = [int((predicted == answers[mine]).sum()) for predicted in voted.values()]
-    counts = world.sum(torch.tensor([*hits, *recalled(found, labels, answers[mine], recalls)], device=world.device))
+    counts = world.sum(
+        torch.tensor([*hits, *recalled(neighbours, labels, answers[mine], recalls)], device=world.device)
+    )
     shares = [100 * n / len(asked) for n in counts.tolist()]
     if world.main:
         accuracy = dict(zip(voted, shares, strict=False))

@@ -1,6 +1,6 @@
-"""A verdict on a network without labels: held-out images, views of kinds never trained on, six measures.
+"""Quality of a network, judged without labels: held-out images, views of kinds never trained on, six measures.
 
-Sources of the measures: ``mocov3.evaluation.quality``. How far each goes along with k-NN accuracy:
+Sources of the measures: ``mocov3.evaluation.quality``. How each correlates with k-NN accuracy:
 ``docs/own-images.md``.
 """
 
@@ -29,12 +29,12 @@ _SEED = 0
 
 
 @dataclass(frozen=True)
-class Verdict:
+class LabelFreeQuality:
     """One network's measures."""
 
     images: int
     retrieval: float
-    """Share in % of images found again among all by another view; the one that chooses ``best_unlabelled``."""
+    """Share in % of images retrieved among all by another view; the one that chooses ``best_unlabelled``."""
     rankme: float
     alpha: float
     lidar: float
@@ -47,9 +47,9 @@ class Verdict:
         return {"pictures": values.pop("images"), **values}
 
 
-def judge(views: Float[Tensor, "images views dim"]) -> Verdict:
+def judge(views: Float[Tensor, "images views dim"]) -> LabelFreeQuality:
     """Measures of features: view 0 is the evaluation view, the others its changed versions (three or more in all)."""
-    return Verdict(
+    return LabelFreeQuality(
         images=len(views),
         retrieval=quality.retrieval(views[:, 1], views[:, 2]),
         rankme=quality.rankme(views[:, 0]),
@@ -73,7 +73,7 @@ def features_of_views(
     batch_size: int = 64,
 ) -> Float[Tensor, "images views dim"]:
     """Features of at most ``IMAGES`` images, all views of each, on every rank's CPU as float32; unreadable images
-    are left out. ``network`` is put in evaluation mode for the time.
+    are left out. ``network`` is temporarily in evaluation mode.
     """
     chosen = scattered(len(source), IMAGES)
     mine = np.array_split(chosen, world.size)[world.rank]
@@ -96,10 +96,10 @@ def features_of_views(
     finally:
         if network is not None:
             network.train(training)
-    own = torch.cat(parts) if parts else torch.empty(0)
-    return torch.cat([part for part in world.gather(own) if part.numel()])
+    local = torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat([part for part in world.gather(local) if part.numel()])
 
 
 def pixel_features(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
-    """The images themselves, at 16×16: what a network must beat."""
+    """The images themselves, at 16×16: the baseline for a network."""
     return nn.functional.adaptive_avg_pool2d(x, _PIXELS).flatten(1)

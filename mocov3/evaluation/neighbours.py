@@ -1,7 +1,7 @@
 """Nearest neighbours of features by cosine: exact search, weighted vote, retrieval; and nearest centroids.
 
-The search runs in float32 tile by tile, and decides in float64: what it finds, equal similarities included, does not
-depend on tiles, on the number of ranks or on how many images are asked for together.
+The search runs in float32 tile by tile, and decides in float64: the result, ties included, does not
+depend on tiles, on the number of ranks or on how many queries are searched together.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ _GRID = 2.0**40  # similarities are rounded to 1/grid, so that equal features ar
 
 
 class Neighbours(NamedTuple):
-    """The k nearest bank rows of every query: by falling similarity, equal ones by rising index."""
+    """The k nearest bank rows of every query: by decreasing similarity, ties by increasing index."""
 
     similarity: Float[Tensor, "queries k"]
     """Cosine, float64."""
-    index: Int[Tensor, "queries k"]  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: Int[Tensor, "queries k"]  # type: ignore[assignment]  # hides tuple.index, which is not used here
 
 
 def nearest(
@@ -32,7 +32,7 @@ def nearest(
     queries: Float[Tensor, "queries dim"],
     k: int,
     *,
-    own: Int[Tensor, "queries"] | None = None,
+    self_index: Int[Tensor, "queries"] | None = None,
     device: torch.device | None = None,
 ) -> Neighbours:
     """The ``k`` nearest bank rows of every query by cosine, exactly.
@@ -43,22 +43,22 @@ def nearest(
         bank: features, finite.
         queries: features, finite.
         k: how many.
-        own: bank row of each query that is left out (leave-one-out).
+        self_index: bank row of each query that is left out (leave-one-out).
         device: where similarities are computed; that of the bank unless given.
 
     Raises:
         ValueError: if the bank has no k rows.
     """
-    available = len(bank) - (own is not None)
+    available = len(bank) - (self_index is not None)
     if not 1 <= k <= available:
         raise ValueError(f"k must lie between 1 and the bank's {available} images, not {k}")
-    wanted = min(k + _SPARE + (own is not None), len(bank))
+    wanted = min(k + _SPARE + (self_index is not None), len(bank))
     lengths = _lengths(bank)
     value, index = _candidates(bank, lengths, queries, wanted, device or bank.device)
-    similarity, found = [], []
+    similarity, indices = [], []
     score = _Scorer(bank, lengths, wanted)
     for rows in torch.arange(len(queries)).split(_SCORED):
-        mine = None if own is None else own[rows]
+        mine = None if self_index is None else self_index[rows]
         exact, numbers = (t[:, :k] for t in score(queries[rows], index[rows], mine))
         if wanted < len(bank):  # beyond the candidates nothing may be as near as the last one taken
             error = 8 * bank.shape[1] ** 0.5 * 2.0**-24  # of a float32 product of unit vectors, amply
@@ -68,10 +68,10 @@ def nearest(
                 exact, numbers = exact.clone(), numbers.clone()
                 exact[unsure], numbers[unsure] = _scored_all(bank, lengths, queries[rows][unsure], k, mine)
         similarity.append(exact)
-        found.append(numbers)
+        indices.append(numbers)
     if not similarity:
         return Neighbours(torch.empty(0, k, dtype=torch.float64), torch.empty(0, k, dtype=torch.long))
-    return Neighbours(torch.cat(similarity), torch.cat(found))
+    return Neighbours(torch.cat(similarity), torch.cat(indices))
 
 
 def _lengths(x: Tensor) -> Tensor:
@@ -112,28 +112,30 @@ class _Scorer:
         shape = (_SCORED * wanted, bank.shape[1])
         self._rows, self._wide = bank.new_empty(shape), bank.new_empty(shape, dtype=torch.float64)
 
-    def __call__(self, queries: Tensor, index: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, queries: Tensor, index: Tensor, self_index: Tensor | None) -> tuple[Tensor, Tensor]:
         flat = index.flatten()
         rows = torch.index_select(self.bank, 0, flat, out=self._rows[: len(flat)])
         wide = self._wide[: len(flat)].copy_(rows).view(*index.shape, -1)
         similarity = torch.bmm(wide, _unit(queries)[:, :, None]).squeeze(2) / self.lengths[index]
-        return _sorted(similarity, index, own)
+        return _sorted(similarity, index, self_index)
 
 
 def _unit(x: Tensor) -> Tensor:
     return x.double() / _lengths(x)[:, None]
 
 
-def _sorted(similarity: Tensor, index: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sorted(similarity: Tensor, index: Tensor, self_index: Tensor | None) -> tuple[Tensor, Tensor]:
     similarity = (similarity * _GRID).round() / _GRID
-    if own is not None:
-        similarity = similarity.masked_fill(index == own[:, None], -torch.inf)
+    if self_index is not None:
+        similarity = similarity.masked_fill(index == self_index[:, None], -torch.inf)
     index, order = index.sort(dim=1)
     similarity, by = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
     return similarity, index.gather(1, by)
 
 
-def _scored_all(bank: Tensor, lengths: Tensor, queries: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scored_all(
+    bank: Tensor, lengths: Tensor, queries: Tensor, k: int, self_index: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The whole bank in float64: for queries with more equals than candidates."""
     asked = _unit(queries)
     best: tuple[Tensor, Tensor] | None = None
@@ -142,14 +144,14 @@ def _scored_all(bank: Tensor, lengths: Tensor, queries: Tensor, k: int, own: Ten
         number = torch.arange(start, start + part.shape[1], device=bank.device).expand_as(part)
         if best is not None:
             part, number = torch.cat([best[0], part], dim=1), torch.cat([best[1], number], dim=1)
-        similarity, index = _sorted(part, number, own)
+        similarity, index = _sorted(part, number, self_index)
         best = similarity[:, :k], index[:, :k]
     assert best is not None
     return best
 
 
 def vote(
-    found: Neighbours,
+    neighbours: Neighbours,
     bank_labels: Int[Tensor, "bank"],
     ks: Sequence[int],
     temperatures: Sequence[float],
@@ -161,7 +163,7 @@ def vote(
     Wu et al. 2018 (§3.4); DINO (Caron et al. 2021) has the same. Equal votes: the lower class.
     """
     predicted: dict[tuple[int, float], list[Tensor]] = {(k, t): [] for k in ks for t in temperatures}
-    for similarity, index in zip(found.similarity.split(1024), found.index.split(1024), strict=True):
+    for similarity, index in zip(neighbours.similarity.split(1024), neighbours.index.split(1024), strict=True):
         labels = bank_labels[index].long()
         for t in temperatures:
             # weights relative to the nearest: the vote is the same, and small temperatures cannot overflow
@@ -176,10 +178,10 @@ def vote(
 
 
 def recalled(
-    found: Neighbours, bank_labels: Int[Tensor, "bank"], labels: Int[Tensor, "queries"], ks: Sequence[int]
+    neighbours: Neighbours, bank_labels: Int[Tensor, "bank"], labels: Int[Tensor, "queries"], ks: Sequence[int]
 ) -> list[int]:
     """How many queries have one of their own class among the first k neighbours, for every k (recall@k)."""
-    same = bank_labels[found.index] == labels[:, None].to(bank_labels.dtype)
+    same = bank_labels[neighbours.index] == labels[:, None].to(bank_labels.dtype)
     return [int(same[:, :k].any(1).sum()) for k in ks]
 
 
@@ -192,8 +194,8 @@ def knn_predict(
     temperature: float = TEMPERATURE,
 ) -> Int[Tensor, "queries"]:
     """Classes by weighted vote of the k nearest, see ``nearest`` and ``vote``."""
-    found = nearest(bank, queries, k)
-    return vote(found, bank_labels, [k], [temperature], classes=int(bank_labels.max()) + 1)[k, temperature]
+    neighbours = nearest(bank, queries, k)
+    return vote(neighbours, bank_labels, [k], [temperature], classes=int(bank_labels.max()) + 1)[k, temperature]
 
 
 def knn_accuracy(

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mocov3.config import preset_of
+from mocov3.config.fields import Fields
 from mocov3.data import Source
 from mocov3.data.loading.order import hold_out
 from mocov3.data.sources.labels import Labels
@@ -120,7 +121,7 @@ def _row(
     labels: Labels | None,
     *,
     world: World,
-    config: dict[str, Any],
+    config: Fields,
     size: int,
     workers: int,
     whole: Source,
@@ -161,6 +162,6 @@ def leave_one_out(features: Float[Tensor, "images dim"], labels: Int[Tensor, "im
     """Images whose class the k nearest others vote for (weights as in ``neighbours``), and all images."""
     n = len(features)
     k = min(K, n - 1)
-    found = nearest(features, features, k, own=torch.arange(n))
-    voted = vote(found, labels, [k], [TEMPERATURE], classes=int(labels.max()) + 1)[k, TEMPERATURE]
+    neighbours = nearest(features, features, k, self_index=torch.arange(n))
+    voted = vote(neighbours, labels, [k], [TEMPERATURE], classes=int(labels.max()) + 1)[k, TEMPERATURE]
     return int((voted == labels).sum()), n

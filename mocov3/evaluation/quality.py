@@ -22,7 +22,7 @@ def rankme(features: Float[Tensor, "images dim"]) -> float:
 
 
 def rank_of_gram(gram: Float[Tensor, "dim dim"]) -> float:
-    """``rankme`` of features from xᵀx (any multiple of it), which ranks can add up."""
+    """``rankme`` of features from xᵀx (any multiple of it), which can be summed over ranks."""
     return _effective_rank(torch.linalg.eigvalsh(_double(gram)).clamp(min=0).sqrt())
 
 
@@ -80,14 +80,14 @@ def uniformity(features: Float[Tensor, "images dim"]) -> float:
 def retrieval(queries: Float[Tensor, "images dim"], keys: Float[Tensor, "images dim"]) -> float:
     """Share in % of images whose other view is the nearest of all keys by cosine; ties count as missed."""
     q, k = _unit(queries), _unit(keys)
-    found = 0
+    hits = 0
     for start in range(0, len(q), 1024):
         scores = q[start : start + 1024] @ k.T
         rows = torch.arange(len(scores))
-        own = scores[rows, start + rows].clone()
+        positive = scores[rows, start + rows].clone()
         scores[rows, start + rows] = -torch.inf
-        found += int((own > scores.max(1).values).sum())
-    return 100 * found / len(q)
+        hits += int((positive > scores.max(1).values).sum())
+    return 100 * hits / len(q)
 
 
 def _effective_rank(values: Tensor) -> float:

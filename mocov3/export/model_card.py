@@ -1,7 +1,6 @@
-"""The text that goes with every exported model: what it is, where it comes from, how to load it."""
+"""The text written with every exported model: what it is, where it comes from, how to load it."""
 
-from typing import Any
-
+from mocov3.config.fields import Fields
 from mocov3.errors import printable
 from mocov3.export.formats import FORMATS, Exported
 from mocov3.version import __version__
@@ -96,7 +95,7 @@ def _encoder(model: Exported) -> str:
     return "momentum encoder" if model.momentum else "query encoder"
 
 
-def _recipe(recipe: dict[str, Any]) -> str:
+def _recipe(recipe: Fields) -> str:
     if not recipe:
         return "Not stated in the source."
     return "\n".join(f"- {printable(str(k))}: {printable(str(v))}" for k, v in recipe.items())

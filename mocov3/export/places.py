@@ -1,4 +1,4 @@
-"""What is written where: formats of an export, and a place that becomes the output once all in it is right."""
+"""Where an export is written: its formats, and a temporary place that becomes the output once it is complete."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ FOLDERS = ("timm", "transformers")
 
 
 class Staged:
-    """A place beside ``output`` that becomes ``output`` once everything in it is right, and else disappears."""
+    """A place beside ``output`` that becomes ``output`` once it is complete, and is removed otherwise."""
 
     def __init__(self, output: Path) -> None:
         self.output = output

@@ -1,14 +1,14 @@
-"""Take a backbone elsewhere: ``mocov3 export CKPT --to FORMAT --output PATH``.
+"""Export a backbone: ``mocov3 export CKPT --to FORMAT --output PATH``.
 
 Reads a checkpoint (ours, the reference's, a fine-tuned one), writes the backbone in a format of
 ``mocov3.export.formats`` with a model card, loads it back by the target's own library, and compares features on
-8 images before it says done.
+8 images before it reports success.
 """
 
+import argparse
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from mocov3.config.fields import Parser
 from mocov3.errors import UserError
@@ -38,9 +38,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Any:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     listing = "\n".join(f"  {name:<14}{text}" for name, text in FORMATS.items())
-    import argparse
 
     parser = Parser(
         prog="mocov3 export",
@@ -62,7 +61,7 @@ def _parse(argv: Sequence[str]) -> Any:
     return parser.parse_args(list(argv))
 
 
-def _check(args: Any) -> None:
+def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before torch is imported."""
     if not Path(args.checkpoint).is_file():
         raise UserError(f"{args.checkpoint}: there is no such file")

@@ -1,10 +1,9 @@
-"""Write, load back, compare: what ``mocov3 export`` does once its arguments are known to be sound."""
+"""Write, load back, compare: what ``mocov3 export`` does once its arguments have been checked."""
 
 import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mocov3.config import FinetuneConfig
+from mocov3.config.fields import Fields
 from mocov3.data import CentreView, FashionMnist
 from mocov3.data.device.pixels import normalise
 from mocov3.errors import UserError, printable
@@ -133,7 +133,7 @@ def load(
         names = tuple(map(str, known)) if isinstance(known, list) and len(known) == classes else ()
     config = convert.trained_with(contents)
     preset = convert.views_of(config, str(path))
-    own = contents.get("mocov3") or {}
+    entry = contents.get("mocov3") or {}
     return Exported(
         encoder=encoder,
         **settings,
@@ -144,8 +144,8 @@ def load(
         sha256=_sha256(path),
         recipe=_recipe(config),
         epochs=contents["epoch"] if isinstance(contents.get("epoch"), int) else None,
-        licence=licence or str(own.get("licence", _REFERENCE)),
-        origin=str(own.get("origin", _ORIGIN)),
+        licence=licence or str(entry.get("licence", _REFERENCE)),
+        origin=str(entry.get("origin", _ORIGIN)),
         momentum=momentum,
         classes=classes,
         class_names=names,
@@ -153,14 +153,14 @@ def load(
     )
 
 
-def _bicubic(config: dict[str, Any]) -> bool:
+def _bicubic(config: Fields) -> bool:
     if "data_set" not in config:  # not fine-tuned
         return False
     known = {f.name for f in dataclasses.fields(FinetuneConfig)}
     return not FinetuneConfig(**{k: v for k, v in config.items() if k in known}).transfer
 
 
-def _recipe(config: dict[str, Any]) -> dict[str, Any]:
+def _recipe(config: Fields) -> Fields:
     left_out = ("data", "data_path", "output_dir", "resume", "init", "finetune", "config")  # places of a machine
     return {k: v for k, v in config.items() if k not in left_out and v not in (None, "", False)}
 

@@ -1,6 +1,6 @@
 """Which images a step sees. The order is a function of (seed, epoch) and does not depend on the number of ranks.
 
-DeiT deals the (repeated) images out to its processes like cards. Here that is done for ``groups`` of ``batch_size``
+DeiT distributes the (repeated) images over its processes in turn. Here that is done for ``groups`` of ``batch_size``
 images, whose number is ranks × accumulated batches: group g of a step goes to rank g mod ranks. So eight processes
 and one that adds up eight batches train on the same groups.
 """
@@ -54,7 +54,7 @@ def batches(
 
 
 def images_shown(work: Work, bad: set[int], *, seed: int, n: int) -> np.ndarray:
-    """Indices of the images that a batch really shows: others stand in for unreadable ones, with their own class.
+    """Indices of the images that a batch really shows: others replace unreadable ones, with their own class.
 
     Args:
         work: what was asked for.

@@ -1,6 +1,6 @@
 """Checkpoints of fine-tuning: DeiT's ``checkpoint.pth`` (``model, optimizer, epoch, model_ema``) and what we add.
 
-``model`` holds the network with its classifier under the names of DeiT's files, so every reader of those reads ours.
+``model`` holds the network with its classifier under the names of DeiT's files, so every reader of those can read ours.
 """
 
 import dataclasses
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from mocov3.config import FinetuneConfig, changed_fields
 from mocov3.config.archs import is_vit, stored_heads
+from mocov3.config.fields import Fields
 from mocov3.config.finetune import known_arch
 from mocov3.config.presets import PRESETS
 from mocov3.distributed import World
 from mocov3.errors import UserError, nearest
 from mocov3.models import Encoder
-from mocov3.weights import checkpoint, convert
+from mocov3.weights import Contents, checkpoint, convert
 
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 TASK = "finetune"
@@ -35,9 +36,9 @@ class Start(NamedTuple):
 
     config: FinetuneConfig
     """Complete: nothing is left to the weights."""
-    resumed: dict[str, Any] | None
-    """Contents of a checkpoint of this task to go on from."""
-    weights: dict[str, Any] | None
+    resumed: Contents | None
+    """Contents of a checkpoint of this task to resume from."""
+    weights: Contents | None
     """Contents of a file to start from."""
     where: str
     """The file, for messages."""
@@ -46,7 +47,7 @@ class Start(NamedTuple):
 def find_start(config: FinetuneConfig, world: World) -> Start:
     """The checkpoint or weights that ``--resume`` and ``--finetune`` name, and the configuration completed by them.
 
-    ``--resume FILE`` goes on if FILE is a checkpoint of this task; any other file with weights is started from, as
+    ``--resume FILE`` resumes if FILE is a checkpoint of this task; any other file with weights is started from, as
     the reference's users start from a file with ``model`` alone.
 
     Raises:
@@ -61,8 +62,8 @@ def find_start(config: FinetuneConfig, world: World) -> Start:
     elif config.resume:
         where = f"--resume {config.resume}"
         contents = checkpoint.read(config.resume)
-        own = contents.get("mocov3") or {}
-        if own.get("task") == TASK and "optimizer" in contents:
+        entry = contents.get("mocov3") or {}
+        if entry.get("task") == TASK and "optimizer" in contents:
             resumed = contents
         else:
             weights = contents
@@ -71,11 +72,11 @@ def find_start(config: FinetuneConfig, world: World) -> Start:
     return Start(_completed(config, resumed or weights, where), resumed, weights, where)
 
 
-def _completed(config: FinetuneConfig, contents: dict[str, Any] | None, where: str) -> FinetuneConfig:
+def _completed(config: FinetuneConfig, contents: Contents | None, where: str) -> FinetuneConfig:
     saved = dict(convert.trained_with(contents)) if contents else {}
     if contents and isinstance(contents.get("arch"), str):
         saved["arch"] = contents["arch"]
-    values: dict[str, Any] = {}
+    values: Fields = {}
     for name, (not_given, default) in _OPEN.items():
         value = getattr(config, name)
         if value == not_given:
@@ -90,8 +91,8 @@ def _completed(config: FinetuneConfig, contents: dict[str, Any] | None, where: s
         values["mean_std"] = saved["mean_std"]  # belongs to the weights' preset
     values["arch"] = known_arch(values["arch"])
     if contents and is_vit(values["arch"]):
-        found = convert.find_backbone(contents, where, heads=config.heads)
-        heads = found.sizes(values["arch"], where).get("num_heads", config.heads)
+        weights = convert.find_backbone(contents, where, heads=config.heads)
+        heads = weights.sizes(values["arch"], where).get("num_heads", config.heads)
         values["heads"] = stored_heads(heads, values["arch"], config.heads)
     complete = dataclasses.replace(config, **values)
     complete.check()
@@ -104,7 +105,7 @@ def _completed(config: FinetuneConfig, contents: dict[str, Any] | None, where: s
 
 def start_from(
     model: Encoder,
-    contents: dict[str, Any],
+    contents: Contents,
     where: str,
     *,
     arch: str,
@@ -119,10 +120,10 @@ def start_from(
     Raises:
         UserError: if it does not fit, or has no classifier of ``classes`` classes where one is to be kept.
     """
-    found = convert.find_backbone(contents, where, heads=heads)
-    if found.arch is not None and found.arch != arch:
-        raise UserError(f"{where}: is of arch {found.arch}, not {arch}")
-    left = convert.load_into(model, found, where)
+    weights = convert.find_backbone(contents, where, heads=heads)
+    if weights.arch is not None and weights.arch != arch:
+        raise UserError(f"{where}: is of arch {weights.arch}, not {arch}")
+    left = convert.load_into(model, weights, where)
     if keep_head:
         state: dict[str, Tensor] = contents.get("model", {})
         for key in left:
@@ -138,30 +139,30 @@ def check_classes(value: Tensor, classes: int, where: str) -> None:
     """Refuse a classifier of another number of classes than the data set's."""
     if value.shape[:1] != (classes,):
         have = value.shape[0] if value.ndim else 0
-        raise UserError(f"{where}: its classifier knows {have} classes, the data set has {classes}")
+        raise UserError(f"{where}: its classifier has {have} classes, the data set has {classes}")
 
 
 def check_same_run(start: Start, *, total_batch: int, digest: str, images: int) -> None:
-    """Refuse to go on with other result-changing fields, another batch over all processes, or other images.
+    """Refuse to resume with other result-changing fields, another batch over all processes, or other images.
 
     Raises:
         UserError: naming what differs.
     """
     assert start.resumed is not None
-    own = start.resumed["mocov3"]
-    saved = {k: v for k, v in own.get("config", {}).items() if k != "heads"}  # compared with the weights already
+    entry = start.resumed["mocov3"]
+    saved = {k: v for k, v in entry.get("config", {}).items() if k != "heads"}  # compared with the weights already
     changed = changed_fields(start.config, saved)
-    if own.get("total_batch") != total_batch:
-        before = own.get("total_batch")
+    if entry.get("total_batch") != total_batch:
+        before = entry.get("total_batch")
         changed.append(f"images a step in all ({before} → {total_batch}; --accum-iter makes up for processes)")
     if changed and not start.config.allow_config_change:
         raise UserError(
             f"{start.where}: these differ from the checkpoint's: {', '.join(changed)}; give them as they were, "
             "or --allow-config-change"
         )
-    if own.get("data_digest") != digest:
+    if entry.get("data_digest") != digest:
         raise UserError(
-            f"{start.where}: was trained on {own.get('pictures')} images; --data-path holds {images}, or others"
+            f"{start.where}: was trained on {entry.get('pictures')} images; --data-path holds {images}, or others"
         )
 
 
@@ -170,12 +171,12 @@ def origin(start: Start) -> tuple[str, str]:
     contents = start.resumed or start.weights
     if contents is None:
         return "trained from scratch by mocov3", "the trainer's to choose"
-    own = contents.get("mocov3") or {}
+    entry = contents.get("mocov3") or {}
     if start.resumed is not None:
-        return str(own.get("origin", "")), str(own.get("licence", ""))
+        return str(entry.get("origin", "")), str(entry.get("licence", ""))
     name = Path(start.where.split(" ", 1)[1]).name
     unknown = "that of the starting weights, not stated in them (the reference's public files: CC-BY-NC 4.0)"
-    return f"fine-tuned from {name} ({own.get('origin', 'origin not stated')})", str(own.get("licence", unknown))
+    return f"fine-tuned from {name} ({entry.get('origin', 'origin not stated')})", str(entry.get("licence", unknown))
 
 
 def named(start: Start) -> str:
@@ -209,7 +210,7 @@ def contents(
         classes: their names.
     """
     come_from, licence = origin(start)
-    own = {
+    entry = {
         "format": checkpoint.FORMAT_VERSION,
         "task": TASK,
         "config": dataclasses.asdict(start.config),
@@ -224,11 +225,11 @@ def contents(
         "origin": come_from,
         "licence": licence,
     }
-    kept = {"model": parts.model.state_dict(), "arch": start.config.arch, "epoch": position.epoch, "mocov3": own}
+    weights = {"model": parts.model.state_dict(), "arch": start.config.arch, "epoch": position.epoch, "mocov3": entry}
     if best:
-        return kept
+        return weights
     average = parts.ema.module.state_dict() if parts.ema is not None else {}
-    return kept | {
+    return weights | {
         "optimizer": parts.optimizer.state_dict(),
         "model_ema": average,
         "scaler": parts.precision.scaler.state_dict(),

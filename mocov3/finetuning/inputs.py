@@ -17,7 +17,7 @@ LAST = "checkpoint.pth"
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank is given: the configuration, and which door it came through."""
+    """What every rank is given: the configuration, and which command started it."""
 
     config: FinetuneConfig
     script_door: bool
@@ -27,12 +27,12 @@ def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:
     """Refuse what cannot work, before torch is imported; the configuration with its output folder named.
 
     Raises:
-        UserError: naming what, where and how to mend it.
+        UserError: naming what, where and how to fix it.
     """
     config.check()
     if not config.output_dir and not config.eval:
         if config.resume == "auto":
-            raise UserError("--resume auto: name the run to go on with by --output_dir")
+            raise UserError("--resume auto: name the run to resume with --output_dir")
         config = dataclasses.replace(config, output_dir=f"runs/{time.strftime('%Y%m%d-%H%M%S')}-finetune")
     for name in ("resume", "finetune"):
         file = getattr(config, name)
@@ -47,6 +47,6 @@ def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:
     folder = Path(config.output_dir)
     check_writable(folder, "--output_dir")
     if not script_door and not config.resume and (folder / LAST).exists():
-        raise UserError(f"--output_dir {folder}: holds a former run; go on with --resume auto, or name another")
+        raise UserError(f"--output_dir {folder}: holds a former run; continue with --resume auto, or name another")
     warn_left_out(pair.train, pair.test)
     return config

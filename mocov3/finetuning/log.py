@@ -84,8 +84,8 @@ class TuneLog:
         self._accuracy: float | None = None
         if not active:
             return
-        kept = cut(folder / METRICS, lambda entry: entry["step"] < first_step)
-        self._accuracy = next((e["acc1"] for e in reversed(kept) if isinstance(e.get("acc1"), float)), None)
+        entries = cut(folder / METRICS, lambda entry: entry["step"] < first_step)
+        self._accuracy = next((e["acc1"] for e in reversed(entries) if isinstance(e.get("acc1"), float)), None)
         cut(folder / DEIT_LOG, lambda entry: entry["epoch"] < first_epoch)
         self._metrics, self._deit = LineFile(folder / METRICS), LineFile(folder / DEIT_LOG)
         self._loggers = Loggers(

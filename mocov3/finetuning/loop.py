@@ -31,14 +31,14 @@ from mocov3.finetuning.recorder import Counters, TuneRecorder
 from mocov3.finetuning.step import Micro, Outcome
 from mocov3.output.log import warn
 from mocov3.output.terminal import style_of
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 from mocov3.weights.checkpoint import Position
 
 _BAD_IN_A_ROW = 50
 
 
 def tune(world: World, job: Job) -> int:
-    """Fine-tune on this rank, from wherever the run stands to its end; returns the exit code."""
+    """Fine-tune on this rank, from its present position to its end; returns the exit code."""
     with Tuning(world, job) as run:
         if run.config.eval:
             run.report(run.evaluate())
@@ -164,8 +164,8 @@ class Tuning:
         together: list[Batch] = []
         for batch in self._loader.run(works):
             # a batch's slot is overwritten when the next is asked for
-            kept = batch if c.accum_iter == 1 else dataclasses.replace(batch, pixels=batch.pixels.copy())
-            together.append(kept)
+            copy = batch if c.accum_iter == 1 else dataclasses.replace(batch, pixels=batch.pixels.copy())
+            together.append(copy)
             if len(together) == c.accum_iter:
                 self.recorder.batches_came(together)
                 yield together
@@ -252,13 +252,13 @@ class Tuning:
             self._write(files.LAST, self._contents())
             self.world.barrier()
 
-    def _write(self, name: str, contents: dict[str, Any]) -> None:
+    def _write(self, name: str, contents: Contents) -> None:
         if not self.world.main:
             return
         try:
             checkpoint.write(self.folder / name, contents)
         except OSError as error:
-            warn(f"{name} could not be written ({error.strerror or error}); the run goes on")
+            warn(f"{name} could not be written ({error.strerror or error}); the run continues")
 
     def _contents(self, *, best: bool = False) -> dict[str, Any]:
         return files.contents(
@@ -277,7 +277,7 @@ class Tuning:
         """0 when done, 128 + its number when stopped by a signal."""
         if number := self._stop.signal:
             name = signal.Signals(number).name
-            self.recorder.log.say(f"stopped by {name}, checkpoint written; go on with --resume auto")
+            self.recorder.log.say(f"stopped by {name}, checkpoint written; continue with --resume auto")
             return 128 + number
         self.recorder.log.terminal.result(
             f"{self.folder / files.LAST}: {self.position.epoch} of {self.config.epochs} epochs, best Acc@1 "

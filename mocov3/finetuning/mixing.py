@@ -45,7 +45,7 @@ class Mixer:
         mixup: α of mixup.
         cutmix: α of cutmix.
         probability: share of batches mixed.
-        switch_probability: share of cutmix where both are on.
+        switch_probability: share of cutmix where both are enabled.
         smoothing: of the targets.
         classes: number of them.
         seed: of the run.
@@ -121,5 +121,5 @@ class _Layer(nn.Module):
         if not self.training or self.keep == 1.0:
             return x
         assert self.uniform is not None, "draws are missing: call Depth before the forward pass"
-        kept = (self.uniform < self.keep).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        return x * (kept / self.keep if self.scale and self.keep > 0 else kept)
+        mask = (self.uniform < self.keep).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        return x * (mask / self.keep if self.scale and self.keep > 0 else mask)

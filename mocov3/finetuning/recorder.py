@@ -67,7 +67,7 @@ class TuneRecorder:
             image = bad.index // self.repeats
             if image not in self.corrupt:
                 self.corrupt[image] = bad.name
-                warn(f"{bad.name} cannot be read ({bad.reason}); another image stands in")
+                warn(f"{bad.name} cannot be read ({bad.reason}); another image is used instead")
 
     def step_done(self, work: Work, outcome: Outcome, *, step: int, lr: float) -> None:
         """Record one step."""

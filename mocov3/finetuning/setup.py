@@ -1,7 +1,6 @@
 """What a fine-tuning run is made of: network, optimizer, schedule, average, step; built from a configuration."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -20,7 +19,7 @@ from mocov3.finetuning.recorder import Counters
 from mocov3.finetuning.step import TuneStep
 from mocov3.models import Encoder
 from mocov3.models.precision import Precision, resolve_precision
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 
 
 @dataclass
@@ -120,8 +119,8 @@ def _mixer(c: FinetuneConfig, classes: int) -> Mixer | None:
     )
 
 
-def restore(parts: Parts, contents: dict[str, Any], where: str, classes: int) -> tuple[checkpoint.Position, Counters]:
-    """Go on from a checkpoint: weights, their average, optimizer, scaler, and what was counted.
+def restore(parts: Parts, contents: Contents, where: str, classes: int) -> tuple[checkpoint.Position, Counters]:
+    """Resume from a checkpoint: weights, their average, optimizer, scaler, and what was counted.
 
     Raises:
         UserError: if it is of another model or damaged.
@@ -132,15 +131,15 @@ def restore(parts: Parts, contents: dict[str, Any], where: str, classes: int) ->
         files.check_classes(state[head], classes, where)
     checkpoint.check_state(parts.model, state if isinstance(state, dict) else {}, where)
     parts.model.load_state_dict(contents["model"])
-    own = contents["mocov3"]
+    entry = contents["mocov3"]
     try:
         checkpoint.restore_optimizer(parts.optimizer, contents["optimizer"])
         if parts.precision.scaler.is_enabled():
             parts.precision.scaler.load_state_dict(contents["scaler"])
         if parts.ema is not None:
             parts.ema.module.load_state_dict(contents["model_ema"])
-        position = checkpoint.Position(*(int(own[name]) for name in ("epoch", "iteration", "step")))
-        counters = Counters(**own["counters"])
+        position = checkpoint.Position(*(int(entry[name]) for name in ("epoch", "iteration", "step")))
+        counters = Counters(**entry["counters"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error)[:100]}"
         raise UserError(f"{where}: is damaged ({reason}); use another checkpoint") from None

@@ -73,15 +73,18 @@ class ResNet(tv.ResNet):
     def feature_map(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim rows columns"]:
         """Output of the last stage."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        maps: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return maps
 
     def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
         """Globally averaged output of the last stage."""
-        return self.avgpool(self.feature_map(x)).flatten(1)
+        pooled: Tensor = self.avgpool(self.feature_map(x))
+        return pooled.flatten(1)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out"]:
         """Features through the last layer (the projector, or a classifier)."""
-        return self.fc(self.features(x))
+        out: Tensor = self.fc(self.features(x))
+        return out
 
 
 class TimmEncoder(nn.Module):
@@ -111,11 +114,13 @@ class TimmEncoder(nn.Module):
 
     def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
         """timm's pooled features before its classifier."""
-        return self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True)
+        pooled: Tensor = self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True)
+        return pooled
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out"]:
         """Features through the projector."""
-        return self.projector(self.features(x))
+        out: Tensor = self.projector(self.features(x))
+        return out
 
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ class CompiledFeatures:
     """
 
     def __init__(self, encoder: Any, backend: str | Callable[..., Any], say: Callable[[str], None]) -> None:
-        self._encoder, self._eager, self._say = encoder, encoder.features, say
+        self._encoder, self._say = encoder, say
+        self._eager: Callable[..., Tensor] = encoder.features
         # symbolic sizes would be slower: a run has few, and they are known from its start
         self._compiled: Callable[..., Tensor] | None = torch.compile(self._eager, backend=backend, dynamic=False)
 
@@ -76,5 +77,5 @@ def _reason(error: BaseException) -> str:
     """The first line of what lies at the bottom of an error of torch.compile."""
     while cause := getattr(error, "inner_exception", None) or error.__cause__:
         error = cause
-    lines: Any = itertools.chain(str(error).strip().splitlines(), [type(error).__name__])
+    lines: Iterable[str] = itertools.chain(str(error).strip().splitlines(), [type(error).__name__])
     return next(line.strip() for line in lines if line.strip())[:200]

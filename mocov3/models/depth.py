@@ -23,7 +23,8 @@ class MaskedDropPath(DropPath):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` with some images' paths dropped, the others scaled up."""
         if self.mask is None or not self.training:
-            return super().forward(x)
+            dropped: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+            return dropped
         keep = 1 - self.drop_prob
         mask = self.mask.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
         return x * (mask / keep if keep > 0 and self.scale_by_keep else mask)

@@ -36,7 +36,8 @@ def use_fused_gelu(network: nn.Module) -> None:
 
 def gelu(x: Tensor) -> Tensor:
     """x·Φ(x), Φ the normal distribution function to 1e-7; in the dtype of ``x``, computed in float32."""
-    return _Gelu.apply(x)
+    out: Tensor = _Gelu.apply(x)
+    return out
 
 
 class _Gelu(torch.autograd.Function):
@@ -51,7 +52,8 @@ class _Gelu(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         wide = x.float()
         below, density = _normal(wide)
-        return (gradient.float() * (below + wide * density)).to(x.dtype)
+        out: Tensor = (gradient.float() * (below + wide * density)).to(x.dtype)
+        return out
 
 
 def _normal(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,8 @@ class MoCo(nn.Module):
 
     def queries(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
         """Features → projector → predictor."""
-        return self.predictor(_projector(self.base_encoder)(features))
+        out: Tensor = self.predictor(_projector(self.base_encoder)(features))
+        return out
 
     @torch.no_grad()
     def key_features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]:
@@ -68,7 +69,8 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def keys(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
         """Features → momentum projector, without gradient."""
-        return _projector(self.momentum_encoder)(features)
+        out: Tensor = _projector(self.momentum_encoder)(features)
+        return out
 
     @torch.no_grad()
     def update_momentum_encoder(self, m: float) -> None:
@@ -92,8 +94,8 @@ class MoCo(nn.Module):
             hits = hits + losses.retrieved(scores.detach(), target)
         with torch.no_grad():
             normalised = nn.functional.normalize(torch.cat([q1, q2]).float(), dim=1)
-            spread = normalised.std(0).mean() * normalised.shape[1] ** 0.5
-        return total, Statistics(hits, 2 * len(q1), spread, normalised)
+            feature_std = normalised.std(0).mean() * normalised.shape[1] ** 0.5
+        return total, Statistics(hits, 2 * len(q1), feature_std, normalised)
 
     def contrast(
         self,
@@ -199,4 +201,5 @@ def _mlp(layers: int, width: int, hidden: int, out: int, *, last_norm: bool) -> 
 
 
 def _projector(encoder: Encoder) -> nn.Module:
-    return getattr(encoder, encoder.projector_name)
+    projector: nn.Module = getattr(encoder, encoder.projector_name)
+    return projector

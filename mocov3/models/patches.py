@@ -56,11 +56,13 @@ def resized_kernel(weight: Float[Tensor, "out channels old old"], side: int) -> 
     """
     with torch.autocast(weight.device.type, enabled=False):  # weights are rounded once, by the convolution
         flat = weight.flatten(2) @ _kernel_map(weight.shape[-1], side, weight.device, weight.dtype)
-    return flat.view(*weight.shape[:2], side, side)
+    kernel: Tensor = flat.view(*weight.shape[:2], side, side)
+    return kernel
 
 
 @functools.lru_cache
 def _kernel_map(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     pixels = torch.eye(old * old, dtype=torch.float64).view(-1, 1, old, old)
     resized = F.interpolate(pixels, (new, new), mode="bilinear", antialias=True).flatten(1)
-    return torch.linalg.pinv(resized).T.to(device=device, dtype=dtype)
+    inverse: Tensor = torch.linalg.pinv(resized)
+    return inverse.T.to(device=device, dtype=dtype)

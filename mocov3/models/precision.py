@@ -20,7 +20,7 @@ class Precision:
 
 
 def resolve_precision(name: str, device: torch.device, *, script_door: bool) -> str:
-    """``auto``: fp16 on CUDA as the reference (script door), bf16 where the GPU has it, else fp32."""
+    """``auto``: fp16 on CUDA as the reference (its scripts), bf16 where the GPU has it, else fp32."""
     if name != "auto":
         return name if name != "fp16" or device.type == "cuda" else "fp32"
     if device.type != "cuda":

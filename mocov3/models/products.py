@@ -1,10 +1,10 @@
 """Matrix products of tokens at the speed that the processor has.
 
-torch hands float32 products to MKL, which keeps to half-wide instructions (AVX2) on processors that are not Intel's.
+torch hands float32 products to MKL, which uses half-wide instructions (AVX2) on processors that are not Intel's.
 oneDNN, which torch hands convolutions to, uses their full width: on an AMD EPYC with AVX-512 a 1×1 convolution of the
 same numbers is about twice as fast, forward and backward (docs/cheaper.md, ``python benchmarks/step.py``). So layers
-that multiply tokens are written as such convolutions there. The same sums in another order; weights and files are as
-ever.
+that multiply tokens are written as such convolutions there. The order of the sums differs; weights and files do not
+change.
 """
 
 import functools
@@ -20,7 +20,7 @@ ENOUGH = 4_000_000
 
 
 class TokenLinear(nn.Linear):
-    """``nn.Linear`` that takes the faster way through float32 tokens (batch, …, width)."""
+    """``nn.Linear`` that takes the faster path for float32 tokens (batch, …, width)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
@@ -57,7 +57,7 @@ def _worth_it(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def mkl_is_half_wide() -> bool:
-    """Whether this processor has AVX-512 that MKL does not use, being another maker's than Intel's."""
+    """Whether this processor has AVX-512 that MKL does not use, because it is not Intel's."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and "Intel" not in _maker()

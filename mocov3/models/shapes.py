@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Networks that are built inside take no memory for their weights (torch's device ``meta``)."""
+    """Networks that are built inside allocate no memory for their weights (torch's device ``meta``)."""
     with torch.device("meta"), _Readable():
         yield
 

@@ -1,9 +1,9 @@
-"""Convolutions of maps so small that every place sees every other: one dense product instead.
+"""Convolutions of maps so small that every position sees every other: one dense product instead.
 
 A 3×3 convolution of a 2×2 map spends more than half of its multiplications on the padding around it, and libraries
-are slow at rows so short. Such maps are the last stage of a ResNet on images of up to 64 px. Here the kernel is
-spread to the matrix from all places of the map to all places, once for the whole batch, and multiplied by. The same
-sums in another order; weights and files are as ever.
+are slow on such short rows. Such maps are the last stage of a ResNet on images of up to 64 px. Here the kernel is
+expanded to a matrix from all positions of the map to all positions, once for the whole batch. The
+order of the sums differs; weights and files do not change.
 """
 
 from typing import Any
@@ -26,7 +26,8 @@ class SmallMapConv2d(nn.Conv2d):
         if not self._worth_it(input):
             return super().forward(input)
         precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-        return _WholeMaps.apply(input.to(precision), self.weight)
+        output: Tensor = _WholeMaps.apply(input.to(precision), self.weight)
+        return output
 
     def _worth_it(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():

@@ -48,7 +48,8 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens dim"]:
         """Images → tokens in row-major order."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        maps: Tensor = self.proj(x)
+        return maps.flatten(2).transpose(1, 2)
 
 
 class VisionTransformer(TimmVisionTransformer):
@@ -102,7 +103,8 @@ class VisionTransformer(TimmVisionTransformer):
         else:
             for block in blocks:
                 tokens = block(tokens)
-        return self.norm(_first_token(last, tokens))[:, 0]
+        normed: Tensor = self.norm(_first_token(last, tokens))
+        return normed[:, 0]
 
     def _is_strip(self, x: Tensor) -> bool:
         projection = self.patch_embed.proj
@@ -117,21 +119,24 @@ class VisionTransformer(TimmVisionTransformer):
         # as for whole views: under autocast patches have 16 bits, and the sum with their places has those of the table
         places = sincos_of_places(x[:, -2:, 0, ::side], self.embed_dim).to(self.pos_embed.dtype)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        return self.pos_drop(torch.cat([cls, patches + places], dim=1))
+        tokens: Tensor = self.pos_drop(torch.cat([cls, patches + places], dim=1))
+        return tokens
 
     def forward(  # type: ignore[override]  # timm's masks have no use here
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch out"]:
         """Features through the head (the projector, or a classifier)."""
-        return self.head(self.features(x))
+        out: Tensor = self.head(self.features(x))
+        return out
 
 
 def _first_token(block: Any, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1 dim"]:
-    """What a block makes of the first token: all tokens are attended to, but nobody asks what becomes of the others."""
+    """What a block makes of the first token: all tokens are attended to, but the others' outputs are not needed."""
     attention = block.attn
     plain = type(block) is Block and type(attention) is Attention and attention.fused_attn
     if not plain or getattr(attention, "gate", None) is not None:
-        return block(x)[:, :1]
+        tokens: Tensor = block(x)
+        return tokens[:, :1]
     y, first = block.norm1(x), x[:, :1]
     n, width = x.shape[0], attention.qkv.in_features
     weight, bias = attention.qkv.weight, attention.qkv.bias
@@ -143,7 +148,8 @@ def _first_token(block: Any, x: Float[Tensor, "batch tokens dim"]) -> Float[Tens
     out = F.scaled_dot_product_attention(attention.q_norm(q), attention.k_norm(k), v, dropout_p=dropout)
     out = attention.proj_drop(attention.proj(attention.norm(out.transpose(1, 2).reshape(n, 1, width))))
     first = first + block.drop_path1(block.ls1(out))
-    return first + block.drop_path2(block.ls2(block.mlp(block.norm2(first))))
+    result: Tensor = first + block.drop_path2(block.ls2(block.mlp(block.norm2(first))))
+    return result
 
 
 class _LayerNorm(nn.LayerNorm):

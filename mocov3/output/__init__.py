@@ -1,1 +1,1 @@
-"""What a person sees: terminal, loggers, log, sheets of images, the machine a run was made on."""
+"""What the user sees: terminal, loggers, log, sheets of images, the machine a run was made on."""

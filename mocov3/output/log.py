@@ -1,4 +1,4 @@
-"""The only owner of what a pre-training run puts out: terminal, ``metrics.jsonl``, loggers; and warnings of all."""
+"""The only owner of the output of a pre-training run: terminal, ``metrics.jsonl``, loggers; and warnings of all."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mocov3.data.loading.loader import Corrupt
+from mocov3.data.loading.slots import Corrupt
 from mocov3.errors import printable
 from mocov3.metrics import Meter, MetricsLine, Progress
 from mocov3.output.loggers import ImageBytes, Loggers
@@ -27,7 +27,7 @@ def warn(text: str) -> None:
 
 
 def warn_left_out(*sources: object, said: object = None, most: int = 10) -> None:
-    """Say what is left out of ``sources`` or remarkable: their lines ``skipped``, once, but for those of ``said``."""
+    """Report once what is left out of ``sources`` or remarkable: their lines ``skipped``, without those of ``said``."""
     before = getattr(said, "skipped", [])
     lines = [line for source in sources for line in getattr(source, "skipped", []) if line not in before]
     lines = list(dict.fromkeys(lines))
@@ -78,17 +78,17 @@ class RunLog:
         self._epoch = -1
         self._knn: float | None = None
         self.last: MetricsLine | None = None
-        """The last line of a former run, without k-NN: what a resume goes on from."""
+        """The last line of a former run, without k-NN: what a resume starts from."""
         self.shown: MetricsLine | None = None
         """The last line of this process."""
         if not active:
             return
-        # a resumed run goes on from its checkpoint: what was logged after it never happened
-        kept = cut(folder / METRICS, lambda entry: entry["step"] < first_step)
+        # a resumed run continues from its checkpoint: what was logged after it never happened
+        entries = cut(folder / METRICS, lambda entry: entry["step"] < first_step)
         cut(folder / SKIPPED, lambda entry: entry["step"] < first_step)
         cut(folder / CORRUPT, lambda entry: entry["index"] in corrupt)
-        self.last = _parsed(kept[-1]) if kept else None
-        self._knn = next((e["knn"] for e in reversed(kept) if isinstance(e.get("knn"), float)), None)
+        self.last = _parsed(entries[-1]) if entries else None
+        self._knn = next((e["knn"] for e in reversed(entries) if isinstance(e.get("knn"), float)), None)
         self._metrics, self._corrupt = LineFile(folder / METRICS), LineFile(folder / CORRUPT)
         self._skipped = LineFile(folder / SKIPPED)
         self._loggers = Loggers(
@@ -195,7 +195,7 @@ class RunLog:
         warn(f"step {step} skipped: its loss ({loss:.4g}) or gradient was not finite, or a spike (listed in {SKIPPED})")
 
     def sync(self) -> None:
-        """What was logged so far is on the disk afterwards, as far as the disk takes it."""
+        """Flush what was logged so far to the disk, as far as the disk takes it."""
         if self.active:
             self._metrics.sync()
 
@@ -232,7 +232,7 @@ class RunLog:
 
 
 class LineFile:
-    """A file that lines are appended to; lines that a full or lost disk refuses are kept and tried again."""
+    """A file that lines are appended to; lines that a full or lost disk refuses are kept and retried."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -252,10 +252,10 @@ class LineFile:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                warn(f"{self.path.name} cannot be written ({error.strerror or error}); its lines are kept for later")
+                warn(f"{self.path.name} cannot be written ({error.strerror or error}); its lines will be written later")
 
     def sync(self) -> None:
-        """Ask the system to bring the lines to the disk."""
+        """Flush the lines to the disk."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._file.fileno())
@@ -271,19 +271,19 @@ def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, An
     """Rewrite a file of JSON lines with the entries to keep, and return them."""
     if not path.exists():
         return []
-    kept, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    entries, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
     for line in lines:
         try:
             entry = json.loads(line)
             if keep(entry):
-                kept.append(entry)
+                entries.append(entry)
         except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a kill, or of another program
             continue
-    if len(kept) < len(lines):
+    if len(entries) < len(lines):
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
         os.replace(partial, path)
-    return kept
+    return entries
 
 
 def _parsed(entry: dict[str, Any]) -> MetricsLine | None:

@@ -52,7 +52,7 @@ class Loggers:
         warn: called with a line about a failure.
 
     Raises:
-        UserError: if one cannot be opened by a run that begins; one that goes on does without it.
+        UserError: if one cannot be opened by a run that begins; a resumed run does without it.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Loggers:
                 if not first_step:
                     self.close()
                     raise UserError(f"--logger {name}: cannot be opened ({_reason(error)})") from None
-                warn(f"--logger {name}: cannot be opened ({_reason(error)}); the run goes on without it")
+                warn(f"--logger {name}: cannot be opened ({_reason(error)}); the run continues without it")
 
     def scalars(self, values: Mapping[str, float | None], step: int) -> None:
         """Numbers of a step; those that were not measured are left out."""
@@ -98,7 +98,7 @@ class Loggers:
             try:
                 call(logger)
             except Exception as error:  # whatever a client, its server or the disk thinks up
-                self.warn(f"logger {name} is given up ({_reason(error)})")
+                self.warn(f"logger {name} is disabled ({_reason(error)})")
                 del self._loggers[name]
 
 
@@ -129,7 +129,7 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A run of Weights & Biases; its files are in the run's folder ``wandb``. A resumed run goes on in it."""
+    """A run of Weights & Biases; its files are in the run's folder ``wandb``. A resumed run continues in it."""
 
     def __init__(self, folder: Path, config: dict[str, Any], first_step: int, quiet: bool) -> None:
         import wandb
@@ -175,13 +175,13 @@ class MlflowLogger:
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name)
         run = _run_id(folder, first_step)
-        found = self._client.search_runs([experiment], f"tags.mocov3_run = '{run}'", max_results=1)
-        if found:
-            self._id = found[0].info.run_id
+        runs = self._client.search_runs([experiment], f"tags.mocov3_run = '{run}'", max_results=1)
+        if runs:
+            self._id = runs[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
         else:
-            made = self._client.create_run(experiment, tags={"mocov3_run": run}, run_name=folder.resolve().name)
-            self._id = made.info.run_id
+            created = self._client.create_run(experiment, tags={"mocov3_run": run}, run_name=folder.resolve().name)
+            self._id = created.info.run_id
             params = [Param(key, str(value)[:500]) for key, value in config.items()]
             for i in range(0, len(params), _PARAMS):
                 self._client.log_batch(self._id, params=params[i : i + _PARAMS])
@@ -259,9 +259,9 @@ def _run_id(folder: Path, first_step: int) -> str:
     file = folder / RUN_ID
     if first_step and file.exists() and (known := file.read_text(encoding="utf-8").strip()).isalnum():
         return known
-    made = secrets.token_hex(8)
-    file.write_text(made + "\n", encoding="utf-8")
-    return made
+    run_id = secrets.token_hex(8)
+    file.write_text(run_id + "\n", encoding="utf-8")
+    return run_id
 
 
 def _reason(error: Exception) -> str:

@@ -49,7 +49,7 @@ def note(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def note_start(folder: Path, world: Any, step: int, precision: str) -> None:
-    """Note that a run starts or goes on at ``step``, on ``world`` (a ``mocov3.distributed.World``)."""
+    """Note that a run starts or resumes at ``step``, on ``world`` (a ``mocov3.distributed.World``)."""
     device = world.device.type
     if device == "cuda":
         import torch

@@ -36,14 +36,14 @@ def seen(source: Source, config: PretrainConfig, rows: int, epochs: int, *, seed
     """At most ``rows`` readable images, scattered over ``source``, with their views in the first epochs."""
     preset = config.preset
     views = TwoViews(config.image_size, config.crop_min, preset, config.views)
-    found = 0
+    count = 0
     for index in scattered(len(source), 4 * rows).tolist():
-        if found == rows:
+        if count == rows:
             return
         try:
             data = source.read(index)
             whole = ImageBytes(data, preset.reading).pixels()[0]
-            made = [views(data, seed=seed, epoch=epoch, index=index) for epoch in range(epochs)]
+            pairs = [views(data, seed=seed, epoch=epoch, index=index) for epoch in range(epochs)]
         except (DecodeError, OSError):
             continue
         height, width = whole.shape[:2]
@@ -51,11 +51,11 @@ def seen(source: Source, config: PretrainConfig, rows: int, epochs: int, *, seed
         def drawn(epoch: int, view: int, index: int = index, width: int = width, height: int = height) -> Draw:
             return draw(preset, config.crop_min, width, height, seed=seed, epoch=epoch, index=index, view=view)
 
-        found += 1
+        count += 1
         yield Seen(
             source.name(index),
             shown(whole),
-            [(shown(a), shown(b)) for a, b in made],
+            [(shown(a), shown(b)) for a, b in pairs],
             [(drawn(epoch, 0), drawn(epoch, 1)) for epoch in range(epochs)],
         )
 
@@ -84,10 +84,10 @@ def draw_views(source: Source, config: PretrainConfig) -> tuple[Image.Image, int
     for pair in range(_PAIRS):
         pen.text((_left(pair, 0), 4), f"views 1 and 2 (epoch {pair})", fill="black")
     row = 0
-    for found in seen(source, config, _ROWS, _PAIRS):
+    for image in seen(source, config, _ROWS, _PAIRS):
         top = _TOP + row * cell
-        sheet.paste(_tile(found.image), (_GAP, top))
-        for pair, both in enumerate(found.views):
+        sheet.paste(_tile(image.image), (_GAP, top))
+        for pair, both in enumerate(image.views):
             for number, view in enumerate(both):
                 resized = view.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
                 sheet.paste(resized, (_left(pair, number), top))
@@ -95,23 +95,25 @@ def draw_views(source: Source, config: PretrainConfig) -> tuple[Image.Image, int
     return sheet.crop((0, 0, width, _TOP + row * cell)), row
 
 
-def draw_neighbours(asked: Source, shown: np.ndarray, bank: Source, found: np.ndarray, reading: Reading) -> Image.Image:
+def draw_neighbours(
+    asked: Source, shown: np.ndarray, bank: Source, neighbours: np.ndarray, reading: Reading
+) -> Image.Image:
     """One query a row, then its neighbours, nearest first; those of another class in red.
 
     Args:
         asked: where the queries are.
         shown: their indices, (queries,).
         bank: where the neighbours are.
-        found: their indices, (queries, neighbours).
+        neighbours: their indices, (queries, neighbours).
         reading: how images are read.
     """
     cell = _SIDE + _GAP
     left = cell + 3 * _GAP
-    sheet = Image.new("RGB", (left + cell * found.shape[1], _TOP + cell * len(shown)), "white")
+    sheet = Image.new("RGB", (left + cell * neighbours.shape[1], _TOP + cell * len(shown)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((_GAP, 4), "query", fill="black")
     pen.text((left, 4), "nearest, by cosine" + (" (red: another class)" if _classes(asked, bank) else ""), fill="black")
-    for row, (query, nearest) in enumerate(zip(shown.tolist(), found.tolist(), strict=True)):
+    for row, (query, nearest) in enumerate(zip(shown.tolist(), neighbours.tolist(), strict=True)):
         top = _TOP + row * cell
         sheet.paste(_read(asked, query, reading), (_GAP, top))
         for column, index in enumerate(nearest):

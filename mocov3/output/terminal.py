@@ -162,11 +162,11 @@ def duration(seconds: float) -> str:
 
 def fit(head: Sequence[str], parts: Sequence[str], tail: Sequence[str], width: int) -> str:
     """Head, as many of the parts as fit into ``width`` columns, tail, with spaces between."""
-    kept: list[str] = []
+    shown: list[str] = []
     for part in parts:
-        if part and len(" ".join([*head, *kept, part, *tail])) <= width:
-            kept.append(part)
-    return " ".join([*head, *kept, *tail])
+        if part and len(" ".join([*head, *shown, part, *tail])) <= width:
+            shown.append(part)
+    return " ".join([*head, *shown, *tail])
 
 
 def _can_print(text: str) -> bool:
@@ -178,7 +178,7 @@ def _can_print(text: str) -> bool:
 
 
 class _Bar:
-    """The row as rich draws it: made anew at every refresh, to the terminal's present width."""
+    """The row as rich draws it: rebuilt at every refresh, for the terminal's present width."""
 
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal

@@ -1,7 +1,7 @@
 """``--recipe auto``: settings from the images, the machine and a budget of time, each with its reason.
 
 Pure: what is measured (images, memory, speed) comes in as values, so that every plan can be shown and tested for
-machines that are not at hand. Where a rule rests on something measured or published, the reason says so; the others
+machines that need not be present. Where a rule rests on something measured or published, the reason says so; the others
 are our judgement.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mocov3.config.archs import CONV_VITS, is_resnet, is_vit
+from mocov3.config.fields import Fields
 from mocov3.config.presets import PRESETS
 
 GIB = 1 << 30
@@ -69,13 +70,11 @@ class Choice:
     reason: str
 
 
-Speed = Callable[[dict[str, Any]], tuple[float, dict[str, Any]]]
+Speed = Callable[[Fields], tuple[float, Fields]]
 """Settings so far → seconds an epoch, and settings that had to change to fit the memory."""
 
 
-def choose_settings(
-    images: Images, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed
-) -> list[Choice]:
+def choose_settings(images: Images, machine: Machine, hours: float | None, given: Fields, speed: Speed) -> list[Choice]:
     """Every setting that ``given`` leaves open, in the order they depend on each other.
 
     Args:
@@ -85,27 +84,27 @@ def choose_settings(
         given: fields the user set.
         speed: measures, or supposes, the time of an epoch.
     """
-    made = _made(images, machine, hours, given, speed, _CPU_SIDES[0])
-    if machine.device == "cpu" and made["image_size"] > _CPU_SIDES[1] and made["epochs"] < _FEW_EPOCHS:
-        made = _made(images, machine, hours, given, speed, _CPU_SIDES[1])
-    return made.choices
+    settings = _made(images, machine, hours, given, speed, _CPU_SIDES[0])
+    if machine.device == "cpu" and settings["image_size"] > _CPU_SIDES[1] and settings["epochs"] < _FEW_EPOCHS:
+        settings = _made(images, machine, hours, given, speed, _CPU_SIDES[1])
+    return settings.choices
 
 
 def _made(
-    images: Images, machine: Machine, hours: float | None, given: dict[str, Any], speed: Speed, cpu_side: int
+    images: Images, machine: Machine, hours: float | None, given: Fields, speed: Speed, cpu_side: int
 ) -> "_Settings":
-    made = _Settings(given)
-    _views(made, images, machine, cpu_side)
-    _network(made, images, machine)
-    _batch(made, images, machine)
-    _optimisation(made)
-    _length(made, images, machine, hours, speed)
-    _watching(made, images)
-    return made
+    settings = _Settings(given)
+    _views(settings, images, machine, cpu_side)
+    _network(settings, images, machine)
+    _batch(settings, images, machine)
+    _optimisation(settings)
+    _length(settings, images, machine, hours, speed)
+    _watching(settings, images)
+    return settings
 
 
 class _Settings:
-    def __init__(self, given: dict[str, Any]) -> None:
+    def __init__(self, given: Fields) -> None:
         self.given, self.values = given, dict(given)
         self.choices: list[Choice] = []
 
@@ -120,12 +119,12 @@ class _Settings:
         return self.values[name]
 
 
-def _views(made: _Settings, images: Images, machine: Machine, cpu_side: int) -> None:
-    preset = made.choose("view_preset", images.preset, images.reason)
+def _views(settings: _Settings, images: Images, machine: Machine, cpu_side: int) -> None:
+    preset = settings.choose("view_preset", images.preset, images.reason)
     short = images.short_side
-    arch = made.values.get("arch", "")
+    arch = settings.values.get("arch", "")
     # views of ViTs divide into patches: those of the starting weights or the stem, else the smallest chosen below
-    patch = made.values.get("patch_size", 16 if arch in CONV_VITS else 4) if is_vit(arch) else 4
+    patch = settings.values.get("patch_size", 16 if arch in CONV_VITS else 4) if is_vit(arch) else 4
     if short <= _SMALL_SIDE:
         side = max(short // 4 * 4, 16)
         reason = f"half of the images are {short} px or less at their shorter side"
@@ -137,42 +136,44 @@ def _views(made: _Settings, images: Images, machine: Machine, cpu_side: int) -> 
         side, reason = 128, f"images of about {short} px"
     else:
         side, reason = 224, "the size of the paper"
-    made.choose("image_size", max(side // patch, 1) * patch, reason)
+    settings.choose("image_size", max(side // patch, 1) * patch, reason)
     if preset == "gray":
-        made.choose("crop_min", 0.3, "did better than 0.2 and 0.5 in the demo")
+        settings.choose("crop_min", 0.3, "did better than 0.2 and 0.5 in the demo")
     elif preset == "photos":
-        made.choose("crop_min", 0.2, "the reference's in every recipe")
+        settings.choose("crop_min", 0.2, "the reference's in every recipe")
     else:
-        made.choose("crop_min", PRESETS[preset].crop_min, f"of the preset {preset}")
+        settings.choose("crop_min", PRESETS[preset].crop_min, f"of the preset {preset}")
     if preset != "photos" or images.gray:
-        made.choose("mean_std", images.mean_std, "measured on these images")
+        settings.choose("mean_std", images.mean_std, "measured on these images")
 
 
-def _network(made: _Settings, images: Images, machine: Machine) -> None:
-    n, small, gb = images.count, made["image_size"] <= _SMALL_SIDE, machine.memory / GIB
+def _network(settings: _Settings, images: Images, machine: Machine) -> None:
+    n, small, gb = images.count, settings["image_size"] <= _SMALL_SIDE, machine.memory / GIB
     if machine.device == "cpu":
         arch, reason = ("resnet10_w32", "trains in minutes on a CPU")
-        if made["image_size"] > 40:
+        if settings["image_size"] > 40:
             arch, reason = "resnet10_w48", "a CPU trains it in an hour"
     elif n < 5_000 or small:
         arch, reason = "resnet18", "few or small images do not fill a larger network"
     elif n >= 100_000 and gb >= 20:
         arch, reason = "vit_small", "enough images and memory for the paper's ViT-S"
-    elif _fitting("resnet50", made["image_size"], machine) < _LEAST_BATCH:
+    elif _fitting("resnet50", settings["image_size"], machine) < _LEAST_BATCH:
         arch, reason = "resnet18", f"ResNet-50 would leave memory for fewer than {_LEAST_BATCH} images a step"
     else:
         arch, reason = "resnet50", "the reference's; ViTs need more images or memory"
-    arch = made.choose("arch", arch, reason)
+    arch = settings.choose("arch", arch, reason)
     tiny = arch.startswith("resnet10")
     if is_resnet(arch) and "_w" not in arch:
-        made.choose("small_stem", small, f"views of {made['image_size']} px" + (" would shrink to nothing" * small))
+        settings.choose(
+            "small_stem", small, f"views of {settings['image_size']} px" + (" would shrink to nothing" * small)
+        )
     if tiny:
-        made.choose("moco_dim", 128, "the demo's head for this width")
-        made.choose("moco_mlp_dim", 512, "the demo's head for this width")
+        settings.choose("moco_dim", 128, "the demo's head for this width")
+        settings.choose("moco_mlp_dim", 512, "the demo's head for this width")
     if is_vit(arch):
-        made.choose("stop_grad_conv1", True, "keeps ViTs stable (paper, §4.2)")
-        if made["image_size"] <= _SMALL_SIDE and arch not in CONV_VITS:
-            made.choose("patch_size", 4, f"views of {made['image_size']} px")
+        settings.choose("stop_grad_conv1", True, "keeps ViTs stable (paper, §4.2)")
+        if settings["image_size"] <= _SMALL_SIDE and arch not in CONV_VITS:
+            settings.choose("patch_size", 4, f"views of {settings['image_size']} px")
 
 
 def _fitting(arch: str, image_size: int, machine: Machine, small_stem: bool = False) -> float:
@@ -190,11 +191,11 @@ def memory_of(arch: str, image_size: int, small_stem: bool, *, half: bool) -> tu
     return each, _FIXED_GB[key] * 1e9
 
 
-def _batch(made: _Settings, images: Images, machine: Machine) -> None:
-    small_stem = bool(made.values.get("small_stem"))
-    each, _ = memory_of(made["arch"], made["image_size"], small_stem, half=machine.device == "cuda")
-    fits = _fitting(made["arch"], made["image_size"], machine, small_stem)
-    cap = 128 if machine.device == "cpu" else 1024 if is_vit(made["arch"]) else 512
+def _batch(settings: _Settings, images: Images, machine: Machine) -> None:
+    small_stem = bool(settings.values.get("small_stem"))
+    each, _ = memory_of(settings["arch"], settings["image_size"], small_stem, half=machine.device == "cuda")
+    fits = _fitting(settings["arch"], settings["image_size"], machine, small_stem)
+    cap = 128 if machine.device == "cpu" else 1024 if is_vit(settings["arch"]) else 512
     useful = max(images.count // 8, 16)
     size = min(2 ** int(math.log2(min(fits, cap, useful))), max(images.count, 1))
     limit = {
@@ -202,43 +203,43 @@ def _batch(made: _Settings, images: Images, machine: Machine) -> None:
         cap: "128 did better than 256 in the demo" if cap == 128 else "larger ones need other learning rates",
         useful: f"{images.count} images give too few steps with more",
     }[min(fits, cap, useful)]
-    made.choose("batch_size", max(size, 2), limit)
-    made.choose(
+    settings.choose("batch_size", max(size, 2), limit)
+    settings.choose(
         "precision", "auto", "16 bits where the device has them" if machine.device == "cuda" else "32 bits here"
     )
-    made.choose(
+    settings.choose(
         "workers",
         max(min(machine.cores - (machine.device == "cpu"), 16), 1),
         f"{machine.cores} cores" + (", one of them trains" if machine.device == "cpu" else ""),
     )
 
 
-def _optimisation(made: _Settings) -> None:
-    arch = made["arch"]
+def _optimisation(settings: _Settings) -> None:
+    arch = settings["arch"]
     if is_vit(arch) or arch.startswith("timm/"):
-        made.choose("optimizer", "adamw", "the paper's for ViTs")
-        made.choose("lr", 1.5e-4, "the paper's for ViTs")
-        made.choose("weight_decay", 0.1, "the paper's for ViTs")
+        settings.choose("optimizer", "adamw", "the paper's for ViTs")
+        settings.choose("lr", 1.5e-4, "the paper's for ViTs")
+        settings.choose("weight_decay", 0.1, "the paper's for ViTs")
     elif arch.startswith("resnet10"):
-        made.choose("optimizer", "adamw", "steadier than LARS at small batches (docs/demo.md)")
-        made.choose("lr", 8e-3, "measured on the demo's images")
-        made.choose("weight_decay", 0.05, "measured on the demo's images")
+        settings.choose("optimizer", "adamw", "steadier than LARS at small batches (docs/demo.md)")
+        settings.choose("lr", 8e-3, "measured on the demo's images")
+        settings.choose("weight_decay", 0.05, "measured on the demo's images")
     else:
-        made.choose("optimizer", "lars", "the reference's for ResNets")
-        made.choose("lr", 0.3, "the reference's for long training")
-        made.choose("weight_decay", 1e-6, "the reference's")
-    made.choose("moco_t", 0.2, "τ 1 is for batches of thousands; 0.2 is the paper's for ViTs")
-    made.choose("moco_m_cos", True, "the reference's in every recipe")
+        settings.choose("optimizer", "lars", "the reference's for ResNets")
+        settings.choose("lr", 0.3, "the reference's for long training")
+        settings.choose("weight_decay", 1e-6, "the reference's")
+    settings.choose("moco_t", 0.2, "τ 1 is for batches of thousands; 0.2 is the paper's for ViTs")
+    settings.choose("moco_m_cos", True, "the reference's in every recipe")
 
 
-def _length(made: _Settings, images: Images, machine: Machine, hours: float | None, speed: Speed) -> None:
+def _length(settings: _Settings, images: Images, machine: Machine, hours: float | None, speed: Speed) -> None:
     budget = 3600 * (hours if hours is not None else DEFAULT_HOURS[machine.device])
     wanted = min(max(round(_PASSES / max(images.count, 1) ** 0.3), 100), 800)
-    seconds, changed = speed(made.values)
+    seconds, changed = speed(settings.values)
     for name, value in changed.items():
-        made.values[name] = value
-        made.choices = [c for c in made.choices if c.name != name]
-        made.choices.append(Choice(name, value, "what fitted the memory when tried"))
+        settings.values[name] = value
+        settings.choices = [c for c in settings.choices if c.name != name]
+        settings.choices.append(Choice(name, value, "what fitted the memory when tried"))
     possible = int(_PLANNED * budget / max(seconds, 1e-9))
     if possible < 1:
         epochs, reason = (
@@ -249,24 +250,24 @@ def _length(made: _Settings, images: Images, machine: Machine, hours: float | No
         epochs, reason = possible, f"what {_duration(budget)} allow (without a limit: {wanted})"
     else:
         epochs, reason = wanted, "more passes over fewer images, 100 for ImageNet's 1.28 million"
-    epochs = made.choose("epochs", epochs, reason)
-    warmup = min(40 if is_vit(made["arch"]) else 10, round(epochs / 10))
-    made.choose("warmup_epochs", warmup, "a tenth, at most the paper's")
+    epochs = settings.choose("epochs", epochs, reason)
+    warmup = min(40 if is_vit(settings["arch"]) else 10, round(epochs / 10))
+    settings.choose("warmup_epochs", warmup, "a tenth, at most the paper's")
     if hours is not None:
-        made.choose("max_hours", round(_LATEST * hours, 4), "the budget and a fifth, should the machine slow down")
+        settings.choose("max_hours", round(_LATEST * hours, 4), "the budget and a fifth, should the machine slow down")
     how = f"{_duration(seconds)} an epoch, by the steps just measured" if seconds > 0 else "not measured"
-    made.choices.append(Choice("(predicted time)", _duration(seconds * epochs), how))
+    settings.choices.append(Choice("(predicted time)", _duration(seconds * epochs), how))
 
 
-def _watching(made: _Settings, images: Images) -> None:
-    epochs = made["epochs"]
+def _watching(settings: _Settings, images: Images) -> None:
+    epochs = settings["epochs"]
     held = min(2000, images.count // 10) if images.count >= 200 else 0
-    held = min(held, images.count - made["batch_size"])
+    held = min(held, images.count - settings["batch_size"])
     if held >= 20:
-        held = made.choose("hold_out", held, "kept from training, to judge without labels")
+        held = settings.choose("hold_out", held, "kept from training, to judge without labels")
         if held:
-            made.choose("quality_every", max(epochs // 20, 1), "about twenty judgements; keeps the best network")
-    made.choose("checkpoint_every", max(epochs // 10, 1), "about ten files")
+            settings.choose("quality_every", max(epochs // 20, 1), "about twenty judgements; keeps the best network")
+    settings.choose("checkpoint_every", max(epochs // 10, 1), "about ten files")
 
 
 def _duration(seconds: float) -> str:
@@ -291,7 +292,7 @@ def parse_budget(text: str) -> float:
     return hours
 
 
-def block(choices: list[Choice], recipe: dict[str, Any], given: dict[str, Any]) -> str:
+def block(choices: list[Choice], recipe: Fields, given: Fields) -> str:
     """The plan as text: a setting a line, with its value and reason."""
     rows = [(c.name.replace("_", "-"), _shown(c.value), c.reason) for c in choices]
     rest = [(name, value, "of the recipe") for name, value in recipe.items() if name not in given]

@@ -9,11 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mocov3.config.fields import Layers, Parser
+from mocov3.config.fields import Fields, Layers, Parser
 from mocov3.config.views import preset_of
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
@@ -49,17 +48,17 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
     source = open_source(values.get("data") or "")
     n = len(source)
     indices = np.arange(n) if args.all else sample(n, args.sample)
-    found = survey(source, indices, workers=max(usable_cores(), 1), reading=preset_of(values).reading)
+    facts = survey(source, indices, workers=max(usable_cores(), 1), reading=preset_of(values).reading)
     as_json = bool(values.get("json"))
     if not as_json:
-        print("\n".join(_facts(source, found, values)), flush=True)
-    proposal = propose_settings(layers, found)
+        print("\n".join(_facts(source, facts, values)), flush=True)
+    proposal = propose_settings(layers, facts)
     rows = write_sheet(Path(args.sheet), source, proposal.config)
     if as_json:
         print(
             json.dumps(
                 {
-                    "survey": {"pictures" if k == "images" else k: v for k, v in asdict(found).items()},
+                    "survey": {"pictures" if k == "images" else k: v for k, v in asdict(facts).items()},
                     "settings": asdict(proposal.config),
                     "sheet": args.sheet,
                     "left_out": getattr(source, "skipped", []),
@@ -72,16 +71,16 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
     print(f"\nSettings that mocov3 pretrain would take ({proposal.machine.name}):")
     print(block(proposal.choices, layers.recipe, layers.given))
     print("\n" + "\n".join(_speed(proposal)))
-    print("\n".join(_near_in_batches(found, proposal.config.batch_size, bool(proposal.config.group_by))))
+    print("\n".join(_near_in_batches(facts, proposal.config.batch_size, bool(proposal.config.group_by))))
     print(f"\n{args.sheet}: {rows} images with their views under --view-preset {proposal.config.view_preset}")
     return 0
 
 
-def _facts(source: Source, found: Survey, values: dict[str, Any]) -> list[str]:
-    low, middle, high = found.short_side
+def _facts(source: Source, survey: Survey, values: Fields) -> list[str]:
+    low, middle, high = survey.short_side
     lines = [
-        f"{found.images} images"
-        + ("" if found.examined == found.images else f", of which {found.examined} were examined (--all: every one)")
+        f"{survey.images} images"
+        + ("" if survey.examined == survey.images else f", of which {survey.examined} were examined (--all: every one)")
     ]
     for folder in str(values.get("data")).split("\n"):
         if Path(folder).is_dir():
@@ -94,32 +93,34 @@ def _facts(source: Source, found: Survey, values: dict[str, Any]) -> list[str]:
     lines += [f"  {len(left_out) - _LISTED} more such lines"] if len(left_out) > _LISTED else []
     if source.classes:
         lines.append(f"  class folders    {len(source.classes)}")
-    if found.readable:
-        formats = ", ".join(f"{kind} {count}" for kind, count in list(found.formats.items())[:6])
+    if survey.readable:
+        formats = ", ".join(f"{kind} {count}" for kind, count in list(survey.formats.items())[:6])
         lines += [
             f"  formats          {formats}",
-            f"  shorter side     {middle} px (5 % up to {low}, 5 % above {high}); longer {found.long_side[1]} px",
-            f"  grey             {100 * found.gray_share:.0f} %",
-            *_deep(found, values),
-            f"  turned by EXIF   {100 * found.turned_share:.0f} %",
-            f"  mean, std        {found.mean_std}",
-            f"  copies           {found.copies} equal to an earlier one, {found.near_copies} nearly"
-            + _examples(source, found),
-            f"  alike, upright   mean correlation {found.alike:.2f}; mean image against its turns "
-            f"{found.upright:.1f} × chance",
+            f"  shorter side     {middle} px (5 % up to {low}, 5 % above {high}); longer {survey.long_side[1]} px",
+            f"  grey             {100 * survey.gray_share:.0f} %",
+            *_deep(survey, values),
+            f"  turned by EXIF   {100 * survey.turned_share:.0f} %",
+            f"  mean, std        {survey.mean_std}",
+            f"  copies           {survey.copies} equal to an earlier one, {survey.near_copies} nearly"
+            + _examples(source, survey),
+            f"  similarity       mean correlation {survey.alike:.2f}; mean image against its rotations "
+            f"{survey.upright:.1f} × chance",
         ]
-    if found.unreadable:
-        share = 100 * len(found.unreadable) / found.examined
-        lines.append(f"  unreadable       {len(found.unreadable)} ({share:.1f} %; --max-corrupt stops a run above 1 %)")
-        reasons = Counter(reason for _, reason in found.unreadable)
+    if survey.unreadable:
+        share = 100 * len(survey.unreadable) / survey.examined
+        lines.append(
+            f"  unreadable       {len(survey.unreadable)} ({share:.1f} %; --max-corrupt stops a run above 1 %)"
+        )
+        reasons = Counter(reason for _, reason in survey.unreadable)
         for reason, count in reasons.most_common(_LISTED):
-            index = next(i for i, r in found.unreadable if r == reason)
+            index = next(i for i, r in survey.unreadable if r == reason)
             lines.append(f"    {count} × {reason}, as {printable(source.name(index))}")
     return lines
 
 
-def _deep(found: Survey, values: dict[str, Any]) -> list[str]:
-    count, low, high = found.deep
+def _deep(survey: Survey, values: Fields) -> list[str]:
+    count, low, high = survey.deep
     if not count:
         return []
     line = f"  over 8 bits      {count} images, values {low:g} to {high:g}"
@@ -130,10 +131,10 @@ def _deep(found: Survey, values: dict[str, Any]) -> list[str]:
     return [line + hint]
 
 
-def _examples(source: Source, found: Survey) -> str:
-    if not found.near_examples:
+def _examples(source: Source, survey: Survey) -> str:
+    if not survey.near_examples:
         return ""
-    first, second = found.near_examples[0]
+    first, second = survey.near_examples[0]
     return f", as {printable(source.name(first))} and {printable(source.name(second))}"
 
 
@@ -154,8 +155,8 @@ def _speed(proposal: Proposal) -> list[str]:
     return lines
 
 
-def _near_in_batches(found: Survey, batch: int, grouped: bool) -> list[str]:
-    share = min(found.partners * (batch - 1) / max(found.images - 1, 1), 1.0)
+def _near_in_batches(survey: Survey, batch: int, grouped: bool) -> list[str]:
+    share = min(survey.partners * (batch - 1) / max(survey.images - 1, 1), 1.0)
     line = f"  false negatives  {100 * share:.2f} % of images would meet a near-copy in their batch of {batch}"
     if share > _GROUP_FROM and not grouped:
         line += "; keep them apart by --group-by, or remove copies"

@@ -7,10 +7,9 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mocov3.config import PretrainConfig, read_yaml
-from mocov3.config.fields import Layers
+from mocov3.config.fields import Fields, Layers
 from mocov3.data import Source
 from mocov3.data.sources.survey import Survey, propose, scattered, survey
 from mocov3.errors import UserError
@@ -53,8 +52,8 @@ def choose(layers: Layers) -> PretrainConfig:
     return proposal.config
 
 
-def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
-    """Settings for the images and the machine; ``found`` saves looking at images again.
+def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
+    """Settings for the images and the machine; ``facts`` saves looking at images again.
 
     Raises:
         UserError: as ``choose``.
@@ -68,7 +67,7 @@ def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
     hours = budget(first)
     source, _, order = open_images(first)
     order.check()
-    images = look(source, first, found)
+    images = look(source, first, facts)
     from mocov3.planning import speed
 
     machine = speed.machine(first.device, first.gpu)
@@ -89,7 +88,7 @@ def propose_settings(layers: Layers, found: Survey | None = None) -> Proposal:
         fixed = {**settings_of(starting_weights(first.init, heads).state, arch), **fixed}
     times = {"training": 0.0, "loading": 0.0}
 
-    def measured(values: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    def measured(values: Fields) -> tuple[float, Fields]:
         config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})
         config.check()
         times["training"], times["loading"], batch = speed.epoch_seconds(config, source, len(source))
@@ -117,7 +116,7 @@ def measured_normalisation(config: PretrainConfig) -> PretrainConfig:
 
 def _check_start(config: PretrainConfig) -> None:
     if config.recipe == "adapt" and not config.init:
-        raise UserError("--recipe adapt goes on from existing weights: give --init FILE or --init timm/NAME")
+        raise UserError("--recipe adapt starts from existing weights: give --init FILE or --init timm/NAME")
     if config.init and not config.init.startswith("timm/") and not Path(config.init).is_file():
         raise UserError(f"--init {config.init}: there is no such file; give a weights file, or timm/NAME")
 
@@ -136,29 +135,29 @@ def budget(config: PretrainConfig) -> float | None:
         raise UserError(f"--budget {config.budget!r}: write a time above 0, as 30m, 2h or 1.5d") from None
 
 
-def look(source: Source, config: PretrainConfig, found: Survey | None = None) -> Images:
+def look(source: Source, config: PretrainConfig, facts: Survey | None = None) -> Images:
     """What some of the images show, for the plan.
 
     Raises:
         UserError: if none of them can be read.
     """
-    found = found or survey(source, scattered(len(source), LOOKED_AT), workers=0, reading=config.preset.reading)
-    if not found.readable:
-        index, reason = found.unreadable[0]
+    facts = facts or survey(source, scattered(len(source), LOOKED_AT), workers=0, reading=config.preset.reading)
+    if not facts.readable:
+        index, reason = facts.unreadable[0]
         raise UserError(
-            f"data {config.data_title}: none of {found.examined} images looked at can be read, first: "
+            f"data {config.data_title}: none of {facts.examined} images looked at can be read, first: "
             f"{source.name(index)}: {reason}"
         )
-    preset, reason = propose(found)
-    return Images(len(source), found.short_side[1], preset, reason, found.mean_std, found.gray_share > 0.95)
+    preset, reason = propose(facts)
+    return Images(len(source), facts.short_side[1], preset, reason, facts.mean_std, facts.gray_share > 0.95)
 
 
-def _known(values: dict[str, Any]) -> dict[str, Any]:
+def _known(values: Fields) -> Fields:
     return {name: value for name, value in values.items() if name in _FIELDS}
 
 
-def saved_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the run that is to go on, if its folder tells them."""
+def saved_fields(values: Fields) -> Fields:
+    """Fields of the run that is to be resumed, if its folder tells them."""
     resume = values.get("resume") or ""
     if not resume:
         return {}

@@ -1,6 +1,6 @@
 """Before renting machines: ``mocov3 plan --recipe vit_base_300ep --gpus 64 --gpu-memory 32``.
 
-Micro-batch, memory, and time of a pre-training run on GPUs that are not at hand. Memory is counted on the network
+Micro-batch, memory, and time of a pre-training run on GPUs that need not be present. Memory is counted on the network
 itself (``mocov3.pretraining.footprint``); time needs a speed, which is stated (``--images-per-second``) or measured on
 a GPU here. Takes the flags of ``mocov3 pretrain`` too. Formulas and sources: docs/scaling.md.
 """
@@ -86,7 +86,7 @@ def traffic(gpus: int, batch: int, *, trained: float, dim: int, norm_channels: i
         norm_channels: channels of all batch norms that are run, over both encoders.
         passes: passes of an encoder's blocks in a step and view: 3 (query forward and backward, key forward), and with
             micro-batches a fourth, times their number.
-        fsdp: whether weights are shared out.
+        fsdp: whether weights are sharded.
     """
     ring = (gpus - 1) / gpus  # of a reduce-scatter or an all-gather; an all-reduce is both
     return Traffic(
@@ -112,11 +112,11 @@ def main(args: argparse.Namespace, config: PretrainConfig) -> int:
     """Count, print; returns the exit code."""
     config.check()
     check_divides(config.batch_size, args.gpus)
-    found = plan_run(args, config)
+    figures = plan_run(args, config)
     if config.json:
-        print(json.dumps(found))
+        print(json.dumps(figures))
         return 0
-    print("\n".join(_lines(found, args, config)))
+    print("\n".join(_lines(figures, args, config)))
     return 0
 
 
@@ -130,15 +130,15 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]
 
     local = config.batch_size // args.gpus
     sixteen_bits = config.precision != "fp32"
-    counted = count_memory(config, sixteen_bits=sixteen_bits)
+    figures = count_memory(config, sixteen_bits=sixteen_bits)
     memory = args.gpu_memory * GIB - LIBRARIES
     shards = args.gpus if config.fsdp else 1
     if isinstance(config.micro_batch, int) and config.micro_batch:
         size = min(config.micro_batch, local)
     else:
-        size = counted.fitting(local, memory, shards)
+        size = figures.fitting(local, memory, shards)
     if not size:
-        need = (counted.peak(local, 1, shards) + LIBRARIES) / GIB
+        need = (figures.peak(local, 1, shards) + LIBRARIES) / GIB
         cure = "more GPUs, a smaller --batch-size" + ("" if config.fsdp or args.gpus == 1 else ", or --fsdp")
         raise UserError(
             f"--gpu-memory {args.gpu_memory:g}: weights, optimizer and heads of {local} images a GPU "
@@ -149,7 +149,7 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]
     sent = traffic(
         args.gpus,
         config.batch_size,
-        trained=counted.trained,
+        trained=figures.trained,
         dim=config.moco_dim,
         norm_channels=count_norms(config),
         passes=3 if parts == 1 else 3 * parts + parts,
@@ -163,11 +163,11 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]
         "pictures_per_gpu": local,
         "micro_batch": micro,
         "passes": parts,
-        "memory": counted.peak(local, micro, shards) + LIBRARIES,
+        "memory": figures.peak(local, micro, shards) + LIBRARIES,
         "steps": steps,
         "bytes_per_step": asdict(sent),
         "images_per_second": speed,
-        "memory_parts": asdict(counted),
+        "memory_parts": asdict(figures),
     }
     if speed:
         computing, waiting = step_seconds(
@@ -193,14 +193,14 @@ def _measured(config: PretrainConfig, images: int) -> float:
     return images_per_second(config, min(images, 256))
 
 
-def _lines(found: dict[str, Any], args: argparse.Namespace, config: PretrainConfig) -> list[str]:
-    parts, sent = found["memory_parts"], found["bytes_per_step"]
+def _lines(figures: dict[str, Any], args: argparse.Namespace, config: PretrainConfig) -> list[str]:
+    parts, sent = figures["memory_parts"], figures["bytes_per_step"]
     shared = f" / {args.gpus}" if config.fsdp else ""
-    in_passes = f"{found['passes']} passes of {found['micro_batch']}" if found["micro_batch"] else "one pass"
+    in_passes = f"{figures['passes']} passes of {figures['micro_batch']}" if figures["micro_batch"] else "one pass"
     lines = [
         f"{config.arch} at {config.image_size} px, batch {config.batch_size} on {args.gpus} GPU(s) of "
-        f"{args.gpu_memory:g} GB: {found['pictures_per_gpu']} images a GPU in {in_passes}",
-        f"  memory        {found['memory'] / GIB:.1f} GB of a GPU, counted: weights {parts['weights'] / 1e9:.2f} GB"
+        f"{args.gpu_memory:g} GB: {figures['pictures_per_gpu']} images a GPU in {in_passes}",
+        f"  memory        {figures['memory'] / GIB:.1f} GB of a GPU, counted: weights {parts['weights'] / 1e9:.2f} GB"
         f"{shared}, optimizer {parts['states'] * parts['trained'] / 1e9:.2f} GB{shared}, gradients "
         f"{parts['trained'] / 1e9:.2f} GB, {(parts['backbone'] + parts['heads']) / 1e6:.1f} MB an image and view, "
         f"libraries {LIBRARIES / 1e9:.1f} GB",
@@ -208,22 +208,22 @@ def _lines(found: dict[str, Any], args: argparse.Namespace, config: PretrainConf
         f"{sent['gradients'] / 1e9:.2f}, keys {sent['keys'] / 1e9:.3f}, batch norm {sent['statistics'] / 1e9:.3f}"
         + (f", weights {sent['weights'] / 1e9:.2f}" if config.fsdp else ""),
     ]
-    if "hours" in found:
+    if "hours" in figures:
         source = "stated" if args.images_per_second else "measured here"
         lines.append(
-            f"  time          {found['hours']:.1f} h ({found['gpu_hours']:.0f} GPU-hours): {found['steps']} "
-            f"steps of {found['step_seconds']:.2f} s, {100 * found['efficiency']:.0f} % of them computing, by "
-            f"{found['images_per_second']:g} images/s a GPU ({source})"
+            f"  time          {figures['hours']:.1f} h ({figures['gpu_hours']:.0f} GPU-hours): {figures['steps']} "
+            f"steps of {figures['step_seconds']:.2f} s, {100 * figures['efficiency']:.0f} % of them computing, by "
+            f"{figures['images_per_second']:g} images/s a GPU ({source})"
         )
     else:
         lines.append(
-            f"  time          {found['steps']} steps; not known without a speed: give --images-per-second of "
+            f"  time          {figures['steps']} steps; not known without a speed: give --images-per-second of "
             "one GPU, or run this where one is"
         )
     start = ["torchrun", "--nproc-per-node", str(min(args.gpus, 8)), "main_moco.py"]
     start += ["--recipe", config.recipe] if config.recipe else ["-a", config.arch, "-b", str(config.batch_size)]
-    start += ["--micro-batch", "auto"] * bool(found["micro_batch"]) + ["--fsdp"] * config.fsdp + ["IMAGES"]
+    start += ["--micro-batch", "auto"] * bool(figures["micro_batch"]) + ["--fsdp"] * config.fsdp + ["IMAGES"]
     lines.append(f"  start         {' '.join(start)}")
-    if found["micro_batch"] and (is_resnet(config.arch) or config.arch in CONV_VITS):
+    if figures["micro_batch"] and (is_resnet(config.arch) or config.arch in CONV_VITS):
         lines.append("  note          batch norm of the backbone sees a micro-batch at a time, not the whole batch")
     return lines

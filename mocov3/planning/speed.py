@@ -33,10 +33,10 @@ def machine(device: str, gpu: int | None) -> Machine:
     Raises:
         UserError: if there is no such device.
     """
-    found = pick_device(device, gpu)
-    if found.type == "cuda":
-        return Machine("cuda", free_memory(found), usable_cores(), torch.cuda.get_device_name(found))
-    return Machine(found.type, int(_HALF * free_memory(found)), usable_cores(), found.type)
+    torch_device = pick_device(device, gpu)
+    if torch_device.type == "cuda":
+        return Machine("cuda", free_memory(torch_device), usable_cores(), torch.cuda.get_device_name(torch_device))
+    return Machine(torch_device.type, int(_HALF * free_memory(torch_device)), usable_cores(), torch_device.type)
 
 
 def epoch_seconds(

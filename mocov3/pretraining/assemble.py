@@ -19,6 +19,7 @@ from mocov3.optim import build_optimizer
 from mocov3.pretraining.footprint import Footprint, choose_micro_batch, footprint, free_memory
 from mocov3.pretraining.groups import freeze_until
 from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
+from mocov3.weights import Contents
 from mocov3.weights.convert import find_backbone
 from mocov3.weights.start import load_start, starting_weights
 
@@ -49,17 +50,20 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
     return model.train()
 
 
-def with_heads(config: PretrainConfig, found: tuple[Path, dict[str, Any]] | None = None) -> PretrainConfig:
-    """The configuration with its ViT's attention heads: of the checkpoint to go on from, else those of ``--init``.
+def with_heads(config: PretrainConfig, resume_from: tuple[Path, Contents] | None = None) -> PretrainConfig:
+    """The configuration with its ViT's attention heads: of the checkpoint to resume from, else those of ``--init``.
 
     Raises:
-        UserError: if nobody says which of two networks these weights are of, or ``--heads`` says another.
+        UserError: if it is not known which of two networks these weights are of, or ``--heads`` says another.
     """
     c = config
-    if not is_vit(c.arch) or not (found or c.init):
+    if not is_vit(c.arch) or not (resume_from or c.init):
         return c
-    if found:
-        where, weights = f"--resume {found[0]}", find_backbone(found[1], f"--resume {found[0]}", heads=c.heads)
+    if resume_from:
+        where, weights = (
+            f"--resume {resume_from[0]}",
+            find_backbone(resume_from[1], f"--resume {resume_from[0]}", heads=c.heads),
+        )
     else:
         where, weights = f"--init {c.init}", starting_weights(c.init, c.heads)
     heads = weights.sizes(c.arch, where).get("num_heads", c.heads)
@@ -83,7 +87,7 @@ def plain_model(c: PretrainConfig) -> MoCo:
 
 
 def resolve_compile(
-    config: PretrainConfig, world: World, micro_batch: int, found: tuple[Path, dict[str, Any]] | None
+    config: PretrainConfig, world: World, micro_batch: int, resume_from: tuple[Path, Contents] | None
 ) -> bool:
     """Whether the backbones are compiled: as ``--compile`` says, else as the run to resume was, else where it pays.
 
@@ -93,8 +97,8 @@ def resolve_compile(
     c = config
     if c.compile is not None:
         return c.compile
-    if found:
-        return bool((found[1].get("mocov3") or {}).get("config", {}).get("compile"))
+    if resume_from:
+        return bool((resume_from[1].get("mocov3") or {}).get("config", {}).get("compile"))
     plain = not (c.fsdp or c.grad_checkpoint or c.deterministic)
     return world.device.type == "cuda" and plain and pays(micro_batch or c.batch_size // world.size, c.image_size)
 
@@ -140,7 +144,7 @@ def resolve_micro_batch(config: PretrainConfig, world: World, precision: str) ->
     memory = free_memory(world.device) * (1.0 if world.device.type == "cuda" else 0.5 / world.local_size)
     counted = count_memory(config, sixteen_bits=precision != "fp32")
     size = choose_micro_batch(counted, local, memory, shards=world.size if config.fsdp else 1)
-    smallest = min(found or local for found in world.gather(size))
+    smallest = min(proposal or local for proposal in world.gather(size))
     return smallest if smallest < local else 0
 
 
@@ -168,12 +172,12 @@ def describe_micro_batch(size: int, config: PretrainConfig, world: World, model:
     c, local = config, config.batch_size // world.size
     if not size:
         return f"--micro-batch {c.micro_batch}: the {local} images of a process fit in one pass"
-    kept = f"micro-batches of {size}: loss and gradients are those of all {c.batch_size} images"
+    text = f"micro-batches of {size}: loss and gradients are those of all {c.batch_size} images"
     if not model.views_meet:
-        return f"{kept}, as in one pass but for rounding"
+        return f"{text}, as in one pass but for rounding"
     where = "" if world.size == 1 else f" of each of the {world.size} processes"
     return (
-        f"{kept}, exactly for the heads; the backbone of {c.arch} has batch norm, which normalises by {size} images"
+        f"{text}, exactly for the heads; the backbone of {c.arch} has batch norm, which normalises by {size} images"
         f"{where} at a time: not what one pass computes (backbones without batch norm, as vit_small, are exact)"
     )
 

@@ -68,9 +68,11 @@ class Footprint:
                 gradients = self.trained
             return _HELD * (held + max(whole, gradients + part))
         inputs = 2 * images * self.view
-        kept = 2 * images * (self.backbone + self.heads)
+        for_backward = 2 * images * (self.backbone + self.heads)
         on_the_way = 2 * images * self.backbone + self.heads_trained / shards
-        return _HELD * (held + max(inputs + max(kept, on_the_way) + _TRANSIENT * images * self.largest, gradients))
+        return _HELD * (
+            held + max(inputs + max(for_backward, on_the_way) + _TRANSIENT * images * self.largest, gradients)
+        )
 
     def fitting(self, images: int, memory: float, shards: int = 1) -> int:
         """The most images in a pass that fit ``memory`` bytes: ``images``, less, or 0 where not even one fits."""
@@ -150,12 +152,12 @@ def _kept(model: MoCo, shape: tuple[int, ...], sixteen_bits: bool) -> tuple[int,
     return backbone, sum(sizes.values()), largest
 
 
-def _with_recomputed_blocks(encoder: Encoder, kept: float) -> float:
+def _with_recomputed_blocks(encoder: Encoder, for_backward: float) -> float:
     """Every block's input, and one block's inside."""
     inner: Any = getattr(encoder, "backbone", encoder)
     count = len(blocks(encoder))
     tokens = int(inner.patch_embed.num_patches) + 1
-    return kept / count + count * tokens * encoder.num_features * 4.0
+    return for_backward / count + count * tokens * encoder.num_features * 4.0
 
 
 def _bytes(tensors: list[Any]) -> int:

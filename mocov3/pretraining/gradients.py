@@ -202,14 +202,14 @@ def _held(norms: list[Any]) -> Iterator[None]:
 
     All passes over parts run at one rate, 1: for another a compiled network would be compiled again.
     """
-    kept = [[b.clone() for b in norm.buffers(recurse=False)] for norm in norms]
+    saved_buffers = [[b.clone() for b in norm.buffers(recurse=False)] for norm in norms]
     rates = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None if norm.momentum is None else 1.0
     try:
         yield
     finally:
-        for norm, buffers, usual in zip(norms, kept, rates, strict=True):
+        for norm, buffers, usual in zip(norms, saved_buffers, rates, strict=True):
             norm.momentum = usual
             for buffer, before in zip(norm.buffers(recurse=False), buffers, strict=True):
                 buffer.copy_(before)

@@ -1,4 +1,4 @@
-"""Parameters in groups, for training that goes on from existing weights: slower towards the input, heads first.
+"""Parameters in groups, for training that starts from existing weights: slower towards the input, heads first.
 
 Groups are runs of the model's parameters in their order, so that the optimizer numbers them as without groups.
 """
@@ -50,10 +50,10 @@ def block_numbers(encoder: Encoder) -> dict[str, int]:
     for name, _ in encoder.named_parameters():
         if name.startswith(_HEADS):
             continue
-        found = _BLOCK.match(name)
-        if found and found[1] not in seen:
-            seen.append(found[1])
-        numbers[name] = seen.index(found[1]) + 1 if found else (len(seen) + 1 if seen else 0)
+        block = _BLOCK.match(name)
+        if block and block[1] not in seen:
+            seen.append(block[1])
+        numbers[name] = seen.index(block[1]) + 1 if block else (len(seen) + 1 if seen else 0)
     return numbers
 
 
@@ -67,7 +67,7 @@ def scale_backbone(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def freeze_until(encoder: Encoder, block: str) -> None:
     """Freeze the parameters from the input up to and with the block named ``block`` (layer2, layer3.1, blocks.5).
 
-    Batch norms in it go on normalising by their batches.
+    Batch norms in it keep normalising by their batches.
 
     Raises:
         UserError: if there is no such block, or nothing of the backbone would be left to train.
@@ -78,7 +78,7 @@ def freeze_until(encoder: Encoder, block: str) -> None:
         known = sorted({name.split(".")[0] if not (m := _BLOCK.match(name)) else m[1] for name in names})
         raise UserError(f"--freeze-until {block}: this arch has no such block; it has {', '.join(known)}")
     if not any(p.requires_grad and p.ndim > 1 for name, p in encoder.named_parameters() if name in names[last + 1 :]):
-        raise UserError(f"--freeze-until {block}: nothing of the backbone would be left to train; name a lower block")
+        raise UserError(f"--freeze-until {block}: the whole backbone would be frozen; name a lower block")
     parameters: dict[str, nn.Parameter] = dict(encoder.named_parameters())
     for name in names[: last + 1]:
         parameters[name].requires_grad_(False)

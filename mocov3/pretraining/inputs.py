@@ -17,7 +17,7 @@ from mocov3.output.log import warn, warn_left_out
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank is given: the configuration, and which door it came through."""
+    """What every rank is given: the configuration, and which command started it."""
 
     config: PretrainConfig
     script_door: bool
@@ -27,7 +27,7 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
     """Refuse what cannot work, before torch is imported.
 
     Raises:
-        UserError: naming what, where and how to mend it.
+        UserError: naming what, where and how to fix it.
     """
     config.check()
     source, _, order = open_images(config)
@@ -51,7 +51,7 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
     check_writable(folder, "--output-dir")
     if not (script_door or config.resume or restarted_by_torchrun()) and any(folder.glob("checkpoint_*")):
         raise UserError(
-            f"--output-dir {folder}: holds checkpoints of a former run; go on with --resume auto, or name another"
+            f"--output-dir {folder}: holds checkpoints of a former run; continue with --resume auto, or name another"
         )
     # remarks come last: a refusal is one line
     if config.views == "fast" and (remark := native.remark()):
@@ -59,7 +59,7 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
 
 
 def restarted_by_torchrun() -> bool:
-    """Whether torchrun started this process again after a rank was lost: the same command line goes on then."""
+    """Whether torchrun started this process again after a rank was lost: the same command line then resumes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 

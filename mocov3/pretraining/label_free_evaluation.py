@@ -16,7 +16,7 @@ from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.sharding import whole
 from mocov3.errors import UserError
-from mocov3.evaluation.label_free import IMAGES, Verdict, features_of_views, judge, pixel_features
+from mocov3.evaluation.label_free import IMAGES, LabelFreeQuality, features_of_views, judge, pixel_features
 from mocov3.metrics import QUALITY
 from mocov3.models import MoCo
 from mocov3.output.log import RunLog, cut, warn
@@ -34,10 +34,10 @@ class Watch:
 
     Args:
         config: of the run, seed included.
-        world: this rank; the images are shared out.
+        world: this rank; the images are divided among the ranks.
         model: judged through its query backbone.
         log: where judgements are told.
-        start: where the run begins or goes on; later lines of a former run are cut off.
+        start: where the run begins or resumes; later lines of a former run are cut off.
 
     Raises:
         UserError: if there are no images to judge on.
@@ -49,9 +49,9 @@ class Watch:
         if not config.quality_every:
             return
         self.images = unseen_images(config)
-        kept: list[dict[str, Any]] = world.broadcast(_reopened(self.file, start.step) if world.main else None)
-        self.base = {line["name"]: line["retrieval"] for line in kept if line["name"] != "epoch"}
-        past = [line["retrieval"] for line in kept if line["name"] == "epoch"]
+        lines: list[dict[str, Any]] = world.broadcast(_reopened(self.file, start.step) if world.main else None)
+        self.base = {line["name"]: line["retrieval"] for line in lines if line["name"] != "epoch"}
+        past = [line["retrieval"] for line in lines if line["name"] == "epoch"]
         self.best = max(past, default=-1.0)
         self.since_best = len(past) - 1 - past.index(self.best) if past else 0
         if not self.base:
@@ -64,29 +64,29 @@ class Watch:
         c, done = self.config, position.epoch
         if not c.quality_every or (done % c.quality_every and done != c.epochs):
             return False
-        verdict = self._judge(self.model.base_encoder)
-        self._note("epoch", verdict, position)
-        measures = {f"quality/{name}": value for name, value in verdict.as_dict().items() if name != "pictures"}
+        label_free = self._judge(self.model.base_encoder)
+        self._note("epoch", label_free, position)
+        measures = {f"quality/{name}": value for name, value in label_free.as_dict().items() if name != "pictures"}
         self.log.scalars(measures, position.step - 1)
-        better = verdict.retrieval > self.best
+        better = label_free.retrieval > self.best
         self.log.say(
-            f"Epoch {done - 1}: without labels, {verdict.retrieval:.1f} % of {verdict.images} unseen images found "
-            f"again (at the start {self.base.get('start', 0):.1f}, pixels {self.base.get('pixels', 0):.1f})"
+            f"Epoch {done - 1}: without labels, {label_free.retrieval:.1f} % of {label_free.images} unseen images "
+            f"retrieved (at the start {self.base.get('start', 0):.1f}, pixels {self.base.get('pixels', 0):.1f})"
             + (", the best so far" if better else "")
         )
         if better:
-            self.best, self.since_best = verdict.retrieval, 0
-            self._keep(verdict, position)
+            self.best, self.since_best = label_free.retrieval, 0
+            self._keep(label_free, position)
         else:
             self.since_best += 1
         if done == c.epochs:
-            self.log.say(f"best without labels: {self.file.with_name(BEST)} ({self.best:.1f} % found again)")
+            self.log.say(f"best without labels: {self.file.with_name(BEST)} ({self.best:.1f} % retrieved)")
         stop = bool(c.patience) and self.since_best >= c.patience and done < c.epochs
         if stop:
-            self.log.say(f"no better for {c.patience} judgements: stopping (--patience)")
+            self.log.say(f"no improvement in {c.patience} judgements: stopping (--patience)")
         return stop
 
-    def _judge(self, network: Any) -> Verdict:
+    def _judge(self, network: Any) -> LabelFreeQuality:
         c, preset = self.config, self.config.preset
         images = min(len(self.images), IMAGES)
         parallel = images * c.image_size**2 > _SMALL
@@ -104,15 +104,15 @@ class Watch:
             raise UserError("the quality without labels needs two or more readable images that are not trained on")
         return judge(views)
 
-    def _note(self, name: str, verdict: Verdict, position: Position) -> None:
+    def _note(self, name: str, label_free: LabelFreeQuality, position: Position) -> None:
         if name != "epoch":
-            self.base[name] = verdict.retrieval
+            self.base[name] = label_free.retrieval
         if self.world.main:
-            line = {"name": name, "epoch": position.epoch, "step": position.step, **verdict.as_dict()}
+            line = {"name": name, "epoch": position.epoch, "step": position.step, **label_free.as_dict()}
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def _keep(self, verdict: Verdict, position: Position) -> None:
+    def _keep(self, label_free: LabelFreeQuality, position: Position) -> None:
         state = whole(self.model.state_dict(), keep=self.world.main)  # --fsdp: every rank gives its part
         if not self.world.main:
             return
@@ -125,16 +125,16 @@ class Watch:
                 "step": position.step,
                 "seed": self.config.seed,
                 "config": dataclasses.asdict(self.config),
-                "quality": verdict.as_dict(),
+                "quality": label_free.as_dict(),
                 **origin_of_run(self.config.init),
             },
         }
         try:
             checkpoint.write(self.file.with_name(BEST), contents)
         except OSError as error:
-            warn(f"{BEST} could not be written ({error.strerror or error}); the run goes on")
+            warn(f"{BEST} could not be written ({error.strerror or error}); the run continues")
 
 
 def _reopened(path: Path, first_step: int) -> list[dict[str, Any]]:
-    """Lines of a former run up to where this one goes on; the rest is cut off."""
+    """Lines of a former run up to where this one resumes; the rest is cut off."""
     return cut(path, lambda line: line["step"] <= first_step and {"name", "retrieval"} <= set(line))

@@ -49,7 +49,7 @@ from mocov3.weights.checkpoint import Position
 
 
 def train(world: World, job: Job) -> int:
-    """Train on this rank, from wherever the run stands to its end; returns the exit code."""
+    """Train on this rank, from its present position to its end; returns the exit code."""
     with Run(world, job) as run:
         for batch in run.batches():
             lr, m = run.schedule(batch)
@@ -76,16 +76,16 @@ class Run:
         self.preset, self.stages = c.preset, stages(c)
         self.iterations = self.order.iterations
         set_determinism(c)
-        found = resume.find(c, world)
-        self.config = c = assemble.with_heads(c, found)
-        seed = resume.saved_seed(found)
+        resume_from = resume.find(c, world)
+        self.config = c = assemble.with_heads(c, resume_from)
+        seed = resume.saved_seed(resume_from)
         self.seed: int = seed if seed is not None else world.broadcast(c.seed if c.seed is not None else _draw_seed())
         arithmetic = resolve_precision(c.precision, world.device, script_door=job.script_door)
         micro_batch = resolve_micro_batch(c, world, arithmetic)
         torch.manual_seed(self.seed)
         self.model = build_model(c, world)
         check_micro_batch(micro_batch, c, world, self.model)
-        self.compiled = resolve_compile(c, world, micro_batch, found)
+        self.compiled = resolve_compile(c, world, micro_batch, resume_from)
         if self.compiled:
             self.model.compile_backbones(say=warn)
         params = parameter_groups(self.model, c.layer_decay, staged=c.freeze_epochs > 0)
@@ -98,17 +98,17 @@ class Run:
             micro_batch=micro_batch,
             spike_factor=c.skip_spikes,
         )
-        self.position = self._start(found)
-        self.counters = resume.counters(found, self.source)
+        self.position = self._start(resume_from)
+        self.counters = resume.counters(resume_from, self.source)
         self.log = self._open_log(job.script_door)
         if c.micro_batch:
             self.log.say(describe_micro_batch(micro_batch, c, world, self.model))
         if c.fsdp and world.size == 1:
-            self.log.say("--fsdp: there is one process, so nothing is shared out")
+            self.log.say("--fsdp: there is one process, so there is nothing to shard")
         if self.compiled:
             self.log.say("compiling the backbones: the first steps take a minute more (--no-compile: slower steps)")
         complete = dataclasses.replace(c, seed=self.seed, compile=self.compiled)
-        self.saver = Saver(world, complete, self._name_run(found), self.source, self.log)
+        self.saver = Saver(world, complete, self._name_run(resume_from), self.source, self.log)
         self.recorder = Recorder(
             world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq, images=self._images
         )
@@ -118,29 +118,34 @@ class Run:
         self.pages = Pages(self.folder, c.report_every, self.log, active=world.main)
         self._loader: Loader | None = None
 
-    def _name_run(self, found: resume.Found | None) -> str:
+    def _name_run(self, resume_from: resume.ResumeFrom | None) -> str:
         """The run's name: the checkpoint's, or a new one; config.yaml and the list of images go with it."""
-        name = resume.saved_run(found) or new_run_name()
+        name = resume.saved_run(resume_from) or new_run_name()
         if self.world.main:
             note_start(self.folder, self.world, self.position.step, self.step.precision.name)
             complete = dataclasses.replace(self.config, seed=self.seed, resume="", config="")
             write_yaml(complete, self.folder / "config.yaml", f"run {name}; re-run by: mocov3 pretrain --config FILE")
-            if found is None or not (self.folder / IMAGES).exists():
+            if resume_from is None or not (self.folder / IMAGES).exists():
                 write_images(self.source, self.folder)
         return name
 
-    def _start(self, found: resume.Found | None) -> Position:
+    def _start(self, resume_from: resume.ResumeFrom | None) -> Position:
         c = self.config
-        if found is None:
+        if resume_from is None:
             return Position(c.start_epoch, 0, c.start_epoch * self.iterations)
-        resume.check_same_run(found, c, self.source)
+        resume.check_same_run(resume_from, c, self.source)
         scaler = self.step.precision.scaler
         position = checkpoint.restore(
-            *found, arch=c.arch, model=self.model, optimizer=self.optimizer, scaler=scaler, iterations=self.iterations
+            *resume_from,
+            arch=c.arch,
+            model=self.model,
+            optimizer=self.optimizer,
+            scaler=scaler,
+            iterations=self.iterations,
         )
-        own = found[1].get("mocov3") or {}
-        if self.step.spikes is not None and "spikes" in own:
-            self.step.spikes.restore(own["spikes"])
+        entry = resume_from[1].get("mocov3") or {}
+        if self.step.spikes is not None and "spikes" in entry:
+            self.step.spikes.restore(entry["spikes"])
         # another batch size (--allow-config-change) may have fewer iterations an epoch
         return position if position.iteration < self.iterations else Position(position.epoch + 1, 0, position.step)
 
@@ -164,14 +169,14 @@ class Run:
         if world.main and c.precision not in ("auto", used):
             warn(f"--precision {c.precision} is for CUDA; training in {used}")
         if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
-            log.say("no CUDA here: ranks talk over gloo instead of nccl")
+            log.say("no CUDA here: ranks communicate over gloo instead of nccl")
         log.say(
             f"{len(self.source)} images, {self.iterations} steps of {c.batch_size} an epoch, {c.epochs} epochs; "
             f"{world.size} process(es) on {world.device.type}, {used}; seed {self.seed}"
         )
         log.say(
             f"The loss starts near {start:.2f} (4τ·ln N: all keys look alike) and cannot fall below about {floor:.2f} "
-            "(own key found, others unrelated); where it settles depends on batch and temperature."
+            "(own key retrieved, others unrelated); where it settles depends on batch and temperature."
         )
         if self.counters.resumed:
             log.say(f"resumed at epoch {self.position.epoch}, iteration {self.position.iteration}")
@@ -286,9 +291,9 @@ class Run:
         if self._stop.refusal:
             raise UserError(f"{self._stop.refusal}; {where}")
         if unsaved:
-            raise UserError(f"--output-dir: {where}; make room and go on with --resume auto from what is there")
+            raise UserError(f"--output-dir: {where}; free some space, then continue with --resume auto")
         if number := self._stop.signal:
-            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; go on with --resume auto")
+            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; continue with --resume auto")
             return 128 + number
         self.log.result(f"{self.folder / self.saver.newest}: {self.log.standing(self.position.epoch)}")
         return 0

@@ -23,7 +23,7 @@ class Online:
 
     Args:
         config: of the run.
-        world: this rank; features are shared out.
+        world: this rank; features are divided among the ranks.
         model: its query backbone is looked at.
         source: the images that are trained on.
         log: whose loggers get the images.
@@ -46,8 +46,10 @@ class Online:
         labels = [torch.as_tensor(source.labels, dtype=torch.long) for source in (self.source, validation)]
         if self.log.takes_images:
             shown = scattered(len(validation), _QUERIES)
-            found = nearest(bank, queries[torch.from_numpy(shown)], min(_NEIGHBOURS, len(bank)))
-            sheet = draw_neighbours(validation, shown, self.source, found.index.numpy(), self.config.preset.reading)
+            neighbours = nearest(bank, queries[torch.from_numpy(shown)], min(_NEIGHBOURS, len(bank)))
+            sheet = draw_neighbours(
+                validation, shown, self.source, neighbours.index.numpy(), self.config.preset.reading
+            )
             self.log.image("neighbours", np.asarray(sheet), step)
         return knn_accuracy(bank, labels[0], queries, labels[1])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mocov3.data import Batch
-from mocov3.data.loading.loader import Corrupt
+from mocov3.data.loading.slots import Corrupt
 from mocov3.distributed import World
 from mocov3.evaluation.quality import rank_of_gram
 from mocov3.metrics import MetricsLine
@@ -108,11 +108,11 @@ class Recorder:
             self._write(batch, outcome, step, lr, m, int(skipped))
 
     def _write(self, batch: Batch, outcome: Outcome, step: int, lr: float, m: float, skipped: int) -> None:
-        found = outcome.statistics
-        extra = [found.retrieved.float() / found.queries, found.feature_std.float()]
-        losses, (retrieval, spread) = self._read(extra)
+        statistics = outcome.statistics
+        extra = [statistics.retrieved.float() / statistics.queries, statistics.feature_std.float()]
+        losses, (retrieval_accuracy, feature_std) = self._read(extra)
         first, last = outcome.grad_norms.tolist()
-        rank = self._effective_rank(found.embeddings)
+        rank = self._effective_rank(statistics.embeddings)
         self.count_corrupt(batch.work.epoch)
         seconds = max(self._line_time.lap(), 1e-9)
         self._last = MetricsLine(
@@ -122,10 +122,10 @@ class Recorder:
             loss=losses[-1],
             loss_start=self.log.start,
             loss_floor=self.log.floor,
-            retrieval_accuracy=retrieval,
+            retrieval_accuracy=retrieval_accuracy,
             lr=lr,
             momentum=m,
-            feature_std=spread,
+            feature_std=feature_std,
             grad_norm_first=first,
             grad_norm_last=last,
             images_per_second=self._images / seconds,

@@ -47,7 +47,7 @@ class Pages:
             self.log.say(f"report: {self.folder / 'report.html'}")
 
     def close(self) -> None:
-        """End what is still at work."""
+        """Terminate what is still running."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -63,7 +63,7 @@ class Pages:
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._output, env=environment
             )
         except OSError as error:
-            warn(f"report.html could not be made ({error.strerror or error}); the run goes on")
+            warn(f"report.html could not be made ({error.strerror or error}); the run continues")
             self._tidy()
 
     def _ended(self) -> bool:
@@ -82,7 +82,7 @@ class Pages:
             self._process.wait(_LONGEST)
         except subprocess.TimeoutExpired:
             self.close()
-            warn(f"report.html took longer than {_LONGEST / 60:.0f} minutes and was given up; mocov3 report makes it")
+            warn(f"report.html took longer than {_LONGEST / 60:.0f} minutes and was cancelled; mocov3 report makes it")
             return False
         return self._succeeded()
 

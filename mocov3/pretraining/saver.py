@@ -106,9 +106,9 @@ class Saver:
         c, first, last = self.config, row[0], row[-1]
         name = f"bad_batch_step{last.step:09d}.npz"
         if self.world.main:
-            own = images(last.epoch, last.iteration)[: c.batch_size // self.world.size]
+            local_images = images(last.epoch, last.iteration)[: c.batch_size // self.world.size]
             views = TwoViews(c.image_size, c.crop_min, c.preset, c.views)
-            self._save_batch(name, last.epoch, own, views)
+            self._save_batch(name, last.epoch, local_images, views)
         return (
             f"{len(row)} steps in a row, from step {first.step}, had a loss or gradients that were not finite, or a "
             f"spike, and changed nothing; {diagnosis}; images of step {last.step} are in {name}; try a lower --lr, a "
@@ -116,18 +116,18 @@ class Saver:
         )
 
     def _save_batch(self, name: str, epoch: int, indices: list[int], views: TwoViews) -> None:
-        pixels, kept, size = [], [], views.image_size
+        pixels, readable, size = [], [], views.image_size
         for index in indices:
             out = np.zeros((2, size, size, views.reading.channels), np.uint8)
             try:
                 views(self.source.read(index), seed=int(self.config.seed or 0), epoch=epoch, index=index, out=out)
-            except Exception:  # unreadable: another image stood in for it
+            except Exception:  # unreadable: another image was used instead
                 continue
-            kept.append(index)
+            readable.append(index)
             pixels.append(out)
-        names = [printable(self.source.name(i)) for i in kept]
+        names = [printable(self.source.name(i)) for i in readable]
         try:
-            np.savez_compressed(self.folder / name, views=np.array(pixels), indices=kept, names=names)
+            np.savez_compressed(self.folder / name, views=np.array(pixels), indices=readable, names=names)
         except OSError as error:
             warn(f"{name} could not be written ({error.strerror or error})")
 

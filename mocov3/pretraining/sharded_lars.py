@@ -1,4 +1,4 @@
-"""``--fsdp``: a model whose weights, gradients and optimizer states are shared out over ranks, and its optimizer."""
+"""``--fsdp``: a model whose weights, gradients and optimizer states are sharded over ranks, and its optimizer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ from mocov3.optim import LARS, build_optimizer
 
 
 def shard_model(model: MoCo, world: World) -> None:
-    """Share out the parameters of ``model``: a unit for every block, projector, predictor, and the rest of an encoder.
+    """Shard the parameters of ``model``: a unit for every block, projector, predictor, and the rest of an encoder.
 
     Call it before the optimizer is built.
     """
@@ -57,8 +57,8 @@ class ShardedLARS(LARS):
         matrices = [i for i, p in enumerate(params) if p.ndim > 1]
         for i in matrices:
             grads[i] = grads[i].add(weights[i], alpha=group["weight_decay"])
-        found = norms(self.world, [*(weights[i] for i in matrices), *(grads[i] for i in matrices)], sharded=True)
-        sizes, changes = found.split(len(matrices))
+        both_norms = norms(self.world, [*(weights[i] for i in matrices), *(grads[i] for i in matrices)], sharded=True)
+        sizes, changes = both_norms.split(len(matrices))
         both = (sizes > 0) & (changes > 0)
         factors = torch.where(both, group["trust_coefficient"] * sizes / changes, torch.ones_like(sizes))
         for i, factor in zip(matrices, factors, strict=True):

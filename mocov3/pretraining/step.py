@@ -114,8 +114,8 @@ class Step:
             if scaler.is_enabled():
                 scaler.update()  # by the infinities that unscaling met
         # batch statistics of a step that does not count may hold NaN for ever
-        kept = torch.where(ok, torch.cat([b.flatten() for b in self._buffers]), before)
-        parts = kept.split([b.numel() for b in self._buffers])
+        buffers = torch.where(ok, torch.cat([b.flatten() for b in self._buffers]), before)
+        parts = buffers.split([b.numel() for b in self._buffers])
         torch._foreach_copy_(self._buffers, [p.view_as(b) for p, b in zip(parts, self._buffers, strict=True)])
 
     def diagnosis(self) -> str:
@@ -159,7 +159,7 @@ class SpikeGuard:
         return self._state.tolist()
 
     def restore(self, state: list[float]) -> None:
-        """Go on from ``state``."""
+        """Continue from ``state``."""
         self._state.copy_(torch.tensor(state))
 
 

@@ -11,7 +11,7 @@ def main(config: PretrainConfig, *, script_door: bool) -> int:
     """Check, start the ranks, train; returns the exit code (0, or 128 + the signal that stopped the run).
 
     Raises:
-        UserError: for anything the user can mend, before training starts where it can be known.
+        UserError: for anything the user can fix, before training starts where it can be known.
     """
     check(config, script_door=script_door)
     from mocov3.distributed import launch_as

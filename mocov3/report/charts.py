@@ -17,6 +17,7 @@ from mocov3.report.curves import dips, smooth, spikes, thin
 from mocov3.report.runs import Run
 
 Chart = dict[str, Any]
+Numbers = np.ndarray | Sequence[float]
 _ROWS = 12  # of a chart's table
 
 
@@ -25,12 +26,14 @@ def plain(text: str) -> str:
     return html.escape(printable(text))
 
 
-def numbers(values: Any, digits: int = 5) -> list[float | None]:
+def numbers(values: Numbers, digits: int = 5) -> list[float | None]:
     """Floats for JSON, of so many significant digits; ``None`` where not finite."""
     return [float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in np.asarray(values, float).tolist()]
 
 
-def line(x: Any, y: Any, name: str, colour: int, *, epochs: Any = None, unit: str = "", **more: Any) -> Chart:
+def line(
+    x: Numbers, y: Numbers, name: str, colour: int, *, epochs: Numbers | None = None, unit: str = "", **more: Any
+) -> Chart:
     """A curve; hovering shows step, epoch and value."""
     where = "epoch %{customdata:.2f}, step %{x}" if epochs is not None else "%{x}"
     trace = {
@@ -47,7 +50,7 @@ def line(x: Any, y: Any, name: str, colour: int, *, epochs: Any = None, unit: st
     return trace | more
 
 
-def marks(x: Any, y: Any, name: str, colour: int, **more: Any) -> Chart:
+def marks(x: Numbers, y: Numbers, name: str, colour: int, **more: Any) -> Chart:
     """Points."""
     return line(x, y, name, colour, mode="markers", **more)
 
@@ -65,7 +68,7 @@ def chart(
     *,
     x: str = "step",
     y: str = "",
-    table: Any = None,
+    table: dict[str, Any] | None = None,
     levels: Sequence[dict[str, Any]] = (),
     height: int = 300,
     **layout: Any,
@@ -108,7 +111,7 @@ def chart(
     }
 
 
-def sampled(head: Sequence[str], columns: Sequence[Any]) -> dict[str, Any]:
+def sampled(head: Sequence[str], columns: Sequence[np.ndarray]) -> dict[str, Any]:
     """A table of a few evenly spaced rows of ``columns``."""
     n = min((len(c) for c in columns), default=0)
     rows = np.unique(np.linspace(0, n - 1, min(n, _ROWS)).round().astype(int)) if n else np.empty(0, int)
@@ -131,24 +134,24 @@ class Curves:
 
     def of(self, name: str, label: str, *, scale: float = 1.0, smoothed: bool = False, colour: int = 0) -> list[Chart]:
         """Curves of a column; with ``smoothed`` the values are faint under their running mean."""
-        found = []
+        traces = []
         for i, run in enumerate(self.runs):
             x, epochs, y = run.columns["step"], run.columns["epoch_done"], run.columns[name] * scale
-            at, own = thin(x, y), i if not self.alone else colour
+            at, trace_colour = thin(x, y), i if not self.alone else colour
             title = label if self.alone else run.name
             smoothed = smoothed and len(at) > 10
             faint: dict[str, Any] = {"opacity": 0.35, "line": {"width": 1}} if smoothed else {}
             group: dict[str, Any] = {"legendgroup": f"{i}{label}"} if not self.alone else {}
             if smoothed and not self.alone:
                 faint["showlegend"] = False
-            found.append(line(x[at], y[at], title, own, epochs=epochs[at], **faint, **group))
+            traces.append(line(x[at], y[at], title, trace_colour, epochs=epochs[at], **faint, **group))
             if smoothed:
                 # drawn on the thinned points' places, computed on all
                 mean = smooth(y)
                 few = thin(x, mean, 250)
                 more = f"{label}, running mean" if self.alone else title
-                found.append(line(x[few], mean[few], more, own, epochs=epochs[few], **group))
-        return found
+                traces.append(line(x[few], mean[few], more, trace_colour, epochs=epochs[few], **group))
+        return traces
 
     def chart(
         self,
@@ -181,16 +184,16 @@ class Curves:
 
     def knn(self) -> list[Chart]:
         """k-NN accuracies at the ends of epochs, and their dips."""
-        found = []
+        traces = []
         for i, run in enumerate(self.runs):
             if len(run.knn):
                 x, epochs, y = run.knn.T
                 name = "k-NN" if self.alone else run.name
-                found.append(
+                traces.append(
                     line(x, y, name, i if not self.alone else 2, epochs=epochs, unit=" %", mode="lines+markers")
                 )
                 if len(low := dips(y)):
-                    found.append(
+                    traces.append(
                         marks(
                             x[low],
                             y[low],
@@ -201,18 +204,18 @@ class Curves:
                             marker={"symbol": "triangle-down", "size": 11},
                         )
                     )
-        return found
+        return traces
 
     def spiked(self, name: str, label: str, colour: int) -> list[Chart]:
         """Gradient norms, and where they are spikes."""
-        found = self.of(name, label, colour=colour)
+        traces = self.of(name, label, colour=colour)
         for run in self.runs:
             x, epochs, y = run.columns["step"], run.columns["epoch_done"], run.columns[name]
             high = np.flatnonzero(spikes(y))
             if len(high) > 300:  # the highest tell enough
                 high = np.sort(high[np.argsort(y[high])[-300:]])
             title = f"{label}: spikes" if self.alone else f"{run.name}: spikes"
-            found.append(
+            traces.append(
                 marks(x[high], y[high], title, 3, epochs=epochs[high], marker={"symbol": "triangle-up", "size": 9})
             )
-        return found
+        return traces

@@ -1,9 +1,9 @@
 """``mocov3 report RUN…``: one self-contained page of a run, or of several side by side."""
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Any:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="mocov3 report",
         description="One page of a pre-training run: does it learn, is it "
@@ -65,7 +65,7 @@ def _parse(argv: Sequence[str]) -> Any:
 
 
 def write_page(runs: Sequence[Run], output: Path, *, images: int = IMAGES, device: str = "auto") -> list[Shown]:
-    """Make the page and put it in place at once, so that nobody ever reads half of one; returns what is on it.
+    """Make the page and put it in place atomically, so that no reader sees half of one; returns what is on it.
 
     Args:
         runs: to show.
@@ -95,13 +95,13 @@ def _show(run: Run, key: str, images: int, device: str) -> Shown:
         return Shown(run, remarks=["no network was run (--pictures 0)"])
     from mocov3.report.learned import look
 
-    found = look(run, images=images, device=device)
-    shown = Shown(run, facts=found.facts, remarks=found.remarks)
-    if found.source is not None and run.config is not None:
-        shown.views = views(found.source, run.config)
+    contents = look(run, images=images, device=device)
+    shown = Shown(run, facts=contents.facts, remarks=contents.remarks)
+    if contents.source is not None and run.config is not None:
+        shown.views = views(contents.source, run.config)
     else:
-        shown.views = '<p class="note">The images are not at hand, so their views cannot be shown.</p>'
-    if found.learned is not None:
-        shown.panel = learned(found.learned, key)
-        shown.spectra = [(network.title, network.spectrum) for network in found.learned.networks]
+        shown.views = '<p class="note">The images are not available, so their views cannot be shown.</p>'
+    if contents.learned is not None:
+        shown.panel = learned(contents.learned, key)
+        shown.spectra = [(network.title, network.spectrum) for network in contents.learned.networks]
     return shown

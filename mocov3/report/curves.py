@@ -51,9 +51,9 @@ def surroundings(y: Float[np.ndarray, "points"]) -> Float[np.ndarray, "points"]:
     gap = np.full(WINDOW, np.nan)
     padded = np.concatenate([gap, y, gap])
     before, after = padded[: len(y) + WINDOW - 1], padded[WINDOW + 1 :]
-    found = np.fmax(_medians(before, len(y)), _medians(after, len(y)))
-    found[:3] = np.nan
-    return found
+    higher = np.fmax(_medians(before, len(y)), _medians(after, len(y)))
+    higher[:3] = np.nan
+    return higher
 
 
 def _medians(padded: np.ndarray, n: int) -> np.ndarray:
@@ -63,10 +63,10 @@ def _medians(padded: np.ndarray, n: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # windows without a value
         gaps = np.isnan(windows).any(axis=1)
-        found = np.empty(n)
-        found[~gaps] = np.median(windows[~gaps], axis=1)  # many times as fast as nanmedian
-        found[gaps] = np.nanmedian(windows[gaps], axis=1)
-        return found
+        medians = np.empty(n)
+        medians[~gaps] = np.median(windows[~gaps], axis=1)  # many times as fast as nanmedian
+        medians[gaps] = np.nanmedian(windows[gaps], axis=1)
+        return medians
 
 
 def spikes(y: Float[np.ndarray, "points"], factor: float = SPIKE) -> Bool[np.ndarray, "points"]:

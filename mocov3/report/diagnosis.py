@@ -1,7 +1,7 @@
-"""The verdict on a run in words, from stated rules over its metrics. numpy alone; thresholds are held to real runs.
+"""The diagnosis of a run, in words, from stated rules over its metrics. numpy alone; thresholds are held to real runs.
 
-``tests/recorded/verdicts.json`` has the metrics of runs made to learn, collapse, spike and starve
-(``benchmarks/verdicts.py``).
+``tests/recorded/diagnoses.json`` has the metrics of runs made to learn, collapse, spike and starve
+(``benchmarks/diagnoses.py``).
 """
 
 import math
@@ -16,7 +16,7 @@ from mocov3.report.runs import Run
 LATE = 0.2
 """The last part of a run that is judged; at least five lines."""
 FEW_LINES, ENOUGH_LINES = 10, 30
-SPREAD, RANK_SHARE, RANK_FALL = 0.3, 0.15, 0.3
+FEATURE_STD, RANK_SHARE, RANK_FALL = 0.3, 0.15, 0.3
 PROGRESS, ABOVE_CHANCE = 0.05, 2.0
 SPIKE_SHARE, SPIKE_COUNT, FELL_BACK, SKIPPED_SHARE = 0.03, 3, 0.15, 0.005
 WAITING = 0.3
@@ -25,10 +25,10 @@ RULES = [
     ("too early", f"fewer than {FEW_LINES} lines of metrics, or the warm-up is not over and nothing is wrong"),
     (
         "collapsed",
-        f"late in the run (its last fifth) the queries' spread is below {SPREAD}; or their effective "
+        f"late in the run (its last fifth) the queries' spread is below {FEATURE_STD}; or their effective "
         f"rank is below {RANK_SHARE:.0%} of what the embedding allows and below {RANK_FALL:.0%} of what it was at the "
         f"start; or, on {ENOUGH_LINES} lines or more, after learning or after the warm-up, the loss is back at its "
-        "start and own images are found no more often than by chance",
+        "start and own images are retrieved no more often than by chance",
     ),
     (
         "unstable",
@@ -39,12 +39,12 @@ RULES = [
     ("starved of data", f"late in the run more than {WAITING:.0%} of the time goes into waiting for images"),
     (
         "learning",
-        f"the loss has come {PROGRESS:.0%} of the way from start to floor, and own images are found "
+        f"the loss has come {PROGRESS:.0%} of the way from start to floor, and own images are retrieved "
         f"{ABOVE_CHANCE:.0f} times as often as by chance",
     ),
     ("not learning yet", "none of these"),
 ]
-"""Verdicts and their rules, in the order in which the first that holds gives the headline; others are listed too."""
+"""Diagnoses and their rules, in the order in which the first that holds gives the headline; others are listed too."""
 
 _WORDS = {
     "early": "too early to tell",
@@ -68,7 +68,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The verdict: the worst finding gives the headline."""
+    """The diagnosis: the worst finding gives the headline."""
 
     findings: list[Finding] = field(default_factory=list)
 
@@ -106,15 +106,15 @@ class _Facts:
     progress: float
     """Way from start to floor late in the run, 0–1."""
     best: float
-    found: float
-    """Share of own images found, late."""
+    retrieval: float
+    """Share of own images retrieved, late."""
     chance: float
     warm: bool
     """Whether the warm-up is over."""
 
 
 def diagnose(run: Run) -> Diagnosis:
-    """The verdict on a run."""
+    """The diagnosis of a run."""
     facts = _facts(run)
     trouble = [f for rule in (_collapsed, _unstable, _starved) if (f := rule(facts)) is not None]
     learning = _learning(facts)
@@ -132,8 +132,8 @@ def diagnose(run: Run) -> Diagnosis:
             Finding(
                 "stalled",
                 f"The loss has come {_percent(facts.progress)} of the way to its floor, and "
-                f"{_percent(facts.found)} of "
-                f"queries find their own image (chance {_percent(facts.chance)}).",
+                f"{_percent(facts.retrieval)} of "
+                f"queries retrieve their own image (chance {_percent(facts.chance)}).",
                 "Give it time: the first epochs move little. If it stays so, try a higher --lr (or a lower one if the "
                 "loss jumps), "
                 "and look at the views below: they may hide what tells images apart.",
@@ -159,11 +159,11 @@ def _collapsed(f: _Facts) -> Finding | None:
     c = f.run.columns
     if len(f.run) < 3:
         return None
-    spread = _median(c["feature_std"][f.late])
+    feature_std = _median(c["feature_std"][f.late])
     advice = _collapse_advice(f)
-    if spread < SPREAD:
+    if feature_std < FEATURE_STD:
         return Finding(
-            "collapsed", f"The queries' spread is {spread:.2f} (1: even, 0: all images look the same).", advice
+            "collapsed", f"The queries' spread is {feature_std:.2f} (1: even, 0: all images look the same).", advice
         )
     rank, first = _median(c["effective_rank"][f.late]), _median(c["effective_rank"][:3])
     config = f.run.config
@@ -178,14 +178,14 @@ def _collapsed(f: _Facts) -> Finding | None:
         )
     if math.isnan(f.chance) or len(f.run) < ENOUGH_LINES:
         return None
-    lost = f.progress < 0.01 and f.found < 1.5 * f.chance
+    lost = f.progress < 0.01 and f.retrieval < 1.5 * f.chance
     if lost and (f.best > PROGRESS or f.warm):
         before = f"after {_percent(f.best)}" if f.best > PROGRESS else "and has never left it"
         return Finding(
             "collapsed",
             f"The loss is at its start ({_percent(f.progress)} of the way, {before}) and "
-            f"{_percent(f.found)} of queries find their own image (chance {_percent(f.chance)}): all keys "
-            "look alike.",
+            f"{_percent(f.retrieval)} of queries retrieve their own image (chance {_percent(f.chance)}): all keys "
+            "are alike.",
             advice,
         )
     return None
@@ -203,7 +203,7 @@ def _collapse_advice(f: _Facts) -> str:
         if config.warmup_epochs < 1:
             hints.append("a warm-up (--warmup-epochs)")
     hints = hints or ["a lower --lr, a longer --warmup-epochs, --moco-m .99"]
-    return f"Start again from a checkpoint before it, or anew, with {', '.join(hints)}."
+    return f"Restart from an earlier checkpoint, or from scratch, with {', '.join(hints)}."
 
 
 def _unstable(f: _Facts) -> Finding | None:
@@ -268,12 +268,12 @@ def _starved(f: _Facts) -> Finding | None:
 
 
 def _learning(f: _Facts) -> Finding | None:
-    above = math.isnan(f.chance) or f.found >= ABOVE_CHANCE * f.chance
+    above = math.isnan(f.chance) or f.retrieval >= ABOVE_CHANCE * f.chance
     if not (f.progress >= PROGRESS and above):
         return None
     reason = (
         f"The loss has come {_percent(f.progress)} of the way from start to floor, and "
-        f"{_percent(f.found)} of queries "
+        f"{_percent(f.retrieval)} of queries "
         f"find their own image among the keys (chance {_percent(f.chance)})."
     )
     knn = f.run.knn
@@ -282,21 +282,23 @@ def _learning(f: _Facts) -> Finding | None:
     judged = [q for q in f.run.quality if q.get("name") == "epoch"]
     base = {q.get("name"): q["retrieval"] for q in f.run.quality}
     if judged and "start" in base:
-        reason += f" Unseen images found again: {judged[-1]['retrieval']:.1f} % (at the start {base['start']:.1f} %)."
+        reason += f" Unseen images retrieved: {judged[-1]['retrieval']:.1f} % (at the start {base['start']:.1f} %)."
     advice = ""
     if judged and "start" in base and judged[-1]["retrieval"] <= base["start"]:
-        advice = "The loss falls, but unseen images are found no better than at the start: look at the views below."
+        advice = "The loss falls, but unseen images are retrieved no better than at the start: look at the views below."
     return Finding("learning", reason, advice)
 
 
 def _early(f: _Facts) -> Finding:
     config = f.run.config
     warming = config is not None and not f.warm
-    why = f"the warm-up ends after {config.warmup_epochs} epochs" if warming and config else "a verdict needs ten lines"
+    why = (
+        f"the warm-up ends after {config.warmup_epochs} epochs" if warming and config else "a diagnosis needs ten lines"
+    )
     return Finding(
         "early",
         f"{len(f.run)} lines of metrics, {f.run.epochs_done:.1f} epochs: {why}.",
-        "Look again later: mocov3 report makes this page anew at any time.",
+        "Look again later: mocov3 report rebuilds this page at any time.",
     )
 
 

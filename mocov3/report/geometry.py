@@ -24,8 +24,8 @@ def flat_map(features: Float[Tensor, "images dim"]) -> Float[Tensor, "images 2"]
     unit = nn.functional.normalize(features.detach().cpu().double(), dim=1)
     left, values, _ = torch.linalg.svd(_centred(unit), full_matrices=False)
     placed = torch.zeros(len(unit), 2, dtype=torch.float64)
-    kept = min(2, len(values))
-    placed[:, :kept] = left[:, :kept] * values[:kept]
+    count = min(2, len(values))
+    placed[:, :count] = left[:, :count] * values[:count]
     sign = placed.gather(0, placed.abs().argmax(0, keepdim=True)).sign()
     return placed * torch.where(sign == 0, 1.0, sign)
 
@@ -71,5 +71,5 @@ def cls_attention(
     if not caught or caught[0].ndim != 4:
         return None
     rows, columns = grid
-    found = caught[0][:, :, 0, int(body.num_prefix_tokens) :].float()
-    return found.unflatten(2, (rows, columns)) if found.shape[2] == rows * columns else None
+    attention = caught[0][:, :, 0, int(body.num_prefix_tokens) :].float()
+    return attention.unflatten(2, (rows, columns)) if attention.shape[2] == rows * columns else None

@@ -1,6 +1,6 @@
 """What a run's network has learned: features of some images by the network as it began and as it is now.
 
-Needs a checkpoint in the run's folder and the images that its config.yaml names; says so where they are not at hand.
+Needs a checkpoint in the run's folder and the images that its config.yaml names; says so where they are not available.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from mocov3.pretraining.label_free_evaluation import BEST
 from mocov3.report.geometry import cls_attention, flat_map, spectrum
 from mocov3.report.images import THUMB, encoded, heated, sprite, thumbnail
 from mocov3.report.runs import Run
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 from mocov3.weights.origin import origin_of
 
 _MOST_REMARKS = 10
@@ -78,7 +78,7 @@ class Learned:
 
 
 @dataclasses.dataclass
-class Found:
+class RunContents:
     """What a run's checkpoint and images gave; ``remarks`` say what is missing."""
 
     learned: Learned | None = None
@@ -89,7 +89,7 @@ class Found:
     remarks: list[str] = dataclasses.field(default_factory=list)
 
 
-def look(run: Run, *, images: int, device: str) -> Found:
+def look(run: Run, *, images: int, device: str) -> RunContents:
     """What the newest checkpoint of ``run`` has learned.
 
     Args:
@@ -97,32 +97,32 @@ def look(run: Run, *, images: int, device: str) -> Found:
         images: how many to look at, at most.
         device: as ``--device``.
     """
-    found = Found()
+    result = RunContents()
     config = run.config
     if config is None:
-        found.remarks.append("config.yaml could not be read, so neither images nor network are known")
-        return found
+        result.remarks.append("config.yaml could not be read, so neither images nor network are known")
+        return result
     try:
-        found.source, held_out, _ = open_images(config)
-        found.remarks += getattr(found.source, "skipped", [])[:_MOST_REMARKS]
+        result.source, held_out, _ = open_images(config)
+        result.remarks += getattr(result.source, "skipped", [])[:_MOST_REMARKS]
     except (UserError, OSError) as error:
-        found.remarks.append(f"the images are not at hand: {error}")
+        result.remarks.append(f"the images are not available: {error}")
     try:
         file, contents = _checkpoint(run)
     except (UserError, OSError) as error:
-        found.remarks.append(str(error))
-        return found
-    found.facts = _facts(file.name, contents)
-    if found.source is None:
-        return found
+        result.remarks.append(str(error))
+        return result
+    result.facts = _facts(file.name, contents)
+    if result.source is None:
+        return result
     try:
         world = World(0, 1, pick_device(device, None))
         trained = open_frozen(str(file), flag="checkpoint").to(world.device)
-        pool, about = _pool(config, found.source, held_out)
-        found.learned = _learn(config, trained, pool, about, world, images, found.remarks)
+        pool, about = _pool(config, result.source, held_out)
+        result.learned = _learn(config, trained, pool, about, world, images, result.remarks)
     except (UserError, OSError) as error:
-        found.remarks.append(f"the network of {file.name} could not be looked at: {error}")
-    return found
+        result.remarks.append(f"the network of {file.name} could not be looked at: {error}")
+    return result
 
 
 def _checkpoint(run: Run) -> tuple[Any, dict[str, Any]]:
@@ -138,11 +138,13 @@ def _checkpoint(run: Run) -> tuple[Any, dict[str, Any]]:
     raise UserError("there is no checkpoint in the run's folder yet")
 
 
-def _facts(name: str, contents: dict[str, Any]) -> dict[str, Any]:
+def _facts(name: str, contents: Contents) -> dict[str, Any]:
     given = contents.get("mocov3")
-    own: dict[str, Any] = given if isinstance(given, dict) else {}
-    kept = {k: own[k] for k in ("run", "step", "seed", "pictures", "data_digest") if isinstance(own.get(k), str | int)}
-    return {"checkpoint": name, "epochs": contents.get("epoch"), **kept, **origin_of(contents)}
+    entry: dict[str, Any] = given if isinstance(given, dict) else {}
+    facts = {
+        k: entry[k] for k in ("run", "step", "seed", "pictures", "data_digest") if isinstance(entry.get(k), str | int)
+    }
+    return {"checkpoint": name, "epochs": contents.get("epoch"), **facts, **origin_of(contents)}
 
 
 def _pool(config: PretrainConfig, source: Source, held_out: Source | None) -> tuple[Source, str]:
@@ -236,7 +238,7 @@ def _features(frozen: Frozen, source: Source, world: World, most: int | None) ->
 def _beginning(
     config: PretrainConfig, trained: Frozen, source: Source, world: World, most: int, seconds: float, remarks: list[str]
 ) -> tuple[Tensor | None, str]:
-    """Features of the network as the run began with it, built anew from its seed or from ``--init``."""
+    """Features of the network as the run began with it, rebuilt from its seed or from ``--init``."""
     title = "at the start" if config.init else "untrained"
     try:
         torch.manual_seed(config.seed or 0)
@@ -252,18 +254,18 @@ def _beginning(
 
 def _network(title: str, x: Tensor, labels: np.ndarray | None, queries: np.ndarray) -> Network:
     k = min(max(K, _SHOWN), len(x) - 1)
-    found = nearest(x, x, k, own=torch.arange(len(x)))
+    neighbours = nearest(x, x, k, self_index=torch.arange(len(x)))
     correct = None
     if labels is not None:
-        own = torch.from_numpy(np.asarray(labels, np.int64))
-        chosen = vote(found, own, [k], [TEMPERATURE], classes=int(own.max()) + 1)[k, TEMPERATURE]
-        correct = (chosen == own).numpy()
+        truth = torch.from_numpy(np.asarray(labels, np.int64))
+        chosen = vote(neighbours, truth, [k], [TEMPERATURE], classes=int(truth.max()) + 1)[k, TEMPERATURE]
+        correct = (chosen == truth).numpy()
     return Network(
         title,
         flat_map(x).numpy(),
         spectrum(x).numpy(),
         quality.rankme(x),
-        found.index[queries, :_SHOWN].numpy(),
+        neighbours.index[queries, :_SHOWN].numpy(),
         correct,
     )
 
@@ -282,10 +284,10 @@ def _attention(frozen: Frozen, source: Source, queries: np.ndarray, world: World
     pixels = np.stack([view(source.read(i))[0] for i in looked])
     x = normalise(pixels, world.device, frozen.preset.mean, frozen.preset.std)
     network: nn.Module = frozen.network
-    found = cls_attention(network, x)
-    if found is None:
+    attention = cls_attention(network, x)
+    if attention is None:
         return []
-    heads = found.cpu().numpy().astype(float)
+    heads = attention.cpu().numpy().astype(float)
     return [
         (
             source.name(i),

@@ -30,12 +30,12 @@ _POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 _NAMED = ("recipe", "output_dir", "data")  # told apart from the settings
-_SECTIONS = ("Verdict", "Learning", "Stability", "Collapse", "What it sees", "What it learned", "The run")
+_SECTIONS = ("Diagnosis", "Learning", "Stability", "Collapse", "What it sees", "What it learned", "The run")
 
 
 @dataclasses.dataclass
 class Shown:
-    """A run, its verdict, and what was found by its checkpoint and images."""
+    """A run, its diagnosis, and what was found by its checkpoint and images."""
 
     run: Run
     views: str = ""
@@ -47,7 +47,7 @@ class Shown:
 
     @cached_property
     def diagnosis(self) -> Diagnosis:
-        """The verdict."""
+        """The diagnosis."""
         return diagnose(self.run)
 
 
@@ -67,7 +67,7 @@ def render(shown: Sequence[Shown]) -> str:
     charts: list[Chart] = [*learning, *stable, *collapsed, *(c for s in shown if s.panel for c in s.panel.charts)]
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs: {', '.join(r.name for r in runs)}"
     parts = [
-        "".join(_verdict(s, alone=len(shown) == 1) for s in shown),
+        "".join(_diagnosis(s, alone=len(shown) == 1) for s in shown),
         figures(learning),
         _stability(runs) + figures(stable, wide=["gradients"]),
         figures(collapsed, wide=["spectrum"] if len(collapsed) % 2 else []),
@@ -88,7 +88,7 @@ def render(shown: Sequence[Shown]) -> str:
         "sets": {f"r{i}": s.panel.set for i, s in enumerate(shown) if s.panel},
     }
     style = _asset("page.css") + "".join(s.panel.style for s in shown if s.panel)
-    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    made_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -100,9 +100,9 @@ def render(shown: Sequence[Shown]) -> str:
 <style>{style}</style>
 </head>
 <body>
-<a class="skip" href="#s1">Skip to the verdict</a>
+<a class="skip" href="#s1">Skip to the diagnosis</a>
 <header><h1>{text(title)}</h1>
-<p class="note">MoCo v3 pre-training (arXiv 2104.02057) · page made {made} by mocov3 {__version__}</p></header>
+<p class="note">MoCo v3 pre-training (arXiv 2104.02057) · page made {made_at} by mocov3 {__version__}</p></header>
 <nav aria-label="Sections"><div>{links}<button id="theme" type="button">Light / dark</button></div></nav>
 <main>
 <p id="trouble" role="status" class="note"></p>
@@ -166,7 +166,7 @@ def _named(s: Shown, several: bool, content: str) -> str:
     return f"<h3>{text(s.run.name)}</h3>{content}" if several else content
 
 
-def _verdict(s: Shown, *, alone: bool) -> str:
+def _diagnosis(s: Shown, *, alone: bool) -> str:
     d = s.diagnosis
     points = "".join(
         f"<li>{text(f.reason)}{f' <span class=try>{text(f.advice)}</span>' if f.advice else ''}</li>"
@@ -175,13 +175,13 @@ def _verdict(s: Shown, *, alone: bool) -> str:
     name = "" if alone else f"<h3>{text(s.run.name)}</h3>"
     word = "" if d.title.lower() == d.word else f'<span class="word">{text(d.word)}</span>'
     return (
-        f'<div class="verdict {d.state}">{name}{word}'
+        f'<div class="diagnosis {d.state}">{name}{word}'
         f"<p>{text(d.title)}</p><ul>{points}</ul>{'' if alone else _tiles(s)}</div>"
     )
 
 
 def _rules() -> str:
-    rows = table(RULES, ("verdict", "when"))
+    rows = table(RULES, ("diagnosis", "when"))
     below = "<p>The first that holds gives the headline.</p>"
     return f"<details><summary>How this was judged</summary>{rows}{below}</details>"
 
@@ -203,7 +203,7 @@ def _tiles(s: Shown) -> str:
         base = {q.get("name"): q["retrieval"] for q in run.quality}
         items.append(
             (
-                "Unseen found again",
+                "Unseen images retrieved",
                 f"{judged[-1]['retrieval']:.1f} %",
                 f"start {base.get('start', math.nan):.1f}, pixels {base.get('pixels', math.nan):.1f}",
             )
@@ -235,7 +235,7 @@ def _stability(runs: Sequence[Run]) -> str:
     return notes(said)
 
 
-def _projection(config: PretrainConfig, found: int) -> str:
+def _projection(config: PretrainConfig, spike_count: int) -> str:
     """The frozen patch projection explained, where it is about this network."""
     if not config.arch.startswith("vit"):
         return ""
@@ -248,7 +248,7 @@ def _projection(config: PretrainConfig, found: int) -> str:
             "that is trained. The paper found spikes to begin in the projection, and that freezing a random one "
             "steadies training and costs nothing"
         )
-    helps = "it is the first thing to try here" if found else "worth knowing should spikes come"
+    helps = "it is the first thing to try here" if spike_count else "worth knowing should spikes come"
     return (
         ". The patch projection is trained. In the paper spikes begin there and reach the last layer some "
         "dozens of steps "

@@ -89,58 +89,59 @@ class Panel:
     style: str
 
 
-def learned(found: Any, key: str) -> Panel:
+def learned(content: Any, key: str) -> Panel:
     """What a run has learned.
 
     Args:
-        found: a ``mocov3.report.learned.Learned``.
+        content: a ``mocov3.report.learned.Learned``.
         key: of this run on the page, for names.
     """
     sheet = f"sheet-{key}"
-    names = [n.title for n in found.networks]
-    maps = [_map(found, i, f"map-{key}-{i}", key) for i in reversed(range(len(found.networks)))]
+    names = [n.title for n in content.networks]
+    maps = [_map(content, i, f"map-{key}-{i}", key) for i in reversed(range(len(content.networks)))]
     charts = [*maps]
-    parts = [f'<p class="lead">Looked at: {text(found.pool)}.</p>', _neighbours(found, sheet)]
+    parts = [f'<p class="lead">Looked at: {text(content.pool)}.</p>', _neighbours(content, sheet)]
     parts.append("<h4>A map of the features</h4>" + figures(maps, wide=[maps[0]["id"]] if len(maps) == 1 else []))
-    if found.labels is not None and found.networks[-1].correct is not None:
-        bars = _classes(found, f"classes-{key}")
+    if content.labels is not None and content.networks[-1].correct is not None:
+        bars = _classes(content, f"classes-{key}")
         charts.append(bars)
         parts.append("<h4>Class by class</h4>" + figures([bars], wide=[bars["id"]]))
-    if found.attention:
-        parts.append(_attention(found))
+    if content.attention:
+        parts.append(_attention(content))
     thumbs = {
         "sheet": sheet,
-        "columns": found.columns,
+        "columns": content.columns,
         "side": THUMB,
-        "names": found.names,
-        "labels": None if found.labels is None else [int(v) for v in found.labels],
-        "classes": found.classes,
+        "names": content.names,
+        "labels": None if content.labels is None else [int(v) for v in content.labels],
+        "classes": content.classes,
     }
-    style = f'.{sheet}{{background-image:url("{encoded(found.sprite, 78)}")}}'
-    ranks = ", ".join(f"{n.rankme:.1f} {t}" for n, t in zip(found.networks, names, strict=True))
+    style = f'.{sheet}{{background-image:url("{encoded(content.sprite, 78)}")}}'
+    ranks = ", ".join(f"{n.rankme:.1f} {t}" for n, t in zip(content.networks, names, strict=True))
     parts.append(f'<p class="about">Effective rank of the features (RankMe): {text(ranks)}.</p>')
     return Panel("".join(parts), charts, thumbs, style)
 
 
-def _neighbours(found: Any, sheet: str) -> str:
+def _neighbours(content: Any, sheet: str) -> str:
     rows = []
-    for row, query in enumerate(found.queries.tolist()):
-        name = found.names[query]
-        label = f" ({found.classes[found.labels[query]]})" if found.labels is not None else ""
+    for row, query in enumerate(content.queries.tolist()):
+        name = content.names[query]
+        label = f" ({content.classes[content.labels[query]]})" if content.labels is not None else ""
         cells = [
             f'<td class="name">{text(name)}{text(label)}</td>',
-            f"<td>{thumb(sheet, found.columns, query, name)}</td>",
+            f"<td>{thumb(sheet, content.columns, query, name)}</td>",
         ]
-        for network in found.networks:
+        for network in content.networks:
             near = network.neighbours[row].tolist()
-            other = [found.labels is not None and found.labels[i] != found.labels[query] for i in near]
+            other = [content.labels is not None and content.labels[i] != content.labels[query] for i in near]
             shown = "".join(
-                thumb(sheet, found.columns, i, found.names[i], other=bool(o)) for i, o in zip(near, other, strict=True)
+                thumb(sheet, content.columns, i, content.names[i], other=bool(o))
+                for i, o in zip(near, other, strict=True)
             )
             cells.append(f"<td>{shown}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    heads = "".join(f"<th scope=col>nearest, {text(n.title)}</th>" for n in found.networks)
-    red = " Outlined in red: another class." if found.labels is not None else ""
+    heads = "".join(f"<th scope=col>nearest, {text(n.title)}</th>" for n in content.networks)
+    red = " Outlined in red: another class." if content.labels is not None else ""
     return (
         f'<h4>Nearest neighbours</h4><p class="about">Each image with those whose features are most like '
         "its own, among the "
@@ -150,11 +151,11 @@ def _neighbours(found: Any, sheet: str) -> str:
     )
 
 
-def _map(found: Any, which: int, id: str, key: str) -> Chart:
-    network = found.networks[which]
-    groups: list[tuple[str, np.ndarray]] = [("images", np.arange(len(found.names)))]
-    if found.labels is not None and len(np.unique(found.labels)) <= _MOST_COLOURED:
-        groups = [(found.classes[c], np.flatnonzero(found.labels == c)) for c in np.unique(found.labels).tolist()]
+def _map(content: Any, which: int, id: str, key: str) -> Chart:
+    network = content.networks[which]
+    groups: list[tuple[str, np.ndarray]] = [("images", np.arange(len(content.names)))]
+    if content.labels is not None and len(np.unique(content.labels)) <= _MOST_COLOURED:
+        groups = [(content.classes[c], np.flatnonzero(content.labels == c)) for c in np.unique(content.labels).tolist()]
     symbols = itertools.chain(["circle"] * 10, itertools.repeat("diamond"))
     data = [
         {
@@ -173,9 +174,9 @@ def _map(found: Any, which: int, id: str, key: str) -> Chart:
     about = (
         "The first two principal components of the normalised features; images that lie together look "
         "alike to the "
-        "network. Point at one to see it; zoom in until few are in sight to see all of them."
+        "network. Point at one to see it; zoom in until few are visible to see all of them."
     )
-    made = chart(
+    scatter = chart(
         id,
         f"Map, {network.title}",
         about,
@@ -185,18 +186,18 @@ def _map(found: Any, which: int, id: str, key: str) -> Chart:
         height=420,
         showlegend=len(data) > 1,
     )
-    return made | {"map": key}
+    return scatter | {"map": key}
 
 
-def _classes(found: Any, id: str) -> Chart:
-    present = np.unique(found.labels)
+def _classes(content: Any, id: str) -> Chart:
+    present = np.unique(content.labels)
     data, rows = [], []
-    last = [100 * found.networks[-1].correct[found.labels == c].mean() for c in present]
+    last = [100 * content.networks[-1].correct[content.labels == c].mean() for c in present]
     order = np.argsort(last)
     shown = order if len(order) <= 40 else np.concatenate([order[:20], order[-20:]])
-    labels = [plain(f"{found.classes[present[i]]} ({int((found.labels == present[i]).sum())})") for i in shown]
-    for i, network in enumerate(found.networks):
-        share = [100 * float(network.correct[found.labels == present[j]].mean()) for j in shown]
+    labels = [plain(f"{content.classes[present[i]]} ({int((content.labels == present[i]).sum())})") for i in shown]
+    for i, network in enumerate(content.networks):
+        share = [100 * float(network.correct[content.labels == present[j]].mean()) for j in shown]
         data.append(
             {
                 "type": "bar",
@@ -204,16 +205,16 @@ def _classes(found: Any, id: str) -> Chart:
                 "name": plain(network.title),
                 "x": numbers(share, 4),
                 "y": labels,
-                "meta": {"colour": 8 if i + 1 < len(found.networks) else 0},
+                "meta": {"colour": 8 if i + 1 < len(content.networks) else 0},
                 "hovertemplate": "%{x:.1f} %<extra></extra>",
             }
         )
         rows.append(share)
-    overall = "; ".join(f"{n.title} {100 * n.correct.mean():.1f} %" for n in found.networks)
+    overall = "; ".join(f"{n.title} {100 * n.correct.mean():.1f} %" for n in content.networks)
     more = "" if len(shown) == len(order) else f" Of {len(order)} classes, the twenty worst and the twenty best."
     table = {
-        "head": ["class (images)", *(n.title for n in found.networks)],
-        "rows": [[found.classes[present[j]], *(f"{r[i]:.1f}" for r in rows)] for i, j in enumerate(shown)],
+        "head": ["class (images)", *(n.title for n in content.networks)],
+        "rows": [[content.classes[present[j]], *(f"{r[i]:.1f}" for r in rows)] for i, j in enumerate(shown)],
     }
     about = (
         f"Each image judged by its nearest others among those looked at (k 20, leave-one-out). All "
@@ -235,9 +236,9 @@ def _classes(found: Any, id: str) -> Chart:
     )
 
 
-def _attention(found: Any) -> str:
+def _attention(content: Any) -> str:
     cells = []
-    for name, mean, heads in found.attention:
+    for name, mean, heads in content.attention:
         each = "".join(f'<img src="{h}" alt="head {i + 1}" width="56" height="56">' for i, h in enumerate(heads))
         cells.append(
             f'<figure><img src="{mean}" alt="attention on {text(name)}" width="112" height="112">'

@@ -68,7 +68,7 @@ def read_run(folder: Path, name: str = "") -> Run:
     lines = [line for line in _lines(path, remarks) if all(_is_number(line.get(k)) for k in ("step", "epoch"))]
     steps = [line for line in lines if line.get("knn") is None]
     if not steps:
-        raise UserError(f"{path}: holds no line of metrics yet; the first comes with the first steps")
+        raise UserError(f"{path}: holds no line of metrics yet; the first is written after the first steps")
     columns = {name: _column(steps, name) for name in _NUMBERS}
     columns["epoch_done"] = _epochs(columns)
     scored = [line for line in lines if _is_number(line.get("knn"))]

@@ -17,7 +17,7 @@ def learning(runs: Sequence[Run]) -> list[Chart]:
     charts.append(
         curves.chart(
             "retrieval",
-            "Own image found again",
+            "Own view retrieved",
             "Share of queries whose nearest key of the whole batch is their own image's other view. Chance is one in "
             "the batch size. It rises while the loss falls, and can be compared between temperatures.",
             "retrieval_accuracy",
@@ -155,8 +155,8 @@ def _quality(runs: Sequence[Run]) -> list[Chart]:
         (
             "found",
             "retrieval",
-            "Quality without labels: images found again, %",
-            "Unseen images found again among all others from views of kinds that were never trained on. The higher "
+            "Quality without labels: images retrieved, %",
+            "Unseen images retrieved among all others from views of kinds that were never trained on. The higher "
             "the better; it goes along with k-NN best of all measures that need no labels.",
         ),
         (
@@ -190,8 +190,8 @@ def _faults(runs: Sequence[Run], curves: Curves) -> list[Chart]:
         ("resumed", "resumes", 0),
     ):
         if any(highest(run.columns[name]) > 0 for run in runs):
-            found = curves.of(name, label, colour=colour)
-            for trace, run in zip(found, runs, strict=True):
+            traces = curves.of(name, label, colour=colour)
+            for trace, run in zip(traces, runs, strict=True):
                 trace["line"] = {"shape": "hv"}
                 trace["name"] = trace["name"] if curves.alone else f"{trace['name']}: {label}"
                 trace["hovertemplate"] = "%{y}<br>step %{x}<extra></extra>"
@@ -257,7 +257,7 @@ def collapse(runs: Sequence[Run], spectra: Sequence[tuple[str, np.ndarray]]) -> 
     curves = Curves(runs)
     charts = [
         curves.chart(
-            "spread",
+            "feature_std",
             "Spread of the queries",
             "Standard deviation of the normalised queries over the batch, times √dim: 1 when they are spread "
             "evenly, 0 when "

@@ -11,6 +11,7 @@ from torch import Tensor
 from mocov3.config.archs import HEADS, OTHERS_HEADS, WIDTHS, is_vit, likely_heads
 from mocov3.errors import UserError
 from mocov3.models.positions import is_sincos_position_embedding
+from mocov3.weights import Contents
 
 
 class Known(NamedTuple):
@@ -26,7 +27,7 @@ def width_of(state: dict[str, Tensor]) -> int | None:
     return int(cls.shape[-1]) if cls is not None and cls.ndim == 3 and qkv is not None else None
 
 
-def told(contents: dict[str, Any], kind: str, state: dict[str, Tensor], where: str) -> Known:
+def told(contents: Contents, kind: str, state: dict[str, Tensor], where: str) -> Known:
     """The attention heads that a weights file tells by itself.
 
     Args:
@@ -38,11 +39,11 @@ def told(contents: dict[str, Any], kind: str, state: dict[str, Tensor], where: s
     Raises:
         UserError: if it names a number that cannot be.
     """
-    width, own = width_of(state), contents.get("mocov3")
+    width, entry = width_of(state), contents.get("mocov3")
     if width is None or str(contents.get("arch", "")).startswith("timm/"):
         return Known()  # the network of that name has its own
-    if isinstance(own, dict):
-        config = own.get("config")
+    if isinstance(entry, dict):
+        config = entry.get("config")
         count = config.get("heads") if isinstance(config, dict) else None
         if count is None:  # as built unless told otherwise
             return Known(HEADS.get(width), "as mocov3 builds it")
@@ -95,7 +96,7 @@ def to_build(known: Known, arch: str, state: dict[str, Tensor], where: str) -> i
     """The heads to build ``arch`` with for a backbone; ``None`` for networks whose name tells all.
 
     Raises:
-        UserError: if nobody says which of two networks it is.
+        UserError: if it is not known which of two networks it is.
     """
     if not is_vit(arch):
         return None
@@ -108,7 +109,7 @@ def to_build(known: Known, arch: str, state: dict[str, Tensor], where: str) -> i
 
 
 def _nobody_says(width: int | None, asked: str, where: str) -> UserError:
-    return UserError(f"{where}: a ViT of width {width} without a word on its attention heads; give {asked}")
+    return UserError(f"{where}: a ViT of width {width} that does not record its attention heads; give {asked}")
 
 
 def heads_of(network: Any) -> int | None:
@@ -125,7 +126,7 @@ def check_built(network: Any, known: Known, state: dict[str, Tensor], where: str
     """Refuse weights of other attention heads than the network has that they are to be loaded into.
 
     Raises:
-        UserError: if they differ, or nobody says which of two networks the weights are of.
+        UserError: if they differ, or it is not known which of two networks the weights are of.
     """
     built, width = heads_of(network), width_of(state)
     if built is None or width is None or width != getattr(getattr(network, "backbone", network), "embed_dim", None):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mocov3.distributed.sharding import is_shard, like, whole
 from mocov3.errors import UserError
 from mocov3.optim import in_memory_order
+from mocov3.weights import Contents
 from mocov3.weights.tensorfiles import read, write
 
 __all__ = ["Position", "check_state", "newest", "pack", "prune", "read", "restore", "restore_optimizer", "write"]
@@ -71,16 +72,16 @@ def step_name(epoch: int, step: int) -> str:
 
 def listed(folder: Path) -> list[Path]:
     """Checkpoints of a folder, newest first."""
-    found = []
+    checkpoints = []
     for path in folder.glob("checkpoint_*.pth.tar"):
         if match := _NAME.fullmatch(path.name):
             epoch, step = int(match[1]), match[2]
             # the file of epoch e stands at the beginning of epoch e + 1
-            found.append(((epoch + 1, 0) if step is None else (epoch, int(step)), path))
-    return [path for _, path in sorted(found, reverse=True)]
+            checkpoints.append(((epoch + 1, 0) if step is None else (epoch, int(step)), path))
+    return [path for _, path in sorted(checkpoints, reverse=True)]
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+def newest(folder: Path) -> tuple[Path, Contents, list[str]] | None:
     """The newest checkpoint that can be read, its contents, and why newer ones were passed over."""
     passed = []
     for path in listed(folder):
@@ -120,7 +121,7 @@ def prune(folder: Path, *, epoch_complete: int | None = None, keep_last: int = 0
 
 def restore(
     path: Path,
-    contents: dict[str, Any],
+    contents: Contents,
     *,
     arch: str,
     model: nn.Module,
@@ -148,13 +149,13 @@ def restore(
         group.update(ours)
     if scaler.is_enabled() and contents.get("scaler"):
         scaler.load_state_dict(contents["scaler"])
-    own = contents.get("mocov3") or {}
+    entry = contents.get("mocov3") or {}
     epoch = int(contents["epoch"])
-    return Position(epoch, int(own.get("iteration", 0)), int(own.get("step", epoch * iterations)))
+    return Position(epoch, int(entry.get("iteration", 0)), int(entry.get("step", epoch * iterations)))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load an optimizer's state, shared out and laid out in memory as the parameters are.
+    """Load an optimizer's state, sharded and laid out in memory as the parameters are.
 
     Files of the reference and of sharded runs hold contiguous tensors, ours those of channels-last weights; torch
     loads either as it stands, and its fused updates then pair entries of different places.
@@ -164,7 +165,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     def placed(value: Any, parameter: Tensor) -> Any:
         if not isinstance(value, Tensor) or value.shape != parameter.shape:
             return value  # a number, or the count of steps
-        # shared parameters are contiguous, and so is what is shared out of a contiguous tensor
+        # shared parameters are contiguous, and so is the shard of a contiguous tensor
         return like(value.contiguous(), parameter) if is_shard(parameter) else in_memory_order(value, parameter)
 
     state = {
@@ -190,14 +191,14 @@ def check_state(model: nn.Module, state: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: holds {unknown[0]}, which this model does not have")
 
 
-def _check_entries(contents: dict[str, Any], path: Path) -> None:
+def _check_entries(contents: Contents, path: Path) -> None:
     kinds = {"epoch": int, "arch": str, "state_dict": dict, "optimizer": dict}
     for entry, kind in kinds.items():
         if not isinstance(contents.get(entry), kind):
             have = ", ".join(map(str, list(contents)[:6]))
             raise UserError(f"{path}: misses the entry {entry!r} that a resume needs (it has: {have})")
-    own = contents.get("mocov3", {})
-    if not isinstance(own, dict) or int(own.get("format", 0)) > FORMAT_VERSION:
+    extra = contents.get("mocov3", {})
+    if not isinstance(extra, dict) or int(extra.get("format", 0)) > FORMAT_VERSION:
         raise UserError(f"{path}: was written by a newer mocov3; update this one")
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from mocov3.config import ViewPreset, preset_of
 from mocov3.config.archs import BUILT_IN_ARCHS, HEADS, RESNETS, check_heads, is_resnet, is_vit
+from mocov3.config.fields import Fields
 from mocov3.errors import UserError, printable
 from mocov3.models.backbones import Encoder, build_backbone
 from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
-from mocov3.weights import attention_heads, checkpoint
+from mocov3.weights import Contents, attention_heads, checkpoint
 
 # what a file is ← prefix of the encoder's keys in it; the first that occurs decides
 _PREFIXES = {
@@ -49,7 +50,7 @@ class BackboneWeights:
 
 
 def find_backbone(
-    contents: dict[str, Any], where: str, *, momentum: bool = False, heads: int | None = None
+    contents: Contents, where: str, *, momentum: bool = False, heads: int | None = None
 ) -> BackboneWeights:
     """The backbone in the contents of a weights file: ours, the reference's, DeiT's, timm's or torchvision's.
 
@@ -75,7 +76,7 @@ def find_backbone(
         if "base_encoder." not in prefix:
             raise UserError(f"{where}: is a {kind} and has no momentum encoder")
         prefix = prefix.replace("base_encoder.", "momentum_encoder.")
-    kept: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
     for key, value in state.items():
         name = key.removeprefix(prefix)
@@ -84,16 +85,16 @@ def find_backbone(
         elif name.startswith(_HEADS):
             dropped[key] = "head"
         else:
-            kept[name] = value
-    if not kept:
+            weights[name] = value
+    if not weights:
         raise UserError(f"{where}: holds no backbone, only {', '.join(list(state)[:3])} …")
     known = attention_heads.settled(
-        attention_heads.told(contents, kind, kept, where), heads, attention_heads.width_of(kept), where
+        attention_heads.told(contents, kind, weights, where), heads, attention_heads.width_of(weights), where
     )
-    return BackboneWeights(kind, arch if isinstance(arch, str) else None, kept, dropped, known)
+    return BackboneWeights(kind, arch if isinstance(arch, str) else None, weights, dropped, known)
 
 
-def find_classifier(contents: dict[str, Any], encoder: Encoder, where: str, *, momentum: bool = False) -> nn.Linear:
+def find_classifier(contents: Contents, encoder: Encoder, where: str, *, momentum: bool = False) -> nn.Linear:
     """The linear classifier in the contents of a fine-tuned or linearly evaluated file.
 
     Raises:
@@ -114,7 +115,7 @@ def find_classifier(contents: dict[str, Any], encoder: Encoder, where: str, *, m
     raise UserError(f"{where}: has no classifier; fine-tune it first, or export the backbone without --classifier")
 
 
-def to_deit(contents: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+def to_deit(contents: Contents, where: str) -> dict[str, dict[str, Any]]:
     """``{"model": encoder without head}``, as DeiT's ``--resume`` reads it; ResNets without ``fc.*``.
 
     A ViT of other attention heads than MoCo v3's says so in an entry more, since its position table says the opposite.
@@ -122,10 +123,10 @@ def to_deit(contents: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: if ``contents`` is not a pre-training checkpoint.
     """
-    found = find_backbone(contents, where)
-    if not found.kind.startswith("pre-training"):
-        raise UserError(f"{where}: is a {found.kind}, not a pre-training checkpoint; nothing to convert")
-    return {"model": found.state, **heads_entry(found.heads.number, found.state)}
+    weights = find_backbone(contents, where)
+    if not weights.kind.startswith("pre-training"):
+        raise UserError(f"{where}: is a {weights.kind}, not a pre-training checkpoint; nothing to convert")
+    return {"model": weights.state, **heads_entry(weights.heads.number, weights.state)}
 
 
 def heads_entry(heads: int | None, state: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -138,7 +139,7 @@ def heads_entry(heads: int | None, state: dict[str, Tensor]) -> dict[str, dict[s
 def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[str]:
     """Load a backbone into an encoder, leaving its head alone; returns the head's keys that were not loaded.
 
-    A position table of another grid is built anew if it is the fixed sine-cosine one, since that is a function of the
+    A position table of another grid is rebuilt if it is the fixed sine-cosine one, since that is a function of the
     grid; one that was trained (learned, or by fine-tuning) is interpolated by timm.
 
     Raises:
@@ -179,7 +180,7 @@ def _position_table(table: Tensor, wanted: Tensor, where: str) -> Tensor:
         return sincos_position_embedding(new, new, table.shape[2]).to(table.dtype)
     from timm.layers import resample_abs_pos_embed
 
-    resampled = resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=prefix)
+    resampled: Tensor = resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=prefix)
     return resampled.to(table.dtype)
 
 
@@ -223,7 +224,7 @@ def load_backbone(
 
 
 def build_from(
-    contents: dict[str, Any],
+    contents: Contents,
     where: str,
     *,
     arch: str | None = None,
@@ -279,14 +280,14 @@ def settings_of(state: dict[str, Tensor], arch: str) -> dict[str, Any]:
     return settings
 
 
-def trained_with(contents: dict[str, Any]) -> dict[str, Any]:
+def trained_with(contents: Contents) -> Fields:
     """The configuration that a checkpoint of ours was trained with; empty for others' files."""
-    own = contents.get("mocov3")
-    config = own.get("config") if isinstance(own, dict) else None
+    entry = contents.get("mocov3")
+    config = entry.get("config") if isinstance(entry, dict) else None
     return config if isinstance(config, dict) else {}
 
 
-def views_of(config: dict[str, Any], where: str) -> ViewPreset:
+def views_of(config: Fields, where: str) -> ViewPreset:
     """The views that a checkpoint's configuration describes, its own normalisation included; ``photos`` without one.
 
     Raises:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mocov3.config.fields import Parser
 from mocov3.errors import UserError, printable
+from mocov3.weights import Contents
 
 _RESUMES = ("epoch", "arch", "state_dict", "optimizer")
 
@@ -19,12 +20,12 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(list(argv))
     if not Path(args.file).is_file():
         raise UserError(f"{args.file}: there is no such file")
-    found = describe(args.file)
+    facts = describe(args.file)
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(facts))
         return 0
-    width = max(map(len, found))
-    for name, value in found.items():
+    width = max(map(len, facts))
+    for name, value in facts.items():
         title = name.replace("_", " ")
         for line in value if isinstance(value, list) else [value]:
             print(f"{title:<{width}}  {printable(str(line))}")
@@ -45,33 +46,35 @@ def describe(path: str) -> dict[str, Any]:
 
     contents = checkpoint.read(path)
     weights = find_backbone(contents, path)
-    own = contents.get("mocov3") if isinstance(contents.get("mocov3"), dict) else None
-    config = (own or {}).get("config") or {}
+    entry = contents.get("mocov3") if isinstance(contents.get("mocov3"), dict) else None
+    config = (entry or {}).get("config") or {}
     arch = weights.arch or guess_arch(weights.state)
     parameters = sum(v.numel() for v in weights.state.values() if v.is_floating_point())
-    found: dict[str, Any] = {"file": path, "kind": _kind(path, weights.kind, contents, own)}
-    found["arch"] = arch or "not one of ours by its keys and shapes"
+    facts: dict[str, Any] = {"file": path, "kind": _kind(path, weights.kind, contents, entry)}
+    facts["arch"] = arch or "not one of ours by its keys and shapes"
     if arch and not weights.arch:
-        found["arch"] += " (by its keys and shapes)"
+        facts["arch"] += " (by its keys and shapes)"
     heads, asked = _heads(weights, arch)
     if heads:
-        found["attention_heads"] = heads
-    found["backbone"] = f"{parameters / 1e6:.2f} million numbers in {len(weights.state)} tensors"
+        facts["attention_heads"] = heads
+    facts["backbone"] = f"{parameters / 1e6:.2f} million numbers in {len(weights.state)} tensors"
     if "epoch" in contents:
-        found["trained"] = f"{contents['epoch']} epochs" + (f", {own['step']} steps" if own and "step" in own else "")
+        facts["trained"] = f"{contents['epoch']} epochs" + (
+            f", {entry['step']} steps" if entry and "step" in entry else ""
+        )
     if config:
-        count = f"{own['pictures']} of " if own and "pictures" in own else ""
+        count = f"{entry['pictures']} of " if entry and "pictures" in entry else ""
         size, preset = config.get("image_size"), config.get("view_preset")
-        found["pictures"] = f"{count}{config.get('data')}, views of {size} px, preset {preset}"
-        found["recipe"] = config.get("recipe") or "flags"
-    if own and isinstance(own.get("quality"), dict):
-        quality = own["quality"]
-        found["quality"] = f"{quality.get('retrieval')} % of {quality.get('pictures')} unseen images found again"
-    found |= origin_of(contents)
-    found["good_for"], missing = _uses(path, contents, weights.kind, arch, asked)
+        facts["pictures"] = f"{count}{config.get('data')}, views of {size} px, preset {preset}"
+        facts["recipe"] = config.get("recipe") or "flags"
+    if entry and isinstance(entry.get("quality"), dict):
+        quality = entry["quality"]
+        facts["quality"] = f"{quality.get('retrieval')} % of {quality.get('pictures')} unseen images retrieved"
+    facts |= origin_of(contents)
+    facts["good_for"], missing = _uses(path, contents, weights.kind, arch, asked)
     if missing:
-        found["not_for"] = missing
-    return found
+        facts["not_for"] = missing
+    return facts
 
 
 def _heads(weights: Any, arch: str | None) -> tuple[str, bool]:
@@ -88,22 +91,22 @@ def _heads(weights: Any, arch: str | None) -> tuple[str, bool]:
     return f"{to_build(weights.heads, arch, weights.state, '')} (as all ViTs of width {width})", False
 
 
-def _kind(path: str, kind: str, contents: dict[str, Any], own: dict[str, Any] | None) -> str:
+def _kind(path: str, kind: str, contents: Contents, entry: dict[str, Any] | None) -> str:
     if kind.startswith("pre-training"):
-        return "pre-training checkpoint of " + ("mocov3" if own else "the reference, or a program of its layout")
+        return "pre-training checkpoint of " + ("mocov3" if entry else "the reference, or a program of its layout")
     if kind == "linear evaluation" and "best_acc1" in contents:
         return f"linear evaluation (best top-1 {float(contents['best_acc1']):.2f} %)"
     deit = "model" in contents and not path.endswith(".safetensors")
     return f"{kind} weights" + (" in DeiT's format" if deit else "")
 
 
-def _uses(path: str, contents: dict[str, Any], kind: str, arch: str | None, asked: bool) -> tuple[list[str], list[str]]:
+def _uses(path: str, contents: Contents, kind: str, arch: str | None, asked: bool) -> tuple[list[str], list[str]]:
     uses, missing = [], []
     lacking = [entry for entry in _RESUMES if entry not in contents]
     if kind.startswith("pre-training") and not lacking:
-        uses.append(f"going on: mocov3 pretrain … --resume {path}")
+        uses.append(f"resuming: mocov3 pretrain … --resume {path}")
     else:
-        missing.append("going on: " + (f"misses {', '.join(lacking)}" if lacking else f"is a {kind} file"))
+        missing.append("resuming: " + (f"misses {', '.join(lacking)}" if lacking else f"is a {kind} file"))
     if arch is None:
         missing.append("use by name: build its arch and call mocov3.weights.convert.load_into")
         return uses, missing

@@ -101,10 +101,10 @@ def translate(state: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
     """
     out: dict[str, Tensor] = {}
     for key, value in state.items():
-        found = [(match, target) for pattern, target in rows if (match := re.fullmatch(pattern, key))]
-        if len(found) != 1:
-            raise KeyError(f"{key}: {len(found)} rows of the table account for it")
-        match, target = found[0]
+        matches = [(match, target) for pattern, target in rows if (match := re.fullmatch(pattern, key))]
+        if len(matches) != 1:
+            raise KeyError(f"{key}: {len(matches)} rows of the table account for it")
+        match, target = matches[0]
         if isinstance(target, tuple):
             out.update({match.expand(t): part for t, part in zip(target, value.chunk(3), strict=True)})
         else:

@@ -1,20 +1,19 @@
 """Where weights come from and under which licence they may be used; carried from file to file."""
 
 from functools import lru_cache
-from typing import Any
 
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 
 _OWN = "trained from scratch by mocov3"
 _TRAINERS = "the trainer's to choose"
 _REFERENCE = "CC-BY-NC 4.0 (weights of facebookresearch/moco-v3)"
 
 
-def origin_of(contents: dict[str, Any]) -> dict[str, str]:
+def origin_of(contents: Contents) -> dict[str, str]:
     """Origin and licence of the weights in a file: what it says itself, else what its layout tells."""
-    own = contents.get("mocov3")
-    if isinstance(own, dict) and isinstance(own.get("origin"), str):
-        return {"origin": own["origin"], "licence": str(own.get("licence") or "not stated")}
+    entry = contents.get("mocov3")
+    if isinstance(entry, dict) and isinstance(entry.get("origin"), str):
+        return {"origin": entry["origin"], "licence": str(entry.get("licence") or "not stated")}
     state = contents.get("state_dict")
     if isinstance(state, dict) and any(str(k).startswith("module.base_encoder.") for k in state):
         return {"origin": "a file of facebookresearch/moco-v3, or of a program of its layout", "licence": _REFERENCE}

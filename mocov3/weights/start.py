@@ -47,11 +47,11 @@ def _for_channels(weights: BackboneWeights, encoder: Encoder, where: str) -> Bac
 
     state, changed = dict(weights.state), dict[str, Tensor]()
     for key, wanted in encoder.state_dict().items():
-        found = state.get(name := key if key in state else key.removeprefix("backbone."))
-        if found is None or found.ndim != 4 or found.shape[:1] + found.shape[2:] != wanted.shape[:1] + wanted.shape[2:]:
+        value = state.get(name := key if key in state else key.removeprefix("backbone."))
+        if value is None or value.ndim != 4 or value.shape[:1] + value.shape[2:] != wanted.shape[:1] + wanted.shape[2:]:
             continue
-        if found.shape[1] == 3 != wanted.shape[1] and not changed:  # the first of all, in the order of the keys
-            changed[name] = adapt_input_conv(wanted.shape[1], found)
+        if value.shape[1] == 3 != wanted.shape[1] and not changed:  # the first of all, in the order of the keys
+            changed[name] = adapt_input_conv(wanted.shape[1], value)
     if changed:
         warn(f"{where}: {next(iter(changed))} was trained on 3 channels; it starts from them, summed or repeated")
     return dataclasses.replace(weights, state={**state, **changed})

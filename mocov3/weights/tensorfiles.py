@@ -10,10 +10,11 @@ import safetensors
 import torch
 
 from mocov3.errors import UserError
+from mocov3.weights import Contents
 from mocov3.weights.vetting import vet
 
 
-def write(path: Path, contents: dict[str, Any]) -> None:
+def write(path: Path, contents: Contents) -> None:
     """Write ``contents`` so that ``path`` is either as before or complete, even if the machine stops.
 
     Raises:
@@ -69,19 +70,19 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _safetensors(path: Path) -> dict[str, Any]:
+def _safetensors(path: Path) -> Contents:
     # names and bytes of tensors alone; what an export of ours says beside them is text
     with safetensors.safe_open(path, "pt") as file:
         about = file.metadata() or {}
-        contents: dict[str, Any] = {"model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
+        contents: Contents = {"model": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
     if "arch" in about:
         contents["arch"] = about["arch"]
-        own = {name: about[name] for name in ("origin", "licence") if name in about}
-        contents["mocov3"] = {"config": json.loads(about.get("config", "{}")), **own}
+        origin = {name: about[name] for name in ("origin", "licence") if name in about}
+        contents["mocov3"] = {"config": json.loads(about.get("config", "{}")), **origin}
     return contents
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path) -> Contents:
     """The contents of a file of tensors, on the CPU.
 
     Raises:

@@ -76,7 +76,7 @@ def _vet_archive(file: IO[bytes], path: Path, size: int) -> None:
                     while member.read(_CHUNK):
                         pass
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError):
-        raise UserError(f"{path}: is damaged or truncated (its checksums do not fit); use another") from None
+        raise UserError(f"{path}: is damaged or truncated (its checksums do not match); use another") from None
     _Vetter(path, lambda key: members.get(f"data/{key}", -1)).run(pickletools.genops(pickled))
 
 
@@ -113,7 +113,8 @@ class _Mark:
 _MARK, _TENSOR, _CONTAINER, _OTHER = _Mark(), object(), object(), object()
 """Stand-ins of the walk: nothing of the file is built, only what is needed to judge it."""
 
-_Operation = tuple[pickletools.OpcodeInfo, Any, int | None]
+_Argument = str | bytes | int | float | None
+_Operation = tuple[pickletools.OpcodeInfo, _Argument, int | None]
 
 
 class _Vetter:
@@ -127,7 +128,7 @@ class _Vetter:
     def __init__(self, path: Path, stored: Callable[[str], int]) -> None:
         self.path, self.stored = path, stored
         self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: dict[_Argument, Any] = {}
 
     def run(self, operations: Iterator[_Operation]) -> None:
         for opcode, argument, _ in operations:
@@ -158,39 +159,39 @@ class _Vetter:
             values.append(value)
         return values[::-1]
 
-    def _mark(self, _: Any) -> None:
+    def _mark(self, _: _Argument) -> None:
         self.stack.append(_MARK)
 
-    def _tuple(self, _: Any) -> None:
+    def _tuple(self, _: _Argument) -> None:
         self.stack.append(tuple(self._since_mark()))
 
-    def _tuple1(self, _: Any, count: int = 1) -> None:
+    def _tuple1(self, _: _Argument, count: int = 1) -> None:
         values = tuple(self.stack[-count:])
         del self.stack[-count:]
         self.stack.append(values)
 
-    def _tuple2(self, _: Any) -> None:
+    def _tuple2(self, _: _Argument) -> None:
         self._tuple1(_, 2)
 
-    def _tuple3(self, _: Any) -> None:
+    def _tuple3(self, _: _Argument) -> None:
         self._tuple1(_, 3)
 
-    def _pop(self, _: Any) -> None:
+    def _pop(self, _: _Argument) -> None:
         self.stack.pop()
 
-    def _append(self, _: Any) -> None:
+    def _append(self, _: _Argument) -> None:
         self.stack.pop()
 
-    def _appends(self, _: Any) -> None:
+    def _appends(self, _: _Argument) -> None:
         self._since_mark()
 
     _additems = _appends
 
-    def _setitem(self, _: Any) -> None:
+    def _setitem(self, _: _Argument) -> None:
         self._check_keys([self.stack[-2]])
         del self.stack[-2:]
 
-    def _setitems(self, _: Any) -> None:
+    def _setitems(self, _: _Argument) -> None:
         self._check_keys(self._since_mark()[::2])
 
     def _check_keys(self, keys: list[Any]) -> None:
@@ -198,7 +199,7 @@ class _Vetter:
             if not (key is None or isinstance(key, str | int | float)):
                 self.refuse("a dict whose keys are no strings or numbers")
 
-    def _build(self, _: Any) -> None:
+    def _build(self, _: _Argument) -> None:
         self.stack.pop()
         if self.stack[-1] is not _CONTAINER:  # an ordered dict's own attributes are all that torch writes
             self.refuse("an object with a state of its own")
@@ -206,7 +207,7 @@ class _Vetter:
     def _global(self, argument: str) -> None:
         self._found(argument.replace(" ", "."))
 
-    def _stack_global(self, _: Any) -> None:
+    def _stack_global(self, _: _Argument) -> None:
         name = self.stack.pop()
         self._found(f"{self.stack.pop()}.{name}")
 
@@ -218,7 +219,7 @@ class _Vetter:
             self.refuse(printable(name[:80]))
         self.stack.append(_Global(name))
 
-    def _binpersid(self, _: Any) -> None:
+    def _binpersid(self, _: _Argument) -> None:
         what, kind, key, _location, items = self.stack.pop()[:5]
         if what != "storage" or not isinstance(kind, _Global) or not isinstance(items, int):
             self.refuse("a reference to something outside")
@@ -227,7 +228,7 @@ class _Vetter:
             raise UserError(f"{self.path}: claims a tensor larger than what is stored; it is damaged or forged")
         self.stack.append(_Storage(items))
 
-    def _reduce(self, _: Any) -> None:
+    def _reduce(self, _: _Argument) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Global) or function.name not in _CALLS or not isinstance(arguments, tuple):
             self.refuse("a call")

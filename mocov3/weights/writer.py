@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: a snapshot in host memory, then a thread that writes it.
+"""Checkpoints written while training continues: a snapshot in host memory, then a thread that writes it.
 
 The step waits only for the snapshot. A disk that is full or gone costs no run: the thread warns, tries again, and
 never touches the last good file.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocov3.weights import tensorfiles
+from mocov3.weights import Contents, tensorfiles
 
 FIRST_PAUSE, LONGEST_PAUSE = 10.0, 300.0
 """Seconds until a failed write is tried again; doubled after every failure."""
@@ -49,10 +49,10 @@ class Writer:
         self._thread = threading.Thread(target=self._serve, name="checkpoint writer", daemon=True)
         self._thread.start()
 
-    def save(self, name: str, contents: dict[str, Any]) -> None:
+    def save(self, name: str, contents: Contents) -> None:
         """Take a snapshot of ``contents`` and write it as ``name``; returns once the snapshot is taken.
 
-        Waits for a write that is going on; takes the place of one that failed and waits for its next try.
+        Waits for a write in progress; takes the place of one that failed and waits for its next try.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._busy)
@@ -95,14 +95,14 @@ class Writer:
             failure = self._write(name, contents)
             pause = min(2 * pause or self.first_pause, LONGEST_PAUSE) if failure else 0.0
             if failure:
-                again = f"the run goes on, next try in {pause:.0f} s"
+                again = f"the run continues, next attempt in {pause:.0f} s"
                 self.warn(f"checkpoint {name} could not be written ({failure}); {again}")
             with self._changed:
                 self._busy, self._failure = False, failure
                 self._job = self._job if failure else None
                 self._changed.notify_all()
 
-    def _write(self, name: str, contents: dict[str, Any]) -> str:
+    def _write(self, name: str, contents: Contents) -> str:
         try:
             if self._copied is not None:
                 self._copied.synchronize()  # the step did not wait for the copies to the host
@@ -115,7 +115,7 @@ class Writer:
             return f"{type(error).__name__}: {error}"
         return ""
 
-    def _snapshot(self, contents: dict[str, Any]) -> dict[str, Any]:
+    def _snapshot(self, contents: Contents) -> dict[str, Any]:
         # buffers are used again: fresh memory costs a page fault every 4 KB, pinned memory far more
         old, self._buffers = self._buffers[::-1], []
 
@@ -133,7 +133,7 @@ class Writer:
                 return type(value)(copied(v) for v in value)
             return value
 
-        snapshot = copied(contents)
+        snapshot: dict[str, Any] = copied(contents)
         if any(t.is_pinned() for t in self._buffers[:1]):
             self._copied = torch.cuda.Event()
             self._copied.record()

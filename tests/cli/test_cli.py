@@ -1,4 +1,4 @@
-"""The doors: every command of the reference parses, flags are frozen, help is quick, bad input is one line."""
+"""The entry points: every command of the reference parses, flags are frozen, help is quick, bad input is one line."""
 
 import dataclasses
 import json

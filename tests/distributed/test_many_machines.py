@@ -32,7 +32,7 @@ def test_a_rank_that_never_comes_is_named(rank, missing, images, tmp_path, capsy
     flags = ["pretrain", str(images), *TINY, "--output-dir", str(tmp_path), "--world-size", "2", "--rank", str(rank)]
     assert main([*flags, "--dist-url", free_loopback_address(), "--dist-timeout", "0.02"]) == 2
     error = capsys.readouterr().err
-    assert f"{missing} did not come within 1 s" in error
+    assert f"{missing} did not connect within 1 s" in error
     assert error.splitlines()[-1].startswith("mocov3: error:")
 
 
@@ -61,12 +61,12 @@ def test_a_world_that_does_not_divide_uses_the_largest_that_does(images, tmp_pat
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "a batch of 16 does not divide over 3 processes: 2 train, 1 stand by" in done.stderr
+    assert "a batch of 16 does not divide over 3 processes: 2 train, 1 idle" in done.stderr
     assert "2 process(es)" in done.stdout
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.skipif(not ON_CPU, reason="this torch shares out on GPUs only")
+@pytest.mark.skipif(not ON_CPU, reason="this torch shards on GPUs only")
 def test_shared_weights_leave_whole_files(images, tmp_path):
     # one process without, two with, one without, two with: the same run, through the same files
     flags = [str(images), *TINY, "-a", "vit_tiny", "--patch-size", "16", "--checkpoint-steps", "1"]

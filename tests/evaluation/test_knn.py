@@ -63,7 +63,7 @@ def test_knn_is_scikit_learns(vectors):
 
 def test_leave_one_out(vectors):
     x = vectors[0][:300]
-    found = nearest(x, x, 5, own=torch.arange(300))
+    found = nearest(x, x, 5, self_index=torch.arange(300))
     _, index = (
         NearestNeighbors(n_neighbors=6, metric="cosine", algorithm="brute").fit(x.double()).kneighbors(x.double())
     )
@@ -87,7 +87,7 @@ def test_exact_whatever_the_tiles(vectors, monkeypatch):
     parts = [nearest(x, part, 30) for part in x[:120].split(11)]
     assert torch.equal(torch.cat([p.index for p in parts]), reference.index)
     with pytest.raises(ValueError, match="899"):
-        nearest(x, x, 900, own=torch.arange(900))
+        nearest(x, x, 900, self_index=torch.arange(900))
 
 
 def knn(capsys, *argv):
@@ -195,7 +195,7 @@ def test_embedding_goes_on_after_a_kill(images, pretrained, tmp_path, capsys):
     there = sum(marks.read_bytes())
     assert 3 <= there < 96
     assert main([*flags, "-o", str(tmp_path / "killed.npy")]) == 0
-    assert f"going on: {there} of 96" in capsys.readouterr().out
+    assert f"resuming: {there} of 96" in capsys.readouterr().out
     assert main([*flags, "-o", str(tmp_path / "whole.npy")]) == 0
     assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "killed.npy").read_bytes()
 

@@ -168,7 +168,7 @@ def test_a_file_of_the_reference(images, pretrained, run, tmp_path, capsys):
     assert main(["lincls", "-e", "--resume", str(file), *common]) == 0
     ours = json.loads((tmp_path / "one" / "lincls.jsonl").read_text().splitlines()[-1])
     assert f" * Acc@1 {ours['acc1']:.3f}" in capsys.readouterr().out
-    # it is gone on with: 5 epochs done, two more
+    # it is resumed: 5 epochs done, two more
     flags = ["--epochs", "7", "-b", "16", "--seed", "3", "--lr", "0.5", "--output-dir", str(tmp_path / "on")]
     assert main(["lincls", "--resume", str(file), *common, *flags]) == 0
     lines = [json.loads(line) for line in (tmp_path / "on" / "lincls.jsonl").read_text().splitlines()]

@@ -88,11 +88,11 @@ def test_retrieval_counts_the_nearest_and_no_ties():
 
 def test_judge_puts_each_measure_in_its_place():
     views = gaussian(30, 4, 12).float()
-    verdict = judge(views)
-    assert verdict.images == 30
-    assert verdict.rankme == quality.rankme(views[:, 0])
-    assert verdict.lidar == quality.lidar(views[:, 1:])
-    assert verdict.alignment == quality.alignment(views[:, 1], views[:, 2])
+    label_free = judge(views)
+    assert label_free.images == 30
+    assert label_free.rankme == quality.rankme(views[:, 0])
+    assert label_free.lidar == quality.lidar(views[:, 1:])
+    assert label_free.alignment == quality.alignment(views[:, 1], views[:, 2])
 
 
 def test_probes_are_fixed_and_of_their_own_kind():
@@ -170,7 +170,7 @@ def test_a_resumed_run_judges_on(watched, images, tmp_path):
 def test_patience_stops_the_run(images, tmp_path, capsys):
     flags = [*TINY, "--epochs", "9", "--lr", "0", "--output-dir", str(tmp_path), "--quality-every", "1"]
     assert main(["pretrain", str(images), *flags, "--patience", "2", "--hold-out", "12", "-b", "8"]) == 0
-    assert "no better for 2 judgements" in capsys.readouterr().out
+    assert "no improvement in 2 judgements" in capsys.readouterr().out
     assert not (tmp_path / "checkpoint_0008.pth.tar").exists()
     assert (tmp_path / "best_unlabelled.pth.tar").exists()
 

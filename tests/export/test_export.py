@@ -156,7 +156,7 @@ def test_six_heads_stay_six(to, tmp_path, x, monkeypatch):
     network = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32, depth=depth).eval()
     torch.save({"model": network.state_dict()}, file)
     go = ("export", file, "--to", to, "-a", "vit_small", "--image-size", "32", "--output", tmp_path / "out")
-    assert "without a word on its attention heads" in refused(*go)
+    assert "that does not record its attention heads" in refused(*go)
     assert main([*map(str, go), "--heads", "6"]) == 0
     card = (tmp_path / "out.md" if (tmp_path / "out.md").exists() else tmp_path / "out" / "README.md").read_text()
     if to == "deit":

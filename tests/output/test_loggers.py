@@ -173,7 +173,7 @@ def test_a_failing_logger_is_given_up(tmp_path, monkeypatch):
     for step in range(6):
         loggers.scalars({"loss": 1.0}, step)
     loggers.close()
-    assert lines == ["logger wandb is given up (the server)"]
+    assert lines == ["logger wandb is disabled (the server)"]
     assert not loggers
 
 
@@ -204,7 +204,7 @@ def test_an_mlflow_server_that_goes_away_stops_nothing(tmp_path, monkeypatch):
     for step in range(3):
         loggers.scalars({"loss": 1.0}, step)
     loggers.close()
-    assert lines == ["logger mlflow is given up (connection refused)"]
+    assert lines == ["logger mlflow is disabled (connection refused)"]
 
 
 def test_names(monkeypatch):

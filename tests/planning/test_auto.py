@@ -142,7 +142,7 @@ def test_auto_refuses(tmp_path, images):
     assert "two or more" in refused("pretrain", one, *out)
     assert "--layer-decay" in refused("pretrain", images, *TINY, *out, "--layer-decay", "0")
     assert "layer4.0" in refused("pretrain", images, *TINY, *out, "--freeze-until", "layer9")
-    assert "left to train" in refused("pretrain", images, *TINY, *out, "--freeze-until", "layer4")
+    assert "would be frozen" in refused("pretrain", images, *TINY, *out, "--freeze-until", "layer4")
 
 
 # --- facts that plans rest on ------------------------------------------------------------------------------

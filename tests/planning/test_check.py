@@ -153,7 +153,7 @@ def test_inspect_tells_files_apart(tmp_path, capsys):
     found = inspected(capsys, path)
     assert found["arch"].startswith("resnet18")
     assert found["licence"].startswith("not stated")
-    assert any("going on" in text for text in found["not_for"])
+    assert any("resuming" in text for text in found["not_for"])
     checkpoint.write(
         path,
         {

@@ -182,4 +182,4 @@ def test_a_killed_worker_restarts_the_group(images, whole_of_two, tmp_path):
     assert_same_run(whole_of_two, tmp_path / "dies", last=LAST)
     lines = (tmp_path / "dies" / "metrics.jsonl").read_text().splitlines()
     assert '"resumed": 1' in lines[-1]
-    record("a worker killed under torchrun: the group restarts and goes on by itself", 1, "bit-equal")
+    record("a worker killed under torchrun: the group restarts and resumes by itself", 1, "bit-equal")

@@ -1,4 +1,4 @@
-"""The page of a run: curves, verdicts on real runs; spectra, maps, attention against numpy and scikit-learn; files."""
+"""The page of a run: curves, diagnoses on real runs; spectra, maps, attention against numpy and scikit-learn; files."""
 
 import html
 import json
@@ -26,7 +26,7 @@ from mocov3.report.diagnosis import diagnose
 from mocov3.report.runs import read_run
 
 pytest.importorskip("plotly", reason="plotly (extra report) is not installed")
-VERDICTS = json.loads((ROOT / "tests" / "recorded" / "verdicts.json").read_text())
+DIAGNOSES = json.loads((ROOT / "tests" / "recorded" / "diagnoses.json").read_text())
 EVIL = "<img src=x onerror=alert(1)>&quot;</script>%{x}"
 
 
@@ -76,12 +76,12 @@ def test_dips_are_falls_that_recover():
     assert curves.dips(np.array([20.0, 10])).tolist() == []
 
 
-# ---- verdicts
+# ---- diagnoses
 
 
 def folder_of(name, folder):
     """The folder of a stored run."""
-    stored = VERDICTS["runs"][name]
+    stored = DIAGNOSES["runs"][name]
     names = list(stored["columns"])
     with (folder / "metrics.jsonl").open("w") as file:
         for values in zip(*stored["columns"].values(), strict=True):
@@ -93,16 +93,16 @@ def folder_of(name, folder):
     return folder
 
 
-@pytest.mark.parametrize("name", VERDICTS["runs"])
-def test_verdicts_on_real_runs(name, tmp_path):
+@pytest.mark.parametrize("name", DIAGNOSES["runs"])
+def test_diagnoses_on_real_runs(name, tmp_path):
     found = diagnose(read_run(folder_of(name, tmp_path)))
-    assert found.state == VERDICTS["runs"][name]["made to be"], found
+    assert found.state == DIAGNOSES["runs"][name]["made to be"], found
     assert all(f.reason.endswith(".") and "nan" not in f.reason for f in found.findings)
     assert found.state in ("learning",) or found.findings[0].advice
 
 
 def test_there_are_enough_of_each_kind():
-    kinds = [run["made to be"] for run in VERDICTS["runs"].values()]
+    kinds = [run["made to be"] for run in DIAGNOSES["runs"].values()]
     assert {k: kinds.count(k) >= 3 for k in ("learning", "collapsed", "unstable", "starved")} == dict.fromkeys(
         ("learning", "collapsed", "unstable", "starved"), True
     )
@@ -117,12 +117,12 @@ def test_there_are_enough_of_each_kind():
         ("early", ["--max-steps", "6"]),
     ],
 )
-def test_verdicts_on_runs_trained_here(name, more, tmp_path):
+def test_diagnoses_on_runs_trained_here(name, more, tmp_path):
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import verdicts
+    import diagnoses
 
-    verdicts.train_apart(name, tmp_path, more, count=24 if "big" in name else 500)
-    assert diagnose(read_run(tmp_path / name)).state == verdicts.RUNS[name][0]
+    diagnoses.train_apart(name, tmp_path, more, count=24 if "big" in name else 500)
+    assert diagnose(read_run(tmp_path / name)).state == diagnoses.RUNS[name][0]
 
 
 def _edited(tmp_path, change, name="resnet"):
@@ -258,7 +258,7 @@ def trained(images, tmp_path_factory):
 
 def test_training_leaves_its_page(trained):
     page = (trained / "report.html").read_text()
-    for title in ("Verdict", "Learning", "Stability", "Collapse", "What it sees", "What it learned", "The run"):
+    for title in ("Diagnosis", "Learning", "Stability", "Collapse", "What it sees", "What it learned", "The run"):
         assert re.search(rf"<h2>\d\. {title}</h2>", page)
     assert "checkpoint_0001.pth.tar" in page  # the last page knows all
     assert not [p.name for p in trained.iterdir() if p.name.startswith(".")]
@@ -278,7 +278,7 @@ def test_charts_hold_the_metrics(trained):
         "momentum": ("momentum", 1),
         "speed": ("images_per_second", 1),
         "wait": ("data_wait", 100),
-        "spread": ("feature_std", 1),
+        "feature_std": ("feature_std", 1),
         "rank": ("effective_rank", 1),
     }
     for id, (name, scale) in names.items():
@@ -386,7 +386,7 @@ def test_what_is_missing_is_said(trained, tmp_path, capsys):
     config = (trained / "config.yaml").read_text()
     (folder / "config.yaml").write_text(re.sub(r"^data: .*$", "data: nowhere", config, flags=re.M))
     out = said()
-    assert "images are not at hand" in out
+    assert "images are not available" in out
     assert "no checkpoint" in out
     shutil.copy(trained / "config.yaml", folder)
     (folder / "checkpoint_0001.pth.tar").write_bytes(b"damaged")

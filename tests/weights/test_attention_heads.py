@@ -24,7 +24,7 @@ from mocov3.weights.inspect import describe
 from mocov3.weights.tensorfiles import read
 
 SIZE = 32
-ASKED = "without a word on its attention heads; give --heads 12 (MoCo v3's) or --heads 6 (DeiT's, DINO's, timm's)"
+ASKED = "that does not record its attention heads; give --heads 12 (MoCo v3's) or --heads 6 (DeiT's, DINO's, timm's)"
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_what_does_not_tell(case):
     with pytest.raises(UserError) as asked:
         build_from(contents, "file", arch="vit_small", image_size=SIZE)
     assert str(asked.value) == f"file: a ViT of width 384 {ASKED}"
-    with pytest.raises(UserError, match="without a word"):
+    with pytest.raises(UserError, match="does not record its attention heads"):
         load_into(mocos(), find_backbone(contents, "file"), "file")
     for heads in (12, 6, 3):
         encoder, _ = build_from(contents, "file", arch="vit_small", image_size=SIZE, heads=heads)

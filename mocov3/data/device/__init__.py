@@ -1,1 +1,1 @@
-"""What happens to a batch on the device: pixels to floats, colours of views, strips of tokens. Needs torch."""
+"""What is done to a batch on the device: pixels to floats, colours of views, strips of tokens. Needs torch."""

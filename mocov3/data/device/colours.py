@@ -20,7 +20,7 @@ _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601, as Pillow rou
 def apply(
     pixels: UInt8[Tensor, "batch 3 height width"], colour_draws: Float32[np.ndarray, "batch 12"]
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Whole numbers from 0 to 255 as float32: ``pixels`` after what ``colour_draws`` say.
+    """Whole numbers from 0 to 255 as float32: ``pixels`` after what ``colour_draws`` specify.
 
     Args:
         pixels: crops on any device.

@@ -13,7 +13,7 @@ from mocov3.data.device import colours
 
 @runtime_checkable
 class ViewBatch(Protocol):
-    """One view of every image of a batch: a tensor, or what makes parts of one when they are asked for."""
+    """One view of every image of a batch: a tensor, or an object that makes parts of one on demand."""
 
     def __len__(self) -> int: ...
 
@@ -21,7 +21,7 @@ class ViewBatch(Protocol):
 
 
 class PixelViewBatch:
-    """One view of a batch as the loader gives it; parts are brought to the device and normalised when asked for.
+    """One view of a batch as the loader gives it; parts are sent to the device and normalised on demand.
 
     Args:
         pixels: uint8, (batch, height, width, 3).

@@ -33,49 +33,49 @@ def cheaper(
     """
     if not stage.grid:
         return x1, x2
-    made = []
+    both = []
     for view, x in enumerate((x1, x2)):
-        kept = kept_tokens(stage.tokens, stage.kept, seed=seed, epoch=work.epoch, indices=work.indices, view=view)
-        made.append(Strips(x, colours.send(kept, device), stage.patch_size, stage.grid))
-    return made[0], made[1]
+        tokens = kept_tokens(stage.tokens, stage.kept, seed=seed, epoch=work.epoch, indices=work.indices, view=view)
+        both.append(Strips(x, colours.send(tokens, device), stage.patch_size, stage.grid))
+    return both[0], both[1]
 
 
 class Strips:
-    """One view of every image of a batch, as strips made when a part of the batch is asked for.
+    """One view of every image of a batch, as strips made on demand.
 
     Args:
         views: (batch, channels, height, width), or what gives such parts.
-        kept: numbers of patches, (batch, kept).
+        tokens: numbers of patches, (batch, kept).
         side: of the patches, in pixels.
         grid: patches on a side of full views.
     """
 
-    def __init__(self, views: ViewBatch, kept: Tensor, side: int, grid: int) -> None:
-        self.views, self.kept, self.side, self.grid = views, kept, side, grid
+    def __init__(self, views: ViewBatch, tokens: Tensor, side: int, grid: int) -> None:
+        self.views, self.tokens, self.side, self.grid = views, tokens, side, grid
 
     def __len__(self) -> int:
         return len(self.views)
 
     def __getitem__(self, part: slice, /) -> Tensor:
-        return strips(self.views[part], self.kept[part], self.side, self.grid)
+        return strips(self.views[part], self.tokens[part], self.side, self.grid)
 
 
 def strips(
-    x: Float[Tensor, "batch channels height width"], kept: Int[Tensor, "batch kept"], side: int, grid: int
+    x: Float[Tensor, "batch channels height width"], tokens: Int[Tensor, "batch kept"], side: int, grid: int
 ) -> Float[Tensor, "batch more side length"]:
-    """The patches ``kept`` (row-major numbers) of each view side by side, with their places.
+    """The patches ``tokens`` (row-major numbers) of each view side by side, with their places.
 
     Args:
         x: views.
-        kept: numbers of patches.
+        tokens: numbers of patches.
         side: of the patches, in pixels.
         grid: patches on a side of full views; places are given in these.
     """
     (n, channels), (rows, columns) = x.shape[:2], (x.shape[-2] // side, x.shape[-1] // side)
     patches = x.reshape(n, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, -1)
-    chosen = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[2])).view(n, -1, channels, side, side)
+    chosen = patches.gather(1, tokens[:, :, None].expand(-1, -1, patches.shape[2])).view(n, -1, channels, side, side)
     row, column = _places(rows, columns, grid, x.device, x.dtype)
-    places = torch.stack([row[kept], column[kept]], 2)[..., None, None].expand(-1, -1, -1, side, side)
+    places = torch.stack([row[tokens], column[tokens]], 2)[..., None, None].expand(-1, -1, -1, side, side)
     return torch.cat([chosen, places], 2).permute(0, 2, 3, 1, 4).reshape(n, channels + 2, side, -1)
 
 

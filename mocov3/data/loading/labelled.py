@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mocov3.config.presets import RGB, Reading, ViewPreset
-from mocov3.data.loading.loader import Work
+from mocov3.data.loading.slots import Work
 from mocov3.data.sources.opening import Source, open_source, open_unseen
 from mocov3.data.sources.splits import choose
 from mocov3.data.views.decode import ImageBytes
 from mocov3.data.views.draws import draw, permutation
-from mocov3.data.views.two_views import Pixels, apply_draw, written
+from mocov3.data.views.operations import Pixels, apply_draw
+from mocov3.data.views.two_views import written
 from mocov3.errors import UserError
 
 _PLAIN = ViewPreset(

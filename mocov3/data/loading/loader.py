@@ -1,8 +1,8 @@
 """Loader processes that write uint8 views into shared slots.
 
-Which images are in a batch, and how each is cut and coloured, is decided by the plan and by (seed, epoch, index);
-processes only do the work, so their number changes nothing. Processes are spawned (as on macOS and Windows), import
-no torch, and talk to this one over a pipe each: there is no lock that a killed process could leave held.
+Which images are in a batch, and how each is cut and coloured, is decided by the order and by (seed, epoch, index);
+processes only do the work, so their number does not matter. Processes are spawned (as on macOS and Windows), import
+no torch, and communicate with this one over a pipe each: there is no lock that a killed process could leave held.
 """
 
 import ctypes

@@ -1,8 +1,8 @@
 """Which images an epoch holds and in which order: a function of (seed, epoch), whatever ran before.
 
-Without fractions and groups it is ``draws.permutation``. Shares of several folders leave images out, others each epoch.
-Groups keep images that are almost the same (frames of one film, views of one object) out of each other's batches,
-where they would be false negatives.
+Without fractions and groups it is ``draws.permutation``. With fractions of folders, each epoch leaves out other images.
+Groups keep near-duplicates (frames of one film, views of one object) out of each other's batches, where they would be
+false negatives.
 """
 
 import os
@@ -63,11 +63,11 @@ class Order:
             UserError: saying what to change.
         """
         if self.groups is not None and self.parts is not None and any(fraction < 1 for _, fraction in self.parts):
-            raise UserError("--group-by does not go together with fractions of folders (DIR:0.3); leave one out")
+            raise UserError("--group-by cannot be combined with fractions of folders (DIR:0.3); leave one out")
         if self.iterations:
             return
         if self.images < 2:
-            raise UserError("an epoch holds one image, which cannot be told from others; give two or more")
+            raise UserError("an epoch holds one image, and the loss compares images; give two or more")
         if self.groups is None:
             raise UserError(
                 f"--batch-size {self.batch_size} is larger than the {self.images} images of an epoch; "
@@ -122,14 +122,14 @@ def hold_out(whole: Source, count: int, group_by: str) -> tuple[Source, Source]:
         UserError: if that would be more than half, or all.
     """
     if count * 2 > len(whole):
-        raise UserError(f"--hold-out {count}: at most half of the {len(whole)} images can be kept back")
+        raise UserError(f"--hold-out {count}: at most half of the {len(whole)} images can be held out")
     groups = group_numbers(whole, group_by) if group_by else np.arange(len(whole))
     drawn = permutation(_HOLD_OUT_SEED, 0, int(groups.max()) + 1)
     sizes = np.bincount(groups)[drawn]
     chosen = drawn[: max(int(np.searchsorted(np.cumsum(sizes), count, side="right")), 1)]
     kept_back = np.isin(groups, chosen)
     if kept_back.all():
-        raise UserError("--hold-out: all images are of one group of --group-by")
+        raise UserError("--hold-out: --group-by puts all images into one group")
     return Subset(whole, np.flatnonzero(~kept_back)), Subset(whole, np.flatnonzero(kept_back))
 
 
@@ -151,5 +151,5 @@ def group_numbers(source: Source, pattern: str) -> np.ndarray:
         key = f"={i}" if match is None else "~" + (match[1] or "" if expression.groups else match[0])
         numbers[i] = seen.setdefault(key, len(seen))
     if len(seen) < 2:
-        raise UserError(f"--group-by {pattern!r}: puts all images into one group; a batch holds one image of each")
+        raise UserError(f"--group-by {pattern!r}: puts all images into one group; a batch takes one image of each")
     return numbers

@@ -1,4 +1,4 @@
-"""Batches between loader processes and training: what is to be made, what was made, and the memory it lies in."""
+"""Batches between loader processes and training: what is to be made, what was made, and its memory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Corrupt:
-    """An image that could not be read, and the one that took its place."""
+    """An image that could not be read, and the one used instead."""
 
     index: int
     name: str
@@ -39,20 +39,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Slot:
-    """Room for one batch."""
+    """Memory for one batch."""
 
     pixels: np.ndarray
     colour_draws: np.ndarray
 
     def batch(self, work: Work, corrupt: list[Corrupt]) -> Batch:
-        """What lies here, as the batch of ``work``."""
+        """The contents, as the batch of ``work``."""
         n = len(work.indices)
         return Batch(work, self.pixels[:, :n], corrupt, self.colour_draws[:, :n] if self.colour_draws.size else None)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How slots lie in memory."""
+    """Memory layout of slots."""
 
     count: int
     """Views of an image."""
@@ -70,12 +70,12 @@ class Layout:
 
     def slots(self, memory: Any) -> list[Slot]:
         """The slots in ``memory``."""
-        found = []
+        slots = []
         images = self.count * self.batch_size
         head = 4 * images * self.colour_draws  # parameters first, so that they are aligned
         for part in np.frombuffer(memory, dtype=np.uint8).reshape(-1, self.bytes):
             colour_draws = part[:head].view(np.float32).reshape(self.count, self.batch_size, self.colour_draws)
             pixels = part[head : head + self.channels * images * self.side**2]
             shape = (self.count, self.batch_size, self.side, self.side, self.channels)
-            found.append(Slot(pixels.reshape(shape), colour_draws))
-        return found
+            slots.append(Slot(pixels.reshape(shape), colour_draws))
+        return slots

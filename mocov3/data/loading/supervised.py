@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from mocov3.data.sources.opening import Source
 from mocov3.data.views.decode import decode
 from mocov3.data.views.draws import permutation
-from mocov3.data.views.two_views import Pixels, written
+from mocov3.data.views.operations import Pixels
+from mocov3.data.views.two_views import written
 from mocov3.errors import UserError
 
 _AUGMENT = 8  # a stream of the seed; 0 to 3 are those of draws.py
@@ -196,7 +197,7 @@ def _pipeline(of: DeitAugment, padded: bool) -> Any:
     from timm.data import create_transform
     from torchvision.transforms import RandomCrop
 
-    made = create_transform(
+    pipeline = create_transform(
         input_size=of.image_size,
         is_training=True,
         color_jitter=of.color_jitter,
@@ -206,12 +207,12 @@ def _pipeline(of: DeitAugment, padded: bool) -> Any:
         use_prefetcher=True,  # ends in uint8, (3, height, width)
     )
     if padded:
-        made.transforms[0] = RandomCrop(of.image_size, padding=4)
-    for step in made.transforms:
+        pipeline.transforms[0] = RandomCrop(of.image_size, padding=4)
+    for step in pipeline.transforms:
         for operation in [*getattr(step, "ops", []), *(o for part in getattr(step, "policy", []) for o in part)]:
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
-    return made
+    return pipeline
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

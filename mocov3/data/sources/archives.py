@@ -2,7 +2,7 @@
 
 An archive is read once for an index of its members (archive, offset, size), which is kept in the cache folder; then
 any image is one read at its place. So an epoch's order, its split over ranks and processes, and a resume are what
-they are for a folder. Nothing is ever unpacked, so no name can lead out of anywhere; what cannot be used is skipped
+they are for a folder. Nothing is ever unpacked, so no name can point outside; what cannot be used is skipped
 and listed.
 """
 
@@ -46,10 +46,10 @@ def expand(pattern: str) -> list[str]:
     """
     files: list[str] = []
     for name in _braces(pattern):
-        found = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else [name]
-        if not found:
+        matches = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else [name]
+        if not matches:
             raise UserError(f"data {pattern}: no file is called {name}")
-        files += found
+        files += matches
         if len(files) > _MOST_FILES:
             raise UserError(f"data {pattern}: means more than {_MOST_FILES} files")
     for name in files:
@@ -59,20 +59,20 @@ def expand(pattern: str) -> list[str]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found or os.path.exists(pattern):
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if not braces or os.path.exists(pattern):
         yield pattern
         return
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if numbers:
         first, last = int(numbers[1]), int(numbers[2])
         if last < first or last - first >= _MOST_FILES:
-            raise UserError(f"data {pattern}: {{{found[1]}}} must rise, over at most {_MOST_FILES} numbers")
+            raise UserError(f"data {pattern}: {{{braces[1]}}} must increase, over at most {_MOST_FILES} numbers")
         choices = [str(i).zfill(len(numbers[1])) for i in range(first, last + 1)]
     else:
-        choices = found[1].split(",")
+        choices = braces[1].split(",")
     for choice in choices:
-        yield from _braces(pattern[: found.start()] + choice + pattern[found.end() :])
+        yield from _braces(pattern[: braces.start()] + choice + pattern[braces.end() :])
 
 
 @dataclass
@@ -170,10 +170,10 @@ def _classes(first: str, labels: np.ndarray) -> list[str]:
     if labels.min() < 0:
         return []
     try:
-        found = (Path(first).parent / CLASSES_FILE).read_text(encoding="utf-8").splitlines()
+        classes = (Path(first).parent / CLASSES_FILE).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        found = []
-    return found if len(found) > labels.max() else [str(i) for i in range(int(labels.max()) + 1)]
+        classes = []
+    return classes if len(classes) > labels.max() else [str(i) for i in range(int(labels.max()) + 1)]
 
 
 def _mapped(base: str) -> tuple[np.ndarray, np.ndarray]:
@@ -205,8 +205,8 @@ def _index(files: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     remarks = Remarks()
     length = 0
     for number, file in enumerate(files):
-        found, _ = read_members(file, remarks)
-        for member in found:
+        members, _ = read_members(file, remarks)
+        for member in members:
             length += len(member.name)
             names.append(member.name)
             rows.append((number, member.label, member.offset, member.size, length))

@@ -1,4 +1,4 @@
-"""What lies in a folder, as far as it takes to tell parts of data from classes: as little is read as that needs."""
+"""What is in a folder, as far as needed to tell parts of data from classes; no more is read."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _MOST_FOLDERS = 20_000  # looked into for one image; a tree of more folders with
 
 @dataclass(frozen=True)
 class Contents:
-    """What lies directly in a folder."""
+    """What is directly in a folder."""
 
     folders: list[str]
     packed: list[str]
@@ -23,16 +23,16 @@ class Contents:
 
 
 def look(folder: str) -> Contents:
-    """What lies directly in a folder, less what a scan passes over."""
+    """What is directly in a folder, without what a scan skips."""
     listing = list_folder(os.fsencode(folder), also=_PACKED_BYTES)
     names = sorted(map(os.fsdecode, listing.others))
-    packed = next((found for e in _PACKED if (found := [n for n in names if n.lower().endswith(e)])), [])
+    packed = next((matches for e in _PACKED if (matches := [n for n in names if n.lower().endswith(e)])), [])
     files = [os.path.join(folder, name) for name in packed]
     return Contents(sorted(map(os.fsdecode, listing.folders)), files, len(listing.images))
 
 
 def holds(folder: str, *below: str) -> bool:
-    """Whether there is an image, archive or table below a folder, or it cannot be read (which is said later)."""
+    """Whether there is an image, archive or table below a folder, or it cannot be read (which is reported later)."""
     return any(True for _ in _counts(os.path.join(folder, *below), first=True))
 
 

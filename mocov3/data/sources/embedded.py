@@ -61,7 +61,8 @@ class FashionMnist:
 
     def read(self, index: int) -> np.ndarray:
         """uint8 pixels, (28, 28)."""
-        return self.images[index]
+        pixels: np.ndarray = self.images[index]
+        return pixels
 
     def name(self, index: int) -> str:
         """The image's number in its split."""
@@ -72,7 +73,7 @@ def _either(path: Path) -> Path:
     for candidate in (path, path.with_name(path.name + ".gz")):
         if candidate.exists():
             return candidate
-    raise UserError(f"data {path}: is missing (nor is it there as .gz); torchvision's FashionMNIST writes it")
+    raise UserError(f"data {path}: is missing (and so is its .gz); torchvision's FashionMNIST writes it")
 
 
 def _idx(path: Path) -> np.ndarray:

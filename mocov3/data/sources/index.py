@@ -167,7 +167,7 @@ def _entry_file(root: bytes, settings: str) -> Path:
 
 
 def write_atomically(file: Path, write: object) -> None:
-    """Let ``write(open binary file)`` make ``file``, which is whole or not there.
+    """Let ``write(open binary file)`` make ``file`` atomically.
 
     Raises:
         OSError: if the folder cannot be written or is full.

@@ -55,7 +55,7 @@ def read_labels(file: Path, images: Source) -> Labels:
         name = images.name(i).replace("\\", "/")
         by_name[name] = i
         by_last.setdefault(name.rsplit("/", 1)[-1], []).append(i)
-    found: dict[int, str] = {}
+    label_of: dict[int, str] = {}
     for path, label in rows:
         name = path.decode("utf-8", "surrogateescape").replace("\\", "/")
         if not label:
@@ -71,16 +71,16 @@ def read_labels(file: Path, images: Source) -> Labels:
                 why = "is the end of several paths" if ends else "is none of the images judged"
                 raise UserError(f"--labels {file}: {printable(name)} {why}; write the path below the folder")
             index = ends[0]
-        if found.setdefault(index, label) != label:
-            raise UserError(f"--labels {file}: {printable(name)} has two labels, {found[index]} and {label}")
-    classes = sorted(set(found.values()))
-    if len(classes) < 2 or len(found) < 4:
+        if label_of.setdefault(index, label) != label:
+            raise UserError(f"--labels {file}: {printable(name)} has two labels, {label_of[index]} and {label}")
+    classes = sorted(set(label_of.values()))
+    if len(classes) < 2 or len(label_of) < 4:
         raise UserError(
-            f"--labels {file}: {len(found)} images of {len(classes)} classes are too few; "
+            f"--labels {file}: {len(label_of)} images of {len(classes)} classes are too few; "
             "label 10 or more of 2 or more classes"
         )
-    indices = np.array(sorted(found))
-    return Labels(indices, np.array([classes.index(found[i]) for i in indices.tolist()]), classes)
+    indices = np.array(sorted(label_of))
+    return Labels(indices, np.array([classes.index(label_of[i]) for i in indices.tolist()]), classes)
 
 
 def own_labels(images: Source) -> Labels | None:

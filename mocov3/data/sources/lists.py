@@ -1,4 +1,4 @@
-"""Lists of images: text files (a path a line) and CSV files (a column of paths, maybe one of labels).
+"""Lists of images: text files (a path a line) and CSV files (a column of paths, optionally one of labels).
 
 Paths are relative to the list's folder, or absolute. A list is trusted as a command line is: it may name any file that
 the user may read; what is not a regular file is refused when it is read.
@@ -33,7 +33,7 @@ def read_list(file: Path) -> tuple[str, Index, list[str], list[str]]:
     if not any(os.path.isfile(os.path.join(root, path)) for path in paths[::step]):
         first = os.fsdecode(paths[0])
         raise UserError(
-            f"data {file}: none of the files it names is there, first: {first}; "
+            f"data {file}: none of the files it names exists, first: {first}; "
             f"paths are relative to {file.parent or '.'} or absolute"
         )
     labels = [label for _, label in rows]

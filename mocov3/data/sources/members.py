@@ -70,7 +70,7 @@ class Member:
 
 @dataclass
 class Remarks:
-    """What is said of archives: lines on single members, and counts over all archives with the first of each kind."""
+    """Remarks on archives: lines on single members, and counts over all archives with the first of each kind."""
 
     lines: list[str] = field(default_factory=list)
     _counts: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -93,7 +93,7 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
         remarks: where to add those of this archive, so that counts go over several; then the lines are theirs.
     """
     remarks = Remarks() if remarks is None else remarks
-    found: list[Member] = []
+    members: list[Member] = []
     classes: list[tuple[str, int]] = []
     others: Counter[str] = Counter()
     where = printable(os.path.basename(file))
@@ -118,7 +118,7 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
                 elif info.offset_data + info.size > length:
                     remarks.lines.append(f"{where}: {name}: is cut off")
                 elif ending in EXTENSIONS:
-                    found.append(Member(os.fsencode(info.name), info.offset_data, info.size))
+                    members.append(Member(os.fsencode(info.name), info.offset_data, info.size))
                 elif ending == ".cls" and info.size <= _LABEL_BYTES:
                     raw.seek(info.offset_data)
                     text = raw.read(info.size).strip()
@@ -129,11 +129,11 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
                 else:
                     others[ending or "without ending"] += 1
     except (tarfile.TarError, OSError, ValueError, RecursionError, OverflowError, MemoryError) as error:
-        remarks.lines.append(f"{where}: {error or type(error).__name__}; {len(found)} images before that are used")
+        remarks.lines.append(f"{where}: {error or type(error).__name__}; {len(members)} images before that are used")
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
         remarks.lines.append(f"{where}: {sum(others.values())} members are no images ({printable(kinds)})")
-    return _samples(found, classes, where, remarks), remarks.all()
+    return _samples(members, classes, where, remarks), remarks.all()
 
 
 def _members(archive: Any) -> Iterator[tarfile.TarInfo]:
@@ -158,10 +158,10 @@ class _Sample:
     classes: list[tuple[str, int]] = field(default_factory=list)
 
 
-def _samples(found: list[Member], classes: list[tuple[str, int]], where: str, remarks: Remarks) -> list[Member]:
+def _samples(members: list[Member], classes: list[tuple[str, int]], where: str, remarks: Remarks) -> list[Member]:
     """The images that are left in, in the archive's order, with their classes."""
     samples: dict[str, _Sample] = {}
-    for member in found:
+    for member in members:
         key, ending = _key(os.fsdecode(member.name))
         samples.setdefault(key, _Sample()).images.append((ending, member))
     for name, label in classes:
@@ -171,9 +171,9 @@ def _samples(found: list[Member], classes: list[tuple[str, int]], where: str, re
     for key, sample in samples.items():
         out |= _leave_out_annotations(sample, where, remarks)
         _label(key, sample, where, remarks)
-    kept = [member for member in found if member.offset not in out]
-    _say_parts(kept, where, remarks)
-    return kept
+    remaining = [member for member in members if member.offset not in out]
+    _say_parts(remaining, where, remarks)
+    return remaining
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -286,10 +286,10 @@ def _say_repeated(key: str, sample: _Sample, by_stem: dict[str, set[int]], where
             remarks.count("{} .cls files are there more than once, with one class", f"{where}: {name}")
 
 
-def _say_parts(kept: list[Member], where: str, remarks: Remarks) -> None:
+def _say_parts(samples: list[Member], where: str, remarks: Remarks) -> None:
     """Say that an archive holds folders of several splits: it is used whole."""
     parts: Counter[str] = Counter()
-    for member in kept:
+    for member in samples:
         for folder in os.fsdecode(member.name).split("/")[:-1]:
             if split := split_of_folder(folder):
                 parts[split] += 1

@@ -191,7 +191,7 @@ class Folder:
 
 
 class Roots:
-    """Several sources after each other; an epoch uses a fraction of each one's images, drawn anew each time.
+    """Several sources after each other; an epoch uses a fraction of each one's images, drawn afresh each time.
 
     Labels are kept where every part has the same classes.
     """

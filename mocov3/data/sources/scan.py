@@ -101,7 +101,7 @@ def unreadable_folders(folder: Path) -> list[tuple[str, str]]:
 
 def _list_all(root: bytes, without: frozenset[bytes] = frozenset()) -> dict[bytes, Listing]:
     """Listings by folder, relative to ``root`` (b"" is the root itself)."""
-    found: dict[bytes, Listing] = {}
+    listings: dict[bytes, Listing] = {}
     todo: deque[bytes] = deque([b""])
     running: dict[Future[Listing], bytes] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -111,15 +111,15 @@ def _list_all(root: bytes, without: frozenset[bytes] = frozenset()) -> dict[byte
                 running[pool.submit(list_folder, root, relative)] = relative
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 relative = running.pop(done)
-                listing = found[relative] = done.result()
+                listing = listings[relative] = done.result()
                 if not relative:
                     listing.folders = [name for name in listing.folders if name not in without]
                 todo.extend(relative + b"/" + name if relative else name for name in listing.folders)
-    return found
+    return listings
 
 
 def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = (), *, first: bool = False) -> Listing:
-    """What lies directly in a folder, less what a scan passes over.
+    """What is directly in a folder, without what a scan skips.
 
     Args:
         root: folder of the tree.
@@ -163,7 +163,7 @@ def _hidden(folder: bytes) -> bool:
 
 
 def passed_over(parts: Sequence[str]) -> bool:
-    """Whether a member of an archive, given as the parts of its path, is one that a folder's scan passes over."""
+    """Whether a member of an archive, given as the parts of its path, is one that a folder's scan skips."""
     *folders, base = parts or ("",)
     ways = (".", "..", "/")  # no hidden folders
     return base.startswith("._") or any(_hidden(os.fsencode(f)) for f in folders if f not in ways)

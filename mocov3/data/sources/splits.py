@@ -2,9 +2,9 @@
 
 A folder, archive or table belongs to a part by its name. The name of a folder has no other letters than the word
 (``train``, ``Val``, ``train2017``); that of an archive or table holds the word between characters that are no letters,
-as Hugging Face has it (``train-00000-of-00001.parquet``, ``imagenet-val-000.tar``). Names of single images say nothing.
+as Hugging Face has it (``train-00000-of-00001.parquet``, ``imagenet-val-000.tar``). Names of single images are ignored.
 A folder with such a name may be a class too (a set of vehicles has a class ``train``), so it is a part only where the
-folders beside it do not look like its equals (``_are_parts``).
+folders beside it do not look like classes too (``_are_parts``).
 """
 
 import os
@@ -88,7 +88,7 @@ def no_part(folder: str, split: str) -> UserError:
     """The error that says why a folder has no such part."""
     place = os.path.join(folder, split)
     if not os.path.isdir(place):
-        return UserError(f"data {place}: there is no such folder, nor another with validation or test images")
+        return UserError(f"data {place}: there is no such folder, and no other with validation or test images")
     if not holds(place):
         return UserError(f"data {place}: holds no image ({', '.join(EXTENSIONS[:10])} …)")
     return UserError(
@@ -181,13 +181,13 @@ def _of_folders(
 
 def _one(folder: str, kind: str, names: dict[str, str]) -> str:
     """The folder of a part: the one called just so, or the only one."""
-    found = [name for name, word in names.items() if word == kind]
-    if kind not in found and len(found) > 1:
+    folders = [name for name, word in names.items() if word == kind]
+    if kind not in folders and len(folders) > 1:
         raise UserError(
-            f"data {folder}: {_listed(f'{n}/' for n in found)} are named for the {_TITLES[kind]} part; "
+            f"data {folder}: {_listed(f'{n}/' for n in folders)} are named for the {_TITLES[kind]} part; "
             "name the one to use"
         )
-    return kind if kind in found else found[0]
+    return kind if kind in folders else folders[0]
 
 
 def _inside(folder: str, name: str, kind: str, said: list[str]) -> Part:
@@ -273,7 +273,7 @@ def _of_files(folder: str, split: str, files: list[str], said: list[str]) -> Par
                 f"data {folder}: holds files of the parts {_listed(kinds)} and none of train; name the files to use"
             )
         if len(parts) > 1:
-            rest = {other: found for other, found in parts.items() if other != kind}
+            rest = {other: names for other, names in parts.items() if other != kind}
             used = f"{len(parts[kind])} of {len(files)} files are used ({_TITLES[kind]})"
             said = [f"{folder}: {used}; left out: {_counted(rest)}", *said]
     if kind not in (split, "") and split_of_folder(os.path.basename(os.path.abspath(folder))) != kind:
@@ -294,6 +294,6 @@ def _counted(parts: dict[str, list[str]]) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    found = list(names)
-    text = ", ".join(found[:_NAMED]) + (f" and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
+    all_names = list(names)
+    text = ", ".join(all_names[:_NAMED]) + (f" and {len(all_names) - _NAMED} more" if len(all_names) > _NAMED else "")
     return printable(text)

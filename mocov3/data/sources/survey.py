@@ -22,7 +22,7 @@ _SEED = 5
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found."""
+    """What was measured."""
 
     images: int
     """Of the whole source."""
@@ -138,11 +138,11 @@ def _quantiles(sides: np.ndarray) -> tuple[int, int, int]:
 
 def _repeated(digests: list[bytes]) -> np.ndarray:
     seen: set[bytes] = set()
-    found = np.zeros(len(digests), bool)
+    is_repeated = np.zeros(len(digests), bool)
     for i, digest in enumerate(digests):
-        found[i] = digest in seen
+        is_repeated[i] = digest in seen
         seen.add(digest)
-    return found
+    return is_repeated
 
 
 def _standardised(gray: np.ndarray) -> np.ndarray:
@@ -197,15 +197,17 @@ def alikeness(gray: np.ndarray) -> float:
     return float(((z.sum(0) ** 2).sum() - (z**2).sum()) / (n * (n - 1)))
 
 
-def propose(found: Survey) -> tuple[str, str]:
+def propose(survey: Survey) -> tuple[str, str]:
     """A view preset and the measured reason for it. Thresholds are ours, stated in ``docs/own-images.md``."""
-    if found.readable < 2:
+    if survey.readable < 2:
         return "photos", "too few images to tell"
-    if found.alike > _ALIKE:
-        reason = f"the images resemble each other (mean correlation {found.alike:.2f}, above {_ALIKE})"
+    if survey.alike > _ALIKE:
+        reason = f"the images resemble each other (mean correlation {survey.alike:.2f}, above {_ALIKE})"
         return "inspection", f"{reason}: small differences count"
-    if found.readable >= 100 and found.upright < _UPRIGHT:
-        reason = f"no side is up (the mean image and its turns differ by {found.upright:.1f} × chance"
+    if survey.readable >= 100 and survey.upright < _UPRIGHT:
+        reason = f"no side is up (the mean image and its rotations differ by {survey.upright:.1f} × chance"
         return "aerial", f"{reason}, below {_UPRIGHT:.0f})"
-    gray = f"{100 * found.gray_share:.0f} % of the images are grey"
-    return ("gray", gray) if found.gray_share > 0.95 else ("photos", f"different scenes with a side that is up; {gray}")
+    gray = f"{100 * survey.gray_share:.0f} % of the images are grey"
+    return (
+        ("gray", gray) if survey.gray_share > 0.95 else ("photos", f"different scenes with a side that is up; {gray}")
+    )

@@ -1,4 +1,4 @@
-"""Images in Parquet tables, as Hugging Face keeps data sets: a column of file bytes, and maybe one of classes.
+"""Images in Parquet tables, as Hugging Face keeps data sets: a column of file bytes, and optionally one of classes.
 
 Needs pyarrow (``pip install mocov3[parquet]``). An image is reached by reading the row group it lies in, so shuffled
 training reads much more than it uses; for many epochs, ``mocov3 pack`` the tables into archives first.
@@ -91,7 +91,7 @@ class Parquet:
             self._kept[group] = rows
         value = self._kept[group][index - (int(self.ends[group - 1]) if group else 0)].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
-        if not data:
+        if not isinstance(data, bytes) or not data:
             raise OSError("the row holds no bytes")
         return data
 
@@ -113,16 +113,17 @@ def _column(schema: Any, file: str) -> str:
     import pyarrow as pa
 
     def holds_bytes(kind: Any) -> bool:
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
-    for name in sorted(schema.names, key=lambda n: (n not in _IMAGES, _IMAGES.index(n) if n in _IMAGES else 0)):
+    names: list[str] = schema.names
+    for name in sorted(names, key=lambda n: (n not in _IMAGES, _IMAGES.index(n) if n in _IMAGES else 0)):
         kind = schema.field(name).type
         if holds_bytes(kind):
             return name
         if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type):
             return name
-    names = printable(", ".join(schema.names[:10]))
-    raise UserError(f"data {file}: has no column of images as file bytes (its columns: {names})")
+    some = printable(", ".join(names[:10]))
+    raise UserError(f"data {file}: has no column of images as file bytes (its columns: {some})")
 
 
 def _as_labels(values: np.ndarray) -> np.ndarray | None:

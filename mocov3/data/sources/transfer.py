@@ -121,7 +121,8 @@ class Cifar:
 
     def read(self, index: int) -> np.ndarray:
         """uint8 pixels, (32, 32, 3)."""
-        return self.images[index]
+        pixels: np.ndarray = self.images[index]
+        return pixels
 
     def name(self, index: int) -> str:
         """The image's number in its split."""
@@ -243,8 +244,8 @@ def _root(path: Path, names: tuple[str, ...], entries: tuple[str, ...]) -> Path:
 
 def _in_range(values: np.ndarray, largest: int, path: Path, what: str) -> None:
     if not len(values) or values.min() < 1 or values.max() > largest:
-        found = f"{values.min()} to {values.max()}" if len(values) else "none"
-        raise UserError(f"--data-path: {path} should hold {what} from 1 to {largest}, not {found}")
+        holds = f"{values.min()} to {values.max()}" if len(values) else "none"
+        raise UserError(f"--data-path: {path} should hold {what} from 1 to {largest}, not {holds}")
 
 
 def _listed(folder: Path, files: list[str], labels: np.ndarray, classes: list[str]) -> Folder:

@@ -47,7 +47,7 @@ def deep_samples(data: bytes, most: int) -> np.ndarray | None:
 
 
 def samples(data: bytes, channels: int, most: int) -> np.ndarray:
-    """All samples of a file as they are stored, (height, width, channels). EXIF's orientation is not looked at.
+    """All samples of a file as they are stored, (height, width, channels). EXIF orientation is ignored.
 
     Raises:
         Unfit: for a file of another number of channels, or a damaged one.

@@ -2,11 +2,11 @@
 
 | what | becomes |
 |---|---|
-| EXIF orientation | the image as it is meant to be seen |
-| transparent pixels | laid over white |
+| EXIF orientation | applied |
+| transparent pixels | composited on white |
 | palette, grey, CMYK, Lab … | RGB, by Pillow's conversion |
 | 16 bits a channel | the upper 8 bits (so 65535 is white), or what ``Reading.window`` says: 0,4095 for 12 bits |
-| 32-bit integers | taken as 16-bit, larger values cut; floats: 0–255, cut |
+| 32-bit integers | taken as 16-bit, clipped; floats: 0–255, clipped |
 | several frames or pages | the first |
 | one channel wanted | grey, by Pillow's weights of red, green and blue |
 | four or more wanted | the file's samples as stored (``bands``); as many as wanted, or it is refused |
@@ -44,7 +44,7 @@ class DecodeError(Exception):
 
 
 class ImageBytes:
-    """An image whose size is known and whose pixels are decoded when asked for.
+    """An image whose size is known and whose pixels are decoded on demand.
 
     Args:
         data: the bytes of a file, or uint8 pixels (H, W) or (H, W, channels).
@@ -101,7 +101,7 @@ class ImageBytes:
         least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)} if shrink > 1 else {}
         try:
             pixels = simplejpeg.decode_jpeg(self._data, "RGB", **least)
-        except ValueError:  # Pillow bears more than libjpeg-turbo's strict mode, and knows what is too much
+        except ValueError:  # Pillow tolerates more than libjpeg-turbo's strict mode, and has its own limits
             return _by_pillow(self._data), 1
         if shrink > 1 and pixels.shape[:2] != (least["min_height"], least["min_width"]):
             pixels, shrink = simplejpeg.decode_jpeg(self._data, "RGB"), 1
@@ -175,13 +175,13 @@ def _rgb_of(image: Any, reading: Reading) -> np.ndarray:
 
 def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     """uint8 (H, W) or (H, W, found) → (H, W, channels): grey to RGB, RGB to grey."""
-    found = pixels.shape[2] if pixels.ndim == 3 else 1
-    fits = found == channels or (channels in (1, 3) and found in (1, 3))
+    channels_now = pixels.shape[2] if pixels.ndim == 3 else 1
+    fits = channels_now == channels or (channels in (1, 3) and channels_now in (1, 3))
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not fits:
         raise DecodeError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (H, W) or (H, W, {channels})")
-    if found == channels:
+    if channels_now == channels:
         return pixels if pixels.ndim == 3 else pixels[..., None]
-    if found == 1:
+    if channels_now == 1:
         return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
     return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 

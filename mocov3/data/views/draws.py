@@ -14,7 +14,7 @@ from mocov3.config.presets import ViewPreset
 
 _ORDER, _VIEW, _REPLACEMENT, _TOKENS = 0, 1, 2, 4  # separate streams of one seed; two views: also 3, 6
 _TRIES = 10
-_own = threading.local()
+_of_thread = threading.local()
 _BLOCK = 2 * _TRIES + 18  # uniform numbers a view; a fixed number keeps every choice at its own place
 
 
@@ -59,7 +59,7 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def replacement(seed: int, epoch: int, index: int, attempt: int, n: int) -> int:
-    """The image that stands in for the unreadable image ``index`` at the given attempt."""
+    """The image used instead of the unreadable image ``index`` at the given attempt."""
     bits = np.random.Philox(key=[seed, _REPLACEMENT], counter=[0, attempt, index, epoch])
     return int(bits.random_raw() % n)
 
@@ -112,13 +112,14 @@ def draw(
 
 
 def _philox(seed: int, stream: int, index: int, epoch: int) -> np.random.Philox:
-    # np.random.Philox(key=[seed, stream], counter=[0, 0, index, epoch]) at a fifth of its cost: one a thread, set anew
+    # np.random.Philox(key=[seed, stream], counter=[0, 0, index, epoch]) at a fifth of its cost: one a thread, reset
+    bits: np.random.Philox
     try:
-        bits, state = _own.philox
+        bits, state = _of_thread.philox
     except AttributeError:
         bits = np.random.Philox(key=[0, 0])
         state = bits.state
-        _own.philox = bits, state
+        _of_thread.philox = bits, state
     state["state"]["key"][:] = seed, stream
     state["state"]["counter"][2:] = index, epoch
     bits.state = state

@@ -1,8 +1,8 @@
 """Draw → pixels of one view, in three ways that give the same image.
 
-``pillow`` applies the reference's own operations and is the standard. ``native`` is the compiled kernel, ``library``
-the same draws by Pillow's resize, OpenCV and look-up tables, where the kernel was not built; the tests hold both to
-the standard. ``fast`` is the better of the two here.
+``pillow`` applies the reference's own operations and is the baseline. ``native`` is the compiled kernel, ``library``
+the same draws by Pillow's resize, OpenCV and look-up tables, where the kernel was not built; the tests compare both
+with the baseline. ``fast`` is the better of the two here.
 """
 
 import cv2
@@ -180,7 +180,8 @@ def _by_library(pixels: Pixels, choice: Draw) -> Pixels:
 
 
 def _table(levels: np.ndarray) -> np.ndarray:
-    return np.clip(levels, 0, 255).astype(np.uint8)  # Pillow cuts fractions off too
+    table: np.ndarray = np.clip(levels, 0, 255).astype(np.uint8)  # Pillow cuts fractions off too
+    return table
 
 
 def _gray(pixels: Pixels) -> Pixels:

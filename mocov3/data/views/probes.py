@@ -1,4 +1,4 @@
-"""Views to judge features by, of kinds that no preset trains on: turned by any angle, zoomed, shifted, noisy.
+"""Views to judge features by, of kinds that no preset trains on: rotated, zoomed, shifted, noisy.
 
 Like all draws they are a function of (seed, image, view) alone. ``mocov3.evaluation.label_free`` compares their
 features.
@@ -77,4 +77,4 @@ def _changed(pixels: np.ndarray, seed: int, index: int, probe: int) -> np.ndarra
 
 
 def _between(u: float, low: float, high: float) -> float:
-    return low * (high / low) ** u
+    return float(low * (high / low) ** u)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mocov3.errors import UserError
 from mocov3.evaluation.frozen import Frozen
 from mocov3.evaluation.linear.heads import Heads
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 from mocov3.weights.checkpoint import FORMAT_VERSION, PREFIX, Position
 
 CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
@@ -64,7 +64,7 @@ def _one_head(heads: Heads, number: int) -> dict[str, Any]:
     return {"state": state, "param_groups": [{**group, "params": [0, 1]}]}
 
 
-def read(path: str | Path, where: str) -> dict[str, Any]:
+def read(path: str | Path, where: str) -> Contents:
     """The contents of a linear file, ours or the reference's.
 
     Raises:
@@ -78,13 +78,13 @@ def read(path: str | Path, where: str) -> dict[str, Any]:
             raise UserError(f"{where}: misses the entry {entry!r} of a linear file (it has: {have})")
     if any("base_encoder." in str(k) for k in contents["state_dict"]):
         raise UserError(f"{where}: is a pre-training checkpoint, not a linear file; give it by --pretrained")
-    own = contents.get("mocov3", {})
-    if not isinstance(own, dict) or int(own.get("format", 0)) > FORMAT_VERSION:
+    extra = contents.get("mocov3", {})
+    if not isinstance(extra, dict) or int(extra.get("format", 0)) > FORMAT_VERSION:
         raise UserError(f"{where}: was written by a newer mocov3; update this one")
     return contents
 
 
-def classifier(contents: dict[str, Any], where: str) -> Classifier:
+def classifier(contents: Contents, where: str) -> Classifier:
     """The linear layer in the contents of a linear file.
 
     Raises:
@@ -98,35 +98,35 @@ def classifier(contents: dict[str, Any], where: str) -> Classifier:
     raise UserError(f"{where}: holds no linear classifier (fc.weight, head.weight or projector.weight)")
 
 
-def best_acc1(contents: dict[str, Any]) -> float:
+def best_acc1(contents: Contents) -> float:
     """The file's ``best_acc1``, a number or (in the reference's published files) a tensor of one."""
     value = contents.get("best_acc1", 0.0)
     return float(value) if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1) else 0.0
 
 
-def restore(contents: dict[str, Any], heads: Heads, where: str, *, iterations: int) -> Position:
+def restore(contents: Contents, heads: Heads, where: str, *, iterations: int) -> Position:
     """Load heads and optimizer from the contents of a linear file, and say where the run stood.
 
     Raises:
         UserError: if classes, width or number of heads are others.
     """
-    own = contents.get("mocov3") or {}
-    found = classifier(contents, where)
-    check_shape(found, heads.classes, heads.weights[0].shape[1], where)
+    entry = contents.get("mocov3") or {}
+    saved_classifier = classifier(contents, where)
+    check_shape(saved_classifier, heads.classes, heads.weights[0].shape[1], where)
     epoch = int(contents["epoch"])
-    if isinstance(own.get("state"), dict):
+    if isinstance(entry.get("state"), dict):
         try:
-            heads.load(own["state"])
+            heads.load(entry["state"])
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError):
             raise UserError(f"{where}: its heads are not those of these flags, or damaged") from None
-        return Position(epoch, int(own.get("iteration", 0)), int(own.get("step", epoch * iterations)))
+        return Position(epoch, int(entry.get("iteration", 0)), int(entry.get("step", epoch * iterations)))
     if len(heads.specs) != 1 or heads.specs[0].kind != "linear":
         raise UserError(f"{where}: holds one linear head (the reference wrote it); resume it with one --lr")
-    momenta = _momenta(contents.get("optimizer"), found, where)
+    momenta = _momenta(contents.get("optimizer"), saved_classifier, where)
     heads.load(
         {
-            "weights": [found.weight],
-            "biases": [found.bias],
+            "weights": [saved_classifier.weight],
+            "biases": [saved_classifier.bias],
             "momenta": momenta,
             "norm": [heads.norm.mean.cpu(), heads.norm.variance.cpu()],
         }
@@ -134,21 +134,21 @@ def restore(contents: dict[str, Any], heads: Heads, where: str, *, iterations: i
     return Position(epoch, 0, epoch * iterations)
 
 
-def check_shape(found: Classifier, classes: int, width: int, where: str) -> None:
+def check_shape(saved: Classifier, classes: int, width: int, where: str) -> None:
     """Refuse a classifier of another number of classes or of another width of features."""
-    if len(found.weight) != classes:
-        raise UserError(f"{where}: classifies {len(found.weight)} classes, the data has {classes}")
-    if found.weight.shape[1] != width:
-        raise UserError(f"{where}: its classifier takes {found.weight.shape[1]} features, the backbone gives {width}")
+    if len(saved.weight) != classes:
+        raise UserError(f"{where}: classifies {len(saved.weight)} classes, the data has {classes}")
+    if saved.weight.shape[1] != width:
+        raise UserError(f"{where}: its classifier takes {saved.weight.shape[1]} features, the backbone gives {width}")
 
 
-def _momenta(optimizer: Any, found: Classifier, where: str) -> list[Tensor]:
+def _momenta(optimizer: Any, saved: Classifier, where: str) -> list[Tensor]:
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
         raise UserError(f"{where}: misses the entry 'optimizer' that a resume needs")
     if not optimizer["state"]:
         return [torch.empty(0), torch.empty(0)]
     momenta: list[Any] = [(optimizer["state"].get(i) or {}).get("momentum_buffer") for i in range(2)]
-    for m, value in zip(momenta, found, strict=True):
+    for m, value in zip(momenta, saved, strict=True):
         if not isinstance(m, Tensor) or m.shape != value.shape:
             raise UserError(f"{where}: its optimizer entry does not fit its classifier; use another checkpoint")
     return momenta

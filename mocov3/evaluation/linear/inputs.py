@@ -19,7 +19,7 @@ PUBLISHED = {"resnet50": {100: 68.9, 300: 72.8, 1000: 74.6}, "vit_small": {300: 
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank is given: the configuration, which door it came through, the images of a mere evaluation."""
+    """What every rank is given: the configuration, which command started it, the images of a mere evaluation."""
 
     config: LinclsConfig
     script_door: bool
@@ -30,7 +30,7 @@ def check(config: LinclsConfig, *, script_door: bool) -> None:
     """Refuse what cannot work, before torch is imported.
 
     Raises:
-        UserError: naming what, where and how to mend it.
+        UserError: naming what, where and how to fix it.
     """
     config.check()
     folder = Path(config.output_dir)
@@ -45,6 +45,6 @@ def check(config: LinclsConfig, *, script_door: bool) -> None:
     check_writable(folder, "--output-dir")
     if not script_door and not config.resume and (folder / "checkpoint.pth.tar").exists():
         raise UserError(
-            f"--output-dir {folder}: holds a former linear evaluation; go on with --resume auto, or name another"
+            f"--output-dir {folder}: holds a former linear evaluation; continue with --resume auto, or name another"
         )
     warn_left_out(train, val)

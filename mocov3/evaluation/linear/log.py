@@ -18,7 +18,7 @@ LINES, RESULT = "lincls.jsonl", "lincls.json"
 
 @dataclass
 class HeadResult:
-    """A head and how it does on the validation set, in %."""
+    """A head and its accuracy on the validation set, in %."""
 
     head: str
     lr: float

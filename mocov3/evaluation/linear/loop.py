@@ -18,7 +18,8 @@ from mocov3 import schedules
 from mocov3.data import Batch, Loader
 from mocov3.data.device.pixels import normalise
 from mocov3.data.loading.labelled import CropView, open_labelled, plan_all
-from mocov3.data.loading.loader import Unreadable, Work, usable_cores
+from mocov3.data.loading.loader import Unreadable, usable_cores
+from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
 from mocov3.distributed.stop import Stop
 from mocov3.errors import UserError
@@ -33,12 +34,12 @@ from mocov3.evaluation.linear.setup import check_same_run, find, open_backbone, 
 from mocov3.losses import at_least_float32
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.output.log import warn
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 from mocov3.weights.checkpoint import Position
 
 
 def train(world: World, job: Job) -> int:
-    """Train the heads on this rank, from wherever the run stands to its end; returns the exit code."""
+    """Train the heads on this rank, from its present position to its end; returns the exit code."""
     with Evaluation(world, job) as run:
         if run.config.solver == "lbfgs":
             run.solve()
@@ -63,11 +64,11 @@ class Evaluation:
             torch.as_tensor(s.labels, dtype=torch.long, device=world.device) for s in (self.source, self.val_source)
         )
         self.iterations = -(-len(self.source) // job.config.batch_size)
-        where, found = find(job.config)
-        self.frozen, self.config = open_backbone(job.config, world, where, found)
+        where, contents = find(job.config)
+        self.frozen, self.config = open_backbone(job.config, world, where, contents)
         c = self.config
         self.digest = self.frozen.digest()
-        check_same_run(where, found, c, self.source)
+        check_same_run(where, contents, c, self.source)
         lrs = c.lrs if c.solver == "sgd" else (0.0,)  # L-BFGS has none
         specs = [HeadSpec(kind, lr, wd) for kind in c.kinds for wd in c.weight_decays for lr in lrs]
         self.heads = Heads(
@@ -82,8 +83,8 @@ class Evaluation:
         self.results = [HeadResult(s.kind, s.lr, s.weight_decay) for s in specs]
         self.position = Position(c.start_epoch, 0, c.start_epoch * self.iterations)
         self._zero_counts()
-        if found is not None:
-            self._restore(where, found)
+        if contents is not None:
+            self._restore(where, contents)
         self.frozen.to(world.device)
         self.precision = Precision(
             resolve_precision(c.precision, world.device, script_door=job.script_door), world.device
@@ -101,24 +102,24 @@ class Evaluation:
             self.heads,
             self.iterations,
             self.position,
-            resumed=found is not None,
+            resumed=contents is not None,
             script_door=job.script_door,
         )
         self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
 
-    def _restore(self, where: str, found: dict[str, Any]) -> None:
-        self.position = files.restore(found, self.heads, where, iterations=self.iterations)
+    def _restore(self, where: str, contents: Contents) -> None:
+        self.position = files.restore(contents, self.heads, where, iterations=self.iterations)
         if self.position.iteration >= self.iterations:  # another batch size, by --allow-config-change
             self.position = Position(self.position.epoch + 1, 0, self.position.step)
-        own = found.get("mocov3") or {}
-        for result, saved in zip(self.results, own.get("heads", []), strict=False):
+        entry = contents.get("mocov3") or {}
+        for result, saved in zip(self.results, entry.get("heads", []), strict=False):
             for field in ("acc1", "acc5", "loss", "best_acc1", "best_epoch"):
                 setattr(result, field, saved[field])
-        if not own:
-            self.results[0].best_acc1 = files.best_acc1(found)
+        if not entry:
+            self.results[0].best_acc1 = files.best_acc1(contents)
             self.results[0].best_epoch = self.position.epoch - 1
-        if isinstance(own.get("counts"), Tensor) and self.position.iteration and self.world.main:
-            self.counts += own["counts"].to(self.counts)
+        if isinstance(entry.get("counts"), Tensor) and self.position.iteration and self.world.main:
+            self.counts += entry["counts"].to(self.counts)
 
     def _workers(self) -> int:
         return min(self.config.workers, max(usable_cores() // self.world.local_size, 1))
@@ -196,8 +197,8 @@ class Evaluation:
         c, step = self.config, self.position.step
         x, target = self._features(work, batch)
         factor = schedules.epoch_cosine(work.epoch, initial=c.lr_scale, epochs=c.epochs)
-        found = self.heads.step(x, target, lr_factor=factor)
-        now = torch.cat([found, found.new_full((len(found), 1), float(len(target)))], dim=1)
+        sums = self.heads.step(x, target, lr_factor=factor)
+        now = torch.cat([sums, sums.new_full((len(sums), 1), float(len(target)))], dim=1)
         self.counts += now
         self.log.stepped(work.epoch)
         if work.iteration % c.print_freq == 0:
@@ -257,17 +258,17 @@ class Evaluation:
 
     def solve(self) -> None:
         """Fit every head to the cached features by L-BFGS, and evaluate."""
-        found = self._collect_train()
+        collected = self._collect_train()
         keep = torch.ones(len(self.source), dtype=torch.bool)
-        keep[list(found.corrupt)] = False
+        keep[list(collected.corrupt)] = False
         mine = np.array_split(np.flatnonzero(keep.numpy()), self.world.size)[self.world.rank]
         rows = torch.from_numpy(mine)
-        solve(self.heads, found.features[rows], self.labels[rows.to(self.labels.device)].cpu(), self.world)
+        solve(self.heads, collected.features[rows], self.labels[rows.to(self.labels.device)].cpu(), self.world)
         self.position = Position(self.config.epochs, 0, 0)
         self.end_epoch()
 
-    def _note_unreadable(self, part: str, found: dict[int, str]) -> None:
-        new = {i: reason for i, reason in found.items() if i not in self.unreadable[part]}
+    def _note_unreadable(self, part: str, reasons: dict[int, str]) -> None:
+        new = {i: reason for i, reason in reasons.items() if i not in self.unreadable[part]}
         self.unreadable[part].update(new)
         if new:
             source = self.source if part == "train" else self.val_source
@@ -330,13 +331,13 @@ class Evaluation:
                 try:
                     checkpoint.write(self.folder / name, contents)
                 except OSError as error:
-                    warn(f"{name} could not be written ({error.strerror or error}); the run goes on")
+                    warn(f"{name} could not be written ({error.strerror or error}); the run continues")
         self.world.barrier()
 
     def finish(self) -> int:
         """The table of heads at the end, or what to do after a signal; returns the exit code."""
         if number := self._stop.signal:
-            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; go on with --resume auto")
+            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; continue with --resume auto")
             return 128 + number
         if self.results[0].best_epoch >= 0:
             c = self.config

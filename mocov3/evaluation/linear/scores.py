@@ -62,8 +62,8 @@ def evaluated(
     counts = torch.zeros(len(heads.specs), 4, dtype=wide, device=world.device)
     began = time.perf_counter()
     for i, (x, target) in enumerate(batches):
-        found = heads.evaluate(x, target)
-        counts += torch.cat([found, found.new_full((len(found), 1), float(len(target)))], dim=1)
+        sums = heads.evaluate(x, target)
+        counts += torch.cat([sums, sums.new_full((len(sums), 1), float(len(target)))], dim=1)
         if i % print_freq == 0:
             log.test(i, len(batches), (time.perf_counter() - began) / (i + 1), rates(counts[0].tolist()))
     total = world.sum(counts)
@@ -121,19 +121,19 @@ def _score(world: World, job: Job, source: Source) -> tuple[HeadResult, dict[str
     where = f"--resume {path}"
     if source.labels is None:
         raise UserError(f"data {c.data}: needs class folders, val/CLASS/…")
-    found = files.classifier(contents, where)
-    own = contents.get("mocov3") or {}
-    if isinstance(own.get("classes"), list) and len(own["classes"]) == len(source.classes):
-        check_same_classes(own["classes"], list(source.classes), f"{where} and data {c.data}")
+    saved_classifier = files.classifier(contents, where)
+    entry = contents.get("mocov3") or {}
+    if isinstance(entry.get("classes"), list) and len(entry["classes"]) == len(source.classes):
+        check_same_classes(entry["classes"], list(source.classes), f"{where} and data {c.data}")
     frozen = open_frozen(
         path, flag="--resume", arch=c.arch, image_size=c.image_size, view_preset=c.view_preset, heads=c.heads
     )
     width = frozen.width
-    files.check_shape(found, len(source.classes), width, where)
+    files.check_shape(saved_classifier, len(source.classes), width, where)
     heads = Heads(
         [HeadSpec("linear", 0.0, 0.0)], width=width, classes=len(source.classes), seed=0, momentum=0.0, world=world
     )
-    heads.set(0, found.weight, found.bias)
+    heads.set(0, saved_classifier.weight, saved_classifier.bias)
     frozen.to(world.device)
     precision = Precision(resolve_precision(c.precision, world.device, script_door=job.script_door), world.device)
     workers = min(c.workers, max(usable_cores() // world.local_size, 1))

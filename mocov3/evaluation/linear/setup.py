@@ -1,4 +1,4 @@
-"""Where linear evaluation starts or goes on: its file, its backbone, its resolved configuration."""
+"""Where linear evaluation starts or resumes: its file, its backbone, its resolved configuration."""
 
 import dataclasses
 import secrets
@@ -17,15 +17,15 @@ from mocov3.evaluation.linear.heads import Heads
 from mocov3.evaluation.linear.log import EvaluationLog
 from mocov3.output.log import warn
 from mocov3.output.terminal import style_of
+from mocov3.weights import Contents
 from mocov3.weights.checkpoint import Position
 
-Contents = dict[str, Any]
 PROTOCOL = "linear evaluation"
 CACHED = "linear evaluation on cached features, without augmentation (not the published protocol)"
 
 
 def protocol(config: LinclsConfig) -> str:
-    """What is done, as it is written beside every number."""
+    """The protocol, as it is written beside every number."""
     return CACHED if config.cache_features else PROTOCOL
 
 
@@ -43,7 +43,9 @@ def find(config: LinclsConfig) -> tuple[str, Contents | None]:
     return str(path), files.read(path, f"--resume {path}")
 
 
-def open_backbone(config: LinclsConfig, world: World, path: str, found: Contents | None) -> tuple[Frozen, LinclsConfig]:
+def open_backbone(
+    config: LinclsConfig, world: World, path: str, contents: Contents | None
+) -> tuple[Frozen, LinclsConfig]:
     """The frozen backbone, and the configuration with arch, seed, image size and preset as they are used.
 
     A linear file holds its backbone; where ``--pretrained`` is given too, the two must agree.
@@ -52,14 +54,14 @@ def open_backbone(config: LinclsConfig, world: World, path: str, found: Contents
         UserError: if there is no backbone, or not of this arch.
     """
     c = config
-    saved = (found or {}).get("mocov3") or {}
+    saved = (contents or {}).get("mocov3") or {}
     drawn = secrets.randbelow(2**31) if c.seed is None else c.seed
     seed = saved["seed"] if c.seed is None and isinstance(saved.get("seed"), int) else world.broadcast(drawn)
     common: dict[str, Any] = {"image_size": c.image_size, "view_preset": c.view_preset, "seed": seed, "heads": c.heads}
     pretrained = None
     if c.pretrained:
         pretrained = open_frozen(c.pretrained, flag="--pretrained", arch=c.arch, encoder=c.encoder, **common)
-    if found is not None and c.arch != "pixels":
+    if contents is not None and c.arch != "pixels":
         frozen = open_frozen(path, flag="--resume", arch=c.arch, **common)
         if isinstance(saved.get("origin"), str):  # what it was before it was frozen into this file
             frozen = dataclasses.replace(frozen, about=saved["origin"])
@@ -80,16 +82,16 @@ def open_backbone(config: LinclsConfig, world: World, path: str, found: Contents
     )
 
 
-def check_same_run(path: str, found: Contents | None, config: LinclsConfig, source: Source) -> None:
-    """Refuse to go on with a file of other result-changing flags, other classes or other images.
+def check_same_run(path: str, contents: Contents | None, config: LinclsConfig, source: Source) -> None:
+    """Refuse to resume from a file with other result-changing flags, other classes or other images.
 
     Raises:
         UserError: naming what differs.
     """
-    if found is None:
+    if contents is None:
         return
-    own = found.get("mocov3") or {}
-    saved = {k: v for k, v in own.get("config", {}).items() if k != "heads"}  # compared with the backbone already
+    entry = contents.get("mocov3") or {}
+    saved = {k: v for k, v in entry.get("config", {}).items() if k != "heads"}  # compared with the backbone already
     for name in ("lr", "weight_decay"):
         if name in saved:
             saved[name] = numbers(saved[name])
@@ -98,13 +100,13 @@ def check_same_run(path: str, found: Contents | None, config: LinclsConfig, sour
             f"--resume {path}: these fields differ from the checkpoint's: {', '.join(changed)}; "
             "give them as they were, or --allow-config-change"
         )
-    classes = own.get("classes")
+    classes = entry.get("classes")
     if isinstance(classes, list) and classes != list(source.classes):
         raise UserError(
             f"--resume {path}: was trained on {len(classes)} classes, first {classes[0]!r}; "
             f"{config.data} has {len(source.classes)}, first {source.classes[0]!r}"
         )
-    if own.get("data_digest", source.digest) != source.digest and not config.allow_config_change:
+    if entry.get("data_digest", source.digest) != source.digest and not config.allow_config_change:
         raise UserError(
             f"--resume {path}: was trained on other images than those of {config.data}; give the same, "
             "or --allow-config-change"
@@ -145,7 +147,7 @@ def open_log(
         if not (c.pretrained or c.resume or c.arch == "pixels"):
             warn("no --pretrained: the backbone is untrained")
     if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
-        log.say("no CUDA here: ranks talk over gloo instead of nccl")
+        log.say("no CUDA here: ranks communicate over gloo instead of nccl")
     log.say(
         f"{protocol(c)} of {frozen.about}: {images[0]} training and {images[1]} validation images, "
         f"{heads.classes} classes, {len(heads.specs)} heads, {iterations} steps of {c.batch_size} an epoch, "

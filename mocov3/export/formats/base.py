@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mocov3.config.archs import is_vit
+from mocov3.config.fields import Fields
 from mocov3.models.backbones import Encoder
 
 
@@ -28,7 +29,7 @@ class Exported:
     """The shorter side is resized to ``round(image_size · zoom)`` for evaluation."""
     source: str
     sha256: str
-    recipe: dict[str, Any]
+    recipe: Fields
     epochs: int | None
     licence: str
     origin: str
@@ -60,7 +61,7 @@ class Exported:
         return {k: v.detach().contiguous() for k, v in self.encoder.state_dict().items()}
 
     def about(self) -> dict[str, str]:
-        """What formats with room for strings carry along."""
+        """Metadata for formats that can hold strings."""
         return {
             "arch": self.arch,
             "image_size": str(self.image_size),
@@ -84,11 +85,11 @@ class Exported:
 
 
 class Unfit(Exception):
-    """The format has no place for this arch; the message is the reason and what to take instead."""
+    """The format cannot hold this arch; the message is the reason and the alternative."""
 
 
 class Format(Protocol):
-    """A way to take a backbone elsewhere."""
+    """A format that a backbone is exported to."""
 
     tolerance: float
     """Largest difference of a feature allowed, as a share of the largest feature (at least 1)."""

@@ -69,11 +69,11 @@ class Onnx:
                 verbose=False,
             )
         assert program is not None
-        made = program.model_proto
-        kept = {p.key: p.value for p in made.metadata_props}
-        onnx.helper.set_model_props(made, kept | model.about())
-        onnx.checker.check_model(made)
-        onnx.save(made, str(place))
+        model_proto = program.model_proto
+        metadata = {p.key: p.value for p in model_proto.metadata_props}
+        onnx.helper.set_model_props(model_proto, metadata | model.about())
+        onnx.checker.check_model(model_proto)
+        onnx.save(model_proto, str(place))
 
     def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """By onnxruntime on the CPU, the batch in two uneven parts."""
@@ -113,8 +113,8 @@ class TorchExport:
         """By ``torch.export.load``, the batch in two uneven parts."""
         with _quiet(), place.open("rb") as file:
             program = torch.export.load(file)
-        made = program.module()
-        return torch.cat([made(x[:1]), made(x[1:])])
+        module = program.module()
+        return torch.cat([module(x[:1]), module(x[1:])])
 
     def usage(self, model: Exported, name: str) -> str:
         """By torch alone."""

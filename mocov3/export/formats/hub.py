@@ -94,11 +94,11 @@ class Transformers:
         resnet = is_resnet(model.arch)
         kind: Any = ResNetModel if resnet else ViTModel
         options = {} if resnet else {"add_pooling_layer": False}
-        made, info = kind.from_pretrained(str(place), output_loading_info=True, **options)
+        network, info = kind.from_pretrained(str(place), output_loading_info=True, **options)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[problem]:
                 raise RuntimeError(f"transformers: {problem} {sorted(map(str, info[problem]))[:3]}")
-        out = made.eval()(x)
+        out = network.eval()(x)
         return out.pooler_output.flatten(1) if resnet else out.last_hidden_state[:, 0]
 
     def usage(self, model: Exported, name: str) -> str:

@@ -159,8 +159,8 @@ class Timm:
         """By ``create_model`` with the file's path, which loads strictly."""
         name, args = self.named(model)
         file = str(place / "model.safetensors")
-        made = timm.create_model(name, num_classes=model.classes, checkpoint_path=file, **args)
-        return made.eval()(x)
+        network = timm.create_model(name, num_classes=model.classes, checkpoint_path=file, **args)
+        return network.eval()(x)
 
     def usage(self, model: Exported, name: str) -> str:
         """Both of timm's ways, and intermediate features."""
@@ -196,14 +196,14 @@ class Torchvision:
     @staticmethod
     def build(model: Exported) -> nn.Module:
         """torchvision's own class for the arch, its classifier removed."""
-        made: nn.Module
+        network: nn.Module
         if is_resnet(model.arch):
-            made = getattr(tv, model.arch)() if model.arch in RESNETS else tv.ResNet(BasicBlock, [1, 1, 1, 1])
-            made.fc = nn.Linear(model.encoder.num_features, model.classes) if model.classes else nn.Identity()
-            return made
+            network = getattr(tv, model.arch)() if model.arch in RESNETS else tv.ResNet(BasicBlock, [1, 1, 1, 1])
+            network.fc = nn.Linear(model.encoder.num_features, model.classes) if model.classes else nn.Identity()
+            return network
         width = model.encoder.num_features
         stem = [ConvStemConfig(width // part, 3, 2) for part in (8, 4, 2, 1)] if model.arch in CONV_VITS else None
-        made = tv.VisionTransformer(
+        network = tv.VisionTransformer(
             image_size=model.image_size,
             patch_size=model.patch_size,
             num_layers=model.depth,
@@ -216,28 +216,28 @@ class Torchvision:
         head = nn.Sequential()
         if model.classes:
             head.add_module("head", nn.Linear(width, model.classes))
-        made.heads = head
-        return made
+        network.heads = head
+        return network
 
     def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """By torchvision's class, loaded strictly."""
-        made = self.build(model)
-        made.load_state_dict(checkpoint.read(place))
-        return made.eval()(x)
+        network = self.build(model)
+        network.load_state_dict(checkpoint.read(place))
+        return network.eval()(x)
 
     def usage(self, model: Exported, name: str) -> str:
         """The constructor and what to drop."""
         if model.arch in RESNETS:
-            made, head = f"torchvision.models.{model.arch}()", "fc"
+            call, head = f"torchvision.models.{model.arch}()", "fc"
         elif is_resnet(model.arch):
-            made, head = "torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])", "fc"
+            call, head = "torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])", "fc"
         else:
             width, head = model.encoder.num_features, "heads"
             stem = ""
             if model.arch in CONV_VITS:
                 parts = ", ".join(f"ConvStemConfig({width // part}, 3, 2)" for part in (8, 4, 2, 1))
                 stem = f", conv_stem_configs=[{parts}]"
-            made = (
+            call = (
                 f"torchvision.models.VisionTransformer({model.image_size}, {model.patch_size}, "
                 f"{model.depth}, {model.heads}, {width}, {4 * width}{stem})"
             )
@@ -245,4 +245,4 @@ class Torchvision:
         if model.classes:
             top = f"torch.nn.Linear({model.encoder.num_features}, {model.classes})"
             head += ".head" if head == "heads" else ""
-        return f'model = {made}\nmodel.{head} = {top}\nmodel.load_state_dict(torch.load("{name}", weights_only=True))'
+        return f'model = {call}\nmodel.{head} = {top}\nmodel.load_state_dict(torch.load("{name}", weights_only=True))'

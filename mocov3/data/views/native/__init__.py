@@ -1,7 +1,7 @@
-"""The compiled kernel of the views (``views.c``), where it was built; set MOCOV3_NATIVE=0 to do without.
+"""The compiled kernel of the views (``views.c``), where it was built; set MOCOV3_NATIVE=0 to disable it.
 
-It is a plain library, not a Python module: found beside this file and called by ctypes, which lets go of the
-interpreter's lock meanwhile. Nothing outside given arrays is read or written: bounds are checked here.
+It is a plain library, not a Python module: found beside this file and called by ctypes, which releases the
+interpreter's lock meanwhile. Nothing outside the given arrays is read or written: bounds are checked here.
 """
 
 import ctypes
@@ -67,7 +67,7 @@ _Box = ctypes.c_double * 4
 
 
 def takes(factors: tuple[float, float, float], blur: float) -> bool:
-    """Whether the kernel's arithmetic reaches these jitter factors and this blur (it does for every usual preset)."""
+    """Whether the kernel's arithmetic covers these jitter factors and this blur (it does for every usual preset)."""
     return max(factors) < 3.99 and min(factors) >= 0 and blur < _MOST_BLUR
 
 

@@ -1,8 +1,8 @@
-"""Short runs that learn, collapse, are unstable or wait for data: what the report's verdict is held to.
+"""Short runs that learn, collapse, are unstable or wait for data: what the report's diagnosis is held to.
 
-``python benchmarks/verdicts.py [NAME…]`` trains them (about 20 s each on a core; all unless named), prints
-the verdict of each beside what it was made to be, and with ``--write FILE`` stores their metrics, as in
-``tests/recorded/verdicts.json``.
+``python benchmarks/diagnoses.py [NAME…]`` trains them (about 20 s each on a core; all unless named), prints
+the diagnosis of each beside what it was made to be, and with ``--write FILE`` stores their metrics, as in
+``tests/recorded/diagnoses.json``.
 """
 
 import argparse
@@ -63,7 +63,7 @@ SHARP = ["-b", "8", "--moco-t", ".05", "--epochs", "2", "--warmup-epochs", "0", 
 BARE = ["--moco-m", "0"]
 
 RUNS: dict[str, tuple[str, list[str]]] = {
-    # name: (verdict, flags); names with "bare" have no predictor, those with "big" read large images
+    # name: (diagnosis, flags); names with "bare" have no predictor, those with "big" read large images
     "resnet": ("learning", [*RESNET]),
     "resnet_lars": ("learning", [*LARS]),
     "resnet_tau1": ("learning", [*RESNET, "--moco-t", "1"]),
@@ -132,7 +132,7 @@ def train(name: str, data: Path, out: Path, more: Sequence[str]) -> None:
     assemble.models = type("", (), {"build": staticmethod(build)})  # type: ignore[assignment]
     epochs = ["--epochs", "16"] if "big" in name else []
     argv = [str(data), *SMALL, *flags, *epochs, *more, "--output-dir", str(out)]
-    raise SystemExit(main(parse_pretrain(argv, prog="verdicts"), script_door=False))
+    raise SystemExit(main(parse_pretrain(argv, prog="diagnoses"), script_door=False))
 
 
 def train_apart(name: str, place: Path, more: Sequence[str] = (), count: int = 0) -> None:
@@ -143,11 +143,11 @@ def train_apart(name: str, place: Path, more: Sequence[str] = (), count: int = 0
 
 
 def stored(name: str, folder: Path) -> dict[str, Any]:
-    """A run as the tests keep it: what it was made to be, flags that matter to a verdict, columns of five digits."""
+    """A run as the tests keep it: what it was made to be, flags that matter to a diagnosis, columns of five digits."""
     from mocov3.config.fields import read_yaml
 
     config = PretrainConfig(**read_yaml(folder / "config.yaml", PretrainConfig))
-    kept = (
+    shown = (
         "arch",
         "batch_size",
         "epochs",
@@ -162,7 +162,7 @@ def stored(name: str, folder: Path) -> dict[str, Any]:
     )
     fields = {f.name: f for f in dataclasses.fields(config)}
     flags = []
-    for field in kept:
+    for field in shown:
         value = getattr(config, field)
         flag = (fields[field].metadata["names"] or (f"--{field.replace('_', '-')}",))[-1]
         flags += (
@@ -193,7 +193,7 @@ def main() -> int:
     from mocov3.report.diagnosis import diagnose
     from mocov3.report.runs import read_run
 
-    found, right = {}, 0
+    records, right = {}, 0
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(args.keep or temporary)
         place.mkdir(exist_ok=True, parents=True)
@@ -201,16 +201,17 @@ def main() -> int:
         for name in names:
             if not (place / name / "metrics.jsonl").exists():
                 train_apart(name, place)
-            verdict = diagnose(read_run(place / name))
-            right += verdict.state == RUNS[name][0]
+            diagnosis = diagnose(read_run(place / name))
+            right += diagnosis.state == RUNS[name][0]
             print(
-                f"{name}: made to be {RUNS[name][0]}, found {verdict.state}. {verdict.findings[0].reason}", flush=True
+                f"{name}: made to be {RUNS[name][0]}, found {diagnosis.state}. {diagnosis.findings[0].reason}",
+                flush=True,
             )
-            found[name] = stored(name, place / name)
+            records[name] = stored(name, place / name)
     print(f"{right} of {len(names)} right")
     if args.write:
-        about = f"python benchmarks/verdicts.py --write {args.write}"
-        runs = ",\n".join(f"{json.dumps(n)}: {json.dumps(r, separators=(',', ':'))}" for n, r in found.items())
+        about = f"python benchmarks/diagnoses.py --write {args.write}"
+        runs = ",\n".join(f"{json.dumps(n)}: {json.dumps(r, separators=(',', ':'))}" for n, r in records.items())
         Path(args.write).write_text(f'{{"made by": {json.dumps(about)},\n"runs": {{\n{runs}\n}}}}\n')
     return 0 if right == len(names) else 1
 
