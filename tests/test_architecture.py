@@ -24,6 +24,7 @@ ROOMS = [
     "finetuning",
     "evaluation.linear",
     "evaluation",
+    "running",
     "weights",
     "models",
     "distributed",

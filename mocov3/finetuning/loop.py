@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mocov3.config import logger_names, preset_of, write_yaml
+from mocov3.config import FinetuneConfig, logger_names, preset_of, write_yaml
 from mocov3.data import Batch, CentreView, Loader
 from mocov3.data.device.pixels import normalise
 from mocov3.data.loading.loader import Unreadable, usable_cores
@@ -31,6 +31,7 @@ from mocov3.finetuning.recorder import Counters, TuneRecorder
 from mocov3.finetuning.step import Micro, Outcome
 from mocov3.output.log import warn
 from mocov3.output.terminal import style_of
+from mocov3.running.folder import owned
 from mocov3.weights import Contents, checkpoint
 from mocov3.weights.checkpoint import Position
 
@@ -39,20 +40,28 @@ _BAD_IN_A_ROW = 50
 
 def tune(world: World, job: Job) -> int:
     """Fine-tune on this rank, from its present position to its end; returns the exit code."""
-    with Tuning(world, job) as run:
-        if run.config.eval:
+    # ranks of torchrun name a run by their own clocks
+    job = dataclasses.replace(job, config=_named(world, job.config))
+    if job.config.eval:
+        with Tuning(world, job) as run:
             run.report(run.evaluate())
             return 0
+    with owned(world, job.config.output_dir, "--output_dir") as owner, Tuning(world, job) as run:
         for batches in run.steps():
             lr = set_epoch(run.parts.schedule, batches[0].work.epoch)
             outcome = run.parts.step(run.micro(batch) for batch in batches)
             run.advance(batches[0], outcome, lr)
             if run.position.iteration == 0:
                 run.end_epoch(lr)
+            owner.check()
             if run.must_stop():
                 run.save()
                 break
         return run.exit_code()
+
+
+def _named(world: World, config: FinetuneConfig) -> FinetuneConfig:
+    return dataclasses.replace(config, output_dir=world.broadcast(config.output_dir))
 
 
 class Tuning:
@@ -60,9 +69,7 @@ class Tuning:
 
     def __init__(self, world: World, job: Job) -> None:
         self.world = world
-        # ranks of torchrun name a run by their own clocks
-        named = dataclasses.replace(job.config, output_dir=world.broadcast(job.config.output_dir))
-        self.start = files.find_start(named, world)
+        self.start = files.find_start(job.config, world)
         self.config = c = self.start.config
         torch.use_deterministic_algorithms(c.deterministic)
         torch.backends.cudnn.benchmark = not c.deterministic

@@ -44,19 +44,21 @@ from mocov3.pretraining.recorder import Recorder
 from mocov3.pretraining.report_process import Pages
 from mocov3.pretraining.saver import IMAGES, Saver, new_run_name, write_images
 from mocov3.pretraining.step import Outcome, Step
+from mocov3.running.folder import owned
 from mocov3.weights import checkpoint
 from mocov3.weights.checkpoint import Position
 
 
 def train(world: World, job: Job) -> int:
     """Train on this rank, from its present position to its end; returns the exit code."""
-    with Run(world, job) as run:
+    with owned(world, job.config.output_dir) as owner, Run(world, job) as run:
         for batch in run.batches():
             lr, m = run.schedule(batch)
             outcome = run.step(*run.views(batch), lr=lr, m=m)
             run.advance(batch, outcome, lr, m)
             if run.position.iteration == 0:
                 run.end_epoch()
+            owner.check()
             if run.must_stop():
                 run.save()
                 break

@@ -34,13 +34,14 @@ from mocov3.evaluation.linear.setup import check_same_run, find, open_backbone, 
 from mocov3.losses import at_least_float32
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.output.log import warn
+from mocov3.running.folder import owned
 from mocov3.weights import Contents, checkpoint
 from mocov3.weights.checkpoint import Position
 
 
 def train(world: World, job: Job) -> int:
     """Train the heads on this rank, from its present position to its end; returns the exit code."""
-    with Evaluation(world, job) as run:
+    with owned(world, job.config.output_dir) as owner, Evaluation(world, job) as run:
         if run.config.solver == "lbfgs":
             run.solve()
         else:
@@ -48,6 +49,7 @@ def train(world: World, job: Job) -> int:
                 run.step(work, batch)
                 if run.position.iteration == 0:
                     run.end_epoch()
+                owner.check()
                 if run.must_stop():
                     run.save()
                     break
