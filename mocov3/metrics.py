@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 SCHEMA_VERSION = 1
 QUALITY = "quality.jsonl"
 """Judgements without labels of a run, by epoch (``mocov3.pretraining.label_free_evaluation``)."""
+_NOT_MEASURED = ("step", "epoch", "iteration", "loss", "task", "version")
 
 
 @dataclass
@@ -93,6 +94,18 @@ class MetricsLine:
         """Name → value, for JSON: ``None`` also for numbers that are not finite, which JSON does not have."""
         values = asdict(self)
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def measured(line: Any) -> dict[str, float]:
+    """Every number of a line of metrics under its name, for loggers; without its place and what was not measured.
+
+    The loss is left out as well: loggers are given that of every step.
+
+    Args:
+        line: an instance of ``MetricsLine`` or of another dataclass of numbers.
+    """
+    values = {f.name: getattr(line, f.name) for f in fields(line) if f.name not in _NOT_MEASURED}
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
 def correct_at(scores: Float[Any, "batch classes"], target: Int[Any, "batch"], ks: Sequence[int]) -> Int[Any, "ks"]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mocov3.metrics import Meter, Progress
+from mocov3.metrics import Meter, Progress, measured
 from mocov3.output.log import METRICS, LineFile, cut, warn
 from mocov3.output.loggers import Loggers
 from mocov3.output.terminal import Terminal
@@ -110,7 +110,7 @@ class TuneLog:
         self._loggers.scalars({"loss": line.loss}, line.step)
         self.terminal.advance(line.step + 1)
         if show:
-            self._write(line, ("lr", "grad_norm", "images_per_second", "data_wait"))
+            self._write(line)
             self.terminal.line(self._progress.line(line.epoch, line.iteration))
             self.terminal.status(self._parts(line))
 
@@ -118,18 +118,18 @@ class TuneLog:
         """Write the accuracies at the end of an epoch."""
         if self.active:
             self._accuracy = line.acc1
-            self._write(line, ("acc1", "acc5", "mean_class_acc1", "test_loss"))
+            self._write(line)
 
     def epoch(self, entry: dict[str, Any]) -> None:
         """A line of DeiT's ``log.txt``."""
         if self.active:
             self._deit.write(json.dumps(entry))
 
-    def _write(self, line: TuneLine, tags: tuple[str, ...]) -> None:
+    def _write(self, line: TuneLine) -> None:
         values = dataclasses.asdict(line)
         self._metrics.write(json.dumps(values))
         self.terminal.json(values)
-        self._loggers.scalars({tag: values[tag] for tag in tags}, line.step)
+        self._loggers.scalars(measured(line), line.step)
 
     def _parts(self, line: TuneLine) -> list[str]:
         return [

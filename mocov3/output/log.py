@@ -12,7 +12,7 @@ from typing import Any
 
 from mocov3.data.loading.slots import Corrupt
 from mocov3.errors import printable
-from mocov3.metrics import Meter, MetricsLine, Progress
+from mocov3.metrics import Meter, MetricsLine, Progress, measured
 from mocov3.output.loggers import ImageBytes, Loggers
 from mocov3.output.terminal import Terminal
 
@@ -135,18 +135,7 @@ class RunLog:
         if not self.active:
             return
         self._write(line)
-        names = (
-            "lr",
-            "momentum",
-            "retrieval_accuracy",
-            "feature_std",
-            "images_per_second",
-            "data_wait",
-            "grad_norm_first",
-            "grad_norm_last",
-            "knn",
-        )
-        self._loggers.scalars({name: getattr(line, name) for name in names}, line.step)
+        self._loggers.scalars(measured(line), line.step)
         self.terminal.line(self._progress.line(line.epoch, line.iteration))
         self.terminal.status(self._parts(line))
         self.shown = line

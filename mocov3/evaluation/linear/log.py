@@ -200,9 +200,9 @@ class EvaluationLog:
             self._file.write(json.dumps(line))
             self.terminal.json(line)
         best = max(lines, key=lambda line: line["best_acc1"])
-        names = ("train_loss", "train_acc1", "val_loss", "acc1", "acc5", "best_acc1", "images_per_second")
+        numbers = {k: v for k, v in _plain(best).items() if k != "epoch" and isinstance(v, int | float)}
         every = {f"acc1/{line['head']} lr {line['lr']:g} wd {line['weight_decay']:g}": line["acc1"] for line in lines}
-        self._loggers.scalars({**{name: _plain(best)[name] for name in names}, **every}, best["epoch"])
+        self._loggers.scalars({**numbers, **every}, best["epoch"])
 
     def result(self, results: Sequence[HeadResult], about: dict[str, Any]) -> None:
         """The table of heads, its warnings, and ``lincls.json``."""
