@@ -3,10 +3,13 @@
 import io
 import sys
 from difflib import get_close_matches
+from typing import ClassVar
 
 
 class UserError(Exception):
     """Bad input. The message is one line that says what is wrong, where, and how to fix it."""
+
+    exit_code: ClassVar[int] = 2
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(" ".join(message.split())))
@@ -14,6 +17,13 @@ class UserError(Exception):
 
 class RankLost(Exception):
     """Another rank is lost. The message is one line; the run can be resumed from its last checkpoint."""
+
+    exit_code: ClassVar[int] = 1
+
+
+def stopped_by(signal: int) -> int:
+    """The exit code of a process that a signal of this number ended, or told to end."""
+    return 128 + signal
 
 
 def printable(text: str) -> str:

@@ -4,6 +4,7 @@ Nothing here imports torch before a task starts, so help and errors are immediat
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from mocov3.config.command_lines import (
     parse_pretrain,
     read_pretrain,
 )
-from mocov3.errors import RankLost, UserError, lenient_output, nearest
+from mocov3.errors import RankLost, UserError, lenient_output, nearest, stopped_by
 from mocov3.version import __version__
 
 __all__ = [
@@ -89,18 +90,15 @@ def guarded(run: Callable[[], int]) -> int:
     lenient_output()
     try:
         return run()
-    except UserError as error:
+    except (UserError, RankLost) as error:
         print(f"mocov3: error: {error}", file=sys.stderr)
-        return 2
-    except RankLost as error:
-        print(f"mocov3: error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except KeyboardInterrupt:
         print("mocov3: interrupted", file=sys.stderr)
-        return 130
+        return stopped_by(signal.SIGINT)
     except BrokenPipeError:
         sys.stderr.close()
-        return 141
+        return stopped_by(13)  # SIGPIPE, which not every system has
 
 
 def parse_script(name: str, argv: Sequence[str]) -> Any:

@@ -50,6 +50,12 @@ def check_arch(arch: str) -> None:
     raise UserError(f"--arch {arch!r} is not known; {nearest(arch, BUILT_IN_ARCHS)} (or timm/NAME)")
 
 
+CLASSIFIER_KEYS = ("fc.", "head.")
+"""How keys of a classifier begin: in ResNets and in ViTs."""
+HEAD_KEYS = (*CLASSIFIER_KEYS, "projector.")
+"""How keys of whatever follows a backbone begin; timm's backbones have their projector beside them."""
+
+
 def is_resnet(arch: str) -> bool:
     """Whether ``arch`` is one of our ResNets (their stem can be made small; their heads are shorter)."""
     return arch in RESNETS or arch in SMALL_RESNETS

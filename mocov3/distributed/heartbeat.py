@@ -14,6 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mocov3.errors import RankLost
+
 PERIOD = 1.0
 """Seconds between signs of life."""
 _LEFT = "left "
@@ -75,7 +77,7 @@ class Heartbeat:
     def _end(self, text: str) -> None:
         # the main thread may hang in a call that never returns
         print(f"mocov3: error: {text}; rank {self.rank} ends; continue with --resume auto", file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(RankLost.exit_code)
 
     def _watched(self, *, everyone: bool) -> list[int]:
         return [r for r in range(self.size) if r != self.rank and (everyone or r == 0)]

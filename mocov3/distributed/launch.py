@@ -191,10 +191,10 @@ def _child(
         code = _run(task, payload, rank, size, here, pick_device(device, local), meet)
     except UserError as error:
         messages.put(str(error))
-        code = 2
+        code = error.exit_code
     except RankLost as error:
         print(f"mocov3: error: {error}", file=sys.stderr, flush=True)
-        code = 1
+        code = error.exit_code
     sys.exit(code)
 
 

@@ -55,8 +55,9 @@ def embed(world: Any, config: EmbedConfig) -> int:
     """Embed this rank's batches; the main rank finishes the files."""
     import torch
 
+    from mocov3.data.loading.loader import loader_workers
     from mocov3.evaluation.embeddings import Spool
-    from mocov3.evaluation.features import loader_workers, refuse_not_finite, stream
+    from mocov3.evaluation.features import refuse_not_finite, stream
     from mocov3.evaluation.frozen import open_configured
     from mocov3.models.precision import Precision, resolve_precision
 
@@ -95,7 +96,7 @@ def embed(world: Any, config: EmbedConfig) -> int:
         device=world.device,
         mean=preset.mean,
         std=preset.std,
-        workers=loader_workers(config.workers, sum(map(len, mine)), world),
+        workers=loader_workers(config.workers, world.local_size, sum(map(len, mine))),
         autocast=precision.autocast,
     ):
         refuse_not_finite(part.features, part.indices, source)

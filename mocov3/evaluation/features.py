@@ -14,14 +14,11 @@ from torch import Tensor, nn
 
 from mocov3.data import CentreView, Loader, Source, Work
 from mocov3.data.device.pixels import normalise
-from mocov3.data.loading.loader import usable_cores
 from mocov3.data.loading.slots import Corrupt
 from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.errors import UserError
 from mocov3.losses import at_least_float32
-
-_FEW = 2000  # images below which starting loader processes takes longer than they save
 
 
 class Part(NamedTuple):
@@ -46,11 +43,6 @@ def grid(n: int, batch_size: int, world: World) -> list[np.ndarray]:
     """This rank's batches of ``n`` images: consecutive ones, of ``batch_size`` but the last of all."""
     starts = np.array_split(np.arange(0, n, batch_size), world.size)[world.rank]
     return [np.arange(s, min(s + batch_size, n)) for s in starts.tolist()]
-
-
-def loader_workers(workers: int, images: int, world: World) -> int:
-    """Loader processes of this rank: at most its share of the usable cores, none for few images."""
-    return min(workers, max(usable_cores() // world.local_size, 1)) if images > _FEW else 0
 
 
 @torch.no_grad()

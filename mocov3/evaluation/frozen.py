@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mocov3 import models
-from mocov3.config.archs import BUILT_IN_ARCHS, check_heads, is_vit, stored_heads
+from mocov3.config.archs import BUILT_IN_ARCHS, CLASSIFIER_KEYS, HEAD_KEYS, check_heads, is_vit, stored_heads
 from mocov3.config.evaluation import FeatureConfig
 from mocov3.config.fields import Fields
 from mocov3.config.presets import PRESETS, Reading, ViewPreset
@@ -20,7 +20,7 @@ from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
 from mocov3.models.shapes import shapes_only
-from mocov3.weights import Contents, attention_heads, checkpoint
+from mocov3.weights import Contents, attention_heads, checkpoint, our_entry
 from mocov3.weights.convert import BackboneWeights, find_backbone, load_into, settings_of, views_of
 
 PIXELS = "pixels"
@@ -173,9 +173,9 @@ def _from_file(
     name = arch or weights.arch
     if not name:
         raise UserError(f"{where}: does not say which arch it is; {_fits(weights)}")
-    entry = contents.get("mocov3")
+    entry = our_entry(contents)
     try:
-        config = dict(entry["config"]) if isinstance(entry, dict) else {}
+        config = dict(entry["config"]) if entry else {}
         size = image_size or int(config.get("image_size") or 224)
         preset = PRESETS[view_preset] if view_preset else _saved_preset(entry, config, where)
     except (KeyError, TypeError, ValueError):
@@ -216,7 +216,7 @@ def _with_projector(contents: Contents, arch: str, encoder: str, settings: dict[
     part = f"{encoder}_encoder."
     state = {k.removeprefix("module."): v for k, v in contents.get("state_dict", {}).items() if isinstance(v, Tensor)}
     part_state = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
-    for name in ("fc.", "head.", "projector."):
+    for name in HEAD_KEYS:
         head_state = {k.removeprefix(name): v for k, v in part_state.items() if k.startswith(name)}
         matrices = [v for v in head_state.values() if v.ndim == 2]
         if matrices:
@@ -305,7 +305,7 @@ def _fits(weights: BackboneWeights) -> str:
     for arch in BUILT_IN_ARCHS:
         with shapes_only():
             wanted = build_backbone(arch, **settings_of(state, arch)).state_dict()
-        bare = {k: v for k, v in wanted.items() if not k.startswith(("fc.", "head."))}
+        bare = {k: v for k, v in wanted.items() if not k.startswith(CLASSIFIER_KEYS)}
         if set(bare) == set(state) and all(v.shape == state[k].shape for k, v in bare.items() if k != "pos_embed"):
             fitting.append(arch)
     if not fitting:

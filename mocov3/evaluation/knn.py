@@ -112,7 +112,8 @@ def _features(world: Any, frozen: Any, config: KnnConfig, source: Source) -> tup
     """Features and classes of the readable images of a source, on the CPU."""
     import torch
 
-    from mocov3.evaluation.features import collect, loader_workers
+    from mocov3.data.loading.loader import loader_workers
+    from mocov3.evaluation.features import collect
     from mocov3.models.precision import Precision, resolve_precision
     from mocov3.output.log import warn
 
@@ -126,7 +127,7 @@ def _features(world: Any, frozen: Any, config: KnnConfig, source: Source) -> tup
         batch_size=config.batch_size,
         mean=frozen.preset.mean,
         std=frozen.preset.std,
-        workers=loader_workers(config.workers, len(source), world),
+        workers=loader_workers(config.workers, world.local_size, len(source)),
         autocast=precision.autocast,
     )
     labels = torch.as_tensor(source.labels, dtype=torch.long)

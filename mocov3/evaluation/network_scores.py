@@ -22,7 +22,7 @@ from mocov3.evaluation.intervals import interval
 from mocov3.evaluation.label_free import features_of_views, judge, pixel_features
 from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
 from mocov3.models import build_backbone
-from mocov3.weights import checkpoint
+from mocov3.weights import checkpoint, our_entry
 from mocov3.weights.attention_heads import choices, width_of
 from mocov3.weights.convert import build_from, find_backbone, trained_with
 from mocov3.weights.start import load_start
@@ -34,7 +34,7 @@ def kept_back(files: Sequence[str], data: str, whole: Source) -> Source | None:
     """The images that the runs of these files kept from training, if all did so on this very data."""
     settings = set()
     for file in files:
-        config = (checkpoint.read(file).get("mocov3") or {}).get("config") or {}
+        config = our_entry(checkpoint.read(file)).get("config") or {}
         same = bool(config.get("data")) and os.path.abspath(str(config["data"])) == os.path.abspath(data)
         settings.add((same, int(config.get("hold_out") or 0), str(config.get("group_by") or "")))
     if len(settings) != 1:

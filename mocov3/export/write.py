@@ -18,7 +18,7 @@ from mocov3.errors import UserError, printable
 from mocov3.export.formats import ANY_CHANNELS, FORMATS, Exported, Unfit
 from mocov3.export.model_card import card
 from mocov3.export.places import FOLDERS, Staged
-from mocov3.weights import checkpoint, convert
+from mocov3.weights import checkpoint, convert, our_entry
 
 IMAGES = 8
 """Images whose features are compared."""
@@ -129,11 +129,11 @@ def load(
         head = convert.find_classifier(contents, encoder, str(path), momentum=momentum)
         setattr(encoder, encoder.projector_name, head)
         classes = head.out_features
-        known = (contents.get("mocov3") or {}).get("classes")
+        known = our_entry(contents).get("classes")
         names = tuple(map(str, known)) if isinstance(known, list) and len(known) == classes else ()
     config = convert.trained_with(contents)
     preset = convert.views_of(config, str(path))
-    entry = contents.get("mocov3") or {}
+    entry = our_entry(contents)
     return Exported(
         encoder=encoder,
         **settings,

@@ -17,7 +17,7 @@ from mocov3.config.presets import PRESETS
 from mocov3.distributed import World
 from mocov3.errors import UserError, nearest
 from mocov3.models import Encoder
-from mocov3.weights import Contents, checkpoint, convert
+from mocov3.weights import Contents, checkpoint, convert, our_entry
 
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 TASK = "finetune"
@@ -62,7 +62,7 @@ def find_start(config: FinetuneConfig, world: World) -> Start:
     elif config.resume:
         where = f"--resume {config.resume}"
         contents = checkpoint.read(config.resume)
-        entry = contents.get("mocov3") or {}
+        entry = our_entry(contents)
         if entry.get("task") == TASK and "optimizer" in contents:
             resumed = contents
         else:
@@ -149,7 +149,7 @@ def check_same_run(start: Start, *, total_batch: int, digest: str, images: int) 
         UserError: naming what differs.
     """
     assert start.resumed is not None
-    entry = start.resumed["mocov3"]
+    entry = our_entry(start.resumed)
     saved = {k: v for k, v in entry.get("config", {}).items() if k != "heads"}  # compared with the weights already
     changed = changed_fields(start.config, saved)
     if entry.get("total_batch") != total_batch:
@@ -171,7 +171,7 @@ def origin(start: Start) -> tuple[str, str]:
     contents = start.resumed or start.weights
     if contents is None:
         return "trained from scratch by mocov3", "the trainer's to choose"
-    entry = contents.get("mocov3") or {}
+    entry = our_entry(contents)
     if start.resumed is not None:
         return str(entry.get("origin", "")), str(entry.get("licence", ""))
     name = Path(start.where.split(" ", 1)[1]).name

@@ -14,12 +14,12 @@ from PIL import Image
 from mocov3.config import FinetuneConfig, logger_names, preset_of, write_yaml
 from mocov3.data import Batch, CentreView, Loader
 from mocov3.data.device.pixels import normalise
-from mocov3.data.loading.loader import Unreadable, usable_cores
+from mocov3.data.loading.loader import Unreadable, loader_workers
 from mocov3.data.loading.supervised import Repeated, stratified
 from mocov3.data.sources.transfer import open_pair
 from mocov3.distributed import World
 from mocov3.distributed.stop import Stop
-from mocov3.errors import UserError
+from mocov3.errors import UserError, stopped_by
 from mocov3.finetuning import files, setup
 from mocov3.finetuning.batches import batches, images_shown, iterations
 from mocov3.finetuning.evaluate import Accuracy, evaluate
@@ -178,8 +178,8 @@ class Tuning:
                 yield together
                 together = []
 
-    def _workers(self) -> int:
-        return min(self.config.workers, max(usable_cores() // self.world.local_size, 1))
+    def _workers(self, images: int | None = None) -> int:
+        return loader_workers(self.config.workers, self.world.local_size, images)
 
     def micro(self, batch: Batch) -> Micro:
         """Images and targets on the device, erased and mixed, and the draws of stochastic depth."""
@@ -232,7 +232,7 @@ class Tuning:
             mean=self.preset.mean,
             std=self.preset.std,
             batch_size=max(3 * c.batch_size // 2, 1),
-            workers=self._workers() if len(self.pair.test) > 2000 else 0,
+            workers=self._workers(len(self.pair.test)),
         )
 
     def report(self, accuracy: Accuracy) -> None:
@@ -285,7 +285,7 @@ class Tuning:
         if number := self._stop.signal:
             name = signal.Signals(number).name
             self.recorder.log.say(f"stopped by {name}, checkpoint written; continue with --resume auto")
-            return 128 + number
+            return stopped_by(number)
         self.recorder.log.terminal.result(
             f"{self.folder / files.LAST}: {self.position.epoch} of {self.config.epochs} epochs, best Acc@1 "
             f"{self.recorder.counters.best:.2f} %"

@@ -19,7 +19,7 @@ from mocov3.finetuning.recorder import Counters
 from mocov3.finetuning.step import TuneStep
 from mocov3.models import Encoder
 from mocov3.models.precision import Precision, resolve_precision
-from mocov3.weights import Contents, checkpoint
+from mocov3.weights import Contents, checkpoint, our_entry
 
 
 @dataclass
@@ -131,7 +131,7 @@ def restore(parts: Parts, contents: Contents, where: str, classes: int) -> tuple
         files.check_classes(state[head], classes, where)
     checkpoint.check_state(parts.model, state if isinstance(state, dict) else {}, where)
     parts.model.load_state_dict(contents["model"])
-    entry = contents["mocov3"]
+    entry = our_entry(contents)
     try:
         checkpoint.restore_optimizer(parts.optimizer, contents["optimizer"])
         if parts.precision.scaler.is_enabled():

@@ -9,7 +9,7 @@ import torch
 
 from mocov3.config import PretrainConfig
 from mocov3.data import Source, TwoViews
-from mocov3.data.loading.loader import usable_cores
+from mocov3.data.loading.loader import loader_workers, usable_cores
 from mocov3.data.sources.survey import scattered
 from mocov3.data.views.decode import DecodeError
 from mocov3.distributed import World
@@ -64,7 +64,7 @@ def epoch_seconds(
                     f"{device}; take a smaller one"
                 ) from None
             batch //= 2
-    workers = max(min(config.workers, usable_cores()), 1)
+    workers = max(loader_workers(config.workers), 1)
     loading = image_seconds(config, source) * images / workers
     step = min(times) if best else float(np.median(times))
     return step * max(images // batch, 1), loading, batch

@@ -19,7 +19,7 @@ from mocov3.optim import build_optimizer
 from mocov3.pretraining.footprint import Footprint, choose_micro_batch, footprint, free_memory
 from mocov3.pretraining.groups import freeze_until
 from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
-from mocov3.weights import Contents
+from mocov3.weights import Contents, our_entry
 from mocov3.weights.convert import find_backbone
 from mocov3.weights.start import load_start, starting_weights
 
@@ -98,7 +98,7 @@ def resolve_compile(
     if c.compile is not None:
         return c.compile
     if resume_from:
-        return bool((resume_from[1].get("mocov3") or {}).get("config", {}).get("compile"))
+        return bool(our_entry(resume_from[1]).get("config", {}).get("compile"))
     plain = not (c.fsdp or c.grad_checkpoint or c.deterministic)
     return world.device.type == "cuda" and plain and pays(micro_batch or c.batch_size // world.size, c.image_size)
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mocov3.config.archs import HEAD_KEYS
 from mocov3.errors import UserError
 from mocov3.models import Encoder, MoCo
 
-_HEADS = ("fc.", "head.", "projector.")
 _BLOCK = re.compile(
     r"^(?:backbone\.)?((?:[A-Za-z_]+\d*\.)*?(?:blocks|layer\d|layers|stages)(?:\.\d+)?(?:\.blocks\.\d+)?)\."
 )
@@ -34,7 +34,7 @@ def parameter_groups(model: MoCo, layer_decay: float, *, staged: bool) -> list[n
     groups: list[dict[str, Any]] = []
     for name, parameter in model.named_parameters():
         inner = name.removeprefix("base_encoder.")
-        backbone = name.startswith("base_encoder.") and not inner.startswith(_HEADS)
+        backbone = name.startswith("base_encoder.") and not inner.startswith(HEAD_KEYS)
         scale = layer_decay ** (top - depth[inner]) if backbone else 1.0
         part = "backbone" if backbone else "head"
         if not groups or (groups[-1]["part"], groups[-1]["full_scale"]) != (part, scale):
@@ -48,7 +48,7 @@ def block_numbers(encoder: Encoder) -> dict[str, int]:
     numbers: dict[str, int] = {}
     seen: list[str] = []
     for name, _ in encoder.named_parameters():
-        if name.startswith(_HEADS):
+        if name.startswith(HEAD_KEYS):
             continue
         block = _BLOCK.match(name)
         if block and block[1] not in seen:
@@ -72,7 +72,7 @@ def freeze_until(encoder: Encoder, block: str) -> None:
     Raises:
         UserError: if there is no such block, or nothing of the backbone would be left to train.
     """
-    names = [name for name, _ in encoder.named_parameters() if not name.startswith(_HEADS)]
+    names = [name for name, _ in encoder.named_parameters() if not name.startswith(HEAD_KEYS)]
     last = max((i for i, name in enumerate(names) if _within(name, block)), default=None)
     if last is None:
         known = sorted({name.split(".")[0] if not (m := _BLOCK.match(name)) else m[1] for name in names})

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from mocov3.config import PretrainConfig
-from mocov3.data.loading.loader import usable_cores
+from mocov3.data.loading.loader import loader_workers
 from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.sharding import whole
@@ -97,7 +97,7 @@ class Watch:
             world=self.world,
             mean=preset.mean,
             std=preset.std,
-            workers=min(c.workers, max(usable_cores() // self.world.local_size, 1)) if parallel else 0,
+            workers=loader_workers(c.workers, self.world.local_size) if parallel else 0,
             network=network if isinstance(network, nn.Module) else None,
         )
         if len(views) < 2:

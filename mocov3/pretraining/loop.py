@@ -17,11 +17,11 @@ from mocov3.config.cheap import stage_of, stages
 from mocov3.data import Batch, Loader, TwoViews
 from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
 from mocov3.data.device.token_strips import cheaper
-from mocov3.data.loading.loader import Unreadable, batches, usable_cores
+from mocov3.data.loading.loader import Unreadable, batches, loader_workers
 from mocov3.distributed import World
 from mocov3.distributed.agreement import check_agreement
 from mocov3.distributed.stop import Stop
-from mocov3.errors import UserError
+from mocov3.errors import UserError, stopped_by
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.output.log import RunLog, warn
 from mocov3.output.machine import note_start
@@ -45,7 +45,7 @@ from mocov3.pretraining.report_process import Pages
 from mocov3.pretraining.saver import IMAGES, Saver, new_run_name, write_images
 from mocov3.pretraining.step import Outcome, Step
 from mocov3.running.folder import owned
-from mocov3.weights import checkpoint
+from mocov3.weights import checkpoint, our_entry
 from mocov3.weights.checkpoint import Position
 
 
@@ -145,7 +145,7 @@ class Run:
             scaler=scaler,
             iterations=self.iterations,
         )
-        entry = resume_from[1].get("mocov3") or {}
+        entry = our_entry(resume_from[1])
         if self.step.spikes is not None and "spikes" in entry:
             self.step.spikes.restore(entry["spikes"])
         # another batch size (--allow-config-change) may have fewer iterations an epoch
@@ -190,7 +190,7 @@ class Run:
         if position.epoch >= c.epochs or self._stop.steps_done(position.step):
             self.log.say(f"nothing left to do: {position.step} steps, {position.epoch} epochs are done")
             return
-        workers = min(c.workers, max(usable_cores() // world.local_size, 1))
+        workers = loader_workers(c.workers, world.local_size)
         if not position.step:
             self.online.show_views(0)
         start = (position.epoch, position.iteration)
@@ -296,7 +296,7 @@ class Run:
             raise UserError(f"--output-dir: {where}; free some space, then continue with --resume auto")
         if number := self._stop.signal:
             self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; continue with --resume auto")
-            return 128 + number
+            return stopped_by(number)
         self.log.result(f"{self.folder / self.saver.newest}: {self.log.standing(self.position.epoch)}")
         return 0
 

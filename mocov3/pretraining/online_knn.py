@@ -5,7 +5,7 @@ import torch
 
 from mocov3.config import PretrainConfig
 from mocov3.data import CentreView, Source
-from mocov3.data.loading.loader import usable_cores
+from mocov3.data.loading.loader import loader_workers
 from mocov3.data.sources.survey import scattered
 from mocov3.distributed import World
 from mocov3.evaluation.features import extract
@@ -63,5 +63,5 @@ class Online:
             world=self.world,
             mean=preset.mean,
             std=preset.std,
-            workers=min(c.workers, usable_cores()) if len(source) > 2000 else 0,
+            workers=loader_workers(c.workers, self.world.local_size, len(source)),
         )

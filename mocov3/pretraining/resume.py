@@ -10,7 +10,7 @@ from mocov3.output.log import warn
 from mocov3.pretraining.inputs import restarted_by_torchrun
 from mocov3.pretraining.recorder import Counters
 from mocov3.pretraining.saver import image_changes
-from mocov3.weights import Contents, checkpoint
+from mocov3.weights import Contents, checkpoint, our_entry
 
 ResumeFrom = tuple[Path, Contents]
 """A checkpoint's file and its contents."""
@@ -77,7 +77,7 @@ def check_same_run(resume_from: ResumeFrom, config: PretrainConfig, source: Sour
         UserError: naming the fields, or the difference in images.
     """
     path, contents = resume_from
-    entry = contents.get("mocov3") or {}
+    entry = our_entry(contents)
     left_out = {"heads"} | ({"seed"} if config.seed is None else set())  # heads: compared with the weights already
     saved = {k: v for k, v in entry.get("config", {}).items() if k not in left_out}
     if (changed := changed_fields(config, saved)) and not config.allow_config_change:
@@ -97,18 +97,18 @@ def counters(resume_from: ResumeFrom | None, source: Source) -> Counters:
     """What was counted before, with one resume more."""
     if resume_from is None:
         return Counters()
-    entry = resume_from[1].get("mocov3") or {}
+    entry = our_entry(resume_from[1])
     corrupt = {int(i): source.name(int(i)) for i in entry.get("corrupt", []) if 0 <= int(i) < len(source)}
     return Counters(int(entry.get("resumed", 0)) + 1, int(entry.get("skipped", 0)), corrupt)
 
 
 def saved_run(resume_from: ResumeFrom | None) -> str:
     """The name of the checkpoint's run, '' if it says none."""
-    name = (resume_from[1].get("mocov3") or {}).get("run") if resume_from else None
+    name = our_entry(resume_from[1]).get("run") if resume_from else None
     return name if isinstance(name, str) else ""
 
 
 def saved_seed(resume_from: ResumeFrom | None) -> int | None:
     """The seed of the checkpoint's run, if it says one."""
-    seed = (resume_from[1].get("mocov3") or {}).get("seed") if resume_from else None
+    seed = our_entry(resume_from[1]).get("seed") if resume_from else None
     return seed if isinstance(seed, int) else None

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mocov3.config.archs import HEAD_KEYS
 from mocov3.data.device.pixels import ViewBatch
 from mocov3.distributed import World
 from mocov3.distributed.sharding import is_sharded, local, norms
@@ -171,5 +172,5 @@ def _extremes(tensors: list[Tensor]) -> Tensor:
 
 
 def _is_backbone_weight(name: str, p: Tensor) -> bool:
-    head = name.startswith(("fc.", "head.", "projector."))
+    head = name.startswith(HEAD_KEYS)
     return p.requires_grad and p.ndim > 1 and not head and not name.endswith(("cls_token", "pos_embed"))

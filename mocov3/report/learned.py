@@ -34,7 +34,7 @@ from mocov3.pretraining.label_free_evaluation import BEST
 from mocov3.report.geometry import cls_attention, flat_map, spectrum
 from mocov3.report.images import THUMB, encoded, heated, sprite, thumbnail
 from mocov3.report.runs import Run
-from mocov3.weights import Contents, checkpoint
+from mocov3.weights import Contents, checkpoint, our_entry
 from mocov3.weights.origin import origin_of
 
 _MOST_REMARKS = 10
@@ -139,8 +139,7 @@ def _checkpoint(run: Run) -> tuple[Any, dict[str, Any]]:
 
 
 def _facts(name: str, contents: Contents) -> dict[str, Any]:
-    given = contents.get("mocov3")
-    entry: dict[str, Any] = given if isinstance(given, dict) else {}
+    entry = our_entry(contents)
     facts = {
         k: entry[k] for k in ("run", "step", "seed", "pictures", "data_digest") if isinstance(entry.get(k), str | int)
     }

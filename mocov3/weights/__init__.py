@@ -4,3 +4,9 @@ from typing import Any
 
 Contents = dict[str, Any]
 """What a file of weights or a checkpoint holds, by entry: read from anywhere, so every reader checks what it takes."""
+
+
+def our_entry(contents: Contents | None) -> Contents:
+    """What mocov3 keeps of its own in a file of weights: its entry ``mocov3``; empty in files of others."""
+    entry = (contents or {}).get("mocov3")
+    return entry if isinstance(entry, dict) else {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from mocov3.config.archs import HEADS, OTHERS_HEADS, WIDTHS, is_vit, likely_heads
 from mocov3.errors import UserError
 from mocov3.models.positions import is_sincos_position_embedding
-from mocov3.weights import Contents
+from mocov3.weights import Contents, our_entry
 
 
 class Known(NamedTuple):
@@ -39,10 +39,10 @@ def told(contents: Contents, kind: str, state: dict[str, Tensor], where: str) ->
     Raises:
         UserError: if it names a number that cannot be.
     """
-    width, entry = width_of(state), contents.get("mocov3")
+    width, entry = width_of(state), our_entry(contents)
     if width is None or str(contents.get("arch", "")).startswith("timm/"):
         return Known()  # the network of that name has its own
-    if isinstance(entry, dict):
+    if entry:
         config = entry.get("config")
         count = config.get("heads") if isinstance(config, dict) else None
         if count is None:  # as built unless told otherwise

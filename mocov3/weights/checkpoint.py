@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mocov3.distributed.sharding import is_shard, like, whole
 from mocov3.errors import UserError
 from mocov3.optim import in_memory_order
-from mocov3.weights import Contents
+from mocov3.weights import Contents, our_entry
 from mocov3.weights.tensorfiles import read, write
 
 __all__ = ["Position", "check_state", "newest", "pack", "prune", "read", "restore", "restore_optimizer", "write"]
@@ -149,7 +149,7 @@ def restore(
         group.update(ours)
     if scaler.is_enabled() and contents.get("scaler"):
         scaler.load_state_dict(contents["scaler"])
-    entry = contents.get("mocov3") or {}
+    entry = our_entry(contents)
     epoch = int(contents["epoch"])
     return Position(epoch, int(entry.get("iteration", 0)), int(entry.get("step", epoch * iterations)))
 

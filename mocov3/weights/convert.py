@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from mocov3.config import ViewPreset, preset_of
-from mocov3.config.archs import BUILT_IN_ARCHS, HEADS, RESNETS, check_heads, is_resnet, is_vit
+from mocov3.config.archs import BUILT_IN_ARCHS, HEAD_KEYS, HEADS, RESNETS, check_heads, is_resnet, is_vit
 from mocov3.config.fields import Fields
 from mocov3.errors import UserError, printable
 from mocov3.models.backbones import Encoder, build_backbone
 from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
-from mocov3.weights import Contents, attention_heads, checkpoint
+from mocov3.weights import Contents, attention_heads, checkpoint, our_entry
 
 # what a file is ← prefix of the encoder's keys in it; the first that occurs decides
 _PREFIXES = {
@@ -25,7 +25,6 @@ _PREFIXES = {
     "linear evaluation": "module.",
     "backbone": "",
 }
-_HEADS = ("fc.", "head.", "projector.")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def find_backbone(
         name = key.removeprefix(prefix)
         if not key.startswith(prefix):
             dropped[key] = "not of this encoder"
-        elif name.startswith(_HEADS):
+        elif name.startswith(HEAD_KEYS):
             dropped[key] = "head"
         else:
             weights[name] = value
@@ -148,7 +147,7 @@ def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[st
     """
     attention_heads.check_built(encoder, weights.heads, weights.state, where)
     wanted = encoder.state_dict()
-    head = [key for key in wanted if key.startswith(_HEADS)]
+    head = [key for key in wanted if key.startswith(HEAD_KEYS)]
     state = dict(weights.state)
     if not any(key in wanted for key in state) and any(f"backbone.{key}" in wanted for key in state):
         state = {f"backbone.{key}": value for key, value in state.items()}  # timm's own file into timm/NAME
@@ -282,8 +281,7 @@ def settings_of(state: dict[str, Tensor], arch: str) -> dict[str, Any]:
 
 def trained_with(contents: Contents) -> Fields:
     """The configuration that a checkpoint of ours was trained with; empty for others' files."""
-    entry = contents.get("mocov3")
-    config = entry.get("config") if isinstance(entry, dict) else None
+    config = our_entry(contents).get("config")
     return config if isinstance(config, dict) else {}
 
 

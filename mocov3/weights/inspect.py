@@ -7,7 +7,7 @@ from typing import Any
 
 from mocov3.config.fields import Parser
 from mocov3.errors import UserError, printable
-from mocov3.weights import Contents
+from mocov3.weights import Contents, our_entry
 
 _RESUMES = ("epoch", "arch", "state_dict", "optimizer")
 
@@ -46,7 +46,7 @@ def describe(path: str) -> dict[str, Any]:
 
     contents = checkpoint.read(path)
     weights = find_backbone(contents, path)
-    entry = contents.get("mocov3") if isinstance(contents.get("mocov3"), dict) else None
+    entry = our_entry(contents) or None
     config = (entry or {}).get("config") or {}
     arch = weights.arch or guess_arch(weights.state)
     parameters = sum(v.numel() for v in weights.state.values() if v.is_floating_point())

@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 
-from mocov3.weights import Contents, checkpoint
+from mocov3.weights import Contents, checkpoint, our_entry
 
 _OWN = "trained from scratch by mocov3"
 _TRAINERS = "the trainer's to choose"
@@ -11,8 +11,8 @@ _REFERENCE = "CC-BY-NC 4.0 (weights of facebookresearch/moco-v3)"
 
 def origin_of(contents: Contents) -> dict[str, str]:
     """Origin and licence of the weights in a file: what it says itself, else what its layout tells."""
-    entry = contents.get("mocov3")
-    if isinstance(entry, dict) and isinstance(entry.get("origin"), str):
+    entry = our_entry(contents)
+    if isinstance(entry.get("origin"), str):
         return {"origin": entry["origin"], "licence": str(entry.get("licence") or "not stated")}
     state = contents.get("state_dict")
     if isinstance(state, dict) and any(str(k).startswith("module.base_encoder.") for k in state):

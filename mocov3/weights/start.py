@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mocov3.config.archs import BUILT_IN_ARCHS, RESNETS
+from mocov3.config.archs import BUILT_IN_ARCHS, CLASSIFIER_KEYS, RESNETS
 from mocov3.errors import UserError, nearest
 from mocov3.models import Encoder, build_backbone, shapes_only
 from mocov3.output.log import warn
@@ -94,7 +94,7 @@ def guess_arch(state: dict[str, Tensor]) -> str | None:
         ours = {
             k: tuple(v.shape)
             for k, v in encoder.state_dict().items()
-            if k != "pos_embed" and not k.startswith(("fc.", "head."))
+            if k != "pos_embed" and not k.startswith(CLASSIFIER_KEYS)
         }
         if ours == shapes:
             return arch
@@ -119,7 +119,7 @@ def _from_timm(init: str, heads: int | None) -> BackboneWeights:
             f"--init {init}: its weights could not be fetched ({type(error).__name__}); fetch them on a "
             "machine with a network and give the file"
         ) from None
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith(("fc.", "head."))}
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(CLASSIFIER_KEYS)}
     known = attention_heads.Known(attention_heads.heads_of(model), "timm's network")
     known = attention_heads.settled(known, heads, attention_heads.width_of(state), f"--init {init}")
     return BackboneWeights("timm model", init, state, heads=known)

@@ -26,6 +26,7 @@ from mocov3.data.views.draws import replacement
 from mocov3.errors import printable
 
 _LARGE_SLOT = 256 << 20  # bytes above which one batch less is prepared ahead
+_FEW = 2000  # images up to which starting processes takes longer than they save
 _ATTEMPTS = 20
 
 
@@ -267,3 +268,10 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def loader_workers(asked: int, processes: int = 1, images: int | None = None) -> int:
+    """Loader processes of one of ``processes`` on this machine: at most its share of the cores, none for few images."""
+    if images is not None and images <= _FEW:
+        return 0
+    return min(asked, max(usable_cores() // processes, 1))

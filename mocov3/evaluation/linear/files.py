@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mocov3.config.archs import HEAD_KEYS
 from mocov3.errors import UserError
 from mocov3.evaluation.frozen import Frozen
 from mocov3.evaluation.linear.heads import Heads
-from mocov3.weights import Contents, checkpoint
+from mocov3.weights import Contents, checkpoint, our_entry
 from mocov3.weights.checkpoint import FORMAT_VERSION, PREFIX, Position
 
 CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 TASK = "linear evaluation"
-_CLASSIFIERS = ("fc.", "head.", "projector.")
 
 
 class Classifier(NamedTuple):
@@ -91,7 +91,7 @@ def classifier(contents: Contents, where: str) -> Classifier:
         UserError: if there is none.
     """
     state = {str(k).removeprefix(PREFIX): v for k, v in contents["state_dict"].items()}
-    for name in _CLASSIFIERS:
+    for name in HEAD_KEYS:
         weight, bias = state.get(f"{name}weight"), state.get(f"{name}bias")
         if isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.ndim == 2 and len(bias) == len(weight):
             return Classifier(weight.float(), bias.float())
@@ -110,7 +110,7 @@ def restore(contents: Contents, heads: Heads, where: str, *, iterations: int) ->
     Raises:
         UserError: if classes, width or number of heads are others.
     """
-    entry = contents.get("mocov3") or {}
+    entry = our_entry(contents)
     saved_classifier = classifier(contents, where)
     check_shape(saved_classifier, heads.classes, heads.weights[0].shape[1], where)
     epoch = int(contents["epoch"])

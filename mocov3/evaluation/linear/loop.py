@@ -18,11 +18,11 @@ from mocov3 import schedules
 from mocov3.data import Batch, Loader
 from mocov3.data.device.pixels import normalise
 from mocov3.data.loading.labelled import CropView, open_labelled, plan_all
-from mocov3.data.loading.loader import Unreadable, usable_cores
+from mocov3.data.loading.loader import Unreadable, loader_workers
 from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
 from mocov3.distributed.stop import Stop
-from mocov3.errors import UserError
+from mocov3.errors import UserError, stopped_by
 from mocov3.evaluation.features import Collected, collect, refuse_not_finite
 from mocov3.evaluation.linear import files
 from mocov3.evaluation.linear.heads import Heads, HeadSpec
@@ -35,7 +35,7 @@ from mocov3.losses import at_least_float32
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.output.log import warn
 from mocov3.running.folder import owned
-from mocov3.weights import Contents, checkpoint
+from mocov3.weights import Contents, checkpoint, our_entry
 from mocov3.weights.checkpoint import Position
 
 
@@ -113,7 +113,7 @@ class Evaluation:
         self.position = files.restore(contents, self.heads, where, iterations=self.iterations)
         if self.position.iteration >= self.iterations:  # another batch size, by --allow-config-change
             self.position = Position(self.position.epoch + 1, 0, self.position.step)
-        entry = contents.get("mocov3") or {}
+        entry = our_entry(contents)
         for result, saved in zip(self.results, entry.get("heads", []), strict=False):
             for field in ("acc1", "acc5", "loss", "best_acc1", "best_epoch"):
                 setattr(result, field, saved[field])
@@ -124,7 +124,7 @@ class Evaluation:
             self.counts += entry["counts"].to(self.counts)
 
     def _workers(self) -> int:
-        return min(self.config.workers, max(usable_cores() // self.world.local_size, 1))
+        return loader_workers(self.config.workers, self.world.local_size)
 
     def _settings(self) -> dict[str, Any]:
         preset = self.frozen.preset
@@ -340,7 +340,7 @@ class Evaluation:
         """The table of heads at the end, or what to do after a signal; returns the exit code."""
         if number := self._stop.signal:
             self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; continue with --resume auto")
-            return 128 + number
+            return stopped_by(number)
         if self.results[0].best_epoch >= 0:
             c = self.config
             bad = {part: len(set().union(*self.world.gather(set(met)))) for part, met in self.unreadable.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mocov3.data import Source, open_source
 from mocov3.data.loading.labelled import check_same_classes, open_evaluated
-from mocov3.data.loading.loader import usable_cores
+from mocov3.data.loading.loader import loader_workers
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.evaluation.features import grid, refuse_not_finite, stream
@@ -23,6 +23,7 @@ from mocov3.evaluation.linear.log import EvaluationLog, HeadResult
 from mocov3.evaluation.linear.setup import find
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.output.log import warn
+from mocov3.weights import our_entry
 
 Batches = list[tuple[Tensor, Tensor]]
 """This rank's features and classes, batch by batch."""
@@ -122,7 +123,7 @@ def _score(world: World, job: Job, source: Source) -> tuple[HeadResult, dict[str
     if source.labels is None:
         raise UserError(f"data {c.data}: needs class folders, val/CLASS/…")
     saved_classifier = files.classifier(contents, where)
-    entry = contents.get("mocov3") or {}
+    entry = our_entry(contents)
     if isinstance(entry.get("classes"), list) and len(entry["classes"]) == len(source.classes):
         check_same_classes(entry["classes"], list(source.classes), f"{where} and data {c.data}")
     frozen = open_frozen(
@@ -136,7 +137,7 @@ def _score(world: World, job: Job, source: Source) -> tuple[HeadResult, dict[str
     heads.set(0, saved_classifier.weight, saved_classifier.bias)
     frozen.to(world.device)
     precision = Precision(resolve_precision(c.precision, world.device, script_door=job.script_door), world.device)
-    workers = min(c.workers, max(usable_cores() // world.local_size, 1))
+    workers = loader_workers(c.workers, world.local_size)
     settings = {
         "mean": frozen.preset.mean,
         "std": frozen.preset.std,

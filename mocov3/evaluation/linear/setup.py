@@ -17,7 +17,7 @@ from mocov3.evaluation.linear.heads import Heads
 from mocov3.evaluation.linear.log import EvaluationLog
 from mocov3.output.log import warn
 from mocov3.output.terminal import style_of
-from mocov3.weights import Contents
+from mocov3.weights import Contents, our_entry
 from mocov3.weights.checkpoint import Position
 
 PROTOCOL = "linear evaluation"
@@ -54,7 +54,7 @@ def open_backbone(
         UserError: if there is no backbone, or not of this arch.
     """
     c = config
-    saved = (contents or {}).get("mocov3") or {}
+    saved = our_entry(contents)
     drawn = secrets.randbelow(2**31) if c.seed is None else c.seed
     seed = saved["seed"] if c.seed is None and isinstance(saved.get("seed"), int) else world.broadcast(drawn)
     common: dict[str, Any] = {"image_size": c.image_size, "view_preset": c.view_preset, "seed": seed, "heads": c.heads}
@@ -90,7 +90,7 @@ def check_same_run(path: str, contents: Contents | None, config: LinclsConfig, s
     """
     if contents is None:
         return
-    entry = contents.get("mocov3") or {}
+    entry = our_entry(contents)
     saved = {k: v for k, v in entry.get("config", {}).items() if k != "heads"}  # compared with the backbone already
     for name in ("lr", "weight_decay"):
         if name in saved:
