@@ -2,7 +2,7 @@
 
 from mocov3.config.fields import Fields
 from mocov3.errors import printable
-from mocov3.export.formats import FORMATS, Exported
+from mocov3.export.formats import WRITERS, Exported
 from mocov3.version import __version__
 
 _CARD = """---
@@ -76,7 +76,7 @@ def card(model: Exported, to: str, name: str, difference: float, images: int) ->
         licence=printable(model.licence),
         verified=f"outputs of this file, loaded as below, against the source's on {images} images: "
         f"largest difference {difference:.1e}",
-        usage=FORMATS[to].usage(model, name),
+        usage=WRITERS[to].usage(model, name),
         recipe=_recipe(model.recipe),
     )
 

@@ -3,20 +3,34 @@
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from mocov3.errors import UserError, printable
 
+
+class Place(NamedTuple):
+    """What an export in a format is, known without its libraries."""
+
+    text: str
+    is_folder: bool = False
+    any_channels: bool = False
+    """Whether it holds networks of other than three channels; the others' own classes begin with RGB."""
+    needs: tuple[str, ...] = ()
+    """Modules that are not of mocov3's own dependencies."""
+
+
 FORMATS = {
-    "deit": "a file {'model': …} as DeiT's --resume reads",
-    "timm": "a folder for timm.create_model",
-    "torchvision": "a file of a state dict for torchvision's ResNet or VisionTransformer",
-    "transformers": "a folder for ViTModel or ResNetModel .from_pretrained",
-    "onnx": "a file with a dynamic batch",
-    "safetensors": "a file with our names of keys",
-    "torch-export": "a program of torch.export with a dynamic batch (.pt2)",
+    "deit": Place("a file {'model': …} as DeiT's --resume reads"),
+    "timm": Place("a folder for timm.create_model", is_folder=True),
+    "torchvision": Place("a file of a state dict for torchvision's ResNet or VisionTransformer"),
+    "transformers": Place(
+        "a folder for ViTModel or ResNetModel .from_pretrained", is_folder=True, needs=("transformers",)
+    ),
+    "onnx": Place("a file with a dynamic batch", any_channels=True, needs=("onnx", "onnxscript", "onnxruntime")),
+    "safetensors": Place("a file with our names of keys", any_channels=True),
+    "torch-export": Place("a program of torch.export with a dynamic batch (.pt2)", any_channels=True),
 }
-"""Format → what is written."""
-FOLDERS = ("timm", "transformers")
+"""By the name that ``--to`` takes; ``mocov3.export.formats`` writes them."""
 
 
 class Staged:

@@ -12,9 +12,7 @@ from pathlib import Path
 
 from mocov3.config.fields import Parser
 from mocov3.errors import UserError
-from mocov3.export.places import FOLDERS, FORMATS
-
-_NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "transformers": ("transformers",)}
+from mocov3.export.places import FORMATS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    listing = "\n".join(f"  {name:<14}{text}" for name, text in FORMATS.items())
+    listing = "\n".join(f"  {name:<14}{place.text}" for name, place in FORMATS.items())
 
     parser = Parser(
         prog="mocov3 export",
@@ -72,13 +70,13 @@ def _check(args: argparse.Namespace) -> None:
     check_heads(args.heads, args.arch)
     if args.image_size is not None and args.image_size < 1:
         raise UserError(f"--image-size must be at least 1, not {args.image_size}")
-    missing = [name for name in _NEEDS.get(args.to, ()) if find_spec(name) is None]
+    missing = [name for name in FORMATS[args.to].needs if find_spec(name) is None]
     if missing:
         raise UserError(f"--to {args.to} needs {', '.join(missing)}: pip install 'mocov3[{args.to}]'")
     output = Path(args.output)
     if output.exists() and output.resolve() == Path(args.checkpoint).resolve():
         raise UserError(f"--output {output}: is the checkpoint itself; name another file")
-    if args.to in FOLDERS:
+    if FORMATS[args.to].is_folder:
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {output}: is a file; {args.to} needs a folder")
         if output.is_dir() and any(output.iterdir()):

@@ -15,9 +15,9 @@ from mocov3.config.fields import Fields
 from mocov3.data import CentreView, FashionMnist
 from mocov3.data.device.pixels import normalise
 from mocov3.errors import UserError, printable
-from mocov3.export.formats import ANY_CHANNELS, FORMATS, Exported, Unfit
+from mocov3.export.formats import WRITERS, Exported, Unfit
 from mocov3.export.model_card import card
-from mocov3.export.places import FOLDERS, Staged
+from mocov3.export.places import FORMATS, Staged
 from mocov3.weights import checkpoint, convert, our_entry
 
 IMAGES = 8
@@ -58,7 +58,7 @@ def export(
 
     Args:
         path: a checkpoint.
-        to: a format of ``mocov3.export.formats.FORMATS``.
+        to: a format of ``mocov3.export.places.FORMATS``.
         output: file or folder to make.
         arch: of a file that does not say it.
         image_size: side of the images in pixels, unless that of training.
@@ -74,10 +74,10 @@ def export(
     model = load(
         path, arch=arch, image_size=image_size, momentum=momentum, classifier=classifier, licence=licence, heads=heads
     )
-    if model.in_chans != 3 and to not in ANY_CHANNELS:
-        others = ", ".join(ANY_CHANNELS)
+    if model.in_chans != 3 and not FORMATS[to].any_channels:
+        others = ", ".join(name for name, place in FORMATS.items() if place.any_channels)
         raise UserError(f"--to {to} is for RGB; {path} takes {model.in_chans} channel(s): use {others}")
-    writer = FORMATS[to]
+    writer = WRITERS[to]
     try:
         writer.fits(model)
     except Unfit as reason:
@@ -91,9 +91,9 @@ def export(
             theirs = writer.features(model, place, x)
         report = _compared(output, to, ours, theirs, writer.tolerance)
         text = card(model, to, output.name, report.difference, IMAGES)
-        if to in FOLDERS:
+        if FORMATS[to].is_folder:
             (place / "README.md").write_text(text, encoding="utf-8")
-    if to not in FOLDERS:
+    if not FORMATS[to].is_folder:
         output.with_name(output.name + ".md").write_text(text, encoding="utf-8")
     return report
 

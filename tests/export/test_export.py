@@ -16,8 +16,8 @@ from mocov3.cli import main
 from mocov3.config.archs import BUILT_IN_ARCHS, is_resnet
 from mocov3.errors import UserError
 from mocov3.export import write
-from mocov3.export.formats import FORMATS, Unfit
-from mocov3.export.places import FORMATS as NAMED
+from mocov3.export.formats import WRITERS, Unfit
+from mocov3.export.places import FORMATS
 from mocov3.models import backbones, build_backbone, shapes_only
 from mocov3.weights import checkpoint, convert, key_tables
 
@@ -77,21 +77,21 @@ def test_tables_account_for_every_key(arch, tmp_path):
     held = []
     for to in ("timm", "torchvision", "transformers"):
         try:
-            FORMATS[to].fits(model)
+            WRITERS[to].fits(model)
         except Unfit:
             continue
         held.append(to)
         with shapes_only():
             if to == "timm":
-                name, args = FORMATS[to].named(model)
+                name, args = WRITERS[to].named(model)
                 theirs, ours = timm.create_model(name, num_classes=0, **args).state_dict(), state
             elif to == "torchvision":
-                theirs = FORMATS[to].build(model).state_dict()
+                theirs = WRITERS[to].build(model).state_dict()
                 ours = state if is_resnet(arch) else key_tables.translate(state, key_tables.VIT_TORCHVISION)
             else:
                 rows = key_tables.RESNET_TRANSFORMERS if is_resnet(arch) else key_tables.VIT_TRANSFORMERS
                 ours = key_tables.translate(state, rows)
-                theirs = _transformers_on_disk(FORMATS[to].config(model), tmp_path)
+                theirs = _transformers_on_disk(WRITERS[to].config(model), tmp_path)
         assert shapes(ours) == shapes(theirs), to
     wanted = {"resnet10": 3, "vit_conv_small": 1, "vit_conv_base": 1}.get(
         arch, 0 if arch.startswith("resnet10_") else 3
@@ -387,7 +387,7 @@ def test_a_classifier_goes_along(tuned, tmp_path, x):
 
 def test_what_differs_is_not_left_behind(checkpoints, tmp_path, monkeypatch):
     path, _ = checkpoints("resnet10_w32")
-    write = FORMATS["safetensors"].write
+    write = WRITERS["safetensors"].write
 
     def spoilt(model, place):
         with torch.no_grad():
@@ -395,7 +395,7 @@ def test_what_differs_is_not_left_behind(checkpoints, tmp_path, monkeypatch):
             write(model, place)
             model.encoder.bn1.bias.sub_(0.1)
 
-    monkeypatch.setattr(FORMATS["safetensors"], "write", spoilt)
+    monkeypatch.setattr(WRITERS["safetensors"], "write", spoilt)
     with pytest.raises(RuntimeError, match="outputs differ"):
         main(["export", str(path), "--to", "safetensors", "--output", str(tmp_path / "out" / "s.st")])
     assert list((tmp_path / "out").iterdir()) == []
@@ -440,9 +440,9 @@ def test_bad_input(checkpoints, tmp_path):
 
 
 def test_every_format_is_listed():
-    assert list(NAMED) == list(FORMATS)
+    assert list(WRITERS) == list(FORMATS)
     text = (ROOT / "docs" / "export.md").read_text()
-    assert all(f"`{name}`" in text for name in NAMED)
+    assert all(f"`{name}`" in text for name in FORMATS)
 
 
 def test_convert_to_deit_refuses_in_one_line(checkpoints, tmp_path, run_program):

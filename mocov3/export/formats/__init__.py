@@ -4,18 +4,11 @@ from mocov3.export.formats.base import Exported, Format, Unfit
 from mocov3.export.formats.graphs import Onnx, TorchExport
 from mocov3.export.formats.hub import Transformers
 from mocov3.export.formats.weights import Deit, Safetensors, Timm, Torchvision
+from mocov3.export.places import FORMATS
 
-FORMATS: dict[str, Format] = {
-    "deit": Deit(),
-    "timm": Timm(),
-    "torchvision": Torchvision(),
-    "transformers": Transformers(),
-    "onnx": Onnx(),
-    "safetensors": Safetensors(),
-    "torch-export": TorchExport(),
-}
+_WRITERS = (Deit(), Timm(), Torchvision(), Transformers(), Onnx(), Safetensors(), TorchExport())
 
-ANY_CHANNELS = ("onnx", "safetensors", "torch-export")
-"""Formats that hold networks of other than three channels; the others' own classes begin with RGB."""
+WRITERS: dict[str, Format] = dict(zip(FORMATS, _WRITERS, strict=True))
+"""By name, in the order of ``mocov3.export.places.FORMATS``."""
 
-__all__ = ["ANY_CHANNELS", "FORMATS", "Exported", "Format", "Unfit"]
+__all__ = ["WRITERS", "Exported", "Format", "Unfit"]
