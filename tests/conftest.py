@@ -1,7 +1,6 @@
 """Shared by all tests: shape and type checks of the whole package, thread counts, golden numbers, tiny images."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 pytest.register_assert_rewrite("goldens", "golden_runs")
 
 import numpy as np
+import starting
 import torch
 from goldens import GOLDEN, fill, fill_model, golden, moco_images  # noqa: F401  # for the tests
 from PIL import Image
@@ -100,9 +100,7 @@ def run_program():
     def run(*args, cwd, timeout=120, env=None, script=None, check=True):
         command = [sys.executable, *([str(ROOT / script)] if script else ["-m", "mocov3"]), *map(str, args)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-        done = subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False
-        )
+        done = starting.run(command, cwd=cwd, timeout=timeout, env=environment)
         if check:
             assert done.returncode == 0, done.stderr + done.stdout
         return done

@@ -14,11 +14,12 @@ import rank_tasks
 import torch
 from conftest import TINY
 from killing import Process, assert_same_run, steady
+from starting import launch_ranks
 from trials import record, trials
 
 from mocov3 import models
 from mocov3.cli import main
-from mocov3.distributed import World, free_loopback_address, launch
+from mocov3.distributed import World, free_loopback_address
 from mocov3.distributed.stop import Stop
 from mocov3.models.precision import Precision
 from mocov3.optim import build_optimizer
@@ -219,7 +220,7 @@ def test_bad_numbers_reach_nothing(bad):
 
 
 def test_all_ranks_skip_together(tmp_path):
-    assert launch(rank_tasks.bad_on_one_rank, None, device="cpu", processes=2) == 0
+    assert launch_ranks(rank_tasks.bad_on_one_rank, None, 2) == 0
 
 
 def test_a_diverged_run_stops_with_a_diagnosis(images, tmp_path, capsys):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -14,6 +13,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY
 from PIL import Image
+from starting import Started
 
 from mocov3 import load_backbone, losses
 from mocov3.cli import main
@@ -174,9 +174,7 @@ def test_six_steps_are_three_and_three(images, tmp_path):
 
 def start(images, folder, *flags):
     command = [sys.executable, "-m", "mocov3", "pretrain", str(images), *TINY, "--output-dir", str(folder), *flags]
-    return subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return Started(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def wait_for(condition, process, seconds=60):
