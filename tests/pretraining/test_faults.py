@@ -294,7 +294,7 @@ def newest_step(folder):
 
 @linux
 def test_memory_and_files_stay(images, tmp_path):
-    steps = trials(800, 20000)
+    steps = trials(320, 20000)
     flags = [
         "--image-size",
         8,
@@ -317,7 +317,7 @@ def test_memory_and_files_stay(images, tmp_path):
     while process.popen.poll() is None:
         with contextlib.suppress(OSError, ValueError, KeyError):  # it ended, or writes, while being looked at
             seen.append((newest_step(tmp_path), *memory(process.popen.pid)))
-        time.sleep(0.25)
+        time.sleep(0.1)
     process.finish()
 
     def middle(first, last, column):
