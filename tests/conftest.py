@@ -38,15 +38,32 @@ BACKENDS = [
 
 LONG = (
     "test_killing",
-    "test_faults",
     "test_golden_step",
-    "test_golden_training",
     "test_runs",
+    "test_export",
     "test_lincls",
-    "test_finetune",
     "test_ranks",
+    "test_faults",
+    "test_finetune",
+    "test_golden_training",
+    "test_report",
+    "test_many_machines",
+    "test_golden_processors",
+    "test_auto",
+    "test_golden_views",
+    "test_golden_evaluation",
+    "test_knn",
+    "test_attention_heads",
+    "test_micro_batch",
+    "test_quality",
+    "test_report_browser",
+    "test_cheap",
+    "test_bands",
+    "test_gpu_program",
+    "test_data",
+    "test_golden_convert",
 )
-"""Files that take longest: they come first, so that none is left alone at the end."""
+"""Files that take 15 core-seconds or more, longest first: so none is left alone at the end."""
 
 
 SLOW = set((Path(__file__).parent / "recorded" / "slow.txt").read_text().split())

@@ -181,8 +181,9 @@ def launch_ranks(task: Callable[[Any, Any], int], payload: Any, processes: int) 
     """
     from mocov3.distributed import launch
 
+    places = [str(HERE), str(Path(task.__code__.co_filename).parent)]
     code = (
-        f"import pickle, sys; sys.path.insert(0, {str(HERE)!r}); from mocov3.distributed import launch; "
+        f"import pickle, sys; sys.path[:0] = {places!r}; from mocov3.distributed import launch; "
         f"task, payload = pickle.loads({pickle.dumps((task, payload))!r}); "
         "sys.exit(launch(task, payload, device='cpu'))"
     )
@@ -192,7 +193,7 @@ def launch_ranks(task: Callable[[Any, Any], int], payload: Any, processes: int) 
         return launch(task, payload, device="cpu", processes=processes)
     ranks = start_ranks(argv, processes, env=environment)
     try:
-        codes = [rank.wait(240) for rank in ranks]
+        codes = [rank.wait(290) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

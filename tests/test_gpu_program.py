@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from conftest import ROOT
+from starting import run
 
 PROGRAM = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
 
@@ -26,7 +27,8 @@ def test_without_a_gpu_everything_is_skipped_and_said(tmp_path):
 def test_parts_run():
     """Two parts at sizes whose numbers mean nothing (``--rehearse`` alone runs all): none skipped or failed."""
     parts = ["Kernel launches of the update", "Batch 4096 in 12 GB"]
-    done = subprocess.run([*PROGRAM, "--rehearse", "--parts", *parts], capture_output=True, text=True, timeout=280)
+    argv = [*PROGRAM, "--rehearse", "--parts", *parts]
+    done = run(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Skipped" not in done.stdout
     assert "| resnet10_w32 | lars |" in done.stdout
