@@ -6,10 +6,9 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # inherited by every process a test starts, so that ranks don't fight
 
-from jaxtyping import install_import_hook
+import typecheck
 
-# every annotated shape and type of the package is checked at every call the tests make
-install_import_hook("mocov3", "typecheck.typechecked")
+typecheck.install()  # before the package is imported
 
 import pytest
 

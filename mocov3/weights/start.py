@@ -5,7 +5,6 @@ Both encoders start from them; the heads stay fresh.
 
 import dataclasses
 import os
-from functools import cache
 from pathlib import Path
 
 from torch import Tensor
@@ -91,7 +90,6 @@ def guess_arch(state: dict[str, Tensor]) -> str | None:
     return None
 
 
-@cache
 def _shapes_of(arch: str, patch: int, small: bool) -> dict[str, tuple[int, ...]] | None:
     try:
         with shapes_only():
