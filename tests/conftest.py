@@ -1,22 +1,21 @@
 """Shared by all tests: shape and type checks of the whole package, thread counts, golden numbers, tiny images."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # inherited by every process a test starts, so that ranks don't fight
 
-from jaxtyping import install_import_hook
+import typecheck
 
-# every annotated shape and type of the package is checked at every call the tests make
-install_import_hook("mocov3", "typecheck.typechecked")
+typecheck.install()  # before the package is imported
 
 import pytest
 
 pytest.register_assert_rewrite("goldens", "golden_runs")
 
 import numpy as np
+import starting
 import torch
 from goldens import GOLDEN, fill, fill_model, golden, moco_images  # noqa: F401  # for the tests
 from PIL import Image
@@ -38,15 +37,32 @@ BACKENDS = [
 
 LONG = (
     "test_killing",
-    "test_faults",
     "test_golden_step",
-    "test_golden_training",
     "test_runs",
+    "test_export",
     "test_lincls",
-    "test_finetune",
     "test_ranks",
+    "test_faults",
+    "test_finetune",
+    "test_golden_training",
+    "test_report",
+    "test_many_machines",
+    "test_golden_processors",
+    "test_auto",
+    "test_golden_views",
+    "test_golden_evaluation",
+    "test_knn",
+    "test_attention_heads",
+    "test_micro_batch",
+    "test_quality",
+    "test_report_browser",
+    "test_cheap",
+    "test_bands",
+    "test_gpu_program",
+    "test_data",
+    "test_golden_convert",
 )
-"""Files that take longest: they come first, so that none is left alone at the end."""
+"""Files that take 15 core-seconds or more, longest first: so none is left alone at the end."""
 
 
 SLOW = set((Path(__file__).parent / "recorded" / "slow.txt").read_text().split())
@@ -100,9 +116,7 @@ def run_program():
     def run(*args, cwd, timeout=120, env=None, script=None, check=True):
         command = [sys.executable, *([str(ROOT / script)] if script else ["-m", "mocov3"]), *map(str, args)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-        done = subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False
-        )
+        done = starting.run(command, cwd=cwd, timeout=timeout, env=environment)
         if check:
             assert done.returncode == 0, done.stderr + done.stdout
         return done

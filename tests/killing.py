@@ -15,7 +15,6 @@ import os
 import random
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from conftest import ROOT
+from starting import Started, forkable, start_ranks
 from trials import PATIENCE
 
 Command = Callable[[Path], list[str]]
@@ -48,29 +48,42 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Process:
-    """A started command in a process group of its own, its output in a file."""
+    """A started command in a process group of its own, its output in a file.
+
+    Where processes are forked (starting.py), two ranks are two such commands that start as torchrun starts them; else,
+    as in ``make soak``, ``--nprocs-per-node 2`` spawns them.
+    """
 
     def __init__(self, argv: list[str], **env: str) -> None:
-        self.output = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (lives as long as this object)
-        self.popen = subprocess.Popen(
-            argv, env=environment(**env), stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        at = argv.index("--nprocs-per-node") if "--nprocs-per-node" in argv else len(argv)
+        size = int(argv[at + 1]) if at < len(argv) else 1
+        if size > 1 and forkable(argv, environment(**env)):
+            self.ranks = start_ranks([*argv[:at], *argv[at + 2 :]], size, env=environment(**env))
+        else:
+            self.ranks = [Started(argv, env=environment(**env), merged=True)]
+        self.popen = self.ranks[0]
 
     def kill(self) -> None:
         """SIGKILL to the whole group, and wait until it is gone."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
-        self.popen.wait()
+        for rank in self.ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+        for rank in self.ranks:
+            rank.wait()
+
+    def poll(self) -> int | None:
+        """Exit code of all ranks, one that is not 0 first; None while they run."""
+        codes = [rank.poll() for rank in self.ranks]
+        return next((code for code in codes if code), None if None in codes else 0)
 
     def text(self) -> str:
         """What it printed so far."""
-        self.output.seek(0)
-        return self.output.read()
+        return self.popen.text()
 
     def finish(self, timeout: float = 240) -> str:
         """Wait for its end, which must be a success; returns what it printed."""
         try:
-            code = self.popen.wait(PATIENCE * timeout)
+            code = max((rank.wait(PATIENCE * timeout) for rank in self.ranks), key=abs)
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"still running after {PATIENCE * timeout} s:\n{self.text()}") from None
@@ -83,8 +96,8 @@ class Process:
         while time.monotonic() < end:
             if condition():
                 return True
-            if self.popen.poll() is not None:
-                assert self.popen.returncode == 0, f"exit code {self.popen.returncode}:\n{self.text()}"
+            if (code := self.poll()) is not None:
+                assert code == 0, f"exit code {code}:\n{self.text()}"
                 return False
             time.sleep(pause)
         self.kill()
@@ -134,7 +147,7 @@ def kill_until_done(
             else:
                 time.sleep(rng.uniform(0, within))
         finally:
-            ended = process.popen.poll() is not None
+            ended = process.poll() is not None
             process.kill()
         if ended:
             process.finish()

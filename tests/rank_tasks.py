@@ -42,7 +42,7 @@ def batch_norm(world, _):
 
 
 def few_steps(world, payload):
-    """Four steps of a model (two in float32) on this rank's part of fixed batches; rank 0 saves what came of it."""
+    """Three steps of a model (two in float32) on this rank's part of fixed batches; rank 0 saves what came of it."""
     from mocov3 import models
     from mocov3.distributed.sharding import is_sharded, whole
     from mocov3.models.precision import Precision
@@ -63,7 +63,7 @@ def few_steps(world, payload):
     micro = {1: 3, 2: 2, 4: 1}[world.size] if "micro" in mode else 0
     step = Step(model.train(), made, world=world, precision=Precision("fp32", world.device), micro_batch=micro)
     losses, norms, first = [], [], None
-    for i in range(4 if dtype == torch.float64 else 2):
+    for i in range(3 if dtype == torch.float64 else 2):
         generator = torch.Generator().manual_seed(i)
         part = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
         views = [torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)[part] for _ in "12"]

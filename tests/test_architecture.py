@@ -8,8 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from beartype.roar import BeartypeCallHintViolation
 from conftest import ROOT
+from jaxtyping import TypeCheckError
 
+from mocov3 import losses, schedules
 from mocov3.moved import MOVED
 
 # a room may import those after it, inside functions too; the order of docs/architecture.md
@@ -160,3 +164,15 @@ def test_what_is_documented_is_where_the_documents_say():
     assert len(named) > 8
     for module, names in named:
         exec(f"from {module} import {names}", {})  # a folder is no attribute of its package until it is imported
+
+
+def test_the_tests_check_shapes_and_types():
+    """Of every function: by jaxtyping where there are shapes, by beartype alone where there are none."""
+    scores = torch.zeros(4, 8)
+    losses.retrieved(scores, torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(TypeCheckError, match="batch"):
+        losses.retrieved(scores, torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(TypeCheckError):
+        losses.retrieved(scores, torch.zeros(4))
+    with pytest.raises(BeartypeCallHintViolation):
+        schedules.learning_rate("1", peak=0.3, warmup_epochs=1, epochs=2)

@@ -6,6 +6,7 @@ import sys
 
 import torch
 from conftest import ROOT
+from starting import run
 
 from benchmarks import gpu, step
 
@@ -40,9 +41,8 @@ def test_what_is_not_measured_comes_first_then_the_oldest():
 
 def test_parts_run():
     """Two parts at sizes whose numbers mean nothing (``--rehearse`` alone runs all): none failed."""
-    done = subprocess.run(
-        [*PROGRAM, "--rehearse", "--parts", "launches", "large"], capture_output=True, text=True, timeout=280
-    )
+    argv = [*PROGRAM, "--rehearse", "--parts", "launches", "large"]
+    done = run(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| resnet10_w32 | lars |" in done.stdout
     assert "images/s" in done.stdout

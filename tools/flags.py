@@ -55,6 +55,8 @@ def row(field: "dataclasses.Field[Any]") -> str:
     text = meta["help"]
     if meta["choices"]:
         text += ": " + ", ".join(f"`{choice}`" for choice in meta["choices"] if choice)
+    if bounds := str(meta["bounds"]):
+        text += f" ({bounds})"
     default = "" if field.default in (None, "", False) else f"`{_plain(field.default)}`"
     default = "on" if field.default is True else default
     cells = (shown, text, default, "●" if meta["result"] else "")

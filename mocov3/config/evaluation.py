@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mocov3.config.archs import BUILT_IN_ARCHS, check_arch, check_heads
-from mocov3.config.fields import flag
+from mocov3.config.fields import check_bounds, flag
 from mocov3.config.presets import PRESETS
 from mocov3.errors import UserError, nearest
 
@@ -59,14 +59,16 @@ class FeatureConfig:
         group=MODEL,
     )
     untrained: bool = flag(False, "timm/NAME without its published weights", kind=bool, group=MODEL)
-    image_size: int = flag(0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int, group=IMAGES)
+    image_size: int = flag(
+        0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int, group=IMAGES, low=0
+    )
     view_preset: str = flag(
         "",
         "normalisation and centre crop; unless given that of pre-training, else photos",
         choices=("", *PRESETS),
         group=IMAGES,
     )
-    batch_size: int = flag(256, "images a pass", "-b", "--batch-size", kind=int, group=RUNNING)
+    batch_size: int = flag(256, "images a pass", "-b", "--batch-size", kind=int, group=RUNNING, low=1)
     workers: int = flag(
         32,
         "data loading processes of a rank; at most the usable cores",
@@ -75,13 +77,14 @@ class FeatureConfig:
         kind=int,
         result=False,
         group=RUNNING,
+        low=0,
     )
     device: str = flag("auto", "device", choices=DEVICES, result=False, group=RUNNING)
     precision: str = flag("fp32", "arithmetic of the backbone", choices=PRECISIONS, group=RUNNING)
     nprocs_per_node: int = flag(
-        0, "processes to start on this node (torchrun needs no flag)", kind=int, result=False, group=RUNNING
+        0, "processes to start on this node (torchrun needs no flag)", kind=int, result=False, group=RUNNING, low=0
     )
-    seed: int = flag(0, "seed of an untrained network", kind=int, group=MODEL)
+    seed: int = flag(0, "seed of an untrained network", kind=int, group=MODEL, low=0, below=2**63)
 
     def check(self) -> None:
         """Refuse values that cannot work.
@@ -99,8 +102,7 @@ class FeatureConfig:
         if self.arch:
             check_arch(self.arch)
         check_heads(self.heads, self.arch if Path(self.model).is_file() else self.model)
-        at_least(self, 1, ("batch_size",))
-        at_least(self, 0, ("workers", "nprocs_per_node", "image_size", "seed"))
+        check_bounds(self)
         check_model_flags(self)
 
 
@@ -161,6 +163,8 @@ class EmbedConfig(FeatureConfig):
         result=False,
         group=OUTPUT,
         metavar="COSINE",
+        low=0,
+        high=1,
     )
     overwrite: bool = flag(False, "replace the output if it exists", kind=bool, result=False, group=OUTPUT)
 
@@ -173,21 +177,8 @@ class EmbedConfig(FeatureConfig):
         super().check()
         if Path(self.output).suffix not in (".parquet", ".npy"):
             raise UserError(f"--output {self.output!r}: name a file that ends in .parquet or .npy")
-        if not 0 <= self.duplicates <= 1:
-            raise UserError(f"--duplicates is a cosine between 0 and 1, not {self.duplicates}")
         if self.duplicates and self.layer == "patches":
             raise UserError("--duplicates needs one feature an image; --layer patches gives many")
-
-
-def at_least(config: Any, low: int, names: tuple[str, ...]) -> None:
-    """Refuse numbers below ``low``, NaN and infinities, naming the flag."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not (value >= low and math.isfinite(value)):
-            raise UserError(f"--{name.replace('_', '-')} must be {low} or more, not {value}")
-    seed = getattr(config, "seed", None)
-    if seed is not None and seed >= 2**63:
-        raise UserError(f"--seed must be below 2**63, not {seed}")
 
 
 def check_model_flags(config: Any) -> None:

@@ -5,10 +5,11 @@ The parser, the help text, ``config.yaml`` and the check of a resumed run are al
 
 import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from mocov3.errors import UserError, nearest, printable
 
@@ -18,6 +19,62 @@ _LARGEST_CONFIG = 1 << 20  # bytes
 
 Fields = dict[str, Any]
 """Values of a configuration by the names of their fields: some of them, or all."""
+
+
+class Bounds(NamedTuple):
+    """What a number may be; all ``None``: anything."""
+
+    low: float | None
+    high: float | None
+    above: float | None
+    below: float | None
+
+    def __str__(self) -> str:
+        if self.low is not None and self.high is not None:
+            return f"{_short(self.low)} to {_short(self.high)}"
+        words = (("at least", self.low), ("above", self.above), ("at most", self.high), ("below", self.below))
+        parts = [f"{word} {_short(value)}" for word, value in words if value is not None]
+        return " and ".join(parts)
+
+    def hold(self, value: Any) -> bool:
+        """Whether ``value`` lies within; NaN and infinities lie nowhere, words and ``None`` everywhere."""
+        if self == _ANYTHING or isinstance(value, str | bool | None):
+            return True
+        return (
+            math.isfinite(value)
+            and (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+
+_ANYTHING = Bounds(None, None, None, None)
+
+
+def _short(value: float) -> str:
+    if value == 2**63:
+        return "2**63"
+    return str(int(value)) if value == int(value) else f"{value:g}"
+
+
+def flag_name(field: "dataclasses.Field[Any]") -> str:
+    """The flag of a field; of several the one that is called as the field, else the last, which is the long one."""
+    usual = f"--{field.name.replace('_', '-')}"
+    names = field.metadata["names"] or (usual,)
+    return next((str(n) for n in names if n in (usual, f"--{field.name}")), str(names[-1]))
+
+
+def check_bounds(config: Any) -> None:
+    """Refuse numbers outside the bounds of their flags.
+
+    Raises:
+        UserError: naming the first flag, its value and its bounds.
+    """
+    for field in dataclasses.fields(config):
+        value, bounds = getattr(config, field.name), field.metadata["bounds"]
+        if not bounds.hold(value):
+            raise UserError(f"{flag_name(field)} must be {bounds}, not {value}")
 
 
 def flag(
@@ -31,11 +88,16 @@ def flag(
     positional: bool = False,
     metavar: str | None = None,
     many: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A dataclass field that is a command-line flag.
 
     ``result`` says whether another value makes another trained model; such fields must not change at a resume. A
-    positional of ``many`` takes several words, kept as lines of one text.
+    positional of ``many`` takes several words, kept as lines of one text. Numbers lie from ``low`` to ``high``, or
+    between ``above`` and ``below`` without being equal to them; ``None`` and words (as auto) are not compared.
     """
     return dataclasses.field(
         default=default,
@@ -49,6 +111,7 @@ def flag(
             "positional": positional,
             "metavar": metavar,
             "many": many,
+            "bounds": Bounds(low, high, above, below),
         },
     )
 
@@ -68,8 +131,10 @@ def add_flags(parser: argparse.ArgumentParser, config: type, defaults: Fields) -
         meta = field.metadata
         default = defaults.get(field.name, field.default)
         text = meta["help"].replace("%", "%%")
+        facts = [str(meta["bounds"])]
         if default not in (None, "", False) and not meta["positional"]:
-            text += f" (default {str(default).replace('%', '%%')})"
+            facts.append(f"default {default}".replace("%", "%%"))
+        text += f" ({'; '.join(filter(None, facts))})" if any(facts) else ""
         if meta["positional"]:
             nargs = "*" if meta["many"] else "?"
             parser.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, help=text, metavar=meta["metavar"])

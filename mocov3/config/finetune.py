@@ -6,7 +6,7 @@ Both ``mocov3 finetune`` and ``transfer/main.py`` parse it.
 from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
-from mocov3.config.fields import flag
+from mocov3.config.fields import check_bounds, flag
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
 from mocov3.config.views import preset_of
@@ -36,7 +36,9 @@ class FinetuneConfig:
         group=DATA,
     )
     data_path: str = flag("", "its folder", "--data-path", result=False, group=DATA, metavar="PATH")
-    fraction: float = flag(1.0, "share of the training images of every class, a fixed choice", kind=float, group=DATA)
+    fraction: float = flag(
+        1.0, "share of the training images of every class, a fixed choice", kind=float, group=DATA, above=0, high=1
+    )
     output_dir: str = flag(
         "",
         "folder of checkpoints and logs (default runs/TIME-finetune)",
@@ -60,9 +62,10 @@ class FinetuneConfig:
         "--image-size",
         kind=int,
         group=MODEL,
+        low=0,
     )
     patch_size: int = flag(
-        0, "side of a ViT's patches in pixels (default: of the weights, else 16)", kind=int, group=MODEL
+        0, "side of a ViT's patches in pixels (default: of the weights, else 16)", kind=int, group=MODEL, low=0
     )
     heads: int | None = flag(
         None,
@@ -90,9 +93,9 @@ class FinetuneConfig:
         group=RUN,
     )
     eval: bool = flag(False, "only evaluate the weights of --resume", "--eval", kind=bool, result=False, group=RUN)
-    eval_freq: int = flag(1, "epochs between evaluations", "--eval-freq", kind=int, result=False, group=RUN)
+    eval_freq: int = flag(1, "epochs between evaluations", "--eval-freq", kind=int, result=False, group=RUN, low=1)
     # --- optimisation ------------------------------------------------------------------------------------
-    batch_size: int = flag(64, "images a step and process", "-b", "--batch-size", kind=int, group=METHOD)
+    batch_size: int = flag(64, "images a step and process", "-b", "--batch-size", kind=int, group=METHOD, low=1)
     accum_iter: int = flag(
         1,
         "batches that a process accumulates for a step; equals as many times the processes",
@@ -100,40 +103,56 @@ class FinetuneConfig:
         kind=int,
         result=False,
         group=METHOD,
+        low=1,
     )
-    epochs: int = flag(300, "epochs", kind=int, group=METHOD)
-    lr: float = flag(5e-4, "learning rate for 512 images", "--lr", kind=float, group=METHOD)
+    epochs: int = flag(300, "epochs", kind=int, group=METHOD, low=1)
+    lr: float = flag(5e-4, "learning rate for 512 images", "--lr", kind=float, group=METHOD, low=0)
     warmup_lr: float = flag(
-        1e-6, "learning rate at the beginning of warm-up, not scaled", "--warmup-lr", kind=float, group=METHOD
+        1e-6, "learning rate at the beginning of warm-up, not scaled", "--warmup-lr", kind=float, group=METHOD, low=0
     )
-    min_lr: float = flag(1e-5, "learning rate at the end, not scaled", "--min-lr", kind=float, group=METHOD)
-    warmup_epochs: int = flag(5, "epochs of warm-up", "--warmup-epochs", kind=int, group=METHOD)
+    min_lr: float = flag(1e-5, "learning rate at the end, not scaled", "--min-lr", kind=float, group=METHOD, low=0)
+    warmup_epochs: int = flag(5, "epochs of warm-up", "--warmup-epochs", kind=int, group=METHOD, low=0)
     weight_decay: float = flag(
         0.05,
         "weight decay, of weights only (not biases, norms, cls token, position table)",
         "--weight-decay",
         kind=float,
         group=METHOD,
+        low=0,
     )
     layer_decay: float = flag(
-        1.0, "factor of the learning rate from one layer to the one below", "--layer-decay", kind=float, group=METHOD
+        1.0,
+        "factor of the learning rate from one layer to the one below",
+        "--layer-decay",
+        kind=float,
+        group=METHOD,
+        above=0,
+        high=1,
     )
-    clip_grad: float = flag(0.0, "largest gradient norm (0: not clipped)", "--clip-grad", kind=float, group=METHOD)
+    clip_grad: float = flag(
+        0.0, "largest gradient norm (0: not clipped)", "--clip-grad", kind=float, group=METHOD, low=0
+    )
     model_ema: bool = flag(True, "also keep an average of the weights", "--model-ema", kind=bool, group=METHOD)
-    model_ema_decay: float = flag(0.99996, "its decay", "--model-ema-decay", kind=float, group=METHOD)
+    model_ema_decay: float = flag(0.99996, "its decay", "--model-ema-decay", kind=float, group=METHOD, low=0, high=1)
     drop_path: float = flag(
-        0.1, "stochastic depth of the last block (ViTs and timm's)", "--drop-path", kind=float, group=METHOD
+        0.1,
+        "stochastic depth of the last block (ViTs and timm's)",
+        "--drop-path",
+        kind=float,
+        group=METHOD,
+        low=0,
+        below=1,
     )
-    smoothing: float = flag(0.1, "label smoothing", "--smoothing", kind=float, group=METHOD)
+    smoothing: float = flag(0.1, "label smoothing", "--smoothing", kind=float, group=METHOD, low=0, below=1)
     # --- augmentation ------------------------------------------------------------------------------------
     aa: str = flag("rand-m9-mstd0.5-inc1", "timm's name of the auto augmentation, or none", "--aa", group=DATA)
     color_jitter: float = flag(
-        0.4, "colour jitter, where there is no auto augmentation", "--color-jitter", kind=float, group=DATA
+        0.4, "colour jitter, where there is no auto augmentation", "--color-jitter", kind=float, group=DATA, low=0
     )
     train_interpolation: str = flag(
         "bicubic", "interpolation", "--train-interpolation", choices=("bicubic", "bilinear", "random"), group=DATA
     )
-    reprob: float = flag(0.25, "probability of random erasing", "--reprob", kind=float, group=DATA)
+    reprob: float = flag(0.25, "probability of random erasing", "--reprob", kind=float, group=DATA, low=0, high=1)
     repeated_aug: bool = flag(
         True,
         "repeated augmentation: a third of the images an epoch, each three times",
@@ -141,11 +160,13 @@ class FinetuneConfig:
         kind=bool,
         group=DATA,
     )
-    mixup: float = flag(0.8, "mixup α (0: none)", "--mixup", kind=float, group=DATA)
-    cutmix: float = flag(1.0, "cutmix α (0: none)", "--cutmix", kind=float, group=DATA)
-    mixup_prob: float = flag(1.0, "share of batches that are mixed", "--mixup-prob", kind=float, group=DATA)
+    mixup: float = flag(0.8, "mixup α (0: none)", "--mixup", kind=float, group=DATA, low=0)
+    cutmix: float = flag(1.0, "cutmix α (0: none)", "--cutmix", kind=float, group=DATA, low=0)
+    mixup_prob: float = flag(
+        1.0, "share of batches that are mixed", "--mixup-prob", kind=float, group=DATA, low=0, high=1
+    )
     mixup_switch_prob: float = flag(
-        0.5, "share of cutmix where both are enabled", "--mixup-switch-prob", kind=float, group=DATA
+        0.5, "share of cutmix where both are enabled", "--mixup-switch-prob", kind=float, group=DATA, low=0, high=1
     )
     transfer_transform: bool | None = flag(
         None,
@@ -154,7 +175,7 @@ class FinetuneConfig:
         group=DATA,
     )
     # --- running -----------------------------------------------------------------------------------------
-    seed: int = flag(0, "seed of head, order and draws", kind=int, group=METHOD)
+    seed: int = flag(0, "seed of head, order and draws", kind=int, group=METHOD, low=0, below=2**63)
     workers: int = flag(
         10,
         "data loading processes of a rank; at most the usable cores",
@@ -164,26 +185,29 @@ class FinetuneConfig:
         kind=int,
         result=False,
         group=DATA,
+        low=0,
     )
     pin_mem: bool = flag(
         True, "accepted; batches are in shared memory", "--pin-mem", kind=bool, result=False, group=DATA
     )
-    print_freq: int = flag(10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN)
+    print_freq: int = flag(
+        10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN, low=1
+    )
     checkpoint_steps: int = flag(
-        0, "steps between checkpoints within an epoch (0: none)", kind=int, result=False, group=RUN
+        0, "steps between checkpoints within an epoch (0: none)", kind=int, result=False, group=RUN, low=0
     )
     max_steps: int = flag(
-        0, "stop after this many steps in all, with a checkpoint (0: never)", kind=int, result=False, group=RUN
+        0, "stop after this many steps in all, with a checkpoint (0: never)", kind=int, result=False, group=RUN, low=0
     )
     max_hours: float = flag(
-        0.0, "stop after this time, with a checkpoint (0: never)", kind=float, result=False, group=RUN
+        0.0, "stop after this time, with a checkpoint (0: never)", kind=float, result=False, group=RUN, low=0
     )
     recipe: str = flag("", "named set of flags (below); any flag still overrides", result=False, group=RUN)
     config: str = flag("", "YAML file of fields, as a run's config.yaml", result=False, group=RUN)
     device: str = flag("auto", "device", choices=("auto", "cpu", "cuda", "mps"), result=False, group=RANKS)
     precision: str = flag("auto", "arithmetic of the network", choices=("auto", "fp32", "fp16", "bf16"), group=METHOD)
     nprocs_per_node: int = flag(
-        0, "processes to start here (default: torchrun's, else 1)", kind=int, result=False, group=RANKS
+        0, "processes to start here (default: torchrun's, else 1)", kind=int, result=False, group=RANKS, low=0
     )
     world_size: int = flag(
         1, "accepted; torchrun sets it", "--world_size", "--world-size", kind=int, result=False, group=RANKS
@@ -220,39 +244,7 @@ class FinetuneConfig:
         """
         if self.arch:
             check_arch(known_arch(self.arch))
-        for name in ("epochs", "batch_size", "accum_iter", "eval_freq", "print_freq"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in (
-            "image_size",
-            "patch_size",
-            "workers",
-            "warmup_epochs",
-            "checkpoint_steps",
-            "max_steps",
-            "nprocs_per_node",
-            "lr",
-            "warmup_lr",
-            "min_lr",
-            "weight_decay",
-            "clip_grad",
-            "mixup",
-            "cutmix",
-            "color_jitter",
-            "max_hours",
-            "seed",
-        ):
-            value = getattr(self, name)
-            if not 0 <= value < (2**63 if name == "seed" else float("inf")):  # also refuses NaN
-                raise UserError(f"{_flag(name)} must be 0 or more and finite, not {value}")
-        for name in ("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{_flag(name)} must lie between 0 and 1, not {getattr(self, name)}")
-        for name in ("fraction", "layer_decay"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{_flag(name)} must be above 0 and at most 1, not {getattr(self, name)}")
-        if self.drop_path == 1 or self.smoothing == 1:
-            raise UserError("--drop-path and --smoothing must be below 1")
+        check_bounds(self)
         if self.warmup_epochs > self.epochs:
             raise UserError(
                 f"--warmup-epochs {self.warmup_epochs} is longer than --epochs {self.epochs}; lower the first"
@@ -284,8 +276,3 @@ class FinetuneConfig:
 def known_arch(name: str) -> str:
     """Our name of a backbone that DeiT's users call ``deit_…_patch16_224``."""
     return _DEIT_NAMES.get(name, name)
-
-
-def _flag(name: str) -> str:
-    named = {"workers": "--num_workers", "image_size": "--input-size"}
-    return named.get(name, "--" + name.replace("_", "-"))

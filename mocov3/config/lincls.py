@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mocov3.config.archs import check_arch, check_heads
-from mocov3.config.evaluation import DEVICES, HEADS_HELP, MODEL, PRECISIONS, at_least, check_model_flags
-from mocov3.config.fields import flag
+from mocov3.config.evaluation import DEVICES, HEADS_HELP, MODEL, PRECISIONS, check_model_flags
+from mocov3.config.fields import check_bounds, flag
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
 from mocov3.config.presets import PRESETS
@@ -54,10 +54,11 @@ class LinclsConfig:
         kind=int,
         result=False,
         group=DATA,
+        low=0,
     )
-    epochs: int = flag(90, "epochs", kind=int, group=METHOD)
-    start_epoch: int = flag(0, "epoch to begin at without a checkpoint", kind=int, result=False, group=RUN)
-    batch_size: int = flag(1024, "images a step, over all ranks", "-b", "--batch-size", kind=int, group=METHOD)
+    epochs: int = flag(90, "epochs", kind=int, group=METHOD, low=1)
+    start_epoch: int = flag(0, "epoch to begin at without a checkpoint", kind=int, result=False, group=RUN, low=0)
+    batch_size: int = flag(1024, "images a step, over all ranks", "-b", "--batch-size", kind=int, group=METHOD, low=1)
     lr: float | tuple[float, ...] = flag(
         0.1,
         "learning rate for 256 images; a comma list trains a head for each",
@@ -67,7 +68,7 @@ class LinclsConfig:
         group=METHOD,
         metavar="LR[,LR…]",
     )
-    momentum: float = flag(0.9, "momentum of SGD", kind=float, group=METHOD)
+    momentum: float = flag(0.9, "momentum of SGD", kind=float, group=METHOD, low=0)
     weight_decay: float | tuple[float, ...] = flag(
         0.0,
         "weight decay; a comma list trains a head for each",
@@ -77,7 +78,9 @@ class LinclsConfig:
         group=METHOD,
         metavar="WD[,WD…]",
     )
-    print_freq: int = flag(10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN)
+    print_freq: int = flag(
+        10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN, low=1
+    )
     resume: str = flag(
         "",
         "linear file to resume from or to evaluate; 'auto': checkpoint.pth.tar of the output folder",
@@ -99,7 +102,12 @@ class LinclsConfig:
     )
     dist_backend: str = flag("nccl", "nccl or gloo", result=False, group=RANKS)
     seed: int | None = flag(
-        None, "seed of heads, order and draws; drawn, printed and stored unless given", kind=int, group=METHOD
+        None,
+        "seed of heads, order and draws; drawn, printed and stored unless given",
+        kind=int,
+        group=METHOD,
+        low=0,
+        below=2**63,
     )
     gpu: int | None = flag(None, "use only this GPU", kind=int, result=False, group=RANKS)
     multiprocessing_distributed: bool = flag(
@@ -128,27 +136,35 @@ class LinclsConfig:
     )
     heads: int | None = flag(None, HEADS_HELP, kind=int, group=MODEL)
     encoder: str = flag("base", "which encoder of a pre-training checkpoint", choices=("base", "momentum"), group=MODEL)
-    image_size: int = flag(0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int, group=DATA)
+    image_size: int = flag(
+        0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int, group=DATA, low=0
+    )
     view_preset: str = flag(
         "",
         "normalisation and centre crop; unless given that of pre-training, else photos",
         choices=("", *PRESETS),
         group=DATA,
     )
-    crop_min: float = flag(0.08, "smallest crop of the training view, as a share of the image", kind=float, group=DATA)
+    crop_min: float = flag(
+        0.08, "smallest crop of the training view, as a share of the image", kind=float, group=DATA, low=0, high=1
+    )
     output_dir: str = flag(".", "folder of the files", result=False, group=RUN)
     recipe: str = flag("", "named set of flags, see the list at the end", result=False, group=RUN)
     config: str = flag("", "YAML file of flags, for example a run's lincls.yaml", result=False, group=RUN)
     checkpoint_steps: int = flag(
-        0, "steps between writes of checkpoint.pth.tar within an epoch", kind=int, result=False, group=RUN
+        0, "steps between writes of checkpoint.pth.tar within an epoch", kind=int, result=False, group=RUN, low=0
     )
-    max_steps: int = flag(0, "stop after this many steps in all, with a checkpoint", kind=int, result=False, group=RUN)
-    max_hours: float = flag(0.0, "stop after this many hours, with a checkpoint", kind=float, result=False, group=RUN)
+    max_steps: int = flag(
+        0, "stop after this many steps in all, with a checkpoint", kind=int, result=False, group=RUN, low=0
+    )
+    max_hours: float = flag(
+        0.0, "stop after this many hours, with a checkpoint", kind=float, result=False, group=RUN, low=0
+    )
     device: str = flag("auto", "device", choices=DEVICES, result=False, group=RANKS)
     precision: str = flag(
         "fp32", "arithmetic of the backbone; heads are always float32", choices=PRECISIONS, group=RANKS
     )
-    nprocs_per_node: int = flag(0, "processes to start on this node", kind=int, result=False, group=RANKS)
+    nprocs_per_node: int = flag(0, "processes to start on this node", kind=int, result=False, group=RANKS, low=0)
     allow_config_change: bool = flag(
         False, "resume although result-changing flags differ", kind=bool, result=False, group=RUN
     )
@@ -190,22 +206,7 @@ class LinclsConfig:
         if self.arch and self.arch != "pixels":
             check_arch(self.arch)
         check_heads(self.heads, self.arch)
-        at_least(self, 1, ("epochs", "batch_size", "print_freq"))
-        at_least(
-            self,
-            0,
-            (
-                "workers",
-                "start_epoch",
-                "image_size",
-                "checkpoint_steps",
-                "max_steps",
-                "max_hours",
-                "nprocs_per_node",
-                "momentum",
-                "seed",
-            ),
-        )
+        check_bounds(self)
         for name, values in (("--lr", self.lrs), ("--wd", self.weight_decays)):
             for value in values:
                 if not (value >= 0 and math.isfinite(value)):
@@ -218,8 +219,6 @@ class LinclsConfig:
             raise UserError(f"--head names a head twice: {self.head}")
         if self.solver == "lbfgs" and not self.cache_features:
             raise UserError("--solver lbfgs needs --cache-features: it works on all features at once")
-        if not 0 <= self.crop_min <= 1:
-            raise UserError(f"--crop-min must lie between 0 and 1, not {self.crop_min}")
         check_model_flags(self)
         logger_names(self.logger)
         if self.evaluate and not self.resume:

@@ -22,7 +22,7 @@ class OwnFlags(ViewFlags):
         metavar="TIME",
     )
     hold_out: int = flag(
-        0, "images kept from training, for the quality without labels", kind=int, group=OWN, metavar="N"
+        0, "images kept from training, for the quality without labels", kind=int, group=OWN, metavar="N", low=0
     )
     quality_every: int = flag(
         0,
@@ -32,6 +32,7 @@ class OwnFlags(ViewFlags):
         result=False,
         group=OWN,
         metavar="EPOCHS",
+        low=0,
     )
     patience: int = flag(
         0,
@@ -40,6 +41,7 @@ class OwnFlags(ViewFlags):
         result=False,
         group=OWN,
         metavar="N",
+        low=0,
     )
     group_by: str = flag(
         "",
@@ -52,12 +54,18 @@ class OwnFlags(ViewFlags):
         "epochs at the start in which only the heads are trained; then the backbone warms up over --warmup-epochs",
         kind=int,
         group=OWN,
+        low=0,
     )
     freeze_until: str = flag(
         "", "block up to which the backbone stays as it starts (layer2, blocks.5)", group=OWN, metavar="BLOCK"
     )
     layer_decay: float = flag(
-        1.0, "factor of the learning rate from each block of the backbone to the one below", kind=float, group=OWN
+        1.0,
+        "factor of the learning rate from each block of the backbone to the one below",
+        kind=float,
+        group=OWN,
+        above=0,
+        high=1,
     )
 
     def check_own(self) -> None:
@@ -66,11 +74,6 @@ class OwnFlags(ViewFlags):
         Raises:
             UserError: naming the first.
         """
-        for name in ("hold_out", "quality_every", "patience", "freeze_epochs"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(f"--layer-decay must be above 0 and at most 1, not {self.layer_decay}")
         if self.patience and not self.quality_every:
             raise UserError("--patience counts judgements of --quality-every; give both")
         if self.budget and getattr(self, "recipe", "") not in ("auto", "adapt"):

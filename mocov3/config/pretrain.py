@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
 from mocov3.config.cheap import CheapFlags, stages
-from mocov3.config.fields import flag
+from mocov3.config.fields import check_bounds, flag
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
 from mocov3.config.presets import PRESETS, ViewPreset
@@ -45,16 +45,24 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         kind=int,
         result=False,
         group=DATA,
+        low=0,
     )
-    epochs: int = flag(100, "epochs of the whole schedule", "--epochs", kind=int, group=METHOD)
+    epochs: int = flag(100, "epochs of the whole schedule", "--epochs", kind=int, group=METHOD, low=1)
     start_epoch: int = flag(
-        0, "epoch to begin at without a checkpoint; --resume sets it from the file", kind=int, result=False, group=RUN
+        0,
+        "epoch to begin at without a checkpoint; --resume sets it from the file",
+        kind=int,
+        result=False,
+        group=RUN,
+        low=0,
     )
-    batch_size: int = flag(4096, "images a step, over all ranks", "-b", "--batch-size", kind=int, group=METHOD)
-    lr: float = flag(0.6, "learning rate for 256 images", "--lr", "--learning-rate", kind=float, group=METHOD)
-    momentum: float = flag(0.9, "momentum of LARS", kind=float, group=METHOD)
-    weight_decay: float = flag(1e-6, "weight decay", "--wd", "--weight-decay", kind=float, group=METHOD)
-    print_freq: int = flag(10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN)
+    batch_size: int = flag(4096, "images a step, over all ranks", "-b", "--batch-size", kind=int, group=METHOD, low=2)
+    lr: float = flag(0.6, "learning rate for 256 images", "--lr", "--learning-rate", kind=float, group=METHOD, low=0)
+    momentum: float = flag(0.9, "momentum of LARS", kind=float, group=METHOD, low=0)
+    weight_decay: float = flag(1e-6, "weight decay", "--wd", "--weight-decay", kind=float, group=METHOD, low=0)
+    print_freq: int = flag(
+        10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN, low=1
+    )
     resume: str = flag(
         "",
         "checkpoint to resume from, or 'auto' for the newest valid one in the output folder",
@@ -73,29 +81,36 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     )
     dist_backend: str = flag("nccl", "nccl or gloo", result=False, group=RANKS)
     seed: int | None = flag(
-        None, "seed of weights, order and draws; drawn, printed and stored unless given", kind=int, group=METHOD
+        None,
+        "seed of weights, order and draws; drawn, printed and stored unless given",
+        kind=int,
+        group=METHOD,
+        low=0,
+        below=2**63,
     )
     gpu: int | None = flag(None, "use only this GPU", kind=int, result=False, group=RANKS)
     multiprocessing_distributed: bool = flag(
         False, "start one process a GPU on this node", kind=bool, result=False, group=RANKS
     )
-    moco_dim: int = flag(256, "width of the embedding", kind=int, group=MODEL)
-    moco_mlp_dim: int = flag(4096, "hidden width of projector and predictor", kind=int, group=MODEL)
-    moco_m: float = flag(0.99, "momentum of the momentum encoder", kind=float, group=METHOD)
+    moco_dim: int = flag(256, "width of the embedding", kind=int, group=MODEL, low=1)
+    moco_mlp_dim: int = flag(4096, "hidden width of projector and predictor", kind=int, group=MODEL, low=1)
+    moco_m: float = flag(0.99, "momentum of the momentum encoder", kind=float, group=METHOD, low=0, high=1)
     moco_m_cos: bool = flag(False, "raise the momentum to 1 by a half cosine", kind=bool, group=METHOD)
-    moco_t: float = flag(1.0, "temperature τ of the loss", kind=float, group=METHOD)
+    moco_t: float = flag(1.0, "temperature τ of the loss", kind=float, group=METHOD, above=0)
     stop_grad_conv1: bool = flag(False, "keep the patch projection of a ViT as initialised", kind=bool, group=METHOD)
     optimizer: str = flag("lars", "optimizer", choices=("lars", "adamw"), group=METHOD)
-    warmup_epochs: int = flag(10, "epochs of linear warm-up", kind=int, group=METHOD)
-    crop_min: float = flag(0.08, "smallest crop as a share of the image", "--crop-min", kind=float, group=DATA)
+    warmup_epochs: int = flag(10, "epochs of linear warm-up", kind=int, group=METHOD, low=0)
+    crop_min: float = flag(
+        0.08, "smallest crop as a share of the image", "--crop-min", kind=float, group=DATA, low=0, high=1
+    )
     # --- ours ------------------------------------------------------------------------------------------
     output_dir: str = flag(".", "folder of checkpoints, metrics and logs", result=False, group=RUN)
     recipe: str = flag("", "named set of flags (below); any flag still overrides", result=False, group=RUN)
     config: str = flag("", "YAML file of fields, as a run's config.yaml", result=False, group=RUN)
     device: str = flag("auto", "device", choices=("auto", "cpu", "cuda", "mps"), result=False, group=RANKS)
     precision: str = flag("auto", "arithmetic of the networks", choices=("auto", "fp32", "fp16", "bf16"), group=METHOD)
-    image_size: int = flag(224, "side of the views in pixels", kind=int, group=DATA)
-    patch_size: int = flag(16, "side of a ViT's patches in pixels", kind=int, group=MODEL)
+    image_size: int = flag(224, "side of the views in pixels", kind=int, group=DATA, low=1)
+    patch_size: int = flag(16, "side of a ViT's patches in pixels", kind=int, group=MODEL, low=1)
     heads: int | None = flag(
         None,
         "attention heads of a ViT, new or from an --init that does not record them (ViT-S: 12 in "
@@ -125,13 +140,19 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         group=DATA,
     )
     max_corrupt: float = flag(
-        0.01, "share of unreadable images (from 10 on) that stops the run", kind=float, result=False, group=DATA
+        0.01,
+        "share of unreadable images (from 10 on) that stops the run",
+        kind=float,
+        result=False,
+        group=DATA,
+        low=0,
+        high=1,
     )
     checkpoint_every: int = flag(
-        1, "epochs between checkpoints that are kept", kind=int, result=False, group=RUN, metavar="EPOCHS"
+        1, "epochs between checkpoints that are kept", kind=int, result=False, group=RUN, metavar="EPOCHS", low=1
     )
     checkpoint_steps: int = flag(
-        0, "steps between checkpoints within an epoch (0: none)", kind=int, result=False, group=RUN, metavar="N"
+        0, "steps between checkpoints within an epoch (0: none)", kind=int, result=False, group=RUN, metavar="N", low=0
     )
     keep_last: int = flag(
         0,
@@ -140,18 +161,25 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         result=False,
         group=RUN,
         metavar="K",
+        low=0,
     )
     keep_every: int = flag(
-        0, "with --keep-last, also keep every N-th epoch's", kind=int, result=False, group=RUN, metavar="N"
+        0, "with --keep-last, also keep every N-th epoch's", kind=int, result=False, group=RUN, metavar="N", low=0
     )
     max_steps: int = flag(
-        0, "stop after this many steps in all, with a checkpoint (0: never)", kind=int, result=False, group=RUN
+        0, "stop after this many steps in all, with a checkpoint (0: never)", kind=int, result=False, group=RUN, low=0
     )
     max_hours: float = flag(
-        0.0, "stop after this time, with a checkpoint (0: never)", kind=float, result=False, group=RUN
+        0.0, "stop after this time, with a checkpoint (0: never)", kind=float, result=False, group=RUN, low=0
     )
     knn_every: int = flag(
-        0, "epochs between k-NN evaluations on DIR/val (0: none)", kind=int, result=False, group=RUN, metavar="EPOCHS"
+        0,
+        "epochs between k-NN evaluations on DIR/val (0: none)",
+        kind=int,
+        result=False,
+        group=RUN,
+        metavar="EPOCHS",
+        low=0,
     )
     report_every: int = flag(
         0,
@@ -160,9 +188,10 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         result=False,
         group=RUN,
         metavar="EPOCHS",
+        low=0,
     )
     nprocs_per_node: int = flag(
-        0, "processes to start on this node (default: its GPUs, else 1)", kind=int, result=False, group=RANKS
+        0, "processes to start on this node (default: its GPUs, else 1)", kind=int, result=False, group=RANKS, low=0
     )
     compile: bool | None = flag(
         None,
@@ -182,7 +211,14 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         metavar="FACTOR",
     )
     dist_timeout: float = flag(
-        30.0, "minutes until a silent rank counts as lost", kind=float, result=False, group=RANKS, metavar="MINUTES"
+        30.0,
+        "minutes until a silent rank counts as lost",
+        kind=float,
+        result=False,
+        group=RANKS,
+        metavar="MINUTES",
+        above=0,
+        below=1e6,
     )
     deterministic: bool = flag(False, "only deterministic operations", kind=bool, result=False, group=RANKS)
     allow_config_change: bool = flag(
@@ -216,59 +252,18 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         """
         check_arch(self.arch)
         check_heads(self.heads, self.arch)
+        check_bounds(self)
         self.check_views()
         self.check_own()
-        self.check_scale()
         logger_names(self.logger)
-        positive = ("epochs", "moco_dim", "moco_mlp_dim", "image_size", "patch_size", "print_freq", "checkpoint_every")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise UserError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        if self.batch_size < 2:
-            raise UserError(
-                f"--batch-size must be at least 2, not {self.batch_size}: the loss compares the images of a batch"
-            )
-        not_negative = (
-            "workers",
-            "start_epoch",
-            "lr",
-            "weight_decay",
-            "warmup_epochs",
-            "checkpoint_steps",
-            "max_steps",
-            "max_hours",
-            "knn_every",
-            "report_every",
-            "nprocs_per_node",
-            "momentum",
-            "seed",
-            "keep_last",
-            "keep_every",
-        )
-        for name in not_negative:
-            value = getattr(self, name)
-            if value is not None and not value >= 0:  # also refuses NaN
-                raise UserError(f"{_flag(name)} must be 0 or more, not {value}")
-        for name in ("lr", "weight_decay", "momentum", "max_hours", "moco_t", "moco_m"):
-            if getattr(self, name) in (float("inf"), float("-inf")):
-                raise UserError(f"{_flag(name)} must be finite, not {getattr(self, name)}")
         if self.compile and self.fsdp:
             raise UserError("--fsdp gathers weights block by block, which --compile cannot see; give one of them")
         if self.compile and self.deterministic:
             raise UserError(
                 "--compile tries kernels and takes the fastest, which --deterministic rules out; give one of them"
             )
-        if not self.moco_t > 0:
-            raise UserError(f"--moco-t is a temperature and must be above 0, not {self.moco_t}")
-        if self.seed is not None and self.seed >= 2**63:
-            raise UserError(f"--seed must be below 2**63, not {self.seed}")
         if self.skip_spikes and not 1 < self.skip_spikes < float("inf"):
             raise UserError(f"--skip-spikes is a factor above 1, or 0 for none, not {self.skip_spikes}")
-        if not 0 < self.dist_timeout < 1e6:
-            raise UserError(f"--dist-timeout must be above 0 minutes, not {self.dist_timeout}")
-        for name in ("moco_m", "crop_min", "max_corrupt"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{_flag(name)} must lie between 0 and 1, not {getattr(self, name)}")
         if self.warmup_epochs > self.epochs:
             raise UserError(
                 f"--warmup-epochs {self.warmup_epochs} is longer than --epochs {self.epochs}; "
@@ -302,7 +297,3 @@ class PretrainConfig(ScaleFlags, CheapFlags):
             raise UserError(f"--views-on device knows 3 channels only; leave it out with --channels {self.channels}")
         if self.dist_backend not in ("nccl", "gloo"):
             raise UserError(f"--dist-backend {self.dist_backend!r} is not known; use nccl or gloo")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from mocov3.config.fields import flag
 from mocov3.config.own import OwnFlags
-from mocov3.errors import UserError
 
 
 def images_or_auto(text: str | int) -> int | str:
@@ -29,6 +28,7 @@ class ScaleFlags(OwnFlags):
         result=False,
         group="ranks and devices",
         metavar="N|auto",
+        low=0,
     )
     fsdp: bool = flag(
         False,
@@ -38,12 +38,3 @@ class ScaleFlags(OwnFlags):
         result=False,
         group="ranks and devices",
     )
-
-    def check_scale(self) -> None:
-        """Refuse values that make no sense.
-
-        Raises:
-            UserError: naming the first.
-        """
-        if isinstance(self.micro_batch, int) and self.micro_batch < 0:
-            raise UserError(f"--micro-batch must be auto, 0 (none) or more, not {self.micro_batch}")

@@ -12,14 +12,18 @@ from mocov3.errors import UserError
 
 VIEWS = "strengths of the views (default: the preset's)"
 
-_SHARES = (
+_NUMBERS = (
     "jitter_probability",
     "gray_probability",
     "flip_probability",
     "vertical_flip_probability",
     "turn_probability",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "pad",
 )
-_STRENGTHS = {"brightness": 10.0, "contrast": 10.0, "saturation": 10.0, "hue": 0.5, "pad": 2.0}
 _PAIRS = {
     "blur_probability": (0.0, 1.0),
     "solarize_probability": (0.0, 1.0),
@@ -36,30 +40,47 @@ MOST_CHANNELS = 64
 class ViewFlags:
     """What of a preset is replaced; ``None`` or empty keeps the preset's."""
 
-    brightness: float | None = flag(None, "factors of brightness are drawn from 1 ± this", kind=float, group=VIEWS)
-    contrast: float | None = flag(None, "factors of contrast are drawn from 1 ± this", kind=float, group=VIEWS)
-    saturation: float | None = flag(None, "factors of saturation are drawn from 1 ± this", kind=float, group=VIEWS)
-    hue: float | None = flag(
-        None, "hue is rotated by up to this fraction of the circle (at most 0.5)", kind=float, group=VIEWS
+    brightness: float | None = flag(
+        None, "factors of brightness are drawn from 1 ± this", kind=float, group=VIEWS, low=0, high=10
     )
-    jitter_probability: float | None = flag(None, "how often colours are jittered", kind=float, group=VIEWS)
-    gray_probability: float | None = flag(None, "how often a view is grey", kind=float, group=VIEWS)
+    contrast: float | None = flag(
+        None, "factors of contrast are drawn from 1 ± this", kind=float, group=VIEWS, low=0, high=10
+    )
+    saturation: float | None = flag(
+        None, "factors of saturation are drawn from 1 ± this", kind=float, group=VIEWS, low=0, high=10
+    )
+    hue: float | None = flag(
+        None, "hue is rotated by up to this fraction of the circle", kind=float, group=VIEWS, low=0, high=0.5
+    )
+    jitter_probability: float | None = flag(
+        None, "how often colours are jittered", kind=float, group=VIEWS, low=0, high=1
+    )
+    gray_probability: float | None = flag(None, "how often a view is grey", kind=float, group=VIEWS, low=0, high=1)
     blur_probability: str = flag("", "how often views are blurred, one number or one a view (1.0,0.1)", group=VIEWS)
     blur_sigma: str = flag("", "smallest,largest standard deviation of the blur in pixels", group=VIEWS)
     solarize_probability: str = flag("", "how often views are solarised, one number or one a view", group=VIEWS)
-    flip_probability: float | None = flag(None, "how often a view is mirrored left to right", kind=float, group=VIEWS)
+    flip_probability: float | None = flag(
+        None, "how often a view is mirrored left to right", kind=float, group=VIEWS, low=0, high=1
+    )
     vertical_flip_probability: float | None = flag(
-        None, "how often a view is mirrored top to bottom", kind=float, group=VIEWS
+        None, "how often a view is mirrored top to bottom", kind=float, group=VIEWS, low=0, high=1
     )
     turn_probability: float | None = flag(
         None,
         "how often a view is rotated by 90, 180 or 270 degrees (0.75: all four orientations equally often)",
         kind=float,
         group=VIEWS,
+        low=0,
+        high=1,
     )
     crop_ratio: str = flag("", "smallest,largest width over height of the crop", group=VIEWS)
     crop_pad: float | None = flag(
-        None, "black border added on each side before the crop, as a share of the image's side", kind=float, group=VIEWS
+        None,
+        "black border added on each side before the crop, as a share of the image's side",
+        kind=float,
+        group=VIEWS,
+        low=0,
+        high=2,
     )
     mean_std: str = flag(
         "",
@@ -68,7 +89,12 @@ class ViewFlags:
         group=VIEWS,
     )
     channels: int = flag(
-        3, "channels of an image: 1 (grey), 3 (RGB), or those that every file holds (TIFF)", kind=int, group=VIEWS
+        3,
+        "channels of an image: 1 (grey), 3 (RGB), or those that every file holds (TIFF)",
+        kind=int,
+        group=VIEWS,
+        low=1,
+        high=MOST_CHANNELS,
     )
     bit_window: str = flag(
         "",
@@ -82,12 +108,6 @@ class ViewFlags:
         Raises:
             UserError: naming the first.
         """
-        for name in _SHARES:
-            _within(name, getattr(self, name), 0.0, 1.0)
-        for name, high in _STRENGTHS.items():
-            _within(name, getattr(self, _FLAGS.get(name, name)), 0.0, high)
-        if not 1 <= self.channels <= MOST_CHANNELS:
-            raise UserError(f"--channels must be 1 to {MOST_CHANNELS}, not {self.channels}")
         preset_of(dataclasses.asdict(self))
 
 
@@ -101,7 +121,7 @@ def preset_of(values: Mapping[str, Any]) -> ViewPreset:
     if preset is None:
         raise UserError(f"view preset {values.get('view_preset')!r} is not known; known: {', '.join(PRESETS)}")
     changed: dict[str, Any] = {}
-    for name in (*_SHARES, *_STRENGTHS):
+    for name in _NUMBERS:
         if (value := values.get(_FLAGS.get(name, name))) is not None:
             changed[name] = value
     for name, (low, high) in _PAIRS.items():

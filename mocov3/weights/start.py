@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mocov3.config.archs import BUILT_IN_ARCHS, CLASSIFIER_KEYS, RESNETS
+from mocov3.config.archs import BUILT_IN_ARCHS, CLASSIFIER_KEYS, RESNETS, is_resnet
 from mocov3.errors import UserError, nearest
 from mocov3.models import Encoder, build_backbone, shapes_only
 from mocov3.output.log import warn
@@ -85,20 +85,23 @@ def guess_arch(state: dict[str, Tensor]) -> str | None:
     patch = shapes.get("patch_embed.proj.weight", (0, 0, 16))[2]
     small = shapes.get("conv1.weight", (0, 0, 7))[2] == 3
     for arch in BUILT_IN_ARCHS:
-        try:
-            with shapes_only():
-                small_stem = small and arch.startswith("res") and "_w" not in arch
-                encoder = build_backbone(arch, image_size=4 * patch, patch_size=patch, small_stem=small_stem)
-        except (ValueError, UserError):
-            continue
-        ours = {
-            k: tuple(v.shape)
-            for k, v in encoder.state_dict().items()
-            if k != "pos_embed" and not k.startswith(CLASSIFIER_KEYS)
-        }
-        if ours == shapes:
+        if is_resnet(arch) == ("conv1.weight" in shapes) and _shapes_of(arch, patch, small) == shapes:
             return arch
     return None
+
+
+def _shapes_of(arch: str, patch: int, small: bool) -> dict[str, tuple[int, ...]] | None:
+    try:
+        with shapes_only():
+            small_stem = small and arch.startswith("res") and "_w" not in arch
+            encoder = build_backbone(arch, image_size=4 * patch, patch_size=patch, small_stem=small_stem)
+    except (ValueError, UserError):
+        return None
+    return {
+        k: tuple(v.shape)
+        for k, v in encoder.state_dict().items()
+        if k != "pos_embed" and not k.startswith(CLASSIFIER_KEYS)
+    }
 
 
 def _from_timm(init: str, heads: int | None) -> BackboneWeights:

@@ -156,7 +156,7 @@ def test_bad_lists(name, content, message, tmp_path):
         (["DIR", "DIR:0.5", "--group-by", "^(.)", "-b", "2"], "fractions of folders"),
         (["DIR", "--hold-out", "3"], "at most half"),
         (["DIR", "--hold-out", "-1"], "--hold-out"),
-        (["DIR", "--hue", "0.7"], "--hue must lie between 0 and 0.5"),
+        (["DIR", "--hue", "0.7"], "--hue must be 0 to 0.5"),
         (["DIR", "--blur-sigma", "2,1"], "smaller number comes first"),
         (["DIR", "--blur-probability", "often"], "commas"),
         (["DIR", "--solarize-probability", "0,2"], "between 0 and 1"),

@@ -12,9 +12,11 @@ import rank_tasks
 import torch
 import yaml
 from conftest import ROOT, TINY
+from killing import Process
+from starting import launch_ranks, run
 
 from mocov3.cli import main, parse_script
-from mocov3.distributed import free_loopback_address, launch
+from mocov3.distributed import free_loopback_address
 from mocov3.distributed.meeting import largest_dividing
 from mocov3.distributed.sharding import ON_CPU
 from mocov3.errors import UserError
@@ -24,7 +26,7 @@ from mocov3.pretraining.footprint import KEPT_FREE, footprint
 
 
 def test_ranks_that_differ_are_refused_by_name():
-    assert launch(rank_tasks.differing, None, device="cpu", processes=2) == 0
+    assert launch_ranks(rank_tasks.differing, None, 2) == 0
 
 
 @pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1"), (1, "rank 0")])
@@ -57,9 +59,7 @@ def test_a_world_that_does_not_divide_uses_the_largest_that_does(images, tmp_pat
         str(tmp_path),
         str(images),
     ]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
-    )
+    done = run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "a batch of 16 does not divide over 3 processes: 2 train, 1 idle" in done.stderr
     assert "2 process(es)" in done.stdout
@@ -84,10 +84,7 @@ def test_shared_weights_leave_whole_files(images, tmp_path):
             "auto",
             *more,
         ]
-        done = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
+        Process(command).finish()
         newest = max((tmp_path / folder).glob("checkpoint_*_step*.pth.tar"))
         return torch.load(newest)
 

@@ -2,16 +2,16 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import rank_tasks
 import torch
 from conftest import ROOT, TINY
+from starting import Started, launch_ranks
 
 from mocov3.cli import main
-from mocov3.distributed import free_loopback_address, launch
+from mocov3.distributed import free_loopback_address
 from mocov3.distributed.sharding import ON_CPU
 
 VIT = {"image_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -65,7 +65,7 @@ def trained(tmp_path_factory):
             arch, dims, optimizer, lr = CASES[name]
             results[name, mode, dtype, size] = folder / f"{len(results)}"
             tasks.append((arch, dims, optimizer, dtype, lr, mode, folder / f"{len(results) - 1}"))
-        assert launch(rank_tasks.each, tasks, device="cpu", processes=size) == 0
+        assert launch_ranks(rank_tasks.each, tasks, size) == 0
     return {run: torch.load(path) for run, path in results.items()}
 
 
@@ -97,10 +97,7 @@ def one_process(images, tmp_path_factory):
 
 def spawned(*commands, env=None, timeout=120):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-    running = [
-        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for c in commands
-    ]
+    running = [Started(c, env=environment) for c in commands]
     return [(p, *p.communicate(timeout=timeout)) for p in running]
 
 

@@ -16,6 +16,7 @@ from killing import Process, assert_same_run, kill_until_done
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
+from starting import launch_ranks
 
 from mocov3 import models
 from mocov3.cli import main
@@ -24,7 +25,7 @@ from mocov3.data.sources.opening import scan
 from mocov3.data.views.decode import decode
 from mocov3.data.views.draws import permutation
 from mocov3.data.views.two_views import CentreView
-from mocov3.distributed import World, launch
+from mocov3.distributed import World
 from mocov3.evaluation.linear.heads import FeatureNorm, Heads, HeadSpec
 from mocov3.evaluation.linear.lbfgs import fit
 from mocov3.evaluation.linear.log import HeadResult, best_of, edges, table
@@ -255,7 +256,7 @@ def test_two_ranks_are_one(images, pretrained, tmp_path):
         assert (x - y).norm() <= 1e-4 * x.norm()
     # the same in float64, part batches of a rank empty
     for n in (1, 2):
-        assert launch(rank_tasks.heads, tmp_path / f"heads{n}", device="cpu", processes=n) == 0
+        assert launch_ranks(rank_tasks.heads, tmp_path / f"heads{n}", n) == 0
     x, y = (torch.load(tmp_path / f"heads{n}") for n in (1, 2))
     for name in ("weights", "biases", "norm"):
         assert all((p - q).norm() <= 1e-9 * p.norm() for p, q in zip(x[name], y[name], strict=True))

@@ -104,10 +104,11 @@ def _transformers_on_disk(config, tmp_path):
     from safetensors.torch import load_file
     from transformers import ResNetModel, ViTModel
 
-    with torch.device("cpu"):  # a thin copy: written, names and shapes read
+    with torch.device("meta"):
         resnet = config.model_type == "resnet"
         made = ResNetModel(config) if resnet else ViTModel(config, add_pooling_layer=False)
-        made.save_pretrained(tmp_path / "theirs")
+    with torch.device("cpu"):  # names and shapes are read: weights that nothing filled do, of half the bytes
+        made.to(torch.bfloat16).to_empty(device="cpu").save_pretrained(tmp_path / "theirs")
         return load_file(tmp_path / "theirs" / "model.safetensors")
 
 

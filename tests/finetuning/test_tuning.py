@@ -9,6 +9,7 @@ import timm
 import torch
 import tuning_tasks
 from PIL import Image
+from starting import launch_ranks
 from timm.data import Mixup, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.random_erasing import RandomErasing
@@ -22,7 +23,7 @@ from mocov3.data import FashionMnist
 from mocov3.data.loading.labelled import _PLAIN, CropView
 from mocov3.data.loading.supervised import TRANSFER_CROP, DeitAugment, Repeated, key, seeded, stratified
 from mocov3.data.views.draws import draw, permutation
-from mocov3.distributed import World, launch
+from mocov3.distributed import World
 from mocov3.finetuning.batches import batches, group_order, iterations
 from mocov3.finetuning.evaluate import Accuracy, count
 from mocov3.finetuning.mixing import Depth, Mixer, erase
@@ -364,7 +365,7 @@ def test_counts():
 def test_two_processes_are_one_that_accumulates(tmp_path):
     # mixing, erasing, stochastic depth and repeated augmentation on, in float64
     payload = {"steps": 4, "batch_size": 4, "path": tmp_path}
-    assert launch(tuning_tasks.tune_steps, payload, device="cpu", processes=2) == 0
+    assert launch_ranks(tuning_tasks.tune_steps, payload, 2) == 0
     tuning_tasks.tune_steps(WORLD, payload)
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-9)

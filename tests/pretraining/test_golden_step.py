@@ -5,13 +5,10 @@ suite leaves out, and ``make golden`` does not, ResNet-50 in float64; ResNet-18,
 in float32.
 """
 
-import multiprocessing
-
 import pytest
 from golden_runs import C, one_step, step_groups
 from goldens import RUNS
-
-from mocov3.distributed import free_loopback_address, launch
+from starting import launch_ranks
 
 WHOLE = RUNS != "suite"
 EVERY = [(names, dtype) for dtype in ("float32", "float64") for names in step_groups(1)]
@@ -32,23 +29,19 @@ def test_one_process(names, dtype):
 
 
 def _rank_task(world, payload):
-    queue, dtype = payload
+    folder, dtype = payload
     for names in step_groups(2):
         for name, found in one_step(names, dtype, world, whole=WHOLE):
             found.check()
-            queue.put((name, world.rank))
+            (folder / f"{name} {world.rank}").touch()
     return 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES_OF_TWO)
-def test_two_processes(dtype):
-    queue = multiprocessing.get_context("spawn").SimpleQueue()
-    code = launch(_rank_task, (queue, dtype), device="cpu", processes=2, address=free_loopback_address())
-    assert code == 0
-    done = set()
-    while not queue.empty():
-        done.add(queue.get())
-    assert done == {(name, rank) for names in step_groups(2) for name in names for rank in (0, 1)}
+def test_two_processes(dtype, tmp_path):
+    assert launch_ranks(_rank_task, (tmp_path, dtype), 2) == 0
+    done = {path.name for path in tmp_path.iterdir()}
+    assert done == {f"{name} {rank}" for names in step_groups(2) for name in names for rank in (0, 1)}
 
 
 def test_every_case_is_checked():

@@ -9,10 +9,11 @@ import torch
 from conftest import fill_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starting import launch_ranks
 
 from mocov3 import losses, models
 from mocov3.data.device.pixels import normalise
-from mocov3.distributed import World, launch, synchronise_batch_norm
+from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.distributed.batch_norm import _SynchronisedNorm
 from mocov3.evaluation.neighbours import centroid_predict, knn_accuracy, knn_predict
 from mocov3.models.precision import Precision, resolve_precision
@@ -83,7 +84,7 @@ def test_perfect_retrieval_is_counted():
 
 
 def test_synchronised_batch_norm_is_batch_norm_of_the_whole_batch():
-    assert launch(rank_tasks.batch_norm, None, device="cpu", processes=2) == 0
+    assert launch_ranks(rank_tasks.batch_norm, None, 2) == 0
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (4, 5, 7), (4, 5, 3, 6)])

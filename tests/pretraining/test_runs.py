@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -14,9 +13,11 @@ import torch
 import yaml
 from conftest import ROOT, TINY
 from PIL import Image
+from starting import Started
 
 from mocov3 import load_backbone, losses
 from mocov3.cli import main
+from mocov3.distributed import World
 from mocov3.distributed.stop import Stop
 from mocov3.metrics import MetricsLine
 
@@ -174,9 +175,7 @@ def test_six_steps_are_three_and_three(images, tmp_path):
 
 def start(images, folder, *flags):
     command = [sys.executable, "-m", "mocov3", "pretrain", str(images), *TINY, "--output-dir", str(folder), *flags]
-    return subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return Started(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def wait_for(condition, process, seconds=60):
@@ -188,7 +187,7 @@ def wait_for(condition, process, seconds=60):
     pytest.fail("waited too long")
 
 
-LONG = ["--epochs", "20", "--checkpoint-every", "10"]
+LONG = ["--epochs", "8", "--checkpoint-every", "10"]
 
 
 @pytest.fixture(scope="module")
@@ -209,16 +208,16 @@ def test_a_signal_while_ranks_agree_is_not_lost(number):
     """Ranks spend most of a short step waiting for each other: there a signal is likely to come."""
     stop = Stop(max_steps=0, max_hours=0)
 
-    class Waiting:
-        came = False
+    came = []
 
+    class Waiting(World):
         def any(self, reason):
-            if not self.came:
-                self.came = True
+            if not came:
+                came.append(True)
                 signal.raise_signal(number)  # its handler runs before the call returns
             return reason
 
-    world = Waiting()
+    world = Waiting(0, 2, torch.device("cpu"))
     try:
         assert not stop.agreed(world, 1)  # the others were not told
         assert stop.agreed(world, 2)
@@ -241,7 +240,7 @@ def test_sigterm_checkpoints_and_resumes(images, tmp_path, long_whole, ranks):
     assert list(tmp_path.glob("checkpoint_*"))
     if ranks == 1:
         pretrain(images, tmp_path, *LONG, "--resume", "auto")
-        same(contents(long_whole / "checkpoint_0019.pth.tar"), contents(tmp_path / "checkpoint_0019.pth.tar"))
+        same(contents(long_whole / "checkpoint_0007.pth.tar"), contents(tmp_path / "checkpoint_0007.pth.tar"))
         assert steady(long_whole) == steady(tmp_path)
 
 
@@ -261,9 +260,9 @@ def test_sigkill_and_resume_is_the_run_never_killed(images, tmp_path, long_whole
     wait_for(lambda: len(list(tmp_path.glob("checkpoint_*step*"))) > 0 and lines_written(tmp_path), process)
     process.kill()
     process.wait()
-    assert not (tmp_path / "checkpoint_0019.pth.tar").exists()
+    assert not (tmp_path / "checkpoint_0007.pth.tar").exists()
     pretrain(images, tmp_path, *LONG, "--resume", "auto")
-    same(contents(long_whole / "checkpoint_0019.pth.tar"), contents(tmp_path / "checkpoint_0019.pth.tar"))
+    same(contents(long_whole / "checkpoint_0007.pth.tar"), contents(tmp_path / "checkpoint_0007.pth.tar"))
     assert steady(long_whole) == steady(tmp_path)
 
 
