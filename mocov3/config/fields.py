@@ -84,6 +84,7 @@ def flag(
     kind: Callable[[Any], Any] = str,
     choices: Sequence[str] | None = None,
     result: bool = True,
+    per_rank: bool = False,
     group: str = "options",
     positional: bool = False,
     metavar: str | None = None,
@@ -95,9 +96,11 @@ def flag(
 ) -> Any:
     """A dataclass field that is a command-line flag.
 
-    ``result`` says whether another value makes another trained model; such fields must not change at a resume. A
-    positional of ``many`` takes several words, kept as lines of one text. Numbers lie from ``low`` to ``high``, or
-    between ``above`` and ``below`` without being equal to them; ``None`` and words (as auto) are not compared.
+    ``result`` says whether another value makes another trained model; such fields must not change at a resume. Where
+    there are several ranks they must agree on it, unless ``per_rank``: places, names, output, and what each decides
+    for itself or with the others. A positional of ``many`` takes several words, kept as lines of one text. Numbers lie
+    from ``low`` to ``high``, or between ``above`` and ``below`` without being equal to them; ``None`` and words (as
+    auto) are not compared.
     """
     return dataclasses.field(
         default=default,
@@ -107,6 +110,7 @@ def flag(
             "kind": kind,
             "choices": choices,
             "result": result,
+            "per_rank": per_rank,
             "group": group,
             "positional": positional,
             "metavar": metavar,

@@ -20,6 +20,7 @@ class OwnFlags(ViewFlags):
         result=False,
         group=OWN,
         metavar="TIME",
+        per_rank=True,
     )
     hold_out: int = flag(
         0, "images kept from training, for the quality without labels", kind=int, group=OWN, metavar="N", low=0

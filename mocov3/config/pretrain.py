@@ -34,6 +34,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         result=False,
         metavar="DIR",
         many=True,
+        per_rank=True,
     )
     # --- the reference's flags -------------------------------------------------------------------------
     arch: str = flag("resnet50", "backbone, or timm/NAME", "-a", "--arch", group=MODEL)
@@ -46,6 +47,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         result=False,
         group=DATA,
         low=0,
+        per_rank=True,
     )
     epochs: int = flag(100, "epochs of the whole schedule", "--epochs", kind=int, group=METHOD, low=1)
     start_epoch: int = flag(
@@ -61,25 +63,32 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     momentum: float = flag(0.9, "momentum of LARS", kind=float, group=METHOD, low=0)
     weight_decay: float = flag(1e-6, "weight decay", "--wd", "--weight-decay", kind=float, group=METHOD, low=0)
     print_freq: int = flag(
-        10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN, low=1
+        10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN, low=1, per_rank=True
     )
     resume: str = flag(
         "",
         "checkpoint to resume from, or 'auto' for the newest valid one in the output folder",
         result=False,
         group=RUN,
+        per_rank=True,
     )
     world_size: int = flag(
-        -1, "nodes (with --multiprocessing-distributed), else processes", kind=int, result=False, group=RANKS
+        -1,
+        "nodes (with --multiprocessing-distributed), else processes",
+        kind=int,
+        result=False,
+        group=RANKS,
+        per_rank=True,
     )
-    rank: int = flag(-1, "rank of this node, or of this process", kind=int, result=False, group=RANKS)
+    rank: int = flag(-1, "rank of this node, or of this process", kind=int, result=False, group=RANKS, per_rank=True)
     dist_url: str = flag(
         "tcp://224.66.41.62:23456",
         "address at which ranks meet: tcp://HOST:PORT or env://; on one node a free loopback port unless given",
         result=False,
         group=RANKS,
+        per_rank=True,
     )
-    dist_backend: str = flag("nccl", "nccl or gloo", result=False, group=RANKS)
+    dist_backend: str = flag("nccl", "nccl or gloo", result=False, group=RANKS, per_rank=True)
     seed: int | None = flag(
         None,
         "seed of weights, order and draws; drawn, printed and stored unless given",
@@ -88,9 +97,9 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         low=0,
         below=2**63,
     )
-    gpu: int | None = flag(None, "use only this GPU", kind=int, result=False, group=RANKS)
+    gpu: int | None = flag(None, "use only this GPU", kind=int, result=False, group=RANKS, per_rank=True)
     multiprocessing_distributed: bool = flag(
-        False, "start one process a GPU on this node", kind=bool, result=False, group=RANKS
+        False, "start one process a GPU on this node", kind=bool, result=False, group=RANKS, per_rank=True
     )
     moco_dim: int = flag(256, "width of the embedding", kind=int, group=MODEL, low=1)
     moco_mlp_dim: int = flag(4096, "hidden width of projector and predictor", kind=int, group=MODEL, low=1)
@@ -104,10 +113,14 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         0.08, "smallest crop as a share of the image", "--crop-min", kind=float, group=DATA, low=0, high=1
     )
     # --- ours ------------------------------------------------------------------------------------------
-    output_dir: str = flag(".", "folder of checkpoints, metrics and logs", result=False, group=RUN)
-    recipe: str = flag("", "named set of flags (below); any flag still overrides", result=False, group=RUN)
-    config: str = flag("", "YAML file of fields, as a run's config.yaml", result=False, group=RUN)
-    device: str = flag("auto", "device", choices=("auto", "cpu", "cuda", "mps"), result=False, group=RANKS)
+    output_dir: str = flag(".", "folder of checkpoints, metrics and logs", result=False, group=RUN, per_rank=True)
+    recipe: str = flag(
+        "", "named set of flags (below); any flag still overrides", result=False, group=RUN, per_rank=True
+    )
+    config: str = flag("", "YAML file of fields, as a run's config.yaml", result=False, group=RUN, per_rank=True)
+    device: str = flag(
+        "auto", "device", choices=("auto", "cpu", "cuda", "mps"), result=False, group=RANKS, per_rank=True
+    )
     precision: str = flag("auto", "arithmetic of the networks", choices=("auto", "fp32", "fp16", "bf16"), group=METHOD)
     image_size: int = flag(224, "side of the views in pixels", kind=int, group=DATA, low=1)
     patch_size: int = flag(16, "side of a ViT's patches in pixels", kind=int, group=MODEL, low=1)
@@ -147,6 +160,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         group=DATA,
         low=0,
         high=1,
+        per_rank=True,
     )
     checkpoint_every: int = flag(
         1, "epochs between checkpoints that are kept", kind=int, result=False, group=RUN, metavar="EPOCHS", low=1
@@ -170,7 +184,13 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         0, "stop after this many steps in all, with a checkpoint (0: never)", kind=int, result=False, group=RUN, low=0
     )
     max_hours: float = flag(
-        0.0, "stop after this time, with a checkpoint (0: never)", kind=float, result=False, group=RUN, low=0
+        0.0,
+        "stop after this time, with a checkpoint (0: never)",
+        kind=float,
+        result=False,
+        group=RUN,
+        low=0,
+        per_rank=True,
     )
     knn_every: int = flag(
         0,
@@ -191,7 +211,13 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         low=0,
     )
     nprocs_per_node: int = flag(
-        0, "processes to start on this node (default: its GPUs, else 1)", kind=int, result=False, group=RANKS, low=0
+        0,
+        "processes to start on this node (default: its GPUs, else 1)",
+        kind=int,
+        result=False,
+        group=RANKS,
+        low=0,
+        per_rank=True,
     )
     compile: bool | None = flag(
         None,
@@ -219,6 +245,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         metavar="MINUTES",
         above=0,
         below=1e6,
+        per_rank=True,
     )
     deterministic: bool = flag(False, "only deterministic operations", kind=bool, result=False, group=RANKS)
     allow_config_change: bool = flag(
@@ -226,8 +253,10 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     )
     allow_data_change: bool = flag(False, "resume although the images differ", kind=bool, result=False, group=RUN)
     logger: str = flag("tensorboard", LOGGER_HELP, result=False, group=RUN, metavar="NAMES")
-    quiet: bool = flag(False, "print warnings and the result only", kind=bool, result=False, group=RUN)
-    json: bool = flag(False, "print every metrics line as JSON instead of text", kind=bool, result=False, group=RUN)
+    quiet: bool = flag(False, "print warnings and the result only", kind=bool, result=False, group=RUN, per_rank=True)
+    json: bool = flag(
+        False, "print every metrics line as JSON instead of text", kind=bool, result=False, group=RUN, per_rank=True
+    )
 
     @property
     def peak_lr(self) -> float:

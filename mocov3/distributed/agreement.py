@@ -13,31 +13,6 @@ from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.version import __version__
 
-PRIVATE = {
-    "data",
-    "output_dir",
-    "config",
-    "recipe",
-    "budget",
-    "workers",
-    "print_freq",
-    "resume",
-    "world_size",
-    "rank",
-    "gpu",
-    "device",
-    "dist_url",
-    "dist_backend",
-    "multiprocessing_distributed",
-    "nprocs_per_node",
-    "dist_timeout",
-    "quiet",
-    "json",
-    "max_corrupt",
-    "max_hours",
-}
-"""Fields that may differ: places, names, output, and what each rank decides for itself or with the others."""
-
 
 def check_agreement(world: World, config: PretrainConfig, images: dict[str, str]) -> None:
     """Refuse ranks of different configuration, images or versions.
@@ -50,7 +25,8 @@ def check_agreement(world: World, config: PretrainConfig, images: dict[str, str]
     Raises:
         UserError: on every rank, naming the first field that differs, its values and ranks.
     """
-    fields = {name: _shown(value) for name, value in dataclasses.asdict(config).items() if name not in PRIVATE}
+    shared = [f.name for f in dataclasses.fields(config) if not f.metadata["per_rank"]]
+    fields = {name: _shown(getattr(config, name)) for name in shared}
     facts = {"the version of mocov3": __version__, **images}
     facts |= {f"--{name.replace('_', '-')}": value for name, value in fields.items()}
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()
