@@ -21,9 +21,9 @@ from mocov3.distributed import World
 from mocov3.models.precision import Precision
 from mocov3.optim import build_optimizer
 from mocov3.pretraining.step import Step
+from mocov3.running.writer import Writer
 from mocov3.weights import checkpoint, tensorfiles
 from mocov3.weights.checkpoint import Position
-from mocov3.weights.writer import Writer
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
         kinds = {
             "none": lambda: None,
             "in the step": lambda: tensorfiles.write(folder / "a.pth", contents()),
-            "in the background": lambda: writer.save("b.pth", contents()),
+            "in the background": lambda: writer.save({"b.pth": contents()}),
         }
         for save in kinds.values():
             period(save)

@@ -140,6 +140,12 @@ class TuneLog:
             f"lr {line.lr:.1e}",
         ]
 
+    def sync(self) -> None:
+        """Flush what was logged so far to the disk, as far as the disk takes it."""
+        if self.active:
+            self._metrics.sync()
+            self._deit.sync()
+
     def close(self) -> None:
         """Finish the files and the bar."""
         self.terminal.close()

@@ -1,25 +1,21 @@
 """The fine-tuning loop of one rank, and the run around it. ``tune`` reads as DeiT's recipe."""
 
 import dataclasses
-import signal
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from mocov3.config import FinetuneConfig, logger_names, preset_of, write_yaml
-from mocov3.data import Batch, CentreView, Loader
+from mocov3.config import logger_names, preset_of, write_yaml
+from mocov3.data import Batch, CentreView
 from mocov3.data.device.pixels import normalise
-from mocov3.data.loading.loader import Unreadable, loader_workers
 from mocov3.data.loading.supervised import Repeated, stratified
 from mocov3.data.sources.transfer import open_pair
 from mocov3.distributed import World
-from mocov3.distributed.stop import Stop
-from mocov3.errors import UserError, stopped_by
+from mocov3.errors import UserError
 from mocov3.finetuning import files, setup
 from mocov3.finetuning.batches import batches, images_shown, iterations
 from mocov3.finetuning.evaluate import Accuracy, evaluate
@@ -29,10 +25,10 @@ from mocov3.finetuning.mixing import erase
 from mocov3.finetuning.model import set_epoch
 from mocov3.finetuning.recorder import Counters, TuneRecorder
 from mocov3.finetuning.step import Micro, Outcome
-from mocov3.output.log import warn
 from mocov3.output.terminal import style_of
-from mocov3.running.folder import owned
-from mocov3.weights import Contents, checkpoint
+from mocov3.running.folder import Owner, owned
+from mocov3.running.run import Run
+from mocov3.weights import Contents
 from mocov3.weights.checkpoint import Position
 
 _BAD_IN_A_ROW = 50
@@ -41,39 +37,36 @@ _BAD_IN_A_ROW = 50
 def tune(world: World, job: Job) -> int:
     """Fine-tune on this rank, from its present position to its end; returns the exit code."""
     # ranks of torchrun name a run by their own clocks
-    job = dataclasses.replace(job, config=_named(world, job.config))
-    if job.config.eval:
-        with Tuning(world, job) as run:
+    config = dataclasses.replace(job.config, output_dir=world.broadcast(job.config.output_dir))
+    job = dataclasses.replace(job, config=config)
+    if config.eval:
+        with Tuning(world, job, None) as run:
             run.report(run.evaluate())
             return 0
-    with owned(world, job.config.output_dir, "--output_dir") as owner, Tuning(world, job) as run:
+    with owned(world, config.output_dir, "--output_dir") as owner, Tuning(world, job, owner) as run:
         for batches in run.steps():
             lr = set_epoch(run.parts.schedule, batches[0].work.epoch)
             outcome = run.parts.step(run.micro(batch) for batch in batches)
             run.advance(batches[0], outcome, lr)
             if run.position.iteration == 0:
                 run.end_epoch(lr)
-            owner.check()
             if run.must_stop():
                 run.save()
                 break
         return run.exit_code()
 
 
-def _named(world: World, config: FinetuneConfig) -> FinetuneConfig:
-    return dataclasses.replace(config, output_dir=world.broadcast(config.output_dir))
-
-
-class Tuning:
+class Tuning(Run):
     """A fine-tuning run on one rank."""
 
-    def __init__(self, world: World, job: Job) -> None:
-        self.world = world
+    log: TuneLog
+
+    def __init__(self, world: World, job: Job, owner: Owner | None) -> None:
+        super().__init__(world, job.config, owner)
         self.start = files.find_start(job.config, world)
         self.config = c = self.start.config
         torch.use_deterministic_algorithms(c.deterministic)
         torch.backends.cudnn.benchmark = not c.deterministic
-        self.folder = Path(c.output_dir)
         self.pair = open_pair(c.data_set, c.data_path)
         self.classes = len(self.pair.train.classes)
         self.train = Repeated(stratified(self.pair.train, c.fraction), c.repeats)
@@ -83,11 +76,9 @@ class Tuning:
         self.iterations = self._iterations()
         self.parts = setup.build(self.start, self.classes, world, script_door=job.script_door)
         self.position, counters = self._restored()
-        log = self._open_log(counters, job.script_door)
-        self.recorder = TuneRecorder(log, counters, self.total_batch, c.print_freq, c.repeats)
-        self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
-        self._loader: Loader | None = None
-        self._saved_at, self._bad = -1, 0
+        self.log = self._open_log(counters, job.script_door)
+        self.recorder = TuneRecorder(self.log, counters, self.total_batch, c.print_freq, c.repeats)
+        self._bad, self._better = 0, False
 
     def _iterations(self) -> int:
         c, n = self.config, len(self.train.source)
@@ -151,12 +142,8 @@ class Tuning:
     def steps(self) -> Iterator[list[Batch]]:
         """The batches of every step from the present position on, prepared ahead."""
         c, p = self.config, self.position
-        if p.epoch >= c.epochs or self._stop.steps_done(p.step):
-            self.recorder.log.say(f"nothing left to do: {p.step} steps, {p.epoch} epochs are done")
+        if self.is_done(c.epochs):
             return
-        self._loader = Loader(
-            self.train, setup.transform(c, self.preset), batch_size=c.batch_size, seed=c.seed, workers=self._workers()
-        )
         works = batches(
             len(self.train.source),
             seed=c.seed,
@@ -169,7 +156,8 @@ class Tuning:
             epochs=c.epochs,
         )
         together: list[Batch] = []
-        for batch in self._loader.run(works):
+        transform = setup.transform(c, self.preset)
+        for batch in self.load(self.train, transform, works, batch_size=c.batch_size, seed=c.seed):
             # a batch's slot is overwritten when the next is asked for
             copy = batch if c.accum_iter == 1 else dataclasses.replace(batch, pixels=batch.pixels.copy())
             together.append(copy)
@@ -177,9 +165,6 @@ class Tuning:
                 self.recorder.batches_came(together)
                 yield together
                 together = []
-
-    def _workers(self, images: int | None = None) -> int:
-        return loader_workers(self.config.workers, self.world.local_size, images)
 
     def micro(self, batch: Batch) -> Micro:
         """Images and targets on the device, erased and mixed, and the draws of stochastic depth."""
@@ -195,15 +180,13 @@ class Tuning:
 
     def advance(self, batch: Batch, outcome: Outcome, lr: float) -> None:
         """Record the step and move the position past it."""
-        work, step = batch.work, self.position.step
-        self.recorder.step_done(work, outcome, step=step, lr=lr)
+        self.recorder.step_done(batch.work, outcome, step=self.position.step, lr=lr)
         self._bad = 0 if outcome.ok else self._bad + 1
         if self._bad >= _BAD_IN_A_ROW:
             raise UserError(
                 f"loss or gradient were not finite for {_BAD_IN_A_ROW} steps in a row; lower --lr or --clip-grad"
             )
-        ended = work.iteration + 1 == self.iterations
-        self.position = Position(work.epoch + ended, 0 if ended else work.iteration + 1, step + 1)
+        self.move_past(batch.work)
 
     def end_epoch(self, lr: float) -> None:
         """Evaluate where due, and checkpoint."""
@@ -212,9 +195,9 @@ class Tuning:
         better = self.recorder.epoch_done(done - 1, self.position.step - 1, lr, accuracy)
         if accuracy is not None:
             self.report(accuracy)
-        if better:
-            self._write(files.BEST, self._contents(best=True))
+        self._better = better
         self.save()
+        self._better = False
         self.recorder.restart_clock()
 
     def evaluate(self) -> Accuracy:
@@ -232,12 +215,12 @@ class Tuning:
             mean=self.preset.mean,
             std=self.preset.std,
             batch_size=max(3 * c.batch_size // 2, 1),
-            workers=self._workers(len(self.pair.test)),
+            workers=self.workers(len(self.pair.test)),
         )
 
     def report(self, accuracy: Accuracy) -> None:
         """Print accuracies, in DeiT's words."""
-        terminal = self.recorder.log.terminal
+        terminal = self.log.terminal
         tell = terminal.result if self.config.eval else terminal.say
         per_class = f" mean per class {accuracy.mean_class_acc1:.3f}" if self.pair.per_class else ""
         tell(f"* Acc@1 {accuracy.acc1:.3f} Acc@5 {accuracy.acc5:.3f} loss {accuracy.loss:.3f}{per_class}")
@@ -245,27 +228,10 @@ class Tuning:
         if not self.config.eval:
             tell(f"Max accuracy: {self.recorder.counters.best:.2f}%")
 
-    def must_stop(self) -> bool:
-        """Checkpoint where due; whether a limit or a signal asks to stop now, the same on every rank."""
-        c, p = self.config, self.position
-        if c.checkpoint_steps and p.step % c.checkpoint_steps == 0:
-            self.save()
-        return self._stop.agreed(self.world, p.step)
-
-    def save(self) -> None:
-        """Write the checkpoint of the present position, by the main rank."""
-        if self._saved_at != self.position.step:
-            self._saved_at = self.position.step
-            self._write(files.LAST, self._contents())
-            self.world.barrier()
-
-    def _write(self, name: str, contents: Contents) -> None:
-        if not self.world.main:
-            return
-        try:
-            checkpoint.write(self.folder / name, contents)
-        except OSError as error:
-            warn(f"{name} could not be written ({error.strerror or error}); the run continues")
+    def files(self) -> dict[str, Contents]:
+        """The checkpoint of the present position, and the best one where this is it."""
+        last = {files.LAST: self._contents()}
+        return {files.BEST: self._contents(best=True), **last} if self._better else last
 
     def _contents(self, *, best: bool = False) -> dict[str, Any]:
         return files.contents(
@@ -280,25 +246,14 @@ class Tuning:
             classes=list(self.pair.train.classes),
         )
 
-    def exit_code(self) -> int:
-        """0 when done, 128 + its number when stopped by a signal."""
-        if number := self._stop.signal:
-            name = signal.Signals(number).name
-            self.recorder.log.say(f"stopped by {name}, checkpoint written; continue with --resume auto")
-            return stopped_by(number)
-        self.recorder.log.terminal.result(
+    @property
+    def data_title(self) -> str:
+        """The images, for messages."""
+        return f"--data-path {self.config.data_path}"
+
+    def result(self) -> None:
+        """Say where the run stands."""
+        self.log.terminal.result(
             f"{self.folder / files.LAST}: {self.position.epoch} of {self.config.epochs} epochs, best Acc@1 "
             f"{self.recorder.counters.best:.2f} %"
         )
-        return 0
-
-    def __enter__(self) -> "Tuning":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        self._stop.close()
-        if self._loader is not None:
-            self._loader.close()
-        self.recorder.log.close()
-        if isinstance(error, Unreadable):
-            raise UserError(f"--data-path {self.config.data_path}: {error}") from None

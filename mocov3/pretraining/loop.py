@@ -1,27 +1,23 @@
 """The training loop of one rank (arXiv 2104.02057, algorithm 1) and the run around it.
 
-``train`` reads as the algorithm; ``Run`` holds what it needs and is made once.
+``train`` reads as the algorithm; ``Pretraining`` holds what it needs and is made once.
 """
 
 import dataclasses
 import secrets
-import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from mocov3 import losses, schedules
 from mocov3.config import logger_names, write_yaml
 from mocov3.config.cheap import stage_of, stages
-from mocov3.data import Batch, Loader, TwoViews
+from mocov3.data import Batch, TwoViews
 from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
 from mocov3.data.device.token_strips import cheaper
-from mocov3.data.loading.loader import Unreadable, batches, loader_workers
+from mocov3.data.loading.loader import batches
 from mocov3.distributed import World
 from mocov3.distributed.agreement import check_agreement
-from mocov3.distributed.stop import Stop
-from mocov3.errors import UserError, stopped_by
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.output.log import RunLog, warn
 from mocov3.output.machine import note_start
@@ -44,34 +40,35 @@ from mocov3.pretraining.recorder import Recorder
 from mocov3.pretraining.report_process import Pages
 from mocov3.pretraining.saver import IMAGES, Saver, new_run_name, write_images
 from mocov3.pretraining.step import Outcome, Step
-from mocov3.running.folder import owned
-from mocov3.weights import checkpoint, our_entry
+from mocov3.running.folder import Owner, owned
+from mocov3.running.run import Run
+from mocov3.weights import Contents, checkpoint, our_entry
 from mocov3.weights.checkpoint import Position
 
 
 def train(world: World, job: Job) -> int:
     """Train on this rank, from its present position to its end; returns the exit code."""
-    with owned(world, job.config.output_dir) as owner, Run(world, job) as run:
+    with owned(world, job.config.output_dir) as owner, Pretraining(world, job, owner) as run:
         for batch in run.batches():
             lr, m = run.schedule(batch)
             outcome = run.step(*run.views(batch), lr=lr, m=m)
             run.advance(batch, outcome, lr, m)
             if run.position.iteration == 0:
                 run.end_epoch()
-            owner.check()
             if run.must_stop():
                 run.save()
                 break
         return run.exit_code()
 
 
-class Run:
+class Pretraining(Run):
     """A pre-training run on one rank."""
 
-    def __init__(self, world: World, job: Job) -> None:
-        self.world, self.config = world, job.config
-        c = self.config
-        self.folder = Path(c.output_dir)
+    log: RunLog
+
+    def __init__(self, world: World, job: Job, owner: Owner) -> None:
+        super().__init__(world, job.config, owner)
+        self.config = c = job.config
         self.source, self.held_out, self.order = open_images(c)
         check_agreement(world, c, {"images": self.source.digest})
         check_divides(c.batch_size, world.size)
@@ -110,15 +107,13 @@ class Run:
         if self.compiled:
             self.log.say("compiling the backbones: the first steps take a minute more (--no-compile: slower steps)")
         complete = dataclasses.replace(c, seed=self.seed, compile=self.compiled)
-        self.saver = Saver(world, complete, self._name_run(resume_from), self.source, self.log)
+        self.saver = Saver(world, complete, self._name_run(resume_from), self.source)
         self.recorder = Recorder(
             world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq, images=self._images
         )
-        self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
         self.online = Online(c, world, self.model, self.source, self.log)
         self.watch = Watch(complete, world, self.model, self.log, start=self.position)
         self.pages = Pages(self.folder, c.report_every, self.log, active=world.main)
-        self._loader: Loader | None = None
 
     def _name_run(self, resume_from: resume.ResumeFrom | None) -> str:
         """The run's name: the checkpoint's, or a new one; config.yaml and the list of images go with it."""
@@ -187,17 +182,14 @@ class Run:
     def batches(self) -> Iterator[Batch]:
         """Batches from the present position to the end of the last epoch, prepared ahead."""
         c, world, position = self.config, self.world, self.position
-        if position.epoch >= c.epochs or self._stop.steps_done(position.step):
-            self.log.say(f"nothing left to do: {position.step} steps, {position.epoch} epochs are done")
+        if self.is_done(c.epochs):
             return
-        workers = loader_workers(c.workers, world.local_size)
         if not position.step:
             self.online.show_views(0)
         start = (position.epoch, position.iteration)
         for stage in (s for s in self.stages if s.end > start[0]):
             views = TwoViews(stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device")
             local = c.batch_size // world.size
-            self._loader = Loader(self.source, views, batch_size=local, seed=self.seed, workers=workers)
             works = batches(
                 len(self.source),
                 seed=self.seed,
@@ -208,10 +200,9 @@ class Run:
                 epochs=stage.end,
                 order=self.order,
             )
-            for batch in self._loader.run(works):
+            for batch in self.load(self.source, views, works, batch_size=local, seed=self.seed):
                 self.recorder.batch_came()
                 yield batch
-            self._loader.close()
 
     def views(self, batch: Batch) -> tuple[ViewBatch, ViewBatch]:
         """The two views, made on the device when the step asks for them; strips of them in a cheap stage of a ViT."""
@@ -236,10 +227,8 @@ class Run:
 
     def advance(self, batch: Batch, outcome: Outcome, lr: float, m: float) -> None:
         """Record the step and move the position past it."""
-        work, step = batch.work, self.position.step
-        self.recorder.step_done(batch, outcome, step=step, lr=lr, m=m, skipped=self.step.skipped)
-        ended = work.iteration + 1 == self.iterations
-        self.position = Position(work.epoch + ended, 0 if ended else work.iteration + 1, step + 1)
+        self.recorder.step_done(batch, outcome, step=self.position.step, lr=lr, m=m, skipped=self.step.skipped)
+        self.move_past(batch.work)
 
     def end_epoch(self) -> None:
         """Evaluate and checkpoint, where due."""
@@ -256,62 +245,48 @@ class Run:
         self.recorder.restart_clock()
 
     def must_stop(self) -> bool:
-        """Checkpoint where due; whether a limit or a signal asks to stop now, the same on every rank."""
+        """Refuse to continue where too many images cannot be read or numbers stay bad; then as every run."""
         c, p = self.config, self.position
-        if c.checkpoint_steps and p.step % c.checkpoint_steps == 0:
-            self.save()
         met = min((p.epoch * self.iterations + p.iteration) * c.batch_size, len(self.source))
         bad = len(self.counters.corrupt)
         if bad >= 10 and bad > c.max_corrupt * met:
             self._stop.refuse(
-                f"data {c.data}: {bad} of {met} images met cannot be read, more than --max-corrupt {c.max_corrupt}"
+                f"{self.data_title}: {bad} of {met} images met cannot be read, more than --max-corrupt {c.max_corrupt}"
             )
         if self.recorder.skips.in_a_row >= self.step.most_skips_in_a_row and not self._stop.refusal:
             self._stop.refuse(self.saver.diverged(self.recorder.skips.longest, self.step.diagnosis(), self._images))
-        return self._stop.agreed(self.world, p.step)
+        return super().must_stop()
 
-    def save(self) -> None:
-        """Checkpoint the present position; every rank must call it at the same step."""
+    def files(self) -> dict[str, Contents]:
+        """The checkpoint of the present position; what was recorded before it is read off the device first."""
         self.recorder.flush()
         self.recorder.count_corrupt(self.position.epoch)
-        self.saver.save(self.position, self.model, self.optimizer, self.step, self.counters)
+        return self.saver.files(self.position, self.model, self.optimizer, self.step, self.counters)
+
+    def written(self, name: str) -> None:
+        """Remove checkpoints that a newer one has made useless."""
+        self.saver.prune()
+
+    @property
+    def data_title(self) -> str:
+        """The images, for messages."""
+        return f"data {self.config.data_title}"
 
     def _images(self, epoch: int, iteration: int) -> list[int]:
         size = self.config.batch_size
         return self.order.epoch(self.seed, epoch)[iteration * size : (iteration + 1) * size].tolist()
 
-    def exit_code(self) -> int:
-        """0 when done, 128 + its number when stopped by a signal.
+    def finish(self) -> None:
+        """Finish the page."""
+        self.pages.finish()
 
-        Raises:
-            UserError: when too many images cannot be read, numbers stay bad, or the disk refuses the last checkpoint.
-        """
-        unsaved = self.saver.flush()
-        if not self._stop.signal:
-            self.pages.finish()
-        where = f"the last checkpoint is not in {self.folder} ({unsaved})" if unsaved else "a checkpoint was written"
-        if self._stop.refusal:
-            raise UserError(f"{self._stop.refusal}; {where}")
-        if unsaved:
-            raise UserError(f"--output-dir: {where}; free some space, then continue with --resume auto")
-        if number := self._stop.signal:
-            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; continue with --resume auto")
-            return stopped_by(number)
+    def result(self) -> None:
+        """Say where the run stands."""
         self.log.result(f"{self.folder / self.saver.newest}: {self.log.standing(self.position.epoch)}")
-        return 0
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        self._stop.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.pages.close()
-        if self._loader is not None:
-            self._loader.close()
-        self.saver.close()
-        self.log.close()
-        if isinstance(error, Unreadable):
-            raise UserError(f"data {self.config.data_title}: {error}") from None
+        super().__exit__(kind, error, trace)
 
 
 def _draw_seed() -> int:

@@ -16,46 +16,41 @@ from mocov3.distributed import World
 from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import printable
 from mocov3.models import MoCo
-from mocov3.output.log import RunLog, warn
+from mocov3.output.log import warn
 from mocov3.pretraining.recorder import Counters, Recorded
 from mocov3.pretraining.step import Step
-from mocov3.weights import checkpoint
+from mocov3.weights import Contents, checkpoint
 from mocov3.weights.checkpoint import Position
 from mocov3.weights.origin import origin_of_run
-from mocov3.weights.writer import Writer
 
 IMAGES = "pictures.txt.gz"
 _LISTED = 3
 
 
 class Saver:
-    """Saves one run; files are written by the main rank only, in the background.
+    """What the files of one run hold, and which are kept.
 
     Args:
         world: this rank.
         config: of the run, with its seed.
         run: name of the run, the same after every resume.
         source: the images.
-        log: brought to the disk before a checkpoint takes its name.
     """
 
-    def __init__(self, world: World, config: PretrainConfig, run: str, source: Source, log: RunLog) -> None:
+    def __init__(self, world: World, config: PretrainConfig, run: str, source: Source) -> None:
         self.world, self.config, self.run, self.source = world, config, run, source
         self.folder = Path(config.output_dir)
-        self._saved_at = -1
         self.newest = ""
         """Name of the newest checkpoint of this process, on the main rank."""
         self._epoch_complete: int | None = None
         self._digest = source.digest
-        self._writer = Writer(self.folder, before=log.sync, after=self._prune, warn=warn) if world.main else None
 
-    def save(self, position: Position, model: MoCo, optimizer: Any, step: Step, counters: Counters) -> None:
-        """Save the present position; the step waits for a copy in memory only. Every rank must call it."""
-        if self._saved_at == position.step:
-            return
-        self._saved_at = position.step
-        if self._writer is None and not is_sharded(model):
-            return
+    def files(
+        self, position: Position, model: MoCo, optimizer: Any, step: Step, counters: Counters
+    ) -> dict[str, Contents]:
+        """The checkpoint of the present position by its name, on the main rank. Every rank must call it."""
+        if not self.world.main and not is_sharded(model):
+            return {}
         c, p = self.config, position
         extra: dict[str, Any] = {
             "run": self.run,
@@ -79,27 +74,16 @@ class Saver:
             extra=extra,
             keep=self.world.main,
         )
-        if self._writer is None:
-            return
-        name = checkpoint.step_name(p.epoch, p.step) if p.iteration else checkpoint.epoch_name(p.epoch - 1)
+        self.newest = checkpoint.step_name(p.epoch, p.step) if p.iteration else checkpoint.epoch_name(p.epoch - 1)
         self._epoch_complete = p.epoch - 1
-        self._writer.save(name, contents)
-        self.newest = name
+        return {self.newest: contents}
 
-    def _prune(self, _: str) -> None:
+    def prune(self) -> None:
+        """Remove what a newer checkpoint has made useless."""
         c = self.config
         checkpoint.prune(
             self.folder, epoch_complete=self._epoch_complete, keep_last=c.keep_last, keep_every=c.keep_every
         )
-
-    def flush(self) -> str:
-        """Wait for the disk; on every rank, why the newest checkpoint is not on it, or ''."""
-        return self.world.broadcast(self._writer.flush() if self._writer is not None else "")
-
-    def close(self) -> None:
-        """Finish writing."""
-        if self._writer is not None:
-            self._writer.close()
 
     def diverged(self, row: Sequence[Recorded], diagnosis: str, images: Callable[[int, int], list[int]]) -> str:
         """Save the views of the last bad batch; what happened, where to look and what to try, in one line."""

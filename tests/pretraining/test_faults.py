@@ -20,13 +20,13 @@ from trials import record, trials
 from mocov3 import models
 from mocov3.cli import main
 from mocov3.distributed import World, free_loopback_address
-from mocov3.distributed.stop import Stop
 from mocov3.models.precision import Precision
 from mocov3.optim import build_optimizer
 from mocov3.output.log import LineFile
 from mocov3.pretraining.step import SpikeGuard, Step
+from mocov3.running.stop import Stop
+from mocov3.running.writer import Writer
 from mocov3.weights import checkpoint
-from mocov3.weights.writer import Writer
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits and signals")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux: prlimit and /proc")
@@ -92,7 +92,7 @@ def test_the_snapshot_is_of_the_moment(tmp_path):
     weight = torch.arange(1_000_000.0)
     for i in range(3):
         before = weight.clone()
-        made.save(f"{i}.pth", {"w": weight, "n": [i, {"t": weight[:3]}]})
+        made.save({f"{i}.pth": {"w": weight, "n": [i, {"t": weight[:3]}]}})
         weight += 1  # in place, as an optimizer does, while the thread writes
         made.flush()
         found = checkpoint.read(tmp_path / f"{i}.pth")
@@ -105,17 +105,19 @@ def test_the_snapshot_is_of_the_moment(tmp_path):
 def test_a_failed_write_is_tried_again(tmp_path):
     folder = tmp_path / "gone"
     made, said = writer(folder)
-    made.save("a.pth", {"epoch": 1})
+    made.save({"epoch_1.pth": {"epoch": 1}, "best.pth": {"epoch": 1}})
     end = time.monotonic() + 20
     while sum("could not be written" in s for s in said) < 2 and time.monotonic() < end:
         time.sleep(0.005)
-    made.save("b.pth", {"epoch": 2})
+    made.save({"epoch_2.pth": {"epoch": 2}})
     assert made.flush()
     folder.mkdir()  # the mount is back
     assert made.flush() == ""
     assert made.close() == ""
-    assert [p.name for p in folder.iterdir()] == ["b.pth"]
-    assert said[-1] == "b.pth"
+    # a newer numbered file takes the place of an older one; another file is still due
+    assert sorted(p.name for p in folder.iterdir()) == ["best.pth", "epoch_2.pth"]
+    assert said[-2:] == ["best.pth", "epoch_2.pth"]
+    assert checkpoint.read(folder / "best.pth")["epoch"] == 1
 
 
 def test_lines_wait_for_the_disk(tmp_path, capsys):

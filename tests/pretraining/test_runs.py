@@ -18,8 +18,8 @@ from starting import Started
 from mocov3 import load_backbone, losses
 from mocov3.cli import main
 from mocov3.distributed import World
-from mocov3.distributed.stop import Stop
 from mocov3.metrics import MetricsLine
+from mocov3.running.stop import Stop
 
 VOLATILE = ("images_per_second", "data_wait", "resumed")
 

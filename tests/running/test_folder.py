@@ -1,4 +1,4 @@
-"""A run's folder has one owner: two runs of every task, kills, file systems without locks."""
+"""A run's folder has one owner, on file systems with locks and without."""
 
 import errno
 import fcntl
@@ -9,8 +9,6 @@ import sys
 
 import pytest
 import torch
-from evaluating import write_pretrained
-from killing import Process, environment
 
 from mocov3.distributed import World
 from mocov3.errors import UserError
@@ -18,54 +16,6 @@ from mocov3.running import folder as folders
 from mocov3.running.folder import LOCK, owned, take
 
 ALONE = World(0, 1, torch.device("cpu"))
-USUAL = ["--device", "cpu", "-j", "0", "--quiet"]
-LONG = {
-    "pretrain": "-a resnet10_w16 --moco-dim 8 --moco-mlp-dim 8 --recipe defaults -b 16 --image-size 32 --epochs 9999",
-    "lincls": "-b 16 --epochs 9999 --lr 0.1 -p 1",
-    "finetune": "-a resnet10_w16 --small-stem --data-set folder -b 16 --input-size 32 --epochs 9999 --aa none",
-}
-LINES = {"pretrain": "metrics.jsonl", "lincls": "lincls.jsonl", "finetune": "metrics.jsonl"}
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pretrained") / "checkpoint_0000.pth.tar"
-    write_pretrained(path)
-    return path
-
-
-def command(task, images, pretrained, folder, *flags):
-    data = ["--data-path", str(images)] if task == "finetune" else [str(images)]
-    weights = ["--pretrained", str(pretrained)] if task == "lincls" else []
-    where = ["--output-dir", str(folder)]
-    return [sys.executable, "-m", "mocov3", task, *data, *weights, *LONG[task].split(), *USUAL, *flags, *where]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX process groups")
-@pytest.mark.parametrize("task", LONG)
-def test_a_second_run_is_refused_and_a_resume_starts_at_once_after_a_kill(task, images, pretrained, tmp_path):
-    first = Process(command(task, images, pretrained, tmp_path))
-    lines = tmp_path / LINES[task]
-    try:
-        assert first.wait_until(lambda: lines.exists() and lines.stat().st_size > 0)
-        second = subprocess.run(
-            command(task, images, pretrained, tmp_path, "--resume", "auto"),
-            capture_output=True,
-            text=True,
-            env=environment(),
-            timeout=120,
-        )
-        assert second.returncode == 2, second.stderr
-        (line,) = second.stderr.splitlines()
-        assert f"process {first.popen.pid} on {socket.gethostname()}" in line
-        assert str(tmp_path) in line
-        assert first.popen.poll() is None
-    finally:
-        first.kill()
-    assert (tmp_path / LOCK).exists()
-    resumed = command(task, images, pretrained, tmp_path, "--resume", "auto", "--max-steps", "1")
-    Process(resumed).finish()
-    assert not (tmp_path / LOCK).exists()
 
 
 def test_an_owner_is_named_and_gives_the_folder_up(tmp_path):

@@ -221,6 +221,11 @@ class EvaluationLog:
         for text in edges(results):
             warn(text)
 
+    def sync(self) -> None:
+        """Flush what was logged so far to the disk, as far as the disk takes it."""
+        if self._file is not None:
+            self._file.sync()
+
     def close(self) -> None:
         """Finish the file and the bar."""
         self.terminal.close()

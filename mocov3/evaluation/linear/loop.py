@@ -5,9 +5,7 @@ learning rate a half cosine that changes once an epoch, the backbone in evaluati
 """
 
 import dataclasses
-import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,33 +13,31 @@ import torch
 from torch import Tensor
 
 from mocov3 import schedules
-from mocov3.data import Batch, Loader
+from mocov3.data import Batch
 from mocov3.data.device.pixels import normalise
 from mocov3.data.loading.labelled import CropView, open_labelled, plan_all
-from mocov3.data.loading.loader import Unreadable, loader_workers
 from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
-from mocov3.distributed.stop import Stop
-from mocov3.errors import UserError, stopped_by
 from mocov3.evaluation.features import Collected, collect, refuse_not_finite
 from mocov3.evaluation.linear import files
 from mocov3.evaluation.linear.heads import Heads, HeadSpec
 from mocov3.evaluation.linear.inputs import Job
 from mocov3.evaluation.linear.lbfgs import solve
-from mocov3.evaluation.linear.log import HeadResult, best_of
+from mocov3.evaluation.linear.log import EvaluationLog, HeadResult, best_of
 from mocov3.evaluation.linear.scores import evaluated, rates, validation_features
 from mocov3.evaluation.linear.setup import check_same_run, find, open_backbone, open_log, protocol
 from mocov3.losses import at_least_float32
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.output.log import warn
-from mocov3.running.folder import owned
-from mocov3.weights import Contents, checkpoint, our_entry
+from mocov3.running.folder import Owner, owned
+from mocov3.running.run import Run
+from mocov3.weights import Contents, our_entry
 from mocov3.weights.checkpoint import Position
 
 
 def train(world: World, job: Job) -> int:
     """Train the heads on this rank, from its present position to its end; returns the exit code."""
-    with owned(world, job.config.output_dir) as owner, Evaluation(world, job) as run:
+    with owned(world, job.config.output_dir) as owner, Evaluation(world, job, owner) as run:
         if run.config.solver == "lbfgs":
             run.solve()
         else:
@@ -49,18 +45,19 @@ def train(world: World, job: Job) -> int:
                 run.step(work, batch)
                 if run.position.iteration == 0:
                     run.end_epoch()
-                owner.check()
                 if run.must_stop():
                     run.save()
                     break
-        return run.finish()
+        return run.exit_code()
 
 
-class Evaluation:
+class Evaluation(Run):
     """A run of linear evaluation on one rank."""
 
-    def __init__(self, world: World, job: Job) -> None:
-        self.world, self.folder = world, Path(job.config.output_dir)
+    log: EvaluationLog
+
+    def __init__(self, world: World, job: Job, owner: Owner) -> None:
+        super().__init__(world, job.config, owner)
         self.source, self.val_source = open_labelled(job.config.data)
         self.labels, self.val_labels = (
             torch.as_tensor(s.labels, dtype=torch.long, device=world.device) for s in (self.source, self.val_source)
@@ -94,8 +91,7 @@ class Evaluation:
         self.unreadable: dict[str, dict[int, str]] = {"train": {}, "val": {}}
         self._val: list[tuple[Tensor, Tensor]] | None = None
         self._train: Collected | None = None
-        self._loader: Loader | None = None
-        self._saved_at = -1
+        self._best = False
         self.log = open_log(
             c,
             world,
@@ -107,7 +103,6 @@ class Evaluation:
             resumed=contents is not None,
             script_door=job.script_door,
         )
-        self._stop = Stop(max_steps=c.max_steps, max_hours=c.max_hours)
 
     def _restore(self, where: str, contents: Contents) -> None:
         self.position = files.restore(contents, self.heads, where, iterations=self.iterations)
@@ -123,18 +118,14 @@ class Evaluation:
         if isinstance(entry.get("counts"), Tensor) and self.position.iteration and self.world.main:
             self.counts += entry["counts"].to(self.counts)
 
-    def _workers(self) -> int:
-        return loader_workers(self.config.workers, self.world.local_size)
-
     def _settings(self) -> dict[str, Any]:
         preset = self.frozen.preset
-        return {"mean": preset.mean, "std": preset.std, "workers": self._workers(), "autocast": self.precision.autocast}
+        return {"mean": preset.mean, "std": preset.std, "workers": self.workers(), "autocast": self.precision.autocast}
 
     def batches(self) -> Iterator[tuple[Work, Batch | None]]:
         """This rank's batches from the present position to the end; without pixels where features are cached."""
         c, world, p = self.config, self.world, self.position
-        if p.epoch >= c.epochs or self._stop.steps_done(p.step):
-            self.log.say(f"nothing left to do: {p.step} steps, {p.epoch} epochs are done")
+        if self.is_done(c.epochs):
             return
         works = plan_all(
             len(self.source),
@@ -154,8 +145,7 @@ class Evaluation:
             return
         view = CropView(self.frozen.image_size, c.crop_min, self.frozen.preset.reading)
         local = -(-c.batch_size // world.size)
-        self._loader = Loader(self.source, view, batch_size=local, seed=c.seed or 0, workers=self._workers())
-        for batch in self._loader.run(works):
+        for batch in self.load(self.source, view, works, batch_size=local, seed=c.seed or 0):
             self.log.waited()
             yield batch.work, batch
 
@@ -196,7 +186,7 @@ class Evaluation:
 
     def step(self, work: Work, batch: Batch | None) -> None:
         """Train the heads on a batch, and move the position past it."""
-        c, step = self.config, self.position.step
+        c = self.config
         x, target = self._features(work, batch)
         factor = schedules.epoch_cosine(work.epoch, initial=c.lr_scale, epochs=c.epochs)
         sums = self.heads.step(x, target, lr_factor=factor)
@@ -207,8 +197,7 @@ class Evaluation:
             lead = best_of(self.results)
             summed = self.world.sum(torch.stack([now[lead], self.counts[lead]]))
             self.log.line(work.epoch, work.iteration, *(rates(row) for row in summed.tolist()))
-        ended = work.iteration + 1 == self.iterations
-        self.position = Position(work.epoch + ended, 0 if ended else work.iteration + 1, step + 1)
+        self.move_past(work)
 
     def end_epoch(self) -> None:
         """Evaluate every head, write the lines and the checkpoints."""
@@ -246,7 +235,9 @@ class Evaluation:
         self._zero_counts()
         if done in (1, c.epochs):
             self._check_backbone()
-        self.save(best=lead.best_acc1 > best_before)
+        self._best = lead.best_acc1 > best_before
+        self.save(again=self._best)
+        self._best = False
         self.log.restart()
 
     def evaluate(self) -> list[tuple[float, float, float]]:
@@ -285,62 +276,48 @@ class Evaluation:
         wide = torch.float32 if self.world.device.type == "mps" else torch.float64
         self.counts = torch.zeros(len(self.results), 4, dtype=wide, device=self.world.device)
 
-    def must_stop(self) -> bool:
-        """Checkpoint where due; whether a limit or a signal asks to stop now, the same on every rank."""
-        c, p = self.config, self.position
-        if c.checkpoint_steps and p.step % c.checkpoint_steps == 0:
-            self.save()
-        return self._stop.agreed(self.world, p.step)
-
-    def save(self, *, best: bool = False) -> None:
-        """Write ``checkpoint.pth.tar`` of the present position, and ``model_best.pth.tar`` if it is the best."""
-        p, c = self.position, self.config
-        if self._saved_at == p.step and not best:
-            return
-        self._saved_at = p.step
-        counts = self.world.sum(self.counts).cpu()
-        if self.world.main:
-            lead = best_of(self.results)
-            view = self.frozen.preset
-            contents = files.pack(
-                self.frozen,
-                self.heads,
-                lead,
-                position=p,
-                best_acc1=self.results[lead].best_acc1,
-                extra={
-                    "config": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(c).items()},
-                    "seed": c.seed,
-                    "classes": list(self.source.classes),
-                    "data_digest": self.source.digest,
-                    "heads": [dataclasses.asdict(r) for r in self.results],
-                    "counts": counts,
-                    "protocol": protocol(c),
-                    "backbone": self.digest,
-                    "view": {
-                        "mean": list(view.mean),
-                        "std": list(view.std),
-                        "zoom": view.evaluation_zoom,
-                        "channels": view.reading.channels,
-                        "window": list(view.reading.window or ()),
-                    },
-                    "origin": self.frozen.about,
-                    "licence": "that of the backbone's weights",
+    def files(self) -> dict[str, Contents]:
+        """``checkpoint.pth.tar`` of the present position, and ``model_best.pth.tar`` where it is the best."""
+        c, counts = self.config, self.world.sum(self.counts).cpu()
+        if not self.world.main:
+            return {}
+        lead, view = best_of(self.results), self.frozen.preset
+        contents = files.pack(
+            self.frozen,
+            self.heads,
+            lead,
+            position=self.position,
+            best_acc1=self.results[lead].best_acc1,
+            extra={
+                "config": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(c).items()},
+                "seed": c.seed,
+                "classes": list(self.source.classes),
+                "data_digest": self.source.digest,
+                "heads": [dataclasses.asdict(r) for r in self.results],
+                "counts": counts,
+                "protocol": protocol(c),
+                "backbone": self.digest,
+                "view": {
+                    "mean": list(view.mean),
+                    "std": list(view.std),
+                    "zoom": view.evaluation_zoom,
+                    "channels": view.reading.channels,
+                    "window": list(view.reading.window or ()),
                 },
-            )
-            # the best first: killed between the two, a resume makes it again
-            for name in (*([files.BEST] if best else []), files.CHECKPOINT):
-                try:
-                    checkpoint.write(self.folder / name, contents)
-                except OSError as error:
-                    warn(f"{name} could not be written ({error.strerror or error}); the run continues")
-        self.world.barrier()
+                "origin": self.frozen.about,
+                "licence": "that of the backbone's weights",
+            },
+        )
+        # the best first: killed between the two, a resume makes it again
+        return {**({files.BEST: contents} if self._best else {}), files.CHECKPOINT: contents}
 
-    def finish(self) -> int:
-        """The table of heads at the end, or what to do after a signal; returns the exit code."""
-        if number := self._stop.signal:
-            self.log.say(f"stopped by {signal.Signals(number).name}, checkpoint written; continue with --resume auto")
-            return stopped_by(number)
+    @property
+    def data_title(self) -> str:
+        """The images, for messages."""
+        return f"data {self.config.data}"
+
+    def result(self) -> None:
+        """The table of heads."""
         if self.results[0].best_epoch >= 0:
             c = self.config
             bad = {part: len(set().union(*self.world.gather(set(met)))) for part, met in self.unreadable.items()}
@@ -357,15 +334,3 @@ class Evaluation:
                     "unreadable": bad,
                 },
             )
-        return 0
-
-    def __enter__(self) -> "Evaluation":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        self._stop.close()
-        if self._loader is not None:
-            self._loader.close()
-        self.log.close()
-        if isinstance(error, Unreadable):
-            raise UserError(f"data {self.config.data}: {error}") from None

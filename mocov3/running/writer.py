@@ -4,8 +4,9 @@ The step waits only for the snapshot. A disk that is full or gone costs no run: 
 never touches the last good file.
 """
 
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 10.0, 300.0
 
 
 class Writer:
-    """Writes snapshots in a thread of its own, one at a time, the newest that is due.
+    """Writes snapshots in a thread of its own, one file at a time, of each the newest that is due.
 
     Args:
         folder: where files go.
@@ -40,23 +41,31 @@ class Writer:
     ) -> None:
         self.folder, self.before, self.after, self.warn = folder, before, after, warn
         self.first_pause = first_pause
-        self._job: tuple[str, dict[str, Any]] | None = None
+        self._files: dict[str, Contents] = {}
         self._failure = ""
         self._due = self._busy = self._closed = False
         self._changed = threading.Condition()
-        self._buffers: list[Tensor] = []
+        self._buffers: dict[str, list[Tensor]] = {}
         self._copied: Any = None
         self._thread = threading.Thread(target=self._serve, name="checkpoint writer", daemon=True)
         self._thread.start()
 
-    def save(self, name: str, contents: Contents) -> None:
-        """Take a snapshot of ``contents`` and write it as ``name``; returns once the snapshot is taken.
+    def save(self, files: Mapping[str, Contents]) -> None:
+        """Take a snapshot of ``files`` (name → contents) to be written in this order; returns once it is taken.
 
-        Waits for a write in progress; takes the place of one that failed and waits for its next try.
+        Waits for a write in progress. A file that failed and waits for its next try is written as well, or in its
+        newer form; a numbered one (a checkpoint of an epoch) is given up for a newer one.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._busy)
-            self._job = (name, self._snapshot(contents))
+            slots = {_slot(name) for name in files}
+            waiting = {name: contents for name, contents in self._files.items() if _slot(name) not in slots}
+            taken: dict[int, Contents] = {}  # several names may be given to the same contents
+            for name, contents in files.items():
+                if id(contents) not in taken:
+                    taken[id(contents)] = self._snapshot(name, contents)
+                waiting[name] = taken[id(contents)]
+            self._files = waiting
             self._due = True
             self._changed.notify_all()
 
@@ -66,7 +75,7 @@ class Writer:
         Returns why it is not there, or ''.
         """
         with self._changed:
-            self._due = self._job is not None
+            self._due = bool(self._files)
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._due and not self._busy)
             return self._failure
@@ -88,9 +97,9 @@ class Writer:
                 if self._closed:
                     return
                 self._due = False
-                if self._job is None:
+                if not self._files:
                     continue
-                name, contents = self._job
+                name, contents = next(iter(self._files.items()))
                 self._busy = True
             failure = self._write(name, contents)
             pause = min(2 * pause or self.first_pause, LONGEST_PAUSE) if failure else 0.0
@@ -99,7 +108,9 @@ class Writer:
                 self.warn(f"checkpoint {name} could not be written ({failure}); {again}")
             with self._changed:
                 self._busy, self._failure = False, failure
-                self._job = self._job if failure else None
+                if not failure:
+                    del self._files[name]
+                    self._due = self._due or bool(self._files)
                 self._changed.notify_all()
 
     def _write(self, name: str, contents: Contents) -> str:
@@ -115,9 +126,10 @@ class Writer:
             return f"{type(error).__name__}: {error}"
         return ""
 
-    def _snapshot(self, contents: Contents) -> dict[str, Any]:
+    def _snapshot(self, name: str, contents: Contents) -> Contents:
         # buffers are used again: fresh memory costs a page fault every 4 KB, pinned memory far more
-        old, self._buffers = self._buffers[::-1], []
+        buffers: list[Tensor] = []
+        old, self._buffers[_slot(name)] = self._buffers.get(_slot(name), [])[::-1], buffers
 
         def copied(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -125,7 +137,7 @@ class Writer:
                 if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
                     buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
                 buffer.copy_(value.detach(), non_blocking=value.is_cuda)
-                self._buffers.append(buffer)
+                buffers.append(buffer)
                 return buffer
             if isinstance(value, dict):
                 return {k: copied(v) for k, v in value.items()}
@@ -133,8 +145,13 @@ class Writer:
                 return type(value)(copied(v) for v in value)
             return value
 
-        snapshot: dict[str, Any] = copied(contents)
-        if any(t.is_pinned() for t in self._buffers[:1]):
+        snapshot: Contents = copied(contents)
+        if any(t.is_pinned() for t in buffers[:1]):
             self._copied = torch.cuda.Event()
             self._copied.record()
         return snapshot
+
+
+def _slot(name: str) -> str:
+    """What files have in common of which only the newest matters: their name up to a number."""
+    return re.split(r"\d", name, maxsplit=1)[0]

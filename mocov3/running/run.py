@@ -1,0 +1,168 @@
+"""The base of a run: where it stands, its loader, when it saves and stops, how it ends.
+
+A task adds its step, its evaluation and what its files hold; what a run survives is written here once: signals and
+limits that ranks agree on, a disk that is full or gone, images that cannot be read, another run in its folder.
+"""
+
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from mocov3.data import Batch, Loader, Source
+from mocov3.data.loading.loader import Transform, Unreadable, loader_workers
+from mocov3.data.loading.slots import Work
+from mocov3.distributed import World
+from mocov3.errors import UserError, stopped_by
+from mocov3.output.log import warn
+from mocov3.running.folder import Owner
+from mocov3.running.stop import Stop
+from mocov3.running.writer import Writer
+from mocov3.weights import Contents
+from mocov3.weights.checkpoint import Position
+
+
+class Log(Protocol):
+    """What a run's output must do."""
+
+    def say(self, text: str) -> None:
+        """A line of explanation."""
+
+    def sync(self) -> None:
+        """Flush what was logged so far to the disk."""
+
+    def close(self) -> None:
+        """Finish files and bar."""
+
+
+class Run:
+    """A run on one rank. A task sets ``position``, ``iterations`` and ``log``, and says what its files hold.
+
+    Args:
+        world: this rank.
+        config: with ``output_dir``, ``workers``, ``checkpoint_steps``, ``max_steps``, ``max_hours``.
+        owner: of the folder, on the main rank; ``None`` for a run that writes nothing.
+    """
+
+    position: Position
+    iterations: int
+    """Steps of an epoch."""
+    log: Log
+
+    def __init__(self, world: World, config: Any, owner: Owner | None) -> None:
+        self.world, self.folder, self._owner = world, Path(config.output_dir), owner
+        self._limits = config
+        self._loader: Loader | None = None
+        self._writer: Writer | None = None
+        self._saved_at = -1
+
+    # --- what a task says ------------------------------------------------------------------------------------------
+
+    @property
+    def data_title(self) -> str:
+        """The flag of the images and its value, for messages."""
+        raise NotImplementedError
+
+    def files(self) -> Mapping[str, Contents]:
+        """Name → contents of the files of the present position. Every rank calls it; the main rank's are written."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Finish what runs beside; called at the end unless a signal stopped the run."""
+
+    def result(self) -> None:
+        """Say what a run that was not stopped came to."""
+
+    def written(self, name: str) -> None:
+        """Called in the writer's thread when a file is complete."""
+
+    # --- what all runs do ------------------------------------------------------------------------------------------
+
+    def workers(self, images: int | None = None) -> int:
+        """Loader processes of this rank, for so many images."""
+        return loader_workers(self._limits.workers, self.world.local_size, images)
+
+    def is_done(self, epochs: int) -> bool:
+        """Whether nothing is left to do, which is said."""
+        p = self.position
+        done = p.epoch >= epochs or self._stop.steps_done(p.step)
+        if done:
+            self.log.say(f"nothing left to do: {p.step} steps, {p.epoch} epochs are done")
+        return done
+
+    def load(
+        self, source: Source, transform: Transform, works: Iterable[Work], *, batch_size: int, seed: int
+    ) -> Iterator[Batch]:
+        """Batches of ``works``, prepared ahead; a batch is valid until the next is asked for."""
+        loader = Loader(source, transform, batch_size=batch_size, seed=seed, workers=self.workers())
+        self._loader = loader
+        yield from loader.run(works)
+        loader.close()
+
+    def move_past(self, work: Work) -> None:
+        """Move the position past a step."""
+        ended = work.iteration + 1 == self.iterations
+        self.position = Position(work.epoch + ended, 0 if ended else work.iteration + 1, self.position.step + 1)
+
+    def must_stop(self) -> bool:
+        """Checkpoint where due; whether a limit or a signal asks to stop now, the same on every rank.
+
+        Raises:
+            UserError: if another run took the folder.
+        """
+        step, every = self.position.step, self._limits.checkpoint_steps
+        if self._owner is not None:
+            self._owner.check()
+        if every and step % every == 0:
+            self.save()
+        return self._stop.agreed(self.world, step)
+
+    def save(self, *, again: bool = False) -> None:
+        """Write the files of the present position in the background, once; every rank calls it at the same step.
+
+        Args:
+            again: although they were written at this step, as an evaluation has changed what they hold.
+        """
+        if self._saved_at == self.position.step and not again:
+            return
+        self._saved_at = self.position.step
+        files = self.files()
+        if self.world.main and files:
+            if self._writer is None:
+                self._writer = Writer(self.folder, before=self.log.sync, after=self.written, warn=warn)
+            self._writer.save(files)
+
+    def exit_code(self) -> int:
+        """Wait for the disk and say how the run ended: 0 when done, 128 + its number when stopped by a signal.
+
+        Raises:
+            UserError: when the run refused to continue, or the disk refuses its last files.
+        """
+        unsaved = self.world.broadcast(self._writer.flush() if self._writer is not None else "")
+        where = f"the last checkpoint is not in {self.folder} ({unsaved})" if unsaved else "a checkpoint was written"
+        if not self._stop.signal:
+            self.finish()
+        if self._stop.refusal:
+            raise UserError(f"{self._stop.refusal}; {where}")
+        if unsaved:
+            raise UserError(f"--output-dir: {where}; make room and continue with --resume auto from what is there")
+        if number := self._stop.signal:
+            name = signal.Signals(number).name
+            self.log.say(f"stopped by {name}, checkpoint written; continue with --resume auto")
+            return stopped_by(number)
+        self.result()
+        return 0
+
+    def __enter__(self) -> Self:
+        self._stop = Stop(max_steps=self._limits.max_steps, max_hours=self._limits.max_hours)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        self._stop.close()
+        if self._loader is not None:
+            self._loader.close()
+        if self._writer is not None:
+            self._writer.close()
+        self.log.close()
+        if isinstance(error, Unreadable):
+            raise UserError(f"{self.data_title}: {error}") from None
