@@ -15,13 +15,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.output.log import warn
-
-if TYPE_CHECKING:
-    from mocov3.distributed import World
 
 try:
     import fcntl
@@ -53,7 +51,7 @@ class Owner:
 
 
 @contextlib.contextmanager
-def owned(world: "World", folder: str | Path, flag: str = "--output-dir") -> Iterator[Owner]:
+def owned(world: World, folder: str | Path, flag: str = "--output-dir") -> Iterator[Owner]:
     """Hold ``folder`` for this run, on the main rank for all.
 
     Args:

@@ -2,10 +2,9 @@
 
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from mocov3.distributed import World
+from mocov3.distributed import World
 
 _LIMIT, _REFUSED = 1000, 1001  # above every signal's number
 _AGAIN = 0.5  # seconds: a key pressed once reaches spawned ranks twice, from the terminal and from the process above
@@ -51,7 +50,7 @@ class Stop:
         """Whether the limit of steps is reached."""
         return bool(self._steps) and step >= self._steps
 
-    def agreed(self, world: "World", step: int) -> bool:
+    def agreed(self, world: World, step: int) -> bool:
         """Whether any rank has a reason; afterwards all have the same. The device is not read."""
         late = self._seconds and time.monotonic() - self._began > self._seconds
         if not self._reason and (late or self.steps_done(step)):

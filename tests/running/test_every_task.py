@@ -1,4 +1,4 @@
-"""Faults that every training survives alike: another run in its folder, full disks, signals, lost ranks, bad numbers."""
+"""Faults that every training survives alike: a second run, full disks, signals, lost ranks, bad numbers."""
 
 import os
 import resource
@@ -8,14 +8,41 @@ import subprocess
 import sys
 
 import pytest
-from every_task import LAST, LINES, command, every_task
+from evaluating import write_pretrained
 from killing import Process, environment
 
 from mocov3.running.folder import LOCK
 from mocov3.weights import checkpoint, our_entry
 
+TASKS = {
+    "pretrain": "-a resnet10_w16 --moco-dim 8 --moco-mlp-dim 8 --recipe defaults -b 16 --image-size 32",
+    "lincls": "-b 16 --lr 0.1 -p 1",
+    "finetune": "-a resnet10_w16 --small-stem --data-set folder -b 16 --input-size 32 --aa none -p 1",
+}
+LINES = {"pretrain": "metrics.jsonl", "lincls": "lincls.jsonl", "finetune": "metrics.jsonl"}
+"""File that grows while a task trains."""
+LAST = {"pretrain": "checkpoint_*.pth.tar", "lincls": "checkpoint.pth.tar", "finetune": "checkpoint.pth"}
+"""Files that a resume starts from."""
+
+every_task = pytest.mark.parametrize("task", TASKS)
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux: prlimit")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX process groups")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A pre-trained checkpoint for linear evaluation."""
+    path = tmp_path_factory.mktemp("pretrained") / "checkpoint_0000.pth.tar"
+    write_pretrained(path)
+    return path
+
+
+def command(task, images, pretrained, folder, *flags):
+    """The command line of a task that trains into ``folder``; 9,999 epochs unless told otherwise."""
+    data = ["--data-path", str(images)] if task == "finetune" else [str(images)]
+    weights = ["--pretrained", str(pretrained)] if task == "lincls" else []
+    usual = ["--epochs", "9999", "--seed", "0", "--device", "cpu", "-j", "0", "--quiet", "--output-dir", str(folder)]
+    return [sys.executable, "-m", "mocov3", task, *data, *weights, *TASKS[task].split(), *usual, *map(str, flags)]
 
 
 def started(task, argv, folder):
