@@ -384,7 +384,7 @@ def test_a_resume_is_of_the_same_run(whole, images, pretrained, tmp_path, capsys
         (["--finetune", "CUT"], "truncated"),
         (["--finetune", "VIT"], "is of arch vit_tiny, not resnet10_w32"),
         (["--eval", "--resume", "RAW"], "has no classifier"),
-        (["--eval", "--resume", "TEN"], "knows 10 classes, the data set has 4"),
+        (["--eval", "--resume", "TEN"], "has 10 classes, the data set has 4"),
         (["--aa", "rand-q9"], "--aa"),
     ],
 )
