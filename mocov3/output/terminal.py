@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mocov3.errors import lenient_output
@@ -183,7 +183,7 @@ class _Bar:
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal
 
-    def __rich_console__(self, console: Any, options: Any) -> Any:
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
