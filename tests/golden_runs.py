@@ -37,6 +37,7 @@ from mocov3.models.backbones import build_backbone
 from mocov3.models.precision import Precision
 from mocov3.optim import build_optimizer
 from mocov3.pretraining.step import Step
+from mocov3.running import run as runs
 
 C = golden("c_step.json")["cases"]
 D = golden("d_traj.json")["recipes"]
@@ -412,8 +413,8 @@ def linear_evaluation(name, dtype, epochs=0):
     seen = {"loss": [], "lr": [], "validation": []}
 
     class Watched(linear.Evaluation):
-        def __init__(self, world, job):
-            super().__init__(world, job)
+        def __init__(self, world, job, owner):
+            super().__init__(world, job, owner)
             weight = 0.5 * fill.fill_value("linear.weight", (c["classes"], self.frozen.width))
             self.heads.set(0, torch.from_numpy(weight), torch.zeros(c["classes"]))
             self.log.test = lambda i, n, seconds, values: seen["validation"].append(values[0])
@@ -439,7 +440,7 @@ def linear_evaluation(name, dtype, epochs=0):
         for place, attribute, value in (
             (linear, "Evaluation", Watched),
             (linear, "open_labelled", lambda _: (train, val)),
-            (linear, "Loader", Fed),
+            (runs, "Loader", Fed),
             (linear, "normalise", _as_it_is),
             (features, "Loader", Fed),
             (features, "normalise", _as_it_is),
@@ -586,8 +587,8 @@ def fine_tuning(name, dtype):
             return mixer(*args, **place)
 
     class Watched(loop.Tuning):
-        def __init__(self, world, job):
-            super().__init__(world, job)
+        def __init__(self, world, job, owner):
+            super().__init__(world, job, owner)
             self.labels = train.labels.astype(np.int64)  # of all epochs
             if self.parts.mixer is not None:
                 self.parts.mixer.mixup._params_per_batch = drawn_lambda
@@ -605,7 +606,7 @@ def fine_tuning(name, dtype):
         for place, attribute, value in (
             (loop, "Tuning", Watched),
             (loop, "open_pair", lambda *_: Pair(train, test, False)),
-            (loop, "Loader", Fed),
+            (runs, "Loader", Fed),
             (loop, "normalise", _as_it_is),
             (features, "Loader", Fed),
             (features, "normalise", _as_it_is),

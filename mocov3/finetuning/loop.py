@@ -50,6 +50,7 @@ def tune(world: World, job: Job) -> int:
             run.advance(batches[0], outcome, lr)
             if run.position.iteration == 0:
                 run.end_epoch(lr)
+            run.save_where_due()
             if run.must_stop():
                 run.save()
                 break

@@ -51,10 +51,13 @@ def train(world: World, job: Job) -> int:
     with owned(world, job.config.output_dir) as owner, Pretraining(world, job, owner) as run:
         for batch in run.batches():
             lr, m = run.schedule(batch)
+            run.seed_draws()
+            run.thaw(batch)
             outcome = run.step(*run.views(batch), lr=lr, m=m)
             run.advance(batch, outcome, lr, m)
             if run.position.iteration == 0:
                 run.end_epoch()
+            run.save_where_due()
             if run.must_stop():
                 run.save()
                 break
@@ -215,15 +218,23 @@ class Pretraining(Run):
 
     def schedule(self, batch: Batch) -> tuple[float, float]:
         """Learning rate and momentum of this step."""
-        c = self.config
-        # stochastic depth and dropout draw from here, so that they too are a function of (seed, step, rank)
-        torch.manual_seed((self.seed * 1_000_003 + self.position.step * 4099 + self.world.rank) % 2**63)
-        epoch = batch.work.epoch + batch.work.iteration / self.iterations
-        if c.freeze_epochs:
-            factor = schedules.thaw(epoch, freeze_epochs=c.freeze_epochs, warmup_epochs=c.warmup_epochs)
-            scale_backbone(self.optimizer, factor)
+        c, epoch = self.config, self._epoch(batch)
         lr = schedules.learning_rate(epoch, peak=c.peak_lr, warmup_epochs=c.warmup_epochs, epochs=c.epochs)
         return lr, schedules.momentum(epoch, start=c.moco_m, epochs=c.epochs, cosine=c.moco_m_cos)
+
+    def seed_draws(self) -> None:
+        """Seed what is drawn in the network (stochastic depth, dropout): a function of (seed, step, rank)."""
+        torch.manual_seed((self.seed * 1_000_003 + self.position.step * 4099 + self.world.rank) % 2**63)
+
+    def thaw(self, batch: Batch) -> None:
+        """Scale the backbone's learning rate in the optimizer where it starts frozen (``--freeze-epochs``)."""
+        c = self.config
+        if c.freeze_epochs:
+            factor = schedules.thaw(self._epoch(batch), freeze_epochs=c.freeze_epochs, warmup_epochs=c.warmup_epochs)
+            scale_backbone(self.optimizer, factor)
+
+    def _epoch(self, batch: Batch) -> float:
+        return batch.work.epoch + batch.work.iteration / self.iterations
 
     def advance(self, batch: Batch, outcome: Outcome, lr: float, m: float) -> None:
         """Record the step and move the position past it."""

@@ -7,7 +7,7 @@ limits that ranks agree on, a disk that is full or gone, images that cannot be r
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, TypeVar
 
 from mocov3.data import Batch, Loader, Source
 from mocov3.data.loading.loader import Transform, Unreadable, loader_workers
@@ -20,6 +20,8 @@ from mocov3.running.stop import Stop
 from mocov3.running.writer import Writer
 from mocov3.weights import Contents
 from mocov3.weights.checkpoint import Position
+
+R = TypeVar("R", bound="Run")
 
 
 class Log(Protocol):
@@ -104,18 +106,21 @@ class Run:
         ended = work.iteration + 1 == self.iterations
         self.position = Position(work.epoch + ended, 0 if ended else work.iteration + 1, self.position.step + 1)
 
+    def save_where_due(self) -> None:
+        """Write the files of the present position where ``--checkpoint-steps`` asks for them."""
+        every = self._limits.checkpoint_steps
+        if every and self.position.step % every == 0:
+            self.save()
+
     def must_stop(self) -> bool:
-        """Checkpoint where due; whether a limit or a signal asks to stop now, the same on every rank.
+        """Whether a limit or a signal asks to stop now, the same on every rank.
 
         Raises:
             UserError: if another run took the folder.
         """
-        step, every = self.position.step, self._limits.checkpoint_steps
         if self._owner is not None:
             self._owner.check()
-        if every and step % every == 0:
-            self.save()
-        return self._stop.agreed(self.world, step)
+        return self._stop.agreed(self.world, self.position.step)
 
     def save(self, *, again: bool = False) -> None:
         """Write the files of the present position in the background, once; every rank calls it at the same step.
@@ -153,7 +158,7 @@ class Run:
         self.result()
         return 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self: R) -> R:
         self._stop = Stop(max_steps=self._limits.max_steps, max_hours=self._limits.max_hours)
         return self
 

@@ -252,7 +252,7 @@ def test_bad_input(images, pretrained, tmp_path):
     (tmp_path / "there.npy").write_bytes(b"")
     assert "--overwrite" in refused(*go, "-o", tmp_path / "there.npy")
     assert "cannot be written" in refused(*go, "-o", tmp_path / "there.npy" / "x.npy")
-    assert "cosine" in refused(*go, "-o", tmp_path / "y.npy", "--duplicates", "2")
+    assert "--duplicates must be 0 to 1" in refused(*go, "-o", tmp_path / "y.npy", "--duplicates", "2")
     assert "holds no image" in refused("embed", tmp_path, "--model", pretrained, "-o", tmp_path / "y.npy")
     broken = tmp_path / "nan.pth.tar"
     state = torch.load(pretrained, weights_only=True)

@@ -417,7 +417,7 @@ def test_unreadable_images_are_left_out(images, pretrained, tmp_path, capsys):
         (["--resume", "missing.pth.tar"], "no such file"),
         (["--pretrained", "missing.pth.tar"], "no such file"),
         (["--recipe", "lincls_vi"], "lincls_vit"),
-        (["--crop-min", "2"], "between 0 and 1"),
+        (["--crop-min", "2"], "must be 0 to 1"),
         (["--seed", "-1"], "--seed"),
     ],
 )

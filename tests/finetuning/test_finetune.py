@@ -371,7 +371,7 @@ def test_a_resume_is_of_the_same_run(whole, images, pretrained, tmp_path, capsys
         (["--fraction", "0.01"], "lower it"),
         (["--lr", "nan"], "--lr"),
         (["--drop-path", "1"], "below 1"),
-        (["--mixup-prob", "2"], "between 0 and 1"),
+        (["--mixup-prob", "2"], "must be 0 to 1"),
         (["--warmup-epochs", "9"], "longer than"),
         (["--layer-decay", "1.5"], "at most 1"),
         (["--finetune", "none.pth"], "no such file"),

@@ -68,19 +68,6 @@ def test_a_full_disk_costs_no_run(images, tmp_path):
     record("a disk that is full for a while", 1, "the run went on; last good file whole; bit-equal to the run without")
 
 
-@linux
-def test_a_disk_that_stays_full_is_said_in_one_line(images, tmp_path):
-    process = Process(pretrain(images, tmp_path, "--epochs", 12, "--checkpoint-every", 20, "-b", 8))
-    process.wait_until(lambda: len(lines(tmp_path)) > 2)
-    resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    assert process.popen.wait(120) == 2
-    errors = [line for line in process.text().splitlines() if line.startswith("mocov3: error")]
-    assert len(errors) == 1, process.text()
-    assert "last checkpoint is not in" in errors[0]
-    assert "Traceback" not in process.text()
-    assert not list(tmp_path.glob(".*partial"))
-
-
 def writer(folder, **options):
     said = []
     made = Writer(folder, before=lambda: None, after=said.append, warn=said.append, **{"first_pause": 0.02, **options})

@@ -45,6 +45,7 @@ def train(world: World, job: Job) -> int:
                 run.step(work, batch)
                 if run.position.iteration == 0:
                     run.end_epoch()
+                run.save_where_due()
                 if run.must_stop():
                     run.save()
                     break
