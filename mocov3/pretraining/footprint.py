@@ -165,9 +165,16 @@ def _bytes(tensors: list[Any]) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, or a cautious guess."""
+    """Bytes that this process can still allocate on a device, or a cautious guess.
+
+    On CUDA what its cache holds counts as free, and a limit set for the process counts
+    (``torch.cuda.set_per_process_memory_fraction``; torch tells it from 2.8 on).
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, total = torch.cuda.mem_get_info(device)
+        used, cached = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+        return int(min(free + cached - used, limit * total - used))
     free = 8 << 30
     with suppress(OSError, ValueError, AttributeError):  # not Linux, or no such figure
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

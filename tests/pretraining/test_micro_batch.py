@@ -18,6 +18,7 @@ from mocov3.errors import UserError
 from mocov3.models.precision import Precision
 from mocov3.optim import build_optimizer
 from mocov3.pretraining.assemble import check_micro_batch
+from mocov3.pretraining.footprint import free_memory
 from mocov3.pretraining.gradients import MicroBatches, WholeBatch
 from mocov3.pretraining.step import Step
 
@@ -242,3 +243,22 @@ def test_views_are_normalised_in_parts(parameters):
     lazy = PixelViewBatch(pixels, *settings, left)
     assert len(lazy) == 6
     assert torch.equal(torch.cat([lazy[0:2], lazy[2:6]]), normalise(pixels, *settings, left))
+
+
+@pytest.mark.parametrize(
+    ("free", "fraction", "expected"),
+    [
+        (60, 1.0, 60 + 10 - 4),  # what the cache holds is free
+        (60, 0.25, 20 - 4),  # the process may take a quarter
+        (5, 1.0, 5 + 10 - 4),  # others use the device
+    ],
+)
+def test_free_memory_of_a_gpu_counts_the_cache_and_the_limit_of_the_process(free, fraction, expected, monkeypatch):
+    for name, value in (
+        ("mem_get_info", (free, 80)),
+        ("memory_allocated", 4),
+        ("memory_reserved", 10),
+        ("get_per_process_memory_fraction", fraction),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value, raising=False)
+    assert free_memory(torch.device("cuda")) == expected
