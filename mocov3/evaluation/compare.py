@@ -34,15 +34,23 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"{file}: there is no such checkpoint file")
     whole, separate = _images(data)
     labels = read_labels(Path(args.labels), whole) if args.labels else own_labels(whole)
-    from mocov3.evaluation.network_scores import judge_all, kept_back
+    from mocov3.evaluation.network_scores import judge_all, kept_back, read_all
 
-    unseen = None if separate else kept_back(files, data, whole)
+    networks = read_all(files)
+    unseen = None if separate else kept_back(networks, data, whole)
     images = whole if unseen is None else unseen
     if len(images) < 10:
         raise UserError(f"data {data}: {len(images)} images are too few to judge by; 10 or more are needed")
     warn_left_out(whole)
     rows = judge_all(
-        files, images, whole, labels, device=args.device, workers=args.workers, arch=args.arch or None, heads=args.heads
+        networks,
+        images,
+        whole,
+        labels,
+        device=args.device,
+        workers=args.workers,
+        arch=args.arch or None,
+        heads=args.heads,
     )
     if args.json:
         for row in rows:

@@ -1,7 +1,7 @@
 """Networks of files, judged on the same images: what ``mocov3 compare`` prints."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from mocov3.evaluation.intervals import interval
 from mocov3.evaluation.label_free import features_of_views, judge, pixel_features
 from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
 from mocov3.models import build_backbone
-from mocov3.weights import checkpoint, our_entry
+from mocov3.weights import Contents, checkpoint, our_entry
 from mocov3.weights.attention_heads import choices, width_of
 from mocov3.weights.convert import build_from, find_backbone, trained_with
 from mocov3.weights.start import load_start
@@ -30,11 +30,20 @@ from mocov3.weights.start import load_start
 Row = dict[str, Any]
 
 
-def kept_back(files: Sequence[str], data: str, whole: Source) -> Source | None:
+def read_all(files: Sequence[str]) -> dict[str, Contents]:
+    """File → what it holds but for its optimizer, each file read once.
+
+    Raises:
+        UserError: naming the first that cannot be read.
+    """
+    return {file: {k: v for k, v in checkpoint.read(file).items() if k != "optimizer"} for file in files}
+
+
+def kept_back(files: Mapping[str, Contents], data: str, whole: Source) -> Source | None:
     """The images that the runs of these files kept from training, if all did so on this very data."""
     settings = set()
-    for file in files:
-        config = our_entry(checkpoint.read(file)).get("config") or {}
+    for contents in files.values():
+        config = our_entry(contents).get("config") or {}
         same = bool(config.get("data")) and os.path.abspath(str(config["data"])) == os.path.abspath(data)
         settings.add((same, int(config.get("hold_out") or 0), str(config.get("group_by") or "")))
     if len(settings) != 1:
@@ -44,7 +53,7 @@ def kept_back(files: Sequence[str], data: str, whole: Source) -> Source | None:
 
 
 def judge_all(
-    files: Sequence[str],
+    files: Mapping[str, Contents],
     images: Source,
     whole: Source,
     labels: Labels | None,
@@ -57,7 +66,7 @@ def judge_all(
     """A row of measures for pixels, for the untrained and starting networks, and for each file.
 
     Args:
-        files: checkpoints.
+        files: checkpoints, as ``read_all`` gives them.
         images: to judge on.
         whole: what the indices of ``labels`` count in.
         labels: known classes.
@@ -66,12 +75,12 @@ def judge_all(
         arch: of files that do not say it.
         heads: attention heads of ViTs, of files that do not tell.
     """
-    asking = [file for file in files if heads is not None and _asks(file)] or files  # --heads is for those, or for all
+    # --heads is for files that ask for it, or for all
+    asking = [file for file, contents in files.items() if heads is not None and _asks(contents, file)] or list(files)
     world = World(0, 1, pick_device(device, None))
     rows: list[Row] = []
     beside: set[str] = set()
-    for file in files:
-        contents = checkpoint.read(file)
+    for file, contents in files.items():
         config = trained_with(contents)
         named = isinstance(contents.get("arch"), str)
         encoder, settings = build_from(
@@ -100,9 +109,9 @@ def judge_all(
     return rows
 
 
-def _asks(file: str) -> bool:
+def _asks(contents: Contents, file: str) -> bool:
     """Whether a file does not tell which of two numbers of attention heads its ViT has."""
-    weights = find_backbone(checkpoint.read(file), file)
+    weights = find_backbone(contents, file)
     return weights.heads.number is None and bool(choices(width_of(weights.state)))
 
 
