@@ -7,7 +7,9 @@ Photographs of 500×375 px, no limit of time (epochs are then cut to the time th
 
 from typing import Any
 
-from mocov3.planning.auto import GIB, Images, Machine, choose_settings, memory_of
+from mocov3.config import PretrainConfig
+from mocov3.planning.auto import GIB, Images, Machine, choose_settings
+from mocov3.pretraining.assemble import count_memory
 
 _COUNTS = {"50": 50, "500": 500, "5 k": 5_000, "50 k": 50_000, "1.3 M": 1_281_167}
 _MACHINES = {
@@ -20,26 +22,23 @@ _MACHINES = {
 
 def main() -> None:
     """Print the table."""
-    print("| images | machine | arch, px | batch | optimizer, lr | epochs (steps) | held out | memory, estimated |")
+    print("| images | machine | arch, px | batch | optimizer, lr | epochs (steps) | held out | memory, counted |")
     print("|---|---|---|---|---|---|---|---|")
     for title, count in _COUNTS.items():
         for name, machine in _MACHINES.items():
             images = Images(count, 375, "photos", "", "", gray=False)
-            settings: dict[str, Any] = {
-                c.name: c.value for c in choose_settings(images, machine, None, {}, lambda _: (0.0, {}))
-            }
+
+            def memory(values: dict[str, Any], batch: int, sixteen_bits: bool = machine.device == "cuda") -> float:
+                return count_memory(PretrainConfig(**values), sixteen_bits=sixteen_bits).peak(batch)
+
+            choices = choose_settings(images, machine, None, {}, lambda _: (0.0, {}), memory)
+            settings: dict[str, Any] = {c.name: c.value for c in choices if not c.name.startswith("(")}
             held = settings.get("hold_out", 0)
             steps = (count - held) // settings["batch_size"] * settings["epochs"]
-            each, fixed = memory_of(
-                settings["arch"],
-                settings["image_size"],
-                bool(settings.get("small_stem")),
-                half=machine.device == "cuda",
-            )
             print(
                 f"| {title} | {name} | {settings['arch']}, {settings['image_size']} | {settings['batch_size']} | "
                 f"{settings['optimizer']}, {settings['lr']:g} | {settings['epochs']} ({steps:,}) | {held} | "
-                f"{(each * settings['batch_size'] + fixed) / GIB:.1f} GB |"
+                f"{memory(settings, settings['batch_size']) / GIB:.1f} GB |"
             )
 
 

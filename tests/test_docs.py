@@ -20,7 +20,7 @@ def test_the_page_of_flags_is_made_from_the_configuration():
     flags = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(flags)
     page = flags.page()
-    assert "| `--moco-t` | temperature τ of the loss | `1.0` | ● |" in page
+    assert "| `--moco-t` | temperature τ of the loss (above 0) | `1.0` | ● |" in page
     assert "`--quiet` / `--no-quiet`" in page
     assert flags.PAGE.read_text(encoding="utf-8") == page, "stale: run python tools/flags.py"
 

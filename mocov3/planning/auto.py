@@ -17,11 +17,6 @@ from mocov3.config.presets import PRESETS
 GIB = 1 << 30
 _SMALL_SIDE = 96
 """Shorter side in pixels up to which images are used at their own size, by networks with a stem for it."""
-# activations of training on two views of one 224 px image at 16 bits, in MB. ResNet-50 and ViT-S: from the batches
-# that the reference fits into 32 GB (256 and 128 a GPU); the others scaled by their share of the computation's output
-_ACTIVATION_MB = {"resnet10_w32": 14.0, "resnet10_w48": 21.0, "resnet18": 40.0, "resnet50": 118.0, "vit_small": 220.0}
-_FIXED_GB = {"resnet10_w32": 0.1, "resnet10_w48": 0.2, "resnet18": 1.3, "resnet50": 2.2, "vit_small": 2.6}
-"""Weights, gradients, optimizer, momentum encoder, and the device's own memory."""
 _CPU_SIDES = (64, 32)
 _CPU_REASONS = {
     64: "on a CPU 224 px would take twelve times as long",
@@ -73,8 +68,13 @@ class Choice:
 Speed = Callable[[Fields], tuple[float, Fields]]
 """Settings so far → seconds an epoch, and settings that had to change to fit the memory."""
 
+Memory = Callable[[Fields, int], float]
+"""Settings so far and a batch → bytes of a training step, as ``mocov3.pretraining.footprint`` counts them."""
 
-def choose_settings(images: Images, machine: Machine, hours: float | None, given: Fields, speed: Speed) -> list[Choice]:
+
+def choose_settings(
+    images: Images, machine: Machine, hours: float | None, given: Fields, speed: Speed, memory: Memory
+) -> list[Choice]:
     """Every setting that ``given`` leaves open, in the order they depend on each other.
 
     Args:
@@ -83,21 +83,22 @@ def choose_settings(images: Images, machine: Machine, hours: float | None, given
         hours: budget of time; ``None``: that of the device by ``DEFAULT_HOURS``.
         given: fields the user set.
         speed: measures, or supposes, the time of an epoch.
+        memory: counts what a step takes.
     """
-    settings = _made(images, machine, hours, given, speed, _CPU_SIDES[0])
+    settings = _made(images, machine, hours, given, speed, memory, _CPU_SIDES[0])
     if machine.device == "cpu" and settings["image_size"] > _CPU_SIDES[1] and settings["epochs"] < _FEW_EPOCHS:
-        settings = _made(images, machine, hours, given, speed, _CPU_SIDES[1])
+        settings = _made(images, machine, hours, given, speed, memory, _CPU_SIDES[1])
     return settings.choices
 
 
 def _made(
-    images: Images, machine: Machine, hours: float | None, given: Fields, speed: Speed, cpu_side: int
+    images: Images, machine: Machine, hours: float | None, given: Fields, speed: Speed, memory: Memory, cpu_side: int
 ) -> "_Settings":
     settings = _Settings(given)
     _views(settings, images, machine, cpu_side)
-    _network(settings, images, machine)
-    _batch(settings, images, machine)
+    _network(settings, images, machine, memory)
     _optimisation(settings)
+    _batch(settings, images, machine, memory)
     _length(settings, images, machine, hours, speed)
     _watching(settings, images)
     return settings
@@ -147,7 +148,7 @@ def _views(settings: _Settings, images: Images, machine: Machine, cpu_side: int)
         settings.choose("mean_std", images.mean_std, "measured on these images")
 
 
-def _network(settings: _Settings, images: Images, machine: Machine) -> None:
+def _network(settings: _Settings, images: Images, machine: Machine, memory: Memory) -> None:
     n, small, gb = images.count, settings["image_size"] <= _SMALL_SIDE, machine.memory / GIB
     if machine.device == "cpu":
         arch, reason = ("resnet10_w32", "trains in minutes on a CPU")
@@ -157,7 +158,7 @@ def _network(settings: _Settings, images: Images, machine: Machine) -> None:
         arch, reason = "resnet18", "few or small images do not fill a larger network"
     elif n >= 100_000 and gb >= 20:
         arch, reason = "vit_small", "enough images and memory for the paper's ViT-S"
-    elif _fitting("resnet50", settings["image_size"], machine) < _LEAST_BATCH:
+    elif not _fits({**settings.values, "arch": "resnet50"}, _LEAST_BATCH, machine, memory):
         arch, reason = "resnet18", f"ResNet-50 would leave memory for fewer than {_LEAST_BATCH} images a step"
     else:
         arch, reason = "resnet50", "the reference's; ViTs need more images or memory"
@@ -176,33 +177,21 @@ def _network(settings: _Settings, images: Images, machine: Machine) -> None:
             settings.choose("patch_size", 4, f"views of {settings['image_size']} px")
 
 
-def _fitting(arch: str, image_size: int, machine: Machine, small_stem: bool = False) -> float:
-    """Images a step that fit the memory, with a seventh kept free."""
-    each, fixed = memory_of(arch, image_size, small_stem, half=machine.device == "cuda")
-    return max((0.85 * machine.memory - fixed) / each, 2)
+def _fits(settings: Fields, batch: int, machine: Machine, memory: Memory) -> bool:
+    """Whether a step fits the machine, with a seventh kept free."""
+    return memory(settings, batch) <= 0.85 * machine.memory
 
 
-def memory_of(arch: str, image_size: int, small_stem: bool, *, half: bool) -> tuple[float, float]:
-    """(bytes an image, bytes besides) of training, estimated."""
-    key = arch if arch in _ACTIVATION_MB else "vit_small" if is_vit(arch) else "resnet50"
-    each = _ACTIVATION_MB[key] * 1e6 * (image_size / 224) ** 2 * (1 if half else 2)
-    if small_stem:
-        each *= 16  # the usual stem halves the sides twice
-    return each, _FIXED_GB[key] * 1e9
-
-
-def _batch(settings: _Settings, images: Images, machine: Machine) -> None:
-    small_stem = bool(settings.values.get("small_stem"))
-    each, _ = memory_of(settings["arch"], settings["image_size"], small_stem, half=machine.device == "cuda")
-    fits = _fitting(settings["arch"], settings["image_size"], machine, small_stem)
+def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory) -> None:
     cap = 128 if machine.device == "cpu" else 1024 if is_vit(settings["arch"]) else 512
     useful = max(images.count // 8, 16)
-    size = min(2 ** int(math.log2(min(fits, cap, useful))), max(images.count, 1))
-    limit = {
-        fits: f"fits {machine.memory / GIB:.0f} GB (estimated {each / 1e6:.0f} MB an image)",
-        cap: "128 did better than 256 in the demo" if cap == 128 else "larger ones need other learning rates",
-        useful: f"{images.count} images give too few steps with more",
-    }[min(fits, cap, useful)]
+    size = min(2 ** int(math.log2(min(cap, useful))), max(images.count, 1))
+    limit = "128 did better than 256 in the demo" if cap == 128 else "larger ones need other learning rates"
+    if useful < cap:
+        limit = f"{images.count} images give too few steps with more"
+    while size > 2 and not _fits(settings.values, size, machine, memory):
+        size //= 2
+        limit = f"fits {machine.memory / GIB:.0f} GB (counted: {memory(settings.values, size) / GIB:.1f} GB)"
     settings.choose("batch_size", max(size, 2), limit)
     settings.choose(
         "precision", "auto", "16 bits where the device has them" if machine.device == "cuda" else "32 bits here"

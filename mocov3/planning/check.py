@@ -20,7 +20,7 @@ from mocov3.data.sources.scan import unreadable_folders
 from mocov3.data.sources.survey import Survey, sample, survey
 from mocov3.errors import UserError, printable
 from mocov3.output.sheet import write_sheet
-from mocov3.planning.auto import GIB, block, memory_of
+from mocov3.planning.auto import GIB, block
 from mocov3.planning.choose import Proposal, propose_settings
 
 _SAMPLE = 5000
@@ -149,9 +149,8 @@ def _speed(proposal: Proposal) -> list[str]:
             f"  speed            the network {model:.0f} images/s, {c.workers} loader processes "
             f"{loader:.0f}/s: bound by {bound}{cure}"
         )
-    each, fixed = memory_of(c.arch, c.image_size, c.small_stem, half=proposal.machine.device == "cuda")
-    need = (each * c.batch_size + fixed) / GIB
-    lines.append(f"  memory           about {need:.1f} GB of {proposal.machine.memory / GIB:.1f} GB (estimated)")
+    need = proposal.memory / GIB
+    lines.append(f"  memory           about {need:.1f} GB of {proposal.machine.memory / GIB:.1f} GB (counted)")
     return lines
 
 

@@ -4,6 +4,7 @@ A resumed run takes the settings of its own ``config.yaml``: nothing is chosen t
 """
 
 import dataclasses
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class Proposal:
     images: Images
     machine: Machine
     source: Source
+    memory: float
+    """Bytes of a training step, counted."""
     training: float
     """Seconds of an epoch that steps take."""
     loading: float
@@ -69,6 +72,8 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
     order.check()
     images = look(source, first, facts)
     from mocov3.planning import speed
+    from mocov3.pretraining.assemble import count_memory
+    from mocov3.pretraining.footprint import Footprint
 
     machine = speed.machine(first.device, first.gpu)
     if first.init and "arch" not in fixed:
@@ -95,10 +100,23 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
         fitted = {} if batch == config.batch_size or "batch_size" in fixed else {"batch_size": batch}
         return speed.total_seconds(times["training"], times["loading"], machine.device), fitted
 
-    choices = choose_settings(images, machine, hours, fixed, measured)
+    @functools.cache
+    def count(config: PretrainConfig) -> Footprint:
+        return count_memory(config, sixteen_bits=machine.device == "cuda")
+
+    def counted(values: Fields, batch: int) -> float:
+        """Bytes of a step; 0 where the network cannot take such images, which the measured step then reports."""
+        config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})
+        try:
+            return count(config).peak(batch)
+        except RuntimeError:
+            return 0.0
+
+    choices = choose_settings(images, machine, hours, fixed, measured, counted)
     settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}
     config = PretrainConfig(**layers.merged(settings))
-    return Proposal(config, choices, images, machine, source, **times)
+    memory = counted(vars(config), config.batch_size)
+    return Proposal(config, choices, images, machine, source, memory, **times)
 
 
 def measured_normalisation(config: PretrainConfig) -> PretrainConfig:
