@@ -105,12 +105,14 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
         return count_memory(config, sixteen_bits=machine.device == "cuda")
 
     def counted(values: Fields, batch: int) -> float:
-        """Bytes of a step; 0 where the network cannot take such images, which the measured step then reports."""
         config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})
         try:
             return count(config).peak(batch)
-        except RuntimeError:
-            return 0.0
+        except RuntimeError as error:
+            raise UserError(
+                f"--arch {config.arch}: cannot take images of {config.image_size} px ({str(error)[:100]}); give a larger "
+                "--image-size, or another network"
+            ) from None
 
     choices = choose_settings(images, machine, hours, fixed, measured, counted)
     settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}

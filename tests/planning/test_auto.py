@@ -470,3 +470,11 @@ def test_adapting_keeps_the_shapes_of_its_weights_on_small_images(arch, flags, k
     config.check()
     assert {name: getattr(config, name) for name in kept} == kept
     build_model(dataclasses.replace(config, moco_dim=8, moco_mlp_dim=8), World(0, 1, torch.device("cpu")))
+
+
+def test_a_network_that_cannot_take_such_images_is_refused(tmp_path):
+    for i in range(40):
+        Image.new("RGB", (30, 30), (6 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    message = refused("pretrain", tmp_path, "-a", "timm/convnext_atto", "--output-dir", tmp_path / "run")
+    assert "--arch timm/convnext_atto: cannot take images of 28 px" in message
+    assert "--image-size" in message
