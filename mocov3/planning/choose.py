@@ -110,8 +110,8 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
             return count(config).peak(batch)
         except RuntimeError as error:
             raise UserError(
-                f"--arch {config.arch}: cannot take images of {config.image_size} px ({str(error)[:100]}); give a larger "
-                "--image-size, or another network"
+                f"--arch {config.arch}: cannot take images of {config.image_size} px ({str(error)[:100]}); give a "
+                "larger --image-size, or another network"
             ) from None
 
     choices = choose_settings(images, machine, hours, fixed, measured, counted)
