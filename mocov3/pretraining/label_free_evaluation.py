@@ -29,7 +29,7 @@ BEST = "best_unlabelled.pth.tar"
 _SMALL = 500 * 64 * 64  # pixels that one process reads before others have started
 
 
-class Watch:
+class LabelFreeEvaluation:
     """Judges the network of a run on images it is not trained on, every ``--quality-every`` epochs, or never.
 
     Args:

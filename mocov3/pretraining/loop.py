@@ -34,10 +34,10 @@ from mocov3.pretraining.assemble import (
 )
 from mocov3.pretraining.groups import parameter_groups, scale_backbone
 from mocov3.pretraining.inputs import Job, check_divides, open_images
-from mocov3.pretraining.label_free_evaluation import Watch
-from mocov3.pretraining.online_knn import Online
+from mocov3.pretraining.label_free_evaluation import LabelFreeEvaluation
+from mocov3.pretraining.online_knn import OnlineKnn
 from mocov3.pretraining.recorder import Recorder
-from mocov3.pretraining.report_process import Pages
+from mocov3.pretraining.report_process import ReportProcess
 from mocov3.pretraining.saver import IMAGES, Saver, new_run_name, write_images
 from mocov3.pretraining.step import Outcome, Step
 from mocov3.running.folder import Owner, owned
@@ -114,9 +114,9 @@ class Pretraining(Run):
         self.recorder = Recorder(
             world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq, images=self._images
         )
-        self.online = Online(c, world, self.model, self.source, self.log)
-        self.watch = Watch(complete, world, self.model, self.log, start=self.position)
-        self.pages = Pages(self.folder, c.report_every, self.log, active=world.main)
+        self.online_knn = OnlineKnn(c, world, self.model, self.source, self.log)
+        self.label_free = LabelFreeEvaluation(complete, world, self.model, self.log, start=self.position)
+        self.report = ReportProcess(self.folder, c.report_every, self.log, active=world.main)
 
     def _name_run(self, resume_from: resume.ResumeFrom | None) -> str:
         """The run's name: the checkpoint's, or a new one; config.yaml and the list of images go with it."""
@@ -188,7 +188,7 @@ class Pretraining(Run):
         if self.is_done(c.epochs):
             return
         if not position.step:
-            self.online.show_views(0)
+            self.online_knn.show_views(0)
         start = (position.epoch, position.iteration)
         for stage in (s for s in self.stages if s.end > start[0]):
             views = TwoViews(stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device")
@@ -246,13 +246,13 @@ class Pretraining(Run):
         c, done = self.config, self.position.epoch
         if c.knn_every and (done % c.knn_every == 0 or done == c.epochs):
             step = self.position.step - 1
-            self.recorder.knn(self.online.knn(step), epoch=done - 1, step=step)
-        if self.watch.epoch_ended(self.position):
+            self.recorder.knn(self.online_knn.knn(step), epoch=done - 1, step=step)
+        if self.label_free.epoch_ended(self.position):
             self._stop.finish()
         if done % c.checkpoint_every == 0 or done == c.epochs:
             self.save()
         if done < c.epochs:
-            self.pages.epoch_ended(done)
+            self.report.epoch_ended(done)
         self.recorder.restart_clock()
 
     def must_stop(self) -> bool:
@@ -289,14 +289,14 @@ class Pretraining(Run):
 
     def finish(self) -> None:
         """Finish the page."""
-        self.pages.finish()
+        self.report.finish()
 
     def result(self) -> None:
         """Say where the run stands."""
         self.log.result(f"{self.folder / self.saver.newest}: {self.log.standing(self.position.epoch)}")
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.pages.close()
+        self.report.close()
         super().__exit__(kind, error, trace)
 
 

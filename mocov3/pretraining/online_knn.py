@@ -18,7 +18,7 @@ from mocov3.pretraining.inputs import open_validation
 _QUERIES, _NEIGHBOURS = 8, 8
 
 
-class Online:
+class OnlineKnn:
     """What a run measures and shows of itself while it trains.
 
     Args:

@@ -17,7 +17,7 @@ _LONGEST = 900.0  # seconds that the end of a run waits for its page
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class Pages:
+class ReportProcess:
     """Pages of one run; does nothing on ranks that do not write, or without ``every``.
 
     Args:

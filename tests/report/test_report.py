@@ -22,7 +22,7 @@ from mocov3.errors import UserError
 from mocov3.evaluation import quality
 from mocov3.models import build_backbone
 from mocov3.output.log import RunLog
-from mocov3.pretraining.report_process import Pages
+from mocov3.pretraining.report_process import ReportProcess
 from mocov3.report import curves, geometry
 from mocov3.report.diagnosis import diagnose
 from mocov3.report.runs import read_run
@@ -461,14 +461,14 @@ def test_without_plotly_a_line_says_so(trained, monkeypatch, capsys):
 
 def test_a_page_that_fails_is_a_warning(tmp_path, capsys):
     log = RunLog(tmp_path, active=False, style="quiet", epochs=1, iterations=1, start=1, floor=0, first_step=0)
-    pages = Pages(tmp_path, 1, log, active=True)
+    pages = ReportProcess(tmp_path, 1, log, active=True)
     pages.finish()
     assert "report.html could not be made" in (said := capsys.readouterr().err)
     assert "holds no metrics.jsonl" in said
     pages.epoch_ended(1)
     pages.close()
     assert pages._process is None
-    Pages(tmp_path, 1, log, active=False).finish()
+    ReportProcess(tmp_path, 1, log, active=False).finish()
     assert capsys.readouterr().err == ""
 
 
