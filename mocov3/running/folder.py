@@ -26,7 +26,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCK = ".mocov3.lock"
+LOCK, LINCLS_LOCK = ".mocov3.lock", ".mocov3-lincls.lock"
+"""Linear evaluation has files of its own, and may run in the folder of a run that is still training."""
 RENEWED, EXPIRES = 10.0, 30.0
 """Seconds between renewals of a lease, and after which it is free."""
 _SETTLED = 0.2  # seconds in which of several that write a lease at once the last one shows
@@ -51,13 +52,14 @@ class Owner:
 
 
 @contextlib.contextmanager
-def owned(world: World, folder: str | Path, flag: str = "--output-dir") -> Iterator[Owner]:
+def owned(world: World, folder: str | Path, flag: str = "--output-dir", name: str = LOCK) -> Iterator[Owner]:
     """Hold ``folder`` for this run, on the main rank for all.
 
     Args:
         world: this rank; all call this.
         folder: made where it is missing.
         flag: by which the user named it.
+        name: of the lock's file; runs of the same name exclude each other.
 
     Raises:
         UserError: on every rank, naming host and process of a run that holds it, or why it cannot be written.
@@ -65,7 +67,7 @@ def owned(world: World, folder: str | Path, flag: str = "--output-dir") -> Itera
     owner, refusal = Owner(), ""
     if world.main:
         try:
-            owner = take(Path(folder), flag)
+            owner = take(Path(folder), flag, name)
         except UserError as error:
             refusal = str(error)
     try:
@@ -76,13 +78,13 @@ def owned(world: World, folder: str | Path, flag: str = "--output-dir") -> Itera
         owner.release()
 
 
-def take(folder: Path, flag: str = "--output-dir") -> Owner:
+def take(folder: Path, flag: str = "--output-dir", name: str = LOCK) -> Owner:
     """Make this process the owner of ``folder``.
 
     Raises:
         UserError: naming host and process of the owner, or why the folder cannot be written.
     """
-    path = folder / LOCK
+    path = folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if fcntl is not None:
@@ -145,7 +147,7 @@ class _Lease(Owner):
         about = _read(path)
         if about and _age(path) < EXPIRES and not _is_dead(about):
             raise UserError(f"{_refusal(path, flag)} (after a lost machine: in {EXPIRES:.0f} seconds)")
-        partial = path.with_name(f"{LOCK}.{self._token}")
+        partial = path.with_name(f"{path.name}.{self._token}")
         partial.write_text(json.dumps({**_about(), "token": self._token}))
         os.replace(partial, path)
         time.sleep(_SETTLED)
@@ -198,7 +200,7 @@ def _refusal(path: Path, flag: str) -> str:
 
 def _age(path: Path) -> float:
     """Seconds since the file was renewed, by the clock of its file system: machines differ by theirs."""
-    probe = path.with_name(f"{LOCK}.{secrets.token_hex(8)}")
+    probe = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     probe.touch()
     try:
         return probe.stat().st_mtime - path.stat().st_mtime

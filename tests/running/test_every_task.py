@@ -13,7 +13,7 @@ from evaluating import write_pretrained
 from killing import Process, environment
 
 from mocov3.errors import UserError
-from mocov3.running.folder import LOCK
+from mocov3.running.folder import LINCLS_LOCK, LOCK
 from mocov3.weights import checkpoint, our_entry
 
 TASKS = {
@@ -26,6 +26,7 @@ LINES = {"pretrain": "metrics.jsonl", "lincls": "lincls.jsonl", "finetune": "met
 LAST = {"pretrain": "checkpoint_*.pth.tar", "lincls": "checkpoint.pth.tar", "finetune": "checkpoint.pth"}
 """Files that a resume starts from."""
 
+LOCKS = {"pretrain": LOCK, "lincls": LINCLS_LOCK, "finetune": LOCK}
 every_task = pytest.mark.parametrize("task", TASKS)
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux: prlimit")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX process groups")
@@ -74,9 +75,9 @@ def test_a_second_run_is_refused_and_a_resume_starts_at_once_after_a_kill(task, 
         assert first.popen.poll() is None
     finally:
         first.kill()
-    assert (tmp_path / LOCK).exists()
+    assert (tmp_path / LOCKS[task]).exists()
     Process([*argv, "--resume", "auto", "--max-steps", "1"]).finish()
-    assert not (tmp_path / LOCK).exists()
+    assert not (tmp_path / LOCKS[task]).exists()
 
 
 @linux
@@ -123,7 +124,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(task, images, pret
     step = our_entry(checkpoint.read(newest))["step"]
     assert step > 0
     Process([*argv, "--resume", "auto", "--max-steps", str(step)]).finish()  # nothing left to do
-    assert not (tmp_path / LOCK).exists()
+    assert not (tmp_path / LOCKS[task]).exists()
 
 
 @posix
@@ -156,4 +157,4 @@ def test_numbers_that_are_not_finite_end_a_run_in_one_line_or_are_null(task, ima
         assert done.returncode == 2
         (line,) = errors(done.stderr)
         assert "not finite" in line
-    assert not (tmp_path / LOCK).exists()
+    assert not (tmp_path / LOCKS[task]).exists()

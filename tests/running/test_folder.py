@@ -28,6 +28,15 @@ def test_an_owner_is_named_and_gives_the_folder_up(tmp_path):
         pass
 
 
+def test_linear_evaluation_may_run_beside_a_training(tmp_path):
+    training, evaluation = take(tmp_path), take(tmp_path, name=folders.LINCLS_LOCK)
+    with pytest.raises(UserError):
+        take(tmp_path, name=folders.LINCLS_LOCK)
+    training.release()
+    evaluation.release()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_whose_file_was_removed_in_between_is_taken_again(tmp_path, monkeypatch):
     real, removed = fcntl.flock, []
 

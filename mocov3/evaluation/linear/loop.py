@@ -29,7 +29,7 @@ from mocov3.evaluation.linear.setup import check_same_run, find, open_backbone, 
 from mocov3.losses import at_least_float32
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.output.log import warn
-from mocov3.running.folder import Owner, owned
+from mocov3.running.folder import LINCLS_LOCK, Owner, owned
 from mocov3.running.run import Run
 from mocov3.weights import Contents, our_entry
 from mocov3.weights.checkpoint import Position
@@ -37,7 +37,7 @@ from mocov3.weights.checkpoint import Position
 
 def train(world: World, job: Job) -> int:
     """Train the heads on this rank, from its present position to its end; returns the exit code."""
-    with owned(world, job.config.output_dir) as owner, Evaluation(world, job, owner) as run:
+    with owned(world, job.config.output_dir, name=LINCLS_LOCK) as owner, Evaluation(world, job, owner) as run:
         if run.config.solver == "lbfgs":
             run.solve()
         else:
