@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mocov3.config import EmbedConfig, FinetuneConfig, KnnConfig, LinclsConfig, PretrainConfig
+from mocov3.config.fields import flag_names
 
 PAGE = Path(__file__).parent.parent / "docs" / "flags.md"
 TASKS = {
@@ -48,7 +49,7 @@ def page() -> str:
 def row(field: "dataclasses.Field[Any]") -> str:
     """A line of the table."""
     meta = field.metadata
-    names = meta["names"] or (f"--{field.name.replace('_', '-')}",)
+    names = flag_names(field)
     shown = meta["metavar"] or field.name.upper() if meta["positional"] else ", ".join(f"`{name}`" for name in names)
     if meta["kind"] is bool:
         shown += " / " + ", ".join(f"`--no-{name[2:]}`" for name in names if name.startswith("--"))

@@ -58,11 +58,19 @@ def _short(value: float) -> str:
     return str(int(value)) if value == int(value) else f"{value:g}"
 
 
+def flag_names(field: "dataclasses.Field[Any]") -> tuple[str, ...]:
+    """The flags of a field."""
+    return field.metadata["names"] or (_usual(field),)
+
+
 def flag_name(field: "dataclasses.Field[Any]") -> str:
     """The flag of a field; of several the one that is called as the field, else the last, which is the long one."""
-    usual = f"--{field.name.replace('_', '-')}"
-    names = field.metadata["names"] or (usual,)
-    return next((str(n) for n in names if n in (usual, f"--{field.name}")), str(names[-1]))
+    names = flag_names(field)
+    return next((n for n in names if n in (_usual(field), f"--{field.name}")), names[-1])
+
+
+def _usual(field: "dataclasses.Field[Any]") -> str:
+    return f"--{field.name.replace('_', '-')}"
 
 
 def check_bounds(config: Any) -> None:
@@ -146,7 +154,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, defaults: Fields) -
         title = meta["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        names = meta["names"] or (f"--{field.name.replace('_', '-')}",)
+        names = flag_names(field)
         common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if meta["kind"] is bool:
             groups[title].add_argument(*names, action=argparse.BooleanOptionalAction, **common)

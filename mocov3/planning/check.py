@@ -149,7 +149,9 @@ def _speed(proposal: Proposal) -> list[str]:
             f"  speed            the network {model:.0f} images/s, {c.workers} loader processes "
             f"{loader:.0f}/s: bound by {bound}{cure}"
         )
-    need = proposal.memory / GIB
+    from mocov3.pretraining.assemble import count_memory
+
+    need = count_memory(c, sixteen_bits=proposal.machine.device == "cuda").peak(c.batch_size) / GIB
     lines.append(f"  memory           about {need:.1f} GB of {proposal.machine.memory / GIB:.1f} GB (counted)")
     return lines
 

@@ -31,8 +31,6 @@ class Proposal:
     images: Images
     machine: Machine
     source: Source
-    memory: float
-    """Bytes of a training step, counted."""
     training: float
     """Seconds of an epoch that steps take."""
     loading: float
@@ -117,8 +115,7 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
     choices = choose_settings(images, machine, hours, fixed, measured, counted)
     settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}
     config = PretrainConfig(**layers.merged(settings))
-    memory = counted(vars(config), config.batch_size)
-    return Proposal(config, choices, images, machine, source, memory, **times)
+    return Proposal(config, choices, images, machine, source, **times)
 
 
 def measured_normalisation(config: PretrainConfig) -> PretrainConfig:

@@ -181,7 +181,7 @@ def _averaged(norms: list[Any], parts: int) -> Iterator[Callable[[], None]]:
     averaged = [norm for norm in norms if norm.momentum is not None]
     statistics = [buffer for norm in averaged for buffer in (norm.running_mean, norm.running_var)]
     rates = [norm.momentum for norm in averaged for _ in range(2)]
-    before, total = [s.clone() for s in statistics], [torch.zeros_like(s) for s in statistics]
+    total = [torch.zeros_like(s) for s in statistics]
 
     def add() -> None:
         if statistics:
@@ -189,8 +189,8 @@ def _averaged(norms: list[Any], parts: int) -> Iterator[Callable[[], None]]:
 
     with _held(norms):  # what a pass leaves are its own statistics
         yield add
-    for buffer, old, new, rate in zip(statistics, before, total, rates, strict=True):
-        buffer.copy_(old.lerp_(new / parts, rate))
+    for buffer, sums, rate in zip(statistics, total, rates, strict=True):
+        buffer.lerp_(sums / parts, rate)
     for norm in norms:
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked += 1
