@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mocov3.config import logger_names, preset_of, write_yaml
+from mocov3.config import FinetuneConfig, logger_names, preset_of, write_yaml
 from mocov3.data import Batch, CentreView
 from mocov3.data.device.pixels import normalise
 from mocov3.data.loading.supervised import Repeated, stratified
@@ -60,6 +60,7 @@ def tune(world: World, job: Job) -> int:
 class Tuning(Run):
     """A fine-tuning run on one rank."""
 
+    config: FinetuneConfig
     log: TuneLog
 
     def __init__(self, world: World, job: Job, owner: Owner | None) -> None:
@@ -143,7 +144,7 @@ class Tuning(Run):
     def steps(self) -> Iterator[list[Batch]]:
         """The batches of every step from the present position on, prepared ahead."""
         c, p = self.config, self.position
-        if self.is_done(c.epochs):
+        if self.is_done():
             return
         works = batches(
             len(self.train.source),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from mocov3 import losses, schedules
-from mocov3.config import logger_names, write_yaml
+from mocov3.config import PretrainConfig, logger_names, write_yaml
 from mocov3.config.cheap import stage_of, stages
 from mocov3.data import Batch, TwoViews
 from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
@@ -67,11 +67,12 @@ def train(world: World, job: Job) -> int:
 class Pretraining(Run):
     """A pre-training run on one rank."""
 
+    config: PretrainConfig
     log: RunLog
 
     def __init__(self, world: World, job: Job, owner: Owner) -> None:
         super().__init__(world, job.config, owner)
-        self.config = c = job.config
+        c = job.config
         self.source, self.held_out, self.order = open_images(c)
         check_agreement(world, c, {"images": self.source.digest})
         check_divides(c.batch_size, world.size)
@@ -185,7 +186,7 @@ class Pretraining(Run):
     def batches(self) -> Iterator[Batch]:
         """Batches from the present position to the end of the last epoch, prepared ahead."""
         c, world, position = self.config, self.world, self.position
-        if self.is_done(c.epochs):
+        if self.is_done():
             return
         if not position.step:
             self.online_knn.show_views(0)

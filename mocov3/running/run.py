@@ -42,10 +42,11 @@ class Run:
 
     Args:
         world: this rank.
-        config: with ``output_dir``, ``workers``, ``checkpoint_steps``, ``max_steps``, ``max_hours``.
+        config: with ``output_dir``, ``epochs``, ``workers``, ``checkpoint_steps``, ``max_steps``, ``max_hours``.
         owner: of the folder, on the main rank; ``None`` for a run that writes nothing.
     """
 
+    config: Any
     position: Position
     iterations: int
     """Steps of an epoch."""
@@ -53,7 +54,7 @@ class Run:
 
     def __init__(self, world: World, config: Any, owner: Owner | None) -> None:
         self.world, self.folder, self._owner = world, Path(config.output_dir), owner
-        self._limits = config
+        self.config = config
         self._loader: Loader | None = None
         self._writer: Writer | None = None
         self._saved_at = -1
@@ -82,12 +83,12 @@ class Run:
 
     def workers(self, images: int | None = None) -> int:
         """Loader processes of this rank, for so many images."""
-        return loader_workers(self._limits.workers, self.world.local_size, images)
+        return loader_workers(self.config.workers, self.world.local_size, images)
 
-    def is_done(self, epochs: int) -> bool:
+    def is_done(self) -> bool:
         """Whether nothing is left to do, which is said."""
         p = self.position
-        done = p.epoch >= epochs or self._stop.steps_done(p.step)
+        done = p.epoch >= self.config.epochs or self._stop.steps_done(p.step)
         if done:
             self.log.say(f"nothing left to do: {p.step} steps, {p.epoch} epochs are done")
         return done
@@ -108,7 +109,7 @@ class Run:
 
     def save_where_due(self) -> None:
         """Write the files of the present position where ``--checkpoint-steps`` asks for them."""
-        every = self._limits.checkpoint_steps
+        every = self.config.checkpoint_steps
         if every and self.position.step % every == 0:
             self.save()
 
@@ -159,7 +160,7 @@ class Run:
         return 0
 
     def __enter__(self: R) -> R:
-        self._stop = Stop(max_steps=self._limits.max_steps, max_hours=self._limits.max_hours)
+        self._stop = Stop(max_steps=self.config.max_steps, max_hours=self.config.max_hours)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:

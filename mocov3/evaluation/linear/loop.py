@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mocov3 import schedules
+from mocov3.config import LinclsConfig
 from mocov3.data import Batch
 from mocov3.data.device.pixels import normalise
 from mocov3.data.loading.labelled import CropView, open_labelled, plan_all
@@ -55,6 +56,7 @@ def train(world: World, job: Job) -> int:
 class Evaluation(Run):
     """A run of linear evaluation on one rank."""
 
+    config: LinclsConfig
     log: EvaluationLog
 
     def __init__(self, world: World, job: Job, owner: Owner) -> None:
@@ -126,7 +128,7 @@ class Evaluation(Run):
     def batches(self) -> Iterator[tuple[Work, Batch | None]]:
         """This rank's batches from the present position to the end; without pixels where features are cached."""
         c, world, p = self.config, self.world, self.position
-        if self.is_done(c.epochs):
+        if self.is_done():
             return
         works = plan_all(
             len(self.source),
