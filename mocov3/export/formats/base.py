@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from jaxtyping import Float
 from PIL import Image
@@ -132,6 +132,7 @@ class Unfit(Exception):
     """The format cannot hold this arch; the message is the reason and the alternative."""
 
 
+@runtime_checkable
 class Format(Protocol):
     """A format that a backbone is exported to."""
 
