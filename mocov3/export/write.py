@@ -112,7 +112,10 @@ def _compare(model: Exported, writer: Format, place: Path) -> tuple[str, str]:
         return compared, ""
     by_image = (theirs[len(ours) :] - ours).abs().amax(1)
     worst = list(files)[int(by_image.argmax())]
-    return compared, f"By {writer.own}, of RGB images: up to {float(by_image.max()):.1e}, most on {worst!r}"
+    return (
+        compared,
+        f"Prepared by {writer.own} instead (RGB images): up to {float(by_image.max()):.1e}, most on {worst!r}",
+    )
 
 
 def load(

@@ -63,7 +63,7 @@ def by_its_card(output, ours, size=32, name="features"):
     """From file bytes: what the card's code gives, against the source's network behind our evaluation view."""
     want = torch.stack([cards.by_view(data, size, 256 / 224) for data in cards.files().values()])
     with torch.no_grad():
-        close(cards.run(output, cards.files())[name], ours(want))
+        close(torch.as_tensor(cards.run(output, cards.files())[name]), ours(want))
 
 
 def meta(arch):

@@ -89,7 +89,7 @@ def small(tmp_path_factory):
 
 def test_timms_transform_gives_our_pixels(small, tmp_path, capsys):
     folder = exported(small(48), "timm", tmp_path / "out")
-    stated = float(capsys.readouterr().out.split("of RGB images: up to ")[1].split(",")[0])
+    stated = float(capsys.readouterr().out.split("(RGB images): up to ")[1].split(",")[0])
     assert stated < 1e-4
     written = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     settings = timm.data.resolve_data_config(pretrained_cfg=written)
@@ -121,7 +121,7 @@ def test_what_the_image_processor_does_otherwise_is_stated(small, tmp_path, caps
         assert off < level or border % 4 == 3, name
         if name == "odd borders" and off > level:  # versions that crop as torchvision have nothing to state
             assert "most on 'odd border'" in line
-            assert float(line.split("of RGB images: up to ")[1].split(",")[0]) > 1e-3
+            assert float(line.split("(RGB images): up to ")[1].split(",")[0]) > 1e-3
     data = files()["EXIF 3"]
     assert difference(Image.open(io.BytesIO(data)), data) > level
     for file in ("README.md", "preprocessor_config.json"):
