@@ -325,7 +325,8 @@ def test_an_unreadable_image_gives_its_place_and_class_away(images, tmp_path, ca
         (tmp_path / "data" / split / "class1" / "zz.jpg").write_bytes(b"no image")
     finetune(tmp_path / "run", "--data-set", "folder", "--data-path", tmp_path / "data", "--no-repeated-aug")
     captured = capsys.readouterr()
-    assert "zz.jpg cannot be read" in captured.err
+    assert "1 unreadable images replaced (listed in corrupt.jsonl), first: class1/zz.jpg" in captured.err
+    assert json.loads((tmp_path / "run" / "corrupt.jsonl").read_text())["name"] == "class1/zz.jpg"
     assert "on the 16 test images" in captured.out  # of 17
     assert lines(tmp_path / "run")[-1]["corrupt"] == 1
 
