@@ -45,7 +45,9 @@ def open_sets(data: str, labels: str = "") -> tuple[Source, Source | None]:
     queries = open_source(data, "val") if has_unseen(data) else None
     for part, images in (("bank", bank), ("val", queries)):
         if images is not None and (images.labels is None or len(images.classes) < 2):
-            raise UserError(f"data {data} ({part}): needs images of two or more classes, or --labels some.csv")
+            raise UserError(
+                f"data {data} ({part}): needs two or more class folders, images with labels, or --labels some.csv"
+            )
     return with_labels(bank), queries and matched(bank.classes, queries, f"data {data}")
 
 

@@ -29,6 +29,7 @@ _PROBED = 50
 _ODD = re.compile(r"^\s|\s$|[\"'\\]|^~", re.MULTILINE)  # what another spelling may mend
 _ENDING = "|".join(re.escape(ending) for ending in EXTENSIONS)
 _IMAGE = re.compile(rf".*({_ENDING})[\s\"']*", re.IGNORECASE)
+_HOLDS_IMAGE = re.compile(rf"({_ENDING})(?!\w)", re.IGNORECASE)
 _BEFORE_LABEL = re.compile(rf"(.*(?:{_ENDING})[\"']?)\s+(.*)", re.IGNORECASE)
 _VALUES = re.compile(r"-?[\d.]+([\s,;]+-?[\d.]+)+")
 
@@ -186,7 +187,7 @@ def _choose(records: list[Record], first: Place, places: Iterator[Place], is_csv
                 form = _best_column(_Form(place, spell, part), records[0], [part(record) for record in probes])
                 if best is None or form.found > best.found:
                     best = form
-                if best.found + (not _shows_image(best, probes[0])) == len(probes):
+                if best.found and best.found + (not _shows_image(best, probes[0])) == len(probes):
                     return best
         if best is not None and 2 * best.found >= len(probes):
             return best
@@ -272,7 +273,7 @@ def _columns(cells: Sequence[str], known: Sequence[str]) -> list[int]:
 def _shows_image(form: _Form, record: Record) -> bool:
     """Whether a record names an image, or what would be called like one."""
     cells = form.part(record)
-    return any(map(_IMAGE.fullmatch, cells)) or (
+    return any(map(_HOLDS_IMAGE.search, cells)) or (
         form.column < len(cells) and form.image(cells[form.column]) is not None
     )
 
