@@ -77,10 +77,7 @@ class _Form:
     """Another column that names as many images, where none is called so."""
 
     def image(self, cell: str) -> bytes | None:
-        return self.place.find(os.fsencode(self.spell(cell)))
-
-    def path(self, cells: Sequence[str]) -> str:
-        return self.spell(cells[self.column]) if self.column < len(cells) else ""
+        return self.place.find(_encoded(self.spell(cell)))
 
 
 def read_rows(file: Path, places: Iterator[Place], flag: str = "data") -> Rows:
@@ -110,9 +107,11 @@ def read_rows(file: Path, places: Iterator[Place], flag: str = "data") -> Rows:
     cells = [form.part(record) for record in body]
     column = _label_column(names, form.column, cells)
     remarks = [_read_as(form, names, cells, column, comments)]
-    labels = [row[column].strip() if column is not None and column < len(row) else "" for row in cells]
-    labels = ["" if label.lower() in _NO_LABEL else label for label in labels]
-    several = next((i for i, label in enumerate(labels) if _VALUES.fullmatch(label)), None)
+    labels = [""] * len(cells)
+    if column is not None:
+        labels = [row[column].strip() if column < len(row) else "" for row in cells]
+        labels = ["" if label.lower() in _NO_LABEL else label for label in labels]
+    several = next((i for i, label in enumerate(labels) if label and _VALUES.fullmatch(label)), None)
     if several is not None:
         remarks.append(f"line {numbers[several]} holds several values ({labels[several]}); none is taken for a class")
         labels = [""] * len(labels)
@@ -121,13 +120,14 @@ def read_rows(file: Path, places: Iterator[Place], flag: str = "data") -> Rows:
 
 
 def _paths(form: "_Form", cells: list[list[str]], numbers: list[int], where: str) -> list[bytes]:
-    spelled = [form.path(row) for row in cells]
+    spell, column = form.spell, form.column
+    spelled = [spell(row[column]) if column < len(row) else "" for row in cells]
     if "" in spelled:
         line = numbers[spelled.index("")]
         raise UserError(f"{where}: line {line} holds no path (column {form.column + 1}); write one, or remove the line")
     if "://" in spelled[0]:
         raise UserError(f"{where}: line {numbers[0]} names an address ({spelled[0]}); fetch the images first")
-    paths = [os.fsencode(path) for path in spelled]
+    paths = list(map(_encoded, spelled))
     return [form.place.find(path) or path for path in paths] if form.place.looked_up else paths
 
 
@@ -158,7 +158,7 @@ def _records(text: str, file: Path, where: str, place: Place, is_csv: bool) -> t
             raise UserError(f"{where}: line {reader.line_num} is not CSV ({error}); mend it") from None
     else:
         rows = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    kept = [row for row in rows if not _is_comment(row[1], place)]
+    kept = [row for row in rows if not _is_comment(row[1], place)] if "#" in text else rows
     return [number for number, _ in kept], [record for _, record in kept], len(rows) - len(kept)
 
 
@@ -168,7 +168,7 @@ def _is_comment(record: Record, place: Place) -> bool:
     if not cells[0].startswith("#"):
         return False
     cells = cells + _parted_by_blanks(cells[0])
-    return _named(cells[0]) not in PATH_COLUMNS and not any(place.find(os.fsencode(cell)) for cell in cells)
+    return _named(cells[0]) not in PATH_COLUMNS and not any(place.find(_encoded(cell)) for cell in cells)
 
 
 # --- which form ---------------------------------------------------------------------------------------------------
@@ -212,6 +212,10 @@ def _best_column(form: _Form, head: Record, rows: list[list[str]]) -> _Form:
     if column in named or not counts[most]:
         also = None
     return _Form(form.place, form.spell, form.part, column, counts[most], also)
+
+
+def _encoded(path: str) -> bytes:
+    return path.encode("utf-8", errors="surrogateescape")  # the bytes of the list
 
 
 def _as_written(path: str) -> str:
@@ -311,7 +315,9 @@ def _read_as(form: _Form, names: list[str] | None, rows: list[list[str]], label:
         return f"column {(names[column] if names and column < len(names) else '') or column + 1}"
 
     said = [form.place.said] if form.place.said else []
-    if any(form.path(row) != _as_written(row[form.column]) for row in rows if form.column < len(row)):
+    if form.spell is _mended and any(
+        _mended(row[form.column]) != _as_written(row[form.column]) for row in rows if form.column < len(row)
+    ):
         said.append("blanks, quotes, ~, ./ and \\ in paths are resolved")
     if form.part is not _as_cells or len(rows[0]) > 2 or (names and not _columns(names, PATH_COLUMNS)):
         labels = "no labels" if label is None else f"labels from {title(label)}"
