@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mocov3.data.sources.classes import numbered, remarks_on_missing, renumbered
-from mocov3.data.sources.opening import Source, Subset
+from mocov3.data.sources.opening import Roots, Source, Subset
 from mocov3.data.sources.rows import Place, read_rows
 from mocov3.data.sources.survey import scattered
 from mocov3.errors import UserError, printable
@@ -54,7 +54,11 @@ class Labelled(Subset):
 def with_labels(source: Source) -> Source:
     """The images of a source that have a class: the source itself, if all have one or none has."""
     labels = source.labels
-    return source if labels is None or (labels >= 0).all() else Subset(source, np.flatnonzero(labels >= 0))
+    if labels is None or (labels >= 0).all():
+        return source
+    known = np.flatnonzero(labels >= 0)  # of several sources, those without labels say nothing of themselves
+    said = remarks_on_missing("all sources", labels) if isinstance(source, Roots) else []
+    return Labelled(source, Labels(known, labels[known], source.classes, tuple(said)))
 
 
 def matched(classes: list[str], val: Source, where: str) -> Source:

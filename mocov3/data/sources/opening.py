@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from mocov3.data.sources import archives, tables
-from mocov3.data.sources.classes import ordered, remarks_on_missing, renumbered
+from mocov3.data.sources.classes import ordered, renumbered
 from mocov3.data.sources.embedded import BUILT_IN, FashionMnist
 from mocov3.data.sources.index import Index
 from mocov3.data.sources.lists import ENDINGS, read_list
@@ -230,9 +230,7 @@ class Roots:
     @property
     def skipped(self) -> list[str]:
         """What is left out of the parts or remarkable, a line each."""
-        lines = [line for part in self.parts for line in getattr(part, "skipped", [])]
-        unlabelled = any(part.labels is None for part in self.parts)
-        return lines + (remarks_on_missing("all together", self.labels) if unlabelled else [])
+        return [line for part in self.parts for line in getattr(part, "skipped", [])]
 
     def _place(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._ends, index, side="right"))
