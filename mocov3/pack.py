@@ -81,7 +81,8 @@ def _pack(source: Source, place: Path, args: argparse.Namespace) -> None:
                 bad.append(f"{printable(source.name(index))}: {printable(str(prepared))}")
                 continue
             ending, data = prepared
-            writer.add(_key(source.name(index), taken), ending, data, None if labels is None else int(labels[index]))
+            label = None if labels is None or labels[index] < 0 else int(labels[index])
+            writer.add(_key(source.name(index), taken), ending, data, label)
             written += 1
         writer.close()
         if source.classes:

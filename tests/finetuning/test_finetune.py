@@ -150,6 +150,10 @@ def test_eval_and_export_of_a_tuned_model(whole, images, tmp_path, capsys):
         want = accuracies[-1] if name == "checkpoint.pth" else max(accuracies)
         assert float(found[1]) == pytest.approx(want, abs=1e-3)
         assert float(found[2]) == 100  # four classes
+    moved = shutil.copytree(images, tmp_path / "moved")  # one more class, which shifts the numbers of the others
+    shutil.copytree(images / "train" / "class1", moved / "train" / "a class")
+    assert main(["finetune", "--eval", "--resume", str(whole / name), *flags, "--data-path", str(moved)]) == 0
+    assert re.search(r"\* Acc@1 ([\d.]+) Acc@5 ([\d.]+)", capsys.readouterr().out).groups() == found.groups()
     out = tmp_path / "f.safetensors"
     assert main(["export", str(whole / "checkpoint.pth"), "--to", "safetensors", "--output", str(out)]) == 0
     card = (tmp_path / "f.safetensors.md").read_text()
