@@ -1,6 +1,7 @@
 """The only owner of the output of a pre-training run: terminal, ``metrics.jsonl``, loggers; and warnings of all."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -24,6 +25,12 @@ SKIPPED = "skipped.jsonl"
 def warn(text: str) -> None:
     """A line on standard error."""
     print(f"mocov3: {printable(text)}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A line on standard error, unless this process wrote it before."""
+    warn(text)
 
 
 def warn_left_out(*sources: object, said: object = None, most: int = 10) -> None:

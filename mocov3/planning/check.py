@@ -107,6 +107,9 @@ def _facts(source: Source, survey: Survey, values: Fields) -> list[str]:
             f"  similarity       mean correlation {survey.alike:.2f}; mean image against its rotations "
             f"{survey.upright:.1f} × chance",
         ]
+    if survey.remarked:
+        index, remark = survey.remarked[0]
+        lines.append(f"  read with remarks {len(survey.remarked)}, first: {printable(source.name(index))}: {remark}")
     if survey.unreadable:
         share = 100 * len(survey.unreadable) / survey.examined
         lines.append(

@@ -38,7 +38,7 @@ def deep_samples(data: bytes, most: int) -> np.ndarray | None:
         values = _tiff(data, most, deep=True)
     elif data[:8] == PNG and data[24:25] == _DEEP:
         _check((int.from_bytes(data[20:24]), int.from_bytes(data[16:20])), most)
-        file = png(data)  # of one that is not sound libpng, as OpenCV uses it, would print what is wrong
+        file = png(data, (b"tRNS",))  # of one that is not sound libpng, as OpenCV uses it, would print what is wrong
         values = cv2.imdecode(np.frombuffer(file.data, np.uint8), cv2.IMREAD_UNCHANGED) if file.sound else None
         if values is None:
             raise Unfit("is a damaged PNG")

@@ -1,7 +1,7 @@
 """A file's bytes without what programs write beside the pixels, so that no damage there costs the image.
 
-Text, colour profiles, resolutions and previews change no pixel here; libraries refuse whole images over them, or print a
-line for each. What is left is what says how to decode, and EXIF, for its orientation.
+Text, colour profiles, resolutions and previews change no pixel here; libraries refuse whole images over them, or print
+a line for each. What is left is what says how to decode, and EXIF, for its orientation.
 """
 
 import struct
@@ -17,9 +17,8 @@ _CHUNK = struct.Struct(">I4s")
 _TRANSPARENCY = {0: 2, 2: 6}
 """Colour type of a PNG → least bytes that say which colour is transparent."""
 _TIFF_TAGS = frozenset(
-    [256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332, 334, 336]
-    + [338, 339, 340, 341, 347, *range(512, 522), 529, 530, 531, 532, 50674]
-)
+    (256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332, 334, 336)
+) | {338, 339, 340, 341, 347, *range(512, 522), 529, 530, 531, 532, 50674}
 """Tags that decoding needs, and the orientation."""
 
 
@@ -49,8 +48,8 @@ class Png(NamedTuple):
     """Whether nothing is left but pixels: no EXIF, no transparency."""
 
 
-def png(data: bytes) -> Png:
-    """The critical chunks of a PNG with transparency and EXIF; nothing after its end."""
+def png(data: bytes, beside: tuple[bytes, ...] = (b"tRNS", b"eXIf")) -> Png:
+    """The critical chunks of a PNG and those ``beside``, transparency and EXIF; nothing after its end."""
     view, parts = memoryview(data), []
     place, first, sound, plain = 8, 0, True, True
     kind = b""
@@ -60,12 +59,14 @@ def png(data: bytes) -> Png:
         if end > len(data) or not kind.isalpha():  # cut off or overwritten: a decoder decides
             sound, place = False, len(data)
             break
-        critical, beside = not kind[0] & 0x20, kind in (b"tRNS", b"eXIf")
-        good = (critical or beside) and zlib.crc32(view[place + 4 : end - 4]) == int.from_bytes(view[end - 4 : end])
+        critical = not kind[0] & 0x20
+        good = (critical or kind in beside) and zlib.crc32(view[place + 4 : end - 4]) == int.from_bytes(
+            view[end - 4 : end]
+        )
         if kind == b"tRNS" and length < _TRANSPARENCY.get(data[25], 1):
             good = False
         sound = sound and (good or not critical)
-        plain = plain and not (good and beside)
+        plain = plain and not (good and not critical)
         if not (critical or good):
             parts.append(view[first:place])
             first = end

@@ -8,8 +8,8 @@
 | 16 bits a channel | the upper 8 bits (so 65535 is white), or what ``Reading.window`` says: 0,4095 for 12 bits |
 | 32-bit integers | taken as 16-bit, clipped; floats: 0–255, clipped |
 | several frames or pages | the first |
-| HEIC, AVIF, JPEG XL | by the extra ``formats`` (``formats``), turned as the format itself says |
-| text, profiles, EXIF that is damaged | ignored (``bare``); what a library remarks is counted (``remarks``), not printed |
+| HEIC, AVIF, JPEG XL | where the extra ``formats`` is installed, turned as the format itself says |
+| text, profiles, damaged EXIF | ignored (``bare``); what libraries say is counted (``remarks``), not printed |
 | one channel wanted | grey, by Pillow's weights of red, green and blue |
 | four or more wanted | the file's samples as stored (``bands``); as many as wanted, or it is refused |
 

@@ -6,10 +6,12 @@ import functools
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from PIL import _imaging
+
+from mocov3.errors import printable
 
 _LOGGERS = ("PIL.TiffImagePlugin", "tifffile")
 _MODULES = r"(PIL|pillow_heif|pillow_jxl|tifffile)\b"
@@ -24,9 +26,9 @@ def note(text: str) -> None:
 
 
 def taken() -> str:
-    """The first remark since the last call in this thread, or nothing."""
+    """The first remark since the last call in this thread, fit to print, or nothing."""
     text, _of_thread.remark = getattr(_of_thread, "remark", ""), ""
-    return str(text)
+    return printable(text)[:200]
 
 
 @contextlib.contextmanager
@@ -42,6 +44,28 @@ def kept() -> Iterator[None]:
         yield
     finally:
         _of_thread.listens = before
+
+
+class Tally:
+    """Images that something was remarked of, each counted once."""
+
+    def __init__(self) -> None:
+        self._seen = bytearray()
+        self._first = (0, "")
+
+    def add(self, remarked: Iterable[tuple[int, str]], images: int) -> None:
+        """Count (index, remark) of some of ``images``."""
+        for remark in remarked:
+            self._first = min(self._first, remark) if self._seen else remark
+            self._seen = self._seen or bytearray(images)
+            self._seen[remark[0]] = 1
+
+    def say(self, name: Callable[[int], str], say: Callable[[str], None]) -> None:
+        """Say how many there were since the last call, and the first of them; nothing where there was none."""
+        if count := sum(self._seen):
+            index, text = self._first
+            say(f"data: {count} images were read with remarks, first: {printable(name(index))}: {text}")
+        self._seen = bytearray()
 
 
 def _show(message: Warning | str, *where: Any, **more: Any) -> None:
