@@ -109,7 +109,7 @@ def _facts(source: Source, survey: Survey, values: Fields) -> list[str]:
         ]
     if survey.remarked:
         index, remark = survey.remarked[0]
-        lines.append(f"  read with remarks {len(survey.remarked)}, first: {printable(source.name(index))}: {remark}")
+        lines.append(f"  remarks          {len(survey.remarked)} images, first: {printable(source.name(index))}: {remark}")
     if survey.unreadable:
         share = 100 * len(survey.unreadable) / survey.examined
         lines.append(
