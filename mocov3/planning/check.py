@@ -109,7 +109,8 @@ def _facts(source: Source, survey: Survey, values: Fields) -> list[str]:
         ]
     if survey.remarked:
         index, remark = survey.remarked[0]
-        lines.append(f"  remarks          {len(survey.remarked)} images, first: {printable(source.name(index))}: {remark}")
+        name = printable(source.name(index))
+        lines.append(f"  remarks          {len(survey.remarked)} images, first: {name}: {remark}")
     if survey.unreadable:
         share = 100 * len(survey.unreadable) / survey.examined
         lines.append(
