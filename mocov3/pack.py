@@ -24,6 +24,7 @@ from mocov3.data.sources.archives import CLASSES_FILE
 from mocov3.data.sources.scan import EXTENSIONS
 from mocov3.data.sources.splits import parts_of
 from mocov3.data.views.decode import DecodeError, ImageBytes
+from mocov3.data.views.formats import opened
 from mocov3.errors import UserError, printable
 from mocov3.output.log import warn, warn_left_out
 
@@ -132,7 +133,7 @@ def _prepare(source: Source, index: int, side: int, quality: int) -> tuple[str, 
 
 
 def _ending(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as image:
+    with opened(data) as image:
         return f".{(image.format or 'png').lower()}".replace("jpeg", "jpg")
 
 

@@ -107,6 +107,10 @@ def _facts(source: Source, survey: Survey, values: Fields) -> list[str]:
             f"  similarity       mean correlation {survey.alike:.2f}; mean image against its rotations "
             f"{survey.upright:.1f} × chance",
         ]
+    if survey.remarked:
+        index, remark = survey.remarked[0]
+        name = printable(source.name(index))
+        lines.append(f"  remarks          {len(survey.remarked)} images, first: {name}: {remark}")
     if survey.unreadable:
         share = 100 * len(survey.unreadable) / survey.examined
         lines.append(
