@@ -61,8 +61,7 @@ class Spool:
         whole = self._features_file.exists() and self._done_file.exists()
         if saved == key and whole and self._done_file.stat().st_size == self.batches:
             return
-        for file in (self._key_file, self._done_file, self._features_file, self._errors_file):
-            file.unlink(missing_ok=True)
+        self.remove()
         try:
             array = np.lib.format.open_memmap(
                 self._features_file, mode="w+", dtype=np.float32, shape=(self.images, *shape)
@@ -81,11 +80,10 @@ class Spool:
         return [np.arange(b * self.batch, min((b + 1) * self.batch, self.images)) for b in mine.tolist()]
 
     def put(self, indices: np.ndarray, features: np.ndarray, errors: dict[int, str]) -> None:
-        """Write a batch; unreadable images get NaN."""
+        """Write a batch, and which of its images could not be read."""
         first = int(indices[0])
         self._features[first : first + len(indices)] = features
         if errors:
-            self._features[list(errors)] = np.nan
             with self._errors_file.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps([i, reason]) + "\n" for i, reason in errors.items()))
         self._pending.append(first // self.batch)
@@ -100,13 +98,11 @@ class Spool:
         self._pending.clear()
         self._flushed = time.monotonic()
 
-    def finish(self, source: Source, about: str) -> dict[int, str]:
-        """Make the output, remove the spool; returns the unreadable images: index → reason."""
-        errors = self._errors()
+    def finish(self, source: Source, about: str, errors: dict[int, str]) -> None:
+        """Make the output, remove the spool."""
         del self._features, self._done
         if self.output.suffix == ".parquet":
             _write_parquet(self.output, self._features_file, source, about, errors)
-            self._features_file.unlink()
         else:
             rows = self.output.with_suffix(".jsonl")
             partial = rows.with_name(f".{rows.name}.partial")
@@ -116,11 +112,15 @@ class Spool:
                     table.write(json.dumps({"path": source.name(i), "class": class_of(source, i), **error}) + "\n")
             os.replace(partial, rows)
             os.replace(self._features_file, self.output)
-        for file in (self._key_file, self._done_file, self._errors_file):
-            file.unlink(missing_ok=True)
-        return errors
+        self.remove()
 
-    def _errors(self) -> dict[int, str]:
+    def remove(self) -> None:
+        """Remove the spool."""
+        for file in (self._key_file, self._done_file, self._features_file, self._errors_file):
+            file.unlink(missing_ok=True)
+
+    def errors(self) -> dict[int, str]:
+        """The images that could not be read, of all ranks: index → reason."""
         if not self._errors_file.exists():
             return {}
         reasons = {}

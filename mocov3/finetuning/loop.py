@@ -226,7 +226,8 @@ class Tuning(Run):
         tell = terminal.result if self.config.eval else terminal.say
         per_class = f" mean per class {accuracy.mean_class_acc1:.3f}" if self.pair.per_class else ""
         tell(f"* Acc@1 {accuracy.acc1:.3f} Acc@5 {accuracy.acc5:.3f} loss {accuracy.loss:.3f}{per_class}")
-        tell(f"Accuracy of the network on the {accuracy.total} test images: {accuracy.acc1:.1f}%")
+        left_out = f" ({accuracy.left_out})" if accuracy.left_out else ""
+        tell(f"Accuracy of the network on the {accuracy.total} test images{left_out}: {accuracy.acc1:.1f}%")
         if not self.config.eval:
             tell(f"Max accuracy: {self.recorder.counters.best:.2f}%")
 

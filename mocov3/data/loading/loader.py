@@ -17,13 +17,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from mocov3.config.presets import RGB
+from mocov3.config.presets import RGB, Reading
 from mocov3.data.loading.order import Order
 from mocov3.data.loading.slots import Batch, Corrupt, Layout, Slot, Work
 from mocov3.data.sources.opening import Source
-from mocov3.data.views.decode import DecodeError
+from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.draws import replacement
-from mocov3.errors import printable
+from mocov3.errors import UserError, printable
 
 _LARGE_SLOT = 256 << 20  # bytes above which one batch less is prepared ahead
 _FEW = 2000  # images up to which starting processes takes longer than they save
@@ -89,10 +89,13 @@ class Loader:
         batch_size: largest number of images of a batch of this rank.
         seed: seed of the draws.
         workers: number of processes.
+        replace: use another image for one that cannot be read, as training does; else it is left black.
     """
 
-    def __init__(self, source: Source, transform: Transform, *, batch_size: int, seed: int, workers: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(
+        self, source: Source, transform: Transform, *, batch_size: int, seed: int, workers: int, replace: bool = True
+    ) -> None:
+        self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
         beside, channels = getattr(transform, "colour_draws", 0), getattr(transform, "reading", RGB).channels
         layout = Layout(transform.count, batch_size, transform.image_size, beside, channels)
         self._processes: list[Any] = []
@@ -107,7 +110,7 @@ class Loader:
         for _ in range(min(workers, batch_size)):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, memory, layout, source, transform, seed), daemon=True
+                target=_serve, args=(theirs, memory, layout, source, transform, seed, replace), daemon=True
             )
             process.start()
             theirs.close()
@@ -145,7 +148,7 @@ class Loader:
         for work in works:
             corrupt: list[Corrupt] = []
             for place, index in enumerate(work.indices.tolist()):
-                corrupt += _fill(slot, place, self.source, self.transform, self.seed, work.epoch, index)
+                corrupt += _fill(slot, place, self.source, self.transform, self.seed, work.epoch, index, self.replace)
             yield slot.batch(work, corrupt)
 
     def _run_in_processes(self, works: Iterable[Work]) -> Iterator[Batch]:
@@ -214,6 +217,7 @@ def _serve(
     source: Source,
     transform: Transform,
     seed: int,
+    replace: bool,
 ) -> None:
     """Body of a loader process: fills parts of slots until the pipe closes."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # the main process decides when to stop
@@ -232,7 +236,7 @@ def _serve(
         try:
             corrupt: list[Corrupt] = []
             for place, index in enumerate(indices, first):
-                corrupt += _fill(slots[slot], place, source, transform, seed, epoch, index)
+                corrupt += _fill(slots[slot], place, source, transform, seed, epoch, index, replace)
             answer = ("done", slot, corrupt)
         except Unreadable as error:
             answer = ("unreadable", slot, str(error))
@@ -245,9 +249,9 @@ def _serve(
 
 
 def _fill(
-    slot: Slot, place: int, source: Source, transform: Transform, seed: int, epoch: int, index: int
+    slot: Slot, place: int, source: Source, transform: Transform, seed: int, epoch: int, index: int, replace: bool
 ) -> list[Corrupt]:
-    """Write one image's views; an unreadable image is replaced by one that (seed, epoch, index) decides."""
+    """Write one image's views; an unreadable image is replaced by one that (seed, epoch, index) decides, or black."""
     corrupt: list[Corrupt] = []
     tried = index
     left = {"colour_draws": slot.colour_draws[:, place]} if slot.colour_draws.size else {}
@@ -257,10 +261,29 @@ def _fill(
             return corrupt
         except (DecodeError, OSError) as error:
             reason = printable(str(error))[:200]
-            following = replacement(seed, epoch, index, attempt, len(source))
+            following = replacement(seed, epoch, index, attempt, len(source)) if replace else index
             corrupt.append(Corrupt(tried, printable(source.name(tried)), reason, following))
+            if not replace:
+                slot.pixels[:, place] = 0
+                return corrupt
             tried = following
     raise Unreadable(f"{corrupt[0].name} and {_ATTEMPTS - 1} images in its place cannot be read: {corrupt[0].reason}")
+
+
+def check_readable(source: Source, reading: Reading, title: str) -> None:
+    """Refuse images to evaluate on of which none can be read, before a run starts; as a rule one is looked at.
+
+    Raises:
+        UserError: naming the first and its reason, after the source's ``title``.
+    """
+    reason = ""
+    for index in range(len(source)):
+        try:
+            ImageBytes(source.read(index), reading).pixels()
+            return
+        except (DecodeError, OSError) as error:
+            reason = reason or f"{source.name(index)}: {error}"
+    raise UserError(f"{title}: none of {len(source)} images can be read, first: {reason}")
 
 
 def usable_cores() -> int:
