@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mocov3.config.archs import BUILT_IN_ARCHS, check_arch, check_heads
-from mocov3.config.fields import check_bounds, flag
+from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.presets import PRESETS
 from mocov3.errors import UserError, nearest
 
@@ -39,13 +39,16 @@ integers.__name__, several.__name__ = "comma list of integers", "comma list of n
 class FeatureConfig:
     """Which features of which images: shared by k-NN evaluation and embedding."""
 
-    data: str = flag("", "folder of images, or the built-in fashion-mnist[:ROOT]", positional=True, metavar="DIR")
+    data: str = flag(
+        "", "folder of images, or the built-in fashion-mnist[:ROOT]", kind=path, positional=True, metavar="DIR"
+    )
     model: str = flag(
         "",
         "a weights file (ours, the reference's, DeiT's, timm's), the name of an arch (untrained), "
         "timm/NAME (timm's published weights), or pixels",
         "--model",
         "--pretrained",
+        kind=path,
         group=MODEL,
     )
     arch: str = flag("", "backbone of a file that does not name it", "-a", "--arch", group=MODEL)
@@ -126,6 +129,7 @@ class KnnConfig(FeatureConfig):
     labels: str = flag(
         "",
         "CSV of path,label: use these images of the folder (10–100 are enough), each left out in turn",
+        kind=path,
         group=IMAGES,
         metavar="FILE",
     )
@@ -153,7 +157,12 @@ class EmbedConfig(FeatureConfig):
     """Features of every image of a folder as a table."""
 
     output: str = flag(
-        "", "file to write: NAME.parquet, or NAME.npy beside NAME.jsonl with the paths", "-o", "--output", group=OUTPUT
+        "",
+        "file to write: NAME.parquet, or NAME.npy beside NAME.jsonl with the paths",
+        "-o",
+        "--output",
+        kind=path,
+        group=OUTPUT,
     )
     duplicates: float = flag(
         0.0,

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -128,6 +129,30 @@ def flag(
     )
 
 
+def path(given: object) -> str:
+    """What a name of files or folders means: ``~``, ``~user`` and ``$VARIABLE`` stand for what a shell takes them for.
+
+    A name that exists as it stands is kept. After a colon (``fashion-mnist:~/data``) ``~`` counts too. It is the
+    ``kind`` of every flag and the ``type`` of every argument that names a place.
+
+    Raises:
+        ValueError: if it is no text.
+        UserError: for a user or a variable that does not exist: nothing is made under such a name.
+    """
+    if not isinstance(given, str) or "\0" in given:
+        raise ValueError
+    if not ("~" in given or "$" in given) or (given[0] != "~" and os.path.lexists(given)):
+        return given
+    text = os.path.expandvars(re.sub(r"(?<![^:])~[^/\\:]*", lambda found: os.path.expanduser(found[0]), given))
+    if text.startswith("~") and not os.path.lexists(text):
+        raise UserError(
+            f"{given}: {re.split(r'[/:]', text)[0]} is no user's folder here; write the path in full, or ./~…"
+        )
+    if (unset := re.search(r"\$([A-Za-z_]\w*|\{\w+\})", text)) and not os.path.lexists(text):
+        raise UserError(f"{given}: the environment has no variable {unset[0]}; set it, or write the path in full")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and exit code 2."""
 
@@ -139,6 +164,7 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser: argparse.ArgumentParser, config: type, defaults: Fields) -> None:
     """Add every field of ``config`` to ``parser``; a flag that is not given is absent from the result."""
     groups: dict[str, Any] = {}
+    common: dict[str, Any]
     for field in dataclasses.fields(config):
         meta = field.metadata
         default = defaults.get(field.name, field.default)
@@ -149,13 +175,14 @@ def add_flags(parser: argparse.ArgumentParser, config: type, defaults: Fields) -
         text += f" ({'; '.join(filter(None, facts))})" if any(facts) else ""
         if meta["positional"]:
             nargs = "*" if meta["many"] else "?"
-            parser.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, help=text, metavar=meta["metavar"])
+            common = {"default": argparse.SUPPRESS, "help": text, "metavar": meta["metavar"]}
+            parser.add_argument(field.name, nargs=nargs, type=meta["kind"], **common)
             continue
         title = meta["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         names = flag_names(field)
-        common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        common = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if meta["kind"] is bool:
             groups[title].add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         else:
@@ -276,8 +303,8 @@ def read_yaml(path: Path, config: type) -> Fields:
 
 def _typed(value: Any, field: "dataclasses.Field[Any]", where: str) -> Any:
     kind = field.metadata["kind"]
-    if field.metadata["many"] and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return "\n".join(value)
+    if field.metadata["many"] and isinstance(value, list):
+        return "\n".join(_typed(v, field, where) for v in value)
     if not (value is None or isinstance(value, str | int | float)):
         # never shown: a few lines of YAML can stand for a text that fills the memory
         raise UserError(f"{where}: field {field.name!r} must be {kind.__name__}, not a {type(value).__name__}")

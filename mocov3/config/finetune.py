@@ -6,7 +6,7 @@ Both ``mocov3 finetune`` and ``transfer/main.py`` parse it.
 from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
-from mocov3.config.fields import check_bounds, flag
+from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
 from mocov3.config.views import preset_of
@@ -35,7 +35,7 @@ class FinetuneConfig:
         choices=DATA_SETS,
         group=DATA,
     )
-    data_path: str = flag("", "its folder", "--data-path", result=False, group=DATA, metavar="PATH")
+    data_path: str = flag("", "its folder", "--data-path", kind=path, result=False, group=DATA, metavar="PATH")
     fraction: float = flag(
         1.0, "share of the training images of every class, a fixed choice", kind=float, group=DATA, above=0, high=1
     )
@@ -44,6 +44,7 @@ class FinetuneConfig:
         "folder of checkpoints and logs (default runs/TIME-finetune)",
         "--output_dir",
         "--output-dir",
+        kind=path,
         result=False,
         group=RUN,
     )
@@ -84,11 +85,12 @@ class FinetuneConfig:
         "", "normalise by mean,std or six numbers (default: of the weights, unless a preset is given)", group=DATA
     )
     finetune: str = flag(
-        "", "weights to start from (ours, the reference's, DeiT's)", result=False, group=RUN, metavar="FILE"
+        "", "weights to start from (ours, the reference's, DeiT's)", kind=path, result=False, group=RUN, metavar="FILE"
     )
     resume: str = flag(
         "",
         "checkpoint to resume from, or 'auto' for the output folder's; a file without optimizer: its weights only",
+        kind=path,
         result=False,
         group=RUN,
     )
@@ -203,7 +205,7 @@ class FinetuneConfig:
         0.0, "stop after this time, with a checkpoint (0: never)", kind=float, result=False, group=RUN, low=0
     )
     recipe: str = flag("", "named set of flags (below); any flag still overrides", result=False, group=RUN)
-    config: str = flag("", "YAML file of fields, as a run's config.yaml", result=False, group=RUN)
+    config: str = flag("", "YAML file of fields, as a run's config.yaml", kind=path, result=False, group=RUN)
     device: str = flag("auto", "device", choices=("auto", "cpu", "cuda", "mps"), result=False, group=RANKS)
     precision: str = flag("auto", "arithmetic of the network", choices=("auto", "fp32", "fp16", "bf16"), group=METHOD)
     nprocs_per_node: int = flag(

@@ -9,7 +9,7 @@ from typing import Any
 
 from mocov3.config.archs import check_arch, check_heads
 from mocov3.config.evaluation import DEVICES, HEADS_HELP, MODEL, PRECISIONS, check_model_flags
-from mocov3.config.fields import check_bounds, flag
+from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
 from mocov3.config.presets import PRESETS
@@ -38,6 +38,7 @@ class LinclsConfig:
     data: str = flag(
         "",
         "folder with train and val class folders, or the built-in fashion-mnist[:ROOT]",
+        kind=path,
         positional=True,
         result=False,
         metavar="DIR",
@@ -84,6 +85,7 @@ class LinclsConfig:
     resume: str = flag(
         "",
         "linear file to resume from or to evaluate; 'auto': checkpoint.pth.tar of the output folder",
+        kind=path,
         result=False,
         group=RUN,
     )
@@ -114,7 +116,7 @@ class LinclsConfig:
         False, "start one process a GPU on this node", kind=bool, result=False, group=RANKS
     )
     pretrained: str = flag(
-        "", "weights file of the backbone; without it the backbone is untrained", result=False, group=MODEL
+        "", "weights file of the backbone; without it the backbone is untrained", kind=path, result=False, group=MODEL
     )
     # --- ours ------------------------------------------------------------------------------------------
     head: str = flag(
@@ -148,9 +150,9 @@ class LinclsConfig:
     crop_min: float = flag(
         0.08, "smallest crop of the training view, as a share of the image", kind=float, group=DATA, low=0, high=1
     )
-    output_dir: str = flag(".", "folder of the files", result=False, group=RUN)
+    output_dir: str = flag(".", "folder of the files", kind=path, result=False, group=RUN)
     recipe: str = flag("", "named set of flags, see the list at the end", result=False, group=RUN)
-    config: str = flag("", "YAML file of flags, for example a run's lincls.yaml", result=False, group=RUN)
+    config: str = flag("", "YAML file of flags, for example a run's lincls.yaml", kind=path, result=False, group=RUN)
     checkpoint_steps: int = flag(
         0, "steps between writes of checkpoint.pth.tar within an epoch", kind=int, result=False, group=RUN, low=0
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
 from mocov3.config.cheap import CheapFlags, stages
-from mocov3.config.fields import check_bounds, flag
+from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
 from mocov3.config.presets import PRESETS, ViewPreset
@@ -30,6 +30,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         "",
         "folder of images (DIR/train is used where it exists), list of them (.txt, .csv), several of these "
         "(DIR2:0.3 uses 30 % of DIR2 in each epoch), or the built-in fashion-mnist[:ROOT]",
+        kind=path,
         positional=True,
         result=False,
         metavar="DIR",
@@ -68,6 +69,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     resume: str = flag(
         "",
         "checkpoint to resume from, or 'auto' for the newest valid one in the output folder",
+        kind=path,
         result=False,
         group=RUN,
         per_rank=True,
@@ -113,11 +115,15 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         0.08, "smallest crop as a share of the image", "--crop-min", kind=float, group=DATA, low=0, high=1
     )
     # --- ours ------------------------------------------------------------------------------------------
-    output_dir: str = flag(".", "folder of checkpoints, metrics and logs", result=False, group=RUN, per_rank=True)
+    output_dir: str = flag(
+        ".", "folder of checkpoints, metrics and logs", kind=path, result=False, group=RUN, per_rank=True
+    )
     recipe: str = flag(
         "", "named set of flags (below); any flag still overrides", result=False, group=RUN, per_rank=True
     )
-    config: str = flag("", "YAML file of fields, as a run's config.yaml", result=False, group=RUN, per_rank=True)
+    config: str = flag(
+        "", "YAML file of fields, as a run's config.yaml", kind=path, result=False, group=RUN, per_rank=True
+    )
     device: str = flag(
         "auto", "device", choices=("auto", "cpu", "cuda", "mps"), result=False, group=RANKS, per_rank=True
     )
@@ -137,6 +143,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     init: str = flag(
         "",
         "weights both backbones start from: a file (ours, the reference's, timm's, torchvision's) or timm/NAME",
+        kind=path,
         group=MODEL,
     )
     view_preset: str = flag("photos", "strengths and probabilities of the views", choices=tuple(PRESETS), group=DATA)

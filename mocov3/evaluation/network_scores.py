@@ -153,7 +153,9 @@ def _row(
 
     views, _ = features(images, 4)
     if len(views) < 10:
-        raise UserError(f"only {len(views)} of {len(images)} images can be read; 10 or more are needed to judge by")
+        raise UserError(
+            f"data: only {len(views)} of {len(images)} images can be read; 10 or more are needed to judge by"
+        )
     row = {"name": name, "kind": kind, **judge(views).as_dict()}
     if labels is not None:
         labelled, read = features(Subset(whole, labels.indices), 0)
