@@ -23,7 +23,7 @@ from mocov3.data.loading.slots import Batch, Corrupt, Layout, Slot, Work
 from mocov3.data.sources.opening import Source
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.draws import replacement
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError, printable, stop_signals
 
 _LARGE_SLOT = 256 << 20  # bytes above which one batch less is prepared ahead
 _FEW = 2000  # images up to which starting processes takes longer than they save
@@ -220,9 +220,8 @@ def _serve(
     replace: bool,
 ) -> None:
     """Body of a loader process: fills parts of slots until the pipe closes."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # the main process decides when to stop
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in stop_signals():  # the main process decides when to stop
+        signal.signal(number, signal.SIG_IGN)
     import cv2
 
     cv2.setNumThreads(0)  # one process a core already
