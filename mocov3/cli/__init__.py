@@ -20,7 +20,7 @@ from mocov3.config.command_lines import (
     parse_pretrain,
     read_pretrain,
 )
-from mocov3.errors import RankLost, UserError, lenient_output, lost_output, nearest, stopped_by
+from mocov3.errors import RankLost, UserError, lenient_output, lost_output, nearest, printable, stopped_by
 from mocov3.version import __version__
 
 __all__ = [
@@ -41,6 +41,8 @@ __all__ = [
 
 _PRINTS = ("-h", "--help", "--version", "check", "plan", "inspect", "compare", "knn", "verify")
 """Commands whose result is what they print."""
+_SURROUNDINGS = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What is never our fault, wherever it is met."""
 _HELP = f"""mocov3 {__version__}: self-supervised pre-training of ResNet and ViT (MoCo v3, arXiv 2104.02057)
 
 usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
@@ -99,6 +101,11 @@ def guarded(run: Callable[[], int], *, prints: bool = False) -> int:
     except (UserError, RankLost) as error:
         print(f"mocov3: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in _SURROUNDINGS or error.filename is None:
+            raise
+        print(f"mocov3: error: {printable(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("mocov3: interrupted", file=sys.stderr)
         return stopped_by(signal.SIGINT)

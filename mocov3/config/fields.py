@@ -5,6 +5,7 @@ The parser, the help text, ``config.yaml`` and the check of a resumed run are al
 
 import argparse
 import dataclasses
+import errno
 import math
 import os
 import re
@@ -141,8 +142,12 @@ def path(given: object) -> str:
     """
     if not isinstance(given, str) or "\0" in given:
         raise ValueError
-    if not ("~" in given or "$" in given) or (given[0] != "~" and os.path.lexists(given)):
-        return given
+    try:
+        if given and os.lstat(given) and given[0] != "~":
+            return given
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{given[:60]}…: {error.strerror}; give a shorter one") from None
     text = os.path.expandvars(re.sub(r"(?<![^:])~[^/\\:]*", lambda found: os.path.expanduser(found[0]), given))
     if text.startswith("~") and not os.path.lexists(text):
         raise UserError(

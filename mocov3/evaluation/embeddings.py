@@ -153,10 +153,11 @@ def _write_parquet(output: Path, spool: Path, source: Source, about: str, errors
             ("error", pa.string()),
             ("feature", pa.list_(pa.float32(), width)),
         ],
-        metadata={"backbone": about, "shape": json.dumps(list(features.shape[1:])), "made_by": "mocov3 embed"},
+        metadata={"backbone": _utf8(about), "shape": json.dumps(list(features.shape[1:])), "made_by": "mocov3 embed"},
     )
     partial = output.with_name(f".{output.name}.partial")
-    with pq.ParquetWriter(partial, schema) as writer:
+    # pyarrow refuses names that are not UTF-8, so it gets open files
+    with partial.open("wb") as sink, pq.ParquetWriter(sink, schema) as writer:
         for start in range(0, len(features), _ROW_GROUP):
             numbers = range(start, min(start + _ROW_GROUP, len(features)))
             values = pa.array(np.ascontiguousarray(features[start : numbers.stop]).reshape(-1))
@@ -181,7 +182,8 @@ def load(path: Path) -> torch.Tensor:
         return torch.from_numpy(np.load(path, mmap_mode="c"))
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=["feature"])
+    with path.open("rb") as file:
+        table = pq.read_table(file, columns=["feature"])
     column = table.column("feature").combine_chunks()
     values = column.flatten().to_numpy(zero_copy_only=False)
     return torch.from_numpy(values.reshape(len(table), -1).copy())

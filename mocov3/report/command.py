@@ -1,6 +1,7 @@
 """``mocov3 report RUN…``: one self-contained page of a run, or of several side by side."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +88,8 @@ def write_page(runs: Sequence[Run], output: Path, *, images: int = IMAGES, devic
         partial.write_text(page, encoding="utf-8")
         os.replace(partial, output)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
     return shown
 
