@@ -8,11 +8,10 @@ from typing import Any
 from mocov3.config.archs import BUILT_IN_ARCHS, check_arch, check_heads
 from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.presets import PRESETS
+from mocov3.config.running import DATA, DEVICES, MODEL, PRECISIONS, RUN
 from mocov3.errors import UserError, nearest
 
-MODEL, OUTPUT, IMAGES, RUNNING = "model", "result", "images", "running"
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+OUTPUT = "result"
 HEADS_HELP = (
     "attention heads of a ViT, of a file that does not record them (ViT-S: 12 in MoCo v3; 6 in DeiT, DINO, timm)"
 )
@@ -61,33 +60,30 @@ class FeatureConfig:
         choices=LAYERS,
         group=MODEL,
     )
-    untrained: bool = flag(False, "timm/NAME without its published weights", kind=bool, group=MODEL)
-    image_size: int = flag(
-        0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int, group=IMAGES, low=0
-    )
+    untrained: bool = flag(False, "timm/NAME without its published weights", group=MODEL)
+    image_size: int = flag(0, "side of the views in pixels; 0: that of pre-training, else 224", group=DATA, low=0)
     view_preset: str = flag(
         "",
         "normalisation and centre crop; unless given that of pre-training, else photos",
         choices=("", *PRESETS),
-        group=IMAGES,
+        group=DATA,
     )
-    batch_size: int = flag(256, "images a pass", "-b", "--batch-size", kind=int, group=RUNNING, low=1)
+    batch_size: int = flag(256, "images a pass", "-b", "--batch-size", group=RUN, low=1)
     workers: int = flag(
         32,
         "data loading processes of a rank; at most the usable cores",
         "-j",
         "--workers",
-        kind=int,
         result=False,
-        group=RUNNING,
+        group=RUN,
         low=0,
     )
-    device: str = flag("auto", "device", choices=DEVICES, result=False, group=RUNNING)
-    precision: str = flag("fp32", "arithmetic of the backbone", choices=PRECISIONS, group=RUNNING)
+    device: str = flag("auto", "device", choices=DEVICES, result=False, group=RUN)
+    precision: str = flag("fp32", "arithmetic of the backbone", choices=PRECISIONS, group=RUN)
     nprocs_per_node: int = flag(
-        0, "processes to start on this node (torchrun needs no flag)", kind=int, result=False, group=RUNNING, low=0
+        0, "processes to start on this node (torchrun needs no flag)", result=False, group=RUN, low=0
     )
-    seed: int = flag(0, "seed of an untrained network", kind=int, group=MODEL, low=0, below=2**63)
+    seed: int = flag(0, "seed of an untrained network", group=MODEL, low=0, below=2**63)
 
     def check(self) -> None:
         """Refuse values that cannot work.
@@ -130,10 +126,10 @@ class KnnConfig(FeatureConfig):
         "",
         "CSV of path,label: use these images of the folder (10–100 are enough), each left out in turn",
         kind=path,
-        group=IMAGES,
+        group=DATA,
         metavar="FILE",
     )
-    json: bool = flag(False, "print the result as JSON", kind=bool, result=False, group=OUTPUT)
+    json: bool = flag(False, "print the result as JSON", result=False, group=OUTPUT)
 
     def check(self) -> None:
         """Refuse values that cannot work.
@@ -168,14 +164,13 @@ class EmbedConfig(FeatureConfig):
         0.0,
         "also list groups of images whose features agree to at least this cosine, for "
         "example 0.98, in NAME.duplicates.jsonl",
-        kind=float,
         result=False,
         group=OUTPUT,
         metavar="COSINE",
         low=0,
         high=1,
     )
-    overwrite: bool = flag(False, "replace the output if it exists", kind=bool, result=False, group=OUTPUT)
+    overwrite: bool = flag(False, "replace the output if it exists", result=False, group=OUTPUT)
 
     def check(self) -> None:
         """Refuse values that cannot work.

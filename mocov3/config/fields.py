@@ -91,7 +91,7 @@ def flag(
     default: Any,
     help: str,
     *names: str,
-    kind: Callable[[Any], Any] = str,
+    kind: Callable[[Any], Any] | None = None,
     choices: Sequence[str] | None = None,
     result: bool = True,
     per_rank: bool = False,
@@ -106,6 +106,7 @@ def flag(
 ) -> Any:
     """A dataclass field that is a command-line flag.
 
+    ``kind`` makes a value of a word; it is the default's type unless given.
     ``result`` says whether another value makes another trained model; such fields must not change at a resume. Where
     there are several ranks they must agree on it, unless ``per_rank``: places, names, output, and what each decides
     for itself or with the others. A positional of ``many`` takes several words, kept as lines of one text. Numbers lie
@@ -117,7 +118,7 @@ def flag(
         metadata={
             "help": help,
             "names": names,
-            "kind": kind,
+            "kind": kind or (str if default is None else type(default)),
             "choices": choices,
             "result": result,
             "per_rank": per_rank,

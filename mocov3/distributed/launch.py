@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mocov3.config.running import RankFlags
 from mocov3.distributed.meeting import largest_dividing, stand_by, tell_done
 from mocov3.distributed.world import World, start
 from mocov3.errors import RankLost, UserError, lenient_output, stop_signals
@@ -85,7 +86,7 @@ def launch(
     return _spawn(task, payload, ranks, device, meet._replace(address=address))
 
 
-def launch_as(config: Any, task: Task, payload: Any, **more: Any) -> int:
+def launch_as(config: RankFlags, task: Task, payload: Any, **more: Any) -> int:
     """``launch`` by the reference's flags for ranks, as ``PretrainConfig`` and ``LinclsConfig`` hold them."""
     return launch(
         task,

@@ -26,7 +26,7 @@ from mocov3.finetuning.recorder import TuneCounters, TuneRecorder
 from mocov3.finetuning.step import Micro, Outcome
 from mocov3.running.folder import Owner, owned
 from mocov3.running.job import Job
-from mocov3.running.run import Run, set_determinism
+from mocov3.running.run import Run
 from mocov3.weights import Contents
 from mocov3.weights.checkpoint import Position
 
@@ -64,10 +64,10 @@ class Tuning(Run):
 
     def __init__(self, world: World, job: Job[FinetuneConfig], owner: Owner | None) -> None:
         super().__init__(world, job, owner)
-        set_determinism(job.config.deterministic)
         self.start = files.find_start(job.config, world)
         self.config = c = self.start.config
         self.pair = open_pair(c.data_set, c.data_path)
+        self.agree({"images": self.pair.train.digest, "test images": self.pair.test.digest})
         self.classes = len(self.pair.train.classes)
         self.train = Repeated(stratified(self.pair.train, c.fraction), c.repeats)
         self.labels = np.asarray(self.train.labels, dtype=np.int64)

@@ -61,6 +61,7 @@ class Evaluation(Run):
     def __init__(self, world: World, job: Job[LinclsConfig], owner: Owner) -> None:
         super().__init__(world, job, owner)
         self.source, self.val_source = open_labelled(job.config.data)
+        self.agree({"images": self.source.digest, "validation images": self.val_source.digest})
         self.labels, self.val_labels = (
             torch.as_tensor(s.labels, dtype=torch.long, device=world.device) for s in (self.source, self.val_source)
         )
