@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mocov3.config.fields import Fields, Layers, Parser
+from mocov3.config.fields import Fields, Layers, Parser, path
 from mocov3.config.views import preset_of
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
@@ -33,7 +33,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(prog="mocov3 check", description=__doc__, add_help=False, allow_abbrev=False)
     parser.add_argument("--sample", type=int, default=_SAMPLE, help="images to examine")
     parser.add_argument("--all", action="store_true", help="examine every image")
-    parser.add_argument("--sheet", default="check.png", help="where to write the sheet of views")
+    parser.add_argument("--sheet", type=path, default="check.png", help="where to write the sheet of views")
     if "-h" in argv or "--help" in argv:
         parser.add_argument("-h", "--help", action="help", help="this; flags of mocov3 pretrain are taken too")
     args, rest = parser.parse_known_args(list(argv))
