@@ -84,13 +84,9 @@ def features_of_views(
         network.eval()
     parts, read = [torch.empty(0)], [mine[:0]]
     try:
-        with (
-            torch.no_grad(),
-            nullcontext() if network is None else gathered(network),
-            Loader(
-                source, transform, batch_size=batch_size, seed=_SEED, workers=workers, replace=False, say=warn_once
-            ) as loader,
-        ):
+        given: dict[str, Any] = {"replace": False, "say": warn_once}
+        loader = Loader(source, transform, batch_size=batch_size, seed=_SEED, workers=workers, **given)
+        with torch.no_grad(), nullcontext() if network is None else gathered(network), loader:
             for batch in loader.run(works):
                 keep = ~np.isin(batch.work.indices, [bad.index for bad in batch.corrupt])
                 rows = [features(normalise(p, world.device, mean, std)).float().cpu() for p in batch.pixels]
