@@ -18,6 +18,7 @@ import numpy as np
 from mocov3.data.sources import archives, tables
 from mocov3.data.sources.embedded import BUILT_IN, FashionMnist
 from mocov3.data.sources.index import Index
+from mocov3.data.sources.left_out import PASSED_OVER
 from mocov3.data.sources.lists import ENDINGS, read_list
 from mocov3.data.sources.scan import EXTENSIONS, scan_tree
 from mocov3.data.sources.splits import apart, choose, no_part, remark_on_mix
@@ -138,7 +139,9 @@ def _open_one(data: str, split: str) -> Source:
         raise no_part(data, split)
     if part.files:
         return open_files(list(part.files), list(part.remarks))
-    return Folder(*scan_tree(Path(part.place), part.without), list(part.remarks))
+    folder = Folder(*scan_tree(Path(part.place), part.without))
+    folder.skipped = [*part.remarks, *folder.skipped]
+    return folder
 
 
 def scan(folder: Path) -> "Folder":
@@ -310,6 +313,12 @@ def open_files(files: list[str], remarks: list[str]) -> Source:
     Raises:
         UserError: if they cannot be used.
     """
-    source = tables.Parquet(files) if tables.is_parquet(files[0]) else archives.open_shards(files)
-    source.skipped = [*remarks, *source.skipped]
-    return source
+    if not tables.is_parquet(files[0]):
+        shards = archives.open_shards(files)
+        shards.skipped = [*remarks, *shards.skipped]
+        return shards
+    table = tables.Parquet(files)
+    rows = tables.used_rows(table)
+    passed = [f"{files[0]}: {PASSED_OVER.format(f'{n} rows')}"] if (n := len(table) - len(rows)) else []
+    table.skipped = [*remarks, *passed, *table.skipped]
+    return Subset(table, rows) if passed else table

@@ -6,10 +6,12 @@ training reads much more than it uses; for many epochs, ``mocov3 pack`` the tabl
 
 import hashlib
 import os
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from mocov3.data.sources.left_out import MAY_BE_PASSED_OVER, passed_over
 from mocov3.errors import UserError, printable
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "picture", "bytes")
@@ -129,3 +131,23 @@ def _column(schema: Any, file: str) -> str:
 def _as_labels(values: np.ndarray) -> np.ndarray | None:
     usable = values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() < 2**31
     return values.astype(np.int32) if usable else None
+
+
+def used_rows(tables: Parquet) -> np.ndarray:
+    """Rows of tables, but for images whose path (in Hugging Face's structure) is one that a folder's scan skips."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    passed, begin = [np.empty(0, np.int64)], 0
+    for file in tables.files:
+        with _pyarrow().ParquetFile(file) as table:
+            kind = table.schema_arrow.field(tables.column).type
+            if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+                paths = table.read([f"{tables.column}.path"]).column(0).combine_chunks().field("path")
+                if pa.types.is_string(paths.type):
+                    rows = np.flatnonzero(pc.match_substring_regex(paths, MAY_BE_PASSED_OVER).fill_null(False))
+                    names = paths.take(pa.array(rows)).to_pylist()
+                    out = [passed_over(PurePosixPath(name).parts) for name in names]
+                    passed.append(begin + rows[np.array(out, bool)])
+            begin += table.metadata.num_rows
+    return np.delete(np.arange(len(tables)), np.concatenate(passed))
