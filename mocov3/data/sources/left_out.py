@@ -47,10 +47,15 @@ MAY_BE_PASSED_OVER = f"(?i)(^|/)(\\.|{'|'.join(map(re.escape, sorted(_PASSED_OVE
 """An expression that every path matches which is passed over: quicker to ask for many."""
 _SYSTEM_FILES = {b"Thumbs.db", b"thumbs.db", b"Desktop.ini", b"desktop.ini"}
 _USUAL = re.compile("[0-9]*[a-z][0-9a-z_~-]{0,11}")
-_DOUBLE = {b".gz", b".bz2", b".xz", b".zst", b".lz4"}
+_DOUBLE = {case for ending in (b".gz", b".bz2", b".xz", b".zst", b".lz4") for case in (ending, ending.upper())}
 _NAMED = 5
 PASSED_OVER = "{} in hidden folders, or added by macOS or NAS systems, are passed over"
 """What is said of members and rows; {} stands for how many of which."""
+
+
+def cure(file: str) -> str | None:
+    """What to do about a file that is named but not read; ``None`` where its ending does not tell."""
+    return _CURE.get(_ending(file))
 
 
 def hidden(folder: bytes) -> bool:
@@ -91,13 +96,13 @@ class LeftOut:
         before, first = self.counts.get(ending, (0, name))
         self.counts[ending] = before + number, name if name < first else first
 
-    def lines(self) -> list[str]:
-        """A line for each thing to do, that for the most files first."""
+    def lines(self, *, others: bool = True) -> list[str]:
+        """A line for each thing to do, that for the most files first; ``others``: those of unknown endings too."""
         by_cure: dict[str, list[tuple[int, str, str]]] = {}
         for ending, (number, first) in self.counts.items():
             by_cure.setdefault(_CURE.get(ending, _OTHERS), []).append((-number, ending, first))
         groups = sorted((sum(number for number, _, _ in kinds), cure, sorted(kinds)) for cure, kinds in by_cure.items())
-        return [_line(cure, kinds) for _, cure, kinds in groups]
+        return [_line(cure, kinds) for _, cure, kinds in groups if others or cure != _OTHERS]
 
 
 def _line(cure: str, kinds: list[tuple[int, str, str]]) -> str:

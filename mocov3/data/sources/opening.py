@@ -18,7 +18,7 @@ import numpy as np
 from mocov3.data.sources import archives, tables
 from mocov3.data.sources.embedded import BUILT_IN, FashionMnist
 from mocov3.data.sources.index import Index
-from mocov3.data.sources.left_out import PASSED_OVER
+from mocov3.data.sources.left_out import PASSED_OVER, cure
 from mocov3.data.sources.lists import ENDINGS, read_list
 from mocov3.data.sources.scan import EXTENSIONS, scan_tree
 from mocov3.data.sources.splits import apart, choose, no_part, remark_on_mix
@@ -131,7 +131,8 @@ def _open_one(data: str, split: str) -> Source:
     if not is_folder:
         if os.path.exists(data):
             image = place.suffix.lower() in EXTENSIONS
-            hint = "name the folder that holds the images" if image else f"a list ends in {', '.join(ENDINGS)}"
+            lists = f"a list ends in {', '.join(ENDINGS)}"
+            hint = "name the folder that holds the images" if image else cure(place.name) or lists
             raise UserError(f"data {data}: is not a folder; {hint}")
         raise UserError(f"data {data}: there is no such folder; name a folder of images, or fashion-mnist")
     part = choose(data, split)

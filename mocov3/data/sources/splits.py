@@ -213,7 +213,8 @@ def _beside(folder: str, others: list[str], top: Contents, *, within: bool = Fal
     left += [f"{len(top.packed)} archives or tables directly in it"] if top.packed and not within else []
     why = "beside archives or tables" if within else "as of no part"
     said = [f"{folder}: left out, {why}: {', '.join(left)}"] if left else []
-    return said + [f"{folder}: {line}" for line in top.left_out.lines()] if within else said
+    # lists of classes, texts and the like lie beside archives
+    return said + [f"{folder}: {line}" for line in top.left_out.lines(others=False)] if within else said
 
 
 def _as_classes(folder: str, named: dict[str, str], holding: dict[str, str], others: list[str]) -> list[str]:
