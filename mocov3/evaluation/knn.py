@@ -114,10 +114,10 @@ def _features(world: Any, frozen: Any, config: KnnConfig, source: Source) -> tup
 
     from mocov3.data.loading.loader import loader_workers
     from mocov3.evaluation.features import collect
-    from mocov3.models.precision import Precision, resolve_precision
+    from mocov3.models.precision import precision_of
     from mocov3.output.log import warn
 
-    precision = Precision(resolve_precision(config.precision, world.device, script_door=False), world.device)
+    precision = precision_of(config.precision, world.device)
     features, corrupt = collect(
         frozen.network,
         frozen.features,

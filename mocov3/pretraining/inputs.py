@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from mocov3.config import PretrainConfig
@@ -13,14 +12,6 @@ from mocov3.data.sources.opening import fractions, open_unseen
 from mocov3.data.views import native
 from mocov3.errors import UserError
 from mocov3.output.log import warn, warn_left_out
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every rank is given: the configuration, and which command started it."""
-
-    config: PretrainConfig
-    script_door: bool
 
 
 def check(config: PretrainConfig, *, script_door: bool) -> None:

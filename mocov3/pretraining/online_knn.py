@@ -11,9 +11,9 @@ from mocov3.distributed import World
 from mocov3.evaluation.features import extract
 from mocov3.evaluation.neighbours import knn_accuracy, nearest
 from mocov3.models import MoCo
-from mocov3.output.log import RunLog
 from mocov3.output.sheet import draw_neighbours, draw_views
 from mocov3.pretraining.inputs import open_validation
+from mocov3.pretraining.log import PretrainingLog
 
 _QUERIES, _NEIGHBOURS = 8, 8
 
@@ -29,7 +29,7 @@ class OnlineKnn:
         log: whose loggers get the images.
     """
 
-    def __init__(self, config: PretrainConfig, world: World, model: MoCo, source: Source, log: RunLog) -> None:
+    def __init__(self, config: PretrainConfig, world: World, model: MoCo, source: Source, log: PretrainingLog) -> None:
         self.config, self.world, self.model, self.source, self.log = config, world, model, source, log
 
     def show_views(self, step: int) -> None:

@@ -99,16 +99,18 @@ class Loader:
         self._pipes: list[multiprocessing.connection.Connection] = []
         if workers == 0:
             self._slots = layout.slots(bytearray(layout.bytes))
-            return
+        else:
+            self._start(min(workers, batch_size), layout)
+
+    def _start(self, workers: int, layout: Layout) -> None:
         context = multiprocessing.get_context("spawn")
         # an unlinked memory-mapped file: falls back from /dev/shm where that is small, leaves nothing when killed
         memory: Any = context.RawArray(ctypes.c_uint8, (3 if layout.bytes < _LARGE_SLOT else 2) * layout.bytes)
         self._slots = layout.slots(memory)
-        for _ in range(min(workers, batch_size)):
+        given = memory, layout, self.source, self.transform, self.seed
+        for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, memory, layout, source, transform, seed), daemon=True
-            )
+            process = context.Process(target=_serve, args=(theirs, *given), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
