@@ -410,13 +410,13 @@ def linear_evaluation(name, dtype, epochs=0):
     ]
     val = Images(held, sum(len(t) for _, t in held), c["classes"])
     seen = {"loss": [], "lr": [], "validation": []}
+    rates = scores.rates
 
     class Watched(linear.Evaluation):
         def __init__(self, world, job, owner):
             super().__init__(world, job, owner)
             weight = 0.5 * fill.fill_value("linear.weight", (c["classes"], self.frozen.width))
             self.heads.set(0, torch.from_numpy(weight), torch.zeros(c["classes"]))
-            self.log.test = lambda i, n, seconds, values: seen["validation"].append(values[0])
             seen["run"] = self
 
         def step(self, work, batch):
@@ -427,8 +427,16 @@ def linear_evaluation(name, dtype, epochs=0):
             seen["lr"].append(self.heads.optimizer.param_groups[0]["lr"])
 
         def evaluate(self):
-            seen["validation"] = []
-            return super().evaluate()
+            means = []  # after every batch, as they are printed, then of all
+
+            def watched(row):
+                means.append(rates(row)[0])
+                return rates(row)
+
+            with patch.object(scores, "rates", watched):
+                result = super().evaluate()
+            seen["validation"] = means[:-1]
+            return result
 
         def must_stop(self):
             return super().must_stop() or len(seen["loss"]) == steps

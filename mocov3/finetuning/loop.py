@@ -13,7 +13,8 @@ from mocov3.config import FinetuneConfig, preset_of
 from mocov3.data import Batch, CentreView
 from mocov3.data.device.pixels import normalise
 from mocov3.data.loading.supervised import Repeated, stratified
-from mocov3.data.sources.transfer import open_pair
+from mocov3.data.sources.labels import matched
+from mocov3.data.sources.transfer import Pair, open_pair
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.finetuning import files, setup
@@ -27,7 +28,7 @@ from mocov3.finetuning.step import Micro, Outcome
 from mocov3.running.folder import Owner, owned
 from mocov3.running.job import Job
 from mocov3.running.run import Run, set_determinism
-from mocov3.weights import Contents
+from mocov3.weights import Contents, our_entry
 from mocov3.weights.checkpoint import Position
 
 _BAD_IN_A_ROW = 50
@@ -67,8 +68,8 @@ class Tuning(Run):
         set_determinism(job.config.deterministic)
         self.start = files.find_start(job.config, world)
         self.config = c = self.start.config
-        self.pair = open_pair(c.data_set, c.data_path)
-        self.classes = len(self.pair.train.classes)
+        self.pair = self._opened()
+        self.classes = len(self.pair.test.classes)
         self.train = Repeated(stratified(self.pair.train, c.fraction), c.repeats)
         self.labels = np.asarray(self.train.labels, dtype=np.int64)
         self.preset = preset_of({"view_preset": c.view_preset, "mean_std": c.mean_std})
@@ -79,6 +80,14 @@ class Tuning(Run):
         self.log = self._open_log()
         self.recorder = TuneRecorder(world, self.log, self.counters, self.total_batch, c.print_freq, c.repeats)
         self._bad, self._better = 0, False
+
+    def _opened(self) -> Pair:
+        """The images; where a file is evaluated, those to test on are numbered by the file's classes."""
+        c, pair = self.config, open_pair(self.config.data_set, self.config.data_path)
+        saved = our_entry(self.start.resumed or self.start.weights).get("classes")
+        if not c.eval or not isinstance(saved, list):
+            return pair
+        return pair._replace(test=matched(saved, pair.test, f"{self.start.where}, --data-path {c.data_path}"))
 
     def _iterations(self) -> int:
         c, n = self.config, len(self.train.source)

@@ -4,6 +4,7 @@ Each task has a log of its own, which adds what its lines say.
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -28,6 +29,12 @@ SKIPPED = "skipped.jsonl"
 def warn(text: str) -> None:
     """A line on standard error."""
     print(f"mocov3: {printable(text)}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A line on standard error, unless this process wrote it before."""
+    warn(text)
 
 
 def warn_left_out(*sources: object, said: object = None, most: int = 10) -> None:

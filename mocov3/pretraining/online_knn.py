@@ -41,15 +41,13 @@ class OnlineKnn:
 
     def knn(self, step: int) -> float:
         """k-NN accuracy in % of the validation images; every rank must call it at the same step."""
-        validation = open_validation(self.config, self.source)
-        bank, queries = (self._features(source) for source in (self.source, validation))
-        labels = [torch.as_tensor(source.labels, dtype=torch.long) for source in (self.source, validation)]
+        known, validation = open_validation(self.config, self.source)
+        bank, queries = (self._features(source) for source in (known, validation))
+        labels = [torch.as_tensor(source.labels, dtype=torch.long) for source in (known, validation)]
         if self.log.takes_images:
             shown = scattered(len(validation), _QUERIES)
             neighbours = nearest(bank, queries[torch.from_numpy(shown)], min(_NEIGHBOURS, len(bank)))
-            sheet = draw_neighbours(
-                validation, shown, self.source, neighbours.index.numpy(), self.config.preset.reading
-            )
+            sheet = draw_neighbours(validation, shown, known, neighbours.index.numpy(), self.config.preset.reading)
             self.log.image("neighbours", np.asarray(sheet), step)
         return knn_accuracy(bank, labels[0], queries, labels[1])
 

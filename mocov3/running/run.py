@@ -19,7 +19,7 @@ from mocov3.data.loading.loader import Transform, Unreadable, loader_workers
 from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
 from mocov3.errors import UserError, stopped_by
-from mocov3.output.log import Log, Session, warn
+from mocov3.output.log import Log, Session, warn, warn_once
 from mocov3.running.folder import Owner
 from mocov3.running.job import Job
 from mocov3.running.stop import Stop
@@ -125,7 +125,8 @@ class Run:
         self, source: Source, transform: Transform, works: Iterable[Work], *, batch_size: int, seed: int
     ) -> Iterator[Batch]:
         """Batches of ``works``, prepared ahead; a batch is valid until the next is asked for."""
-        loader = Loader(source, transform, batch_size=batch_size, seed=seed, workers=self.workers())
+        say = warn_once if self.world.main else None
+        loader = Loader(source, transform, batch_size=batch_size, seed=seed, workers=self.workers(), say=say)
         self._loader = loader
         yield from loader.run(works)
         loader.close()

@@ -15,9 +15,11 @@ from PIL import Image
 from mocov3 import cli
 from mocov3.data import open_source
 from mocov3.data.sources import index as index_module
+from mocov3.data.sources.labels import with_labels
+from mocov3.data.sources.left_out import LeftOut
 from mocov3.data.sources.opening import scan
-from mocov3.data.sources.scan import EXTENSIONS
 from mocov3.data.sources.survey import Survey
+from mocov3.data.views import formats
 from mocov3.errors import UserError
 from mocov3.planning.check import _facts
 
@@ -146,11 +148,6 @@ def test_broken_links_are_said_and_looked_at_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "lines"),
     [
-        pytest.param(
-            ["a/1.HEIC", "b/2.heif", "2.heic"],
-            ["left out 2 .heic, 1 .heif: pip install 'mocov3[formats]'; first: "],
-            marks=pytest.mark.skipif(".heic" in EXTENSIONS, reason="is read here"),
-        ),
         (["x.tgz", "a/y.tar.zst", "a/z.TAR.GZ", "b/c.Zip"], ["1 .tar.gz, 1 .tar.zst, 1 .tgz, 1 .zip: unpack, or"]),
         (["a/t/1.tar", "a/t/2.TAR"], ["left out 2 .tar: name the files, or the folder"]),
         (["data/train.arrow", "data/0.parquet"], ["1 .arrow: write their images", "1 .parquet: name the files"]),
@@ -176,6 +173,15 @@ def test_what_is_left_out_of_folders_and_archives(files, lines, packed, tmp_path
         assert all(line.startswith(f"{root}: ") for line in source.skipped)
 
 
+def test_formats_that_need_an_extra(monkeypatch):
+    monkeypatch.setattr(formats, "_there", lambda module: False)
+    left_out = LeftOut()
+    left_out.add([b"2.heif", b"1.HEIC", b"3.heic", b"x.jxl", b"d.dcm"])
+    first, second = left_out.lines()
+    assert first == "left out 2 .heic, 1 .heif, 1 .jxl: pip install 'mocov3[formats]'; first: 1.HEIC"
+    assert second.startswith("left out 1 .dcm: convert")
+
+
 def test_many_kinds_are_few_lines(tmp_path):
     tree(tmp_path / "d", "1.jpg", *(f"{i}.x{i}" for i in range(300)), *(f"{i}.dat" for i in range(7)))
     (line,) = open_source(str(tmp_path / "d")).skipped
@@ -197,8 +203,14 @@ def test_a_tree_that_is_remembered_says_it_too(tmp_path, monkeypatch):
 
 def test_loose_images_beside_class_folders(tmp_path):
     source = open_source(str(tree(tmp_path / "d", "cat/1.jpg", "dog/2.jpg", "dog/3.jpg", "cover.jpg", "z.png")))
-    assert (len(source), source.labels) == (5, None)
-    assert "2 images beside 2 folders of images: all are used" in said(source)
+    labels = dict(zip(names(source), source.labels.tolist(), strict=True))
+    assert labels == {"cat/1.jpg": 0, "dog/2.jpg": 1, "dog/3.jpg": 1, "cover.jpg": -1, "z.png": -1}
+    assert "images beside its 2 class folders: 2 of 5 images have no label; left out of what needs classes" in said(
+        source
+    )
+    assert names(with_labels(source)) == ["cat/1.jpg", "dog/2.jpg", "dog/3.jpg"]
+    one = open_source(str(tree(tmp_path / "one", "1.jpg", "more/2.jpg")))
+    assert (len(one), one.labels, one.classes, one.skipped) == (2, None, [], [])
     assert open_source(str(tree(tmp_path / "flat", "1.jpg", "2.jpg"))).skipped == []
     assert open_source(str(tree(tmp_path / "classes", "cat/1.jpg", "dog/2.jpg"))).skipped == []
 

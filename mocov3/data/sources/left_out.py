@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from mocov3.data.views import formats
+
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 """Archives whose members cannot be reached one by one."""
 _CURES = (
-    ("pip install 'mocov3[formats]'", ".heic .heif .hif .avif .jxl"),
     (
         "unpack, or re-pack as plain .tar: no random access into these",
         f"{' '.join(COMPRESSED)} .tar.lz4 .zip .rar .7z .gz .bz2 .xz .zst",
@@ -29,7 +30,7 @@ _CURES = (
     ),
     ("save their frames as images", ".mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg .wmv"),
 )
-"""What to do about files that may hold images, and their endings."""
+"""What to do about files that may hold images, and their endings; ``formats`` knows of those that need its extra."""
 _CURE = {ending: cure for cure, endings in _CURES for ending in endings.split()}
 _OTHERS = "not named like images; if they are images, rename to .jpg or the like, or name them in a list"
 _PASSED_OVER = {
@@ -55,7 +56,8 @@ PASSED_OVER = "{} in hidden folders, or added by macOS or NAS systems, are passe
 
 def cure(file: str) -> str | None:
     """What to do about a file that is named but not read; ``None`` where its ending does not tell."""
-    return _CURE.get(_ending(file))
+    ending = _ending(file)
+    return formats.cure(ending) or _CURE.get(ending)
 
 
 def hidden(folder: bytes) -> bool:
@@ -100,7 +102,7 @@ class LeftOut:
         """A line for each thing to do, that for the most files first; ``others``: those of unknown endings too."""
         by_cure: dict[str, list[tuple[int, str, str]]] = {}
         for ending, (number, first) in self.counts.items():
-            by_cure.setdefault(_CURE.get(ending, _OTHERS), []).append((-number, ending, first))
+            by_cure.setdefault(cure(ending) or _OTHERS, []).append((-number, ending, first))
         groups = sorted((sum(number for number, _, _ in kinds), cure, sorted(kinds)) for cure, kinds in by_cure.items())
         return [_line(cure, kinds) for _, cure, kinds in groups if others or cure != _OTHERS]
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mocov3.data.sources.classes import remarks_on_missing
 from mocov3.data.sources.index import Chunk, Index, recall, remember
 from mocov3.data.sources.left_out import LeftOut, hidden
+from mocov3.data.views import formats
 from mocov3.errors import UserError
 
 EXTENSIONS = (
@@ -30,7 +32,6 @@ EXTENSIONS = (
     ".jpe",
     ".jp2",
     ".j2k",
-    ".avif",
     ".pbm",
     ".pnm",
     ".tga",
@@ -40,8 +41,9 @@ EXTENSIONS = (
     ".sgi",
     ".apng",
     ".mpo",
+    *formats.endings(),
 )
-"""Endings taken for images; what is in a file is decided by its content."""
+"""Endings taken for images; what is in a file is decided by its content. ``formats.cure`` knows of further ones."""
 _ENDINGS = tuple(e.encode() for e in EXTENSIONS)
 _SETTINGS = " ".join(EXTENSIONS)
 _THREADS = 16  # waiting for disks or the network, not computing
@@ -99,18 +101,14 @@ def scan_tree(folder: Path, without: Sequence[str] = ()) -> tuple[str, Index, li
     if not chunks:
         raise UserError("; ".join([f"data {folder}: holds no image ({', '.join(EXTENSIONS[:10])} …)", *remarks]))
     classes = sorted(set(heads) - {b""})
-    if classes and b"" in heads:
-        loose = sum(len(c.lengths) for c, head in zip(chunks, heads, strict=True) if not head)
-        remarks.append(
-            f"{loose} images beside {len(classes)} folders of images: all are used, none with a class; "
-            "for classes, move them into a folder"
-        )
+    if b"" in heads and len(classes) < 2:  # a folder beside images is no class
         classes = []
     number = {head: i for i, head in enumerate(classes)}
     labelled = [Chunk(c.lengths, c.joined, number.get(h, -1)) for c, h in zip(chunks, heads, strict=True)]
     index = Index.of_chunks(labelled)
     names = [os.fsdecode(c) for c in classes]
     remarks = [f"{folder}: {line}" for line in remarks]
+    remarks += remarks_on_missing(f"{folder}: images beside its {len(classes)} class folders", index.labels)
     if not failed and not broken:  # what is behind them may come without a change of their folder
         remember(root, settings, began, {p: e.changed_ns for p, e in listings.items()}, names, remarks, index)
     return os.fsdecode(root), index, names, remarks

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mocov3.config import LinclsConfig
 from mocov3.data import Source, open_source
-from mocov3.data.loading.labelled import check_same_classes, open_evaluated
+from mocov3.data.loading.labelled import open_evaluated
 from mocov3.data.loading.loader import loader_workers
+from mocov3.data.sources.labels import matched, with_labels
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.evaluation.features import grid, refuse_not_finite, stream
@@ -128,11 +129,10 @@ def _score(world: World, job: Job[LinclsConfig], source: Source) -> tuple[HeadRe
     assert contents is not None
     where = f"--resume {path}"
     if source.labels is None:
-        raise UserError(f"data {c.data}: needs class folders, val/CLASS/…")
+        raise UserError(f"data {c.data}: needs images with classes: val/CLASS/…, or labels")
     saved_classifier = files.classifier(contents, where)
-    entry = our_entry(contents)
-    if isinstance(entry.get("classes"), list) and len(entry["classes"]) == len(source.classes):
-        check_same_classes(entry["classes"], list(source.classes), f"{where} and data {c.data}")
+    classes = our_entry(contents).get("classes")
+    source = matched(classes, source, f"{where}, data {c.data}") if isinstance(classes, list) else with_labels(source)
     frozen = open_frozen(
         path, flag="--resume", arch=c.arch, image_size=c.image_size, view_preset=c.view_preset, heads=c.heads
     )
