@@ -151,7 +151,7 @@ def test_broken_links_are_said_and_looked_at_again(tmp_path, monkeypatch):
         (["x.tgz", "a/y.tar.zst", "a/z.TAR.GZ", "b/c.Zip"], ["1 .tar.gz, 1 .tar.zst, 1 .tgz, 1 .zip: unpack, or"]),
         (["a/t/1.tar", "a/t/2.TAR"], ["left out 2 .tar: name the files, or the folder"]),
         (["data/train.arrow", "data/0.parquet"], ["1 .arrow: write their images", "1 .parquet: name the files"]),
-        (["a/0fe3", "a/IMG.0001", "b/1.2.840.1", "a/x.jpeg?w=640"], ["left out 4 without an ending: not named like"]),
+        (["a/0fe3", "a/IMG.0001", "b/1.2.840.1", "a/x.jpeg?w=640"], ["left out 4 without an ending: not taken"]),
         (["a/s.dcm", "a/raw.NEF", "v.mp4"], ["1 .dcm, 1 .nef: convert", "1 .mp4: save their frames"]),
         (["a/1.txt", "a/2.txt", "README", "b/data.csv.gz"], ["2 .txt, 1 without an ending: not", "1 .gz: unpack"]),
         ([".DS_Store", "a/Thumbs.db", ".git/x.heic", "a/._1.heic", "$RECYCLE.BIN/1.jpg", "@Recycle/2.zip"], []),

@@ -32,7 +32,7 @@ _CURES = (
 )
 """What to do about files that may hold images, and their endings; ``formats`` knows of those that need its extra."""
 _CURE = {ending: cure for cure, endings in _CURES for ending in endings.split()}
-_OTHERS = "not named like images; if they are images, rename to .jpg or the like, or name them in a list"
+_OTHERS = "not taken for images, by their names; to use them, rename to .jpg or the like, or name them in a list"
 _PASSED_OVER = {
     "__macosx",
     "@eadir",
