@@ -16,7 +16,6 @@ from mocov3.config.fields import Fields, Layers, Parser, path
 from mocov3.config.views import preset_of
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
-from mocov3.data.sources.scan import unreadable_folders
 from mocov3.data.sources.survey import Survey, sample, survey
 from mocov3.errors import UserError, printable
 from mocov3.output.sheet import write_sheet
@@ -82,12 +81,6 @@ def _facts(source: Source, survey: Survey, values: Fields) -> list[str]:
         f"{survey.images} images"
         + ("" if survey.examined == survey.images else f", of which {survey.examined} were examined (--all: every one)")
     ]
-    for folder in str(values.get("data")).split("\n"):
-        if Path(folder).is_dir():
-            lines += [
-                f"  folder that cannot be read: {printable(name)} ({why})"
-                for name, why in unreadable_folders(Path(folder))[:_LISTED]
-            ]
     left_out = getattr(source, "skipped", [])
     lines += [f"  {printable(line)}" for line in left_out[:_LISTED]]
     lines += [f"  {len(left_out) - _LISTED} more such lines"] if len(left_out) > _LISTED else []
