@@ -75,9 +75,13 @@ def find_backbone(
         kind = "pre-training checkpoint" if encoder else kinds.get(place.prefix, "backbone")
         weights = BackboneWeights(kind, named, place.state, place.beside, found=found)
     else:
-        weights = dataclasses.replace(
-            _as_laid_out(contents, where, momentum), arch=named, near=near.near if near else ""
-        )
+        try:
+            laid_out = _as_laid_out(contents, where, momentum)
+        except UserError:
+            if near is None or momentum:
+                raise
+            raise UserError(f"{where}: holds no backbone that fits; {near.near}") from None
+        weights = dataclasses.replace(laid_out, arch=named, near=near.near if near else "")
     known = attention_heads.told(contents, weights.arch, weights.kind, weights.state, where)
     known = attention_heads.settled(known, heads, attention_heads.width_of(weights.state), where)
     return dataclasses.replace(weights, heads=known)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mocov3.config.archs import BUILT_IN_ARCHS, CLASSIFIER_KEYS, HEAD_KEYS, RESNETS, SMALL_RESNETS, WIDTHS, is_vit
 from mocov3.models import build_backbone, shapes_only
+from mocov3.models.backbones import blocks_of_third_stage
 from mocov3.weights import Contents, key_tables
 
 _SEPARATE = r"(?:^|[._])(?:{})(?:[._]|$)"
@@ -21,6 +22,7 @@ _AVERAGE = re.compile(_SEPARATE.format("momentum|ema|target|key|k|teacher"))
 _SECOND = re.compile(_SEPARATE.format("momentum|ema|target|key|k|student"))
 # first parts of keys beside a backbone at the same level, which are left out; any other key is of another network
 _BESIDE = re.compile(r"(?:[^.]*_)?(?:head|fc(?=\.)|proj|pred|decoder|mask|proto|classif|queue|neck|pooler)")
+_THIRD_STAGE = re.compile(r"(?:^|\.)(?:layer3|6|stages\.2\.layers)\.(\d+)\.")
 _DEPTH = 4
 _NEAR = 0.25
 """Share of an arch's keys that must fit before a file is called near it."""
@@ -108,12 +110,13 @@ def _tables(
 
 
 def _plausible(tables: list[tuple[str, dict[str, Tensor]]]) -> list[str]:
-    """Our archs that are worth a trial: ViTs of the widths of class tokens, or else ResNets."""
+    """Our archs that are worth a trial: ViTs of the widths of class tokens, or else ResNets of as many blocks."""
     keys = [(key, value) for _, tensors in tables for key, value in tensors.items()]
     widths = {value.shape[-1] for key, value in keys if key.endswith(("cls_token", "class_token")) and value.ndim == 3}
     if widths:
         return [arch for arch in BUILT_IN_ARCHS if WIDTHS.get(arch) in widths]
-    return [*RESNETS, *SMALL_RESNETS] if any(value.ndim == 4 for _, value in keys) else []
+    blocks = {1 + int(found[1]) for _, tensors in tables for found in map(_THIRD_STAGE.search, tensors) if found}
+    return [arch for arch in (*RESNETS, *SMALL_RESNETS) if any(blocks_of_third_stage(arch) == n for n in blocks)]
 
 
 def _tried(entry: str, tensors: dict[str, Tensor], arch: str) -> Iterator[Place]:
