@@ -614,7 +614,7 @@ def test_hints_propose_no_other_network(six, images):
     assert refused(*go, six["moco", SIZE]).endswith("-a vit_small fits it\n")
     assert "fits it, with --heads 12" in refused(*go, six["deit", SIZE], "-a", "vit_tiny")
     go = ("pretrain", images, "--recipe", "defaults", "-a", "vit_tiny", *TRAIN, *PRETRAIN)
-    assert "(give --arch vit_small with --heads 12" in refused(*go, "--init", six["deit", SIZE])
+    assert "(-a vit_small fits it, with --heads 12" in refused(*go, "--init", six["deit", SIZE])
 
 
 @pytest.mark.usefixtures("few")
