@@ -11,9 +11,9 @@ from mocov3.distributed import World
 from mocov3.evaluation.features import extract
 from mocov3.evaluation.neighbours import knn_accuracy, nearest
 from mocov3.models import MoCo
-from mocov3.output.log import RunLog
 from mocov3.output.sheet import draw_neighbours, draw_views
 from mocov3.pretraining.inputs import open_validation
+from mocov3.pretraining.log import PretrainingLog
 
 _QUERIES, _NEIGHBOURS = 8, 8
 
@@ -29,7 +29,7 @@ class OnlineKnn:
         log: whose loggers get the images.
     """
 
-    def __init__(self, config: PretrainConfig, world: World, model: MoCo, source: Source, log: RunLog) -> None:
+    def __init__(self, config: PretrainConfig, world: World, model: MoCo, source: Source, log: PretrainingLog) -> None:
         self.config, self.world, self.model, self.source, self.log = config, world, model, source, log
 
     def show_views(self, step: int) -> None:
@@ -41,15 +41,13 @@ class OnlineKnn:
 
     def knn(self, step: int) -> float:
         """k-NN accuracy in % of the validation images; every rank must call it at the same step."""
-        validation = open_validation(self.config, self.source)
-        bank, queries = (self._features(source) for source in (self.source, validation))
-        labels = [torch.as_tensor(source.labels, dtype=torch.long) for source in (self.source, validation)]
+        known, validation = open_validation(self.config, self.source)
+        bank, queries = (self._features(source) for source in (known, validation))
+        labels = [torch.as_tensor(source.labels, dtype=torch.long) for source in (known, validation)]
         if self.log.takes_images:
             shown = scattered(len(validation), _QUERIES)
             neighbours = nearest(bank, queries[torch.from_numpy(shown)], min(_NEIGHBOURS, len(bank)))
-            sheet = draw_neighbours(
-                validation, shown, self.source, neighbours.index.numpy(), self.config.preset.reading
-            )
+            sheet = draw_neighbours(validation, shown, known, neighbours.index.numpy(), self.config.preset.reading)
             self.log.image("neighbours", np.asarray(sheet), step)
         return knn_accuracy(bank, labels[0], queries, labels[1])
 
