@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from mocov3 import models
 from mocov3.config.archs import HEAD_KEYS, check_heads, is_vit, stored_heads
 from mocov3.config.evaluation import FeatureConfig
-from mocov3.config.fields import Fields
-from mocov3.config.presets import PRESETS, Reading, ViewPreset
+from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
@@ -177,7 +176,7 @@ def _from_file(
     try:
         config = dict(entry["config"]) if entry else {}
         size = image_size or int(config.get("image_size") or 224)
-        preset = PRESETS[view_preset] if view_preset else _saved_preset(entry, config, where)
+        preset = PRESETS[view_preset] if view_preset else views_of(contents, where)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{where}: its entry 'mocov3' is damaged; give a whole file") from None
     settings = {"image_size": size, **settings_of(weights.state, name), **weights.sizes(name, where)}
@@ -195,21 +194,6 @@ def _from_file(
     which = f", {encoder} encoder" if weights.kind.startswith("pre-training") else ""
     about = f"{name} of {path} ({weights.kind}{which})"
     return _frozen(network, name, size, preset, settings, about, layer)
-
-
-def _saved_preset(entry: Any, config: Fields, where: str) -> ViewPreset:
-    """Normalisation and centre crop as a file of ours says them, else those of ``photos``."""
-    preset = views_of(config, where)
-    view = entry.get("view") if isinstance(entry, dict) else None
-    if not isinstance(view, dict):
-        return preset
-    return dataclasses.replace(
-        preset,
-        mean=tuple(view["mean"]),
-        std=tuple(view["std"]),
-        evaluation_zoom=float(view["zoom"]),
-        reading=Reading(int(view.get("channels", 3)), tuple(view.get("window", ())) or None),
-    )
 
 
 def _with_projector(contents: Contents, arch: str, encoder: str, settings: dict[str, Any], where: str) -> Encoder:

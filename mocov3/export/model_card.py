@@ -2,6 +2,7 @@
 
 from mocov3.config.fields import Fields
 from mocov3.errors import printable
+from mocov3.export import preprocessing
 from mocov3.export.formats import WRITERS, Exported
 from mocov3.version import __version__
 
@@ -28,6 +29,14 @@ Written by mocov3 {version} as `{format}`. {gives}
 | licence | {licence} |
 | verified | {verified} |
 
+## Preprocessing
+
+From the bytes of a file to what the network takes, exactly as in evaluation by mocov3. {own}
+
+```python
+{preprocessing}
+```
+
 ## Use
 
 ```python
@@ -42,15 +51,15 @@ Method: X. Chen, S. Xie, K. He, An Empirical Study of Training Self-Supervised V
 """
 
 
-def card(model: Exported, to: str, name: str, difference: float, images: int) -> str:
+def card(model: Exported, to: str, name: str, verified: str, own: str) -> str:
     """The model card, Markdown with the header that model hubs read.
 
     Args:
         model: what was exported.
         to: the format.
         name: of the file or folder.
-        difference: largest difference of a feature found when verifying.
-        images: how many were compared.
+        verified: what was compared, and the differences.
+        own: the same of the preprocessing that the format's library has; empty where it has none.
     """
     return _CARD.format(
         tag=_tag(model.licence),
@@ -63,9 +72,10 @@ def card(model: Exported, to: str, name: str, difference: float, images: int) ->
         parameters=sum(p.numel() for p in model.encoder.parameters()),
         features=model.encoder.num_features,
         size=model.image_size,
-        how="bicubic" if model.bicubic else "bilinear",
-        resized=round(model.image_size * model.zoom),
-        channels="RGB" if model.in_chans == 3 else f"{model.in_chans} channel(s)",
+        how=model.interpolation,
+        resized=model.resized,
+        channels=("RGB" if model.in_chans == 3 else f"{model.in_chans} channel(s)")
+        + (f", of more than 8 bits the values {model.window[0]:g} to {model.window[1]:g}" if model.window else ""),
         mean=", ".join(map(str, model.mean)),
         std=", ".join(map(str, model.std)),
         encoder=_encoder(model),
@@ -74,8 +84,9 @@ def card(model: Exported, to: str, name: str, difference: float, images: int) ->
         sha256=model.sha256,
         origin=printable(model.origin),
         licence=printable(model.licence),
-        verified=f"outputs of this file, loaded as below, against the source's on {images} images: "
-        f"largest difference {difference:.1e}",
+        verified=verified,
+        own=f"{own}. {WRITERS[to].own_note}".strip(". ") + "." if own else "",
+        preprocessing=preprocessing.code(model),
         usage=WRITERS[to].usage(model, name),
         recipe=_recipe(model.recipe),
     )

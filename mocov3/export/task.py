@@ -1,8 +1,8 @@
 """Export a backbone: ``mocov3 export CKPT --to FORMAT --output PATH``.
 
 Reads a checkpoint (ours, the reference's, a fine-tuned one), writes the backbone in a format of
-``mocov3.export.formats`` with a model card, loads it back by the target's own library, and compares features on
-8 images before it reports success.
+``mocov3.export.formats`` with a model card, loads it back by the target's own library, and compares features from file
+bytes on unusual images before it reports success.
 """
 
 import argparse

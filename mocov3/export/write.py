@@ -2,26 +2,24 @@
 
 import dataclasses
 import hashlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from mocov3.config import FinetuneConfig
 from mocov3.config.fields import Fields
-from mocov3.data import CentreView, FashionMnist
 from mocov3.data.device.pixels import normalise
 from mocov3.errors import UserError, printable
-from mocov3.export.formats import WRITERS, Exported, Unfit
+from mocov3.export import odd_images
+from mocov3.export.formats import WRITERS, Exported, Format, Unfit
 from mocov3.export.model_card import card
 from mocov3.export.places import FORMATS, Staged
+from mocov3.export.preprocessing import prepared, read_image
 from mocov3.weights import checkpoint, convert, our_entry
 
-IMAGES = 8
-"""Images whose features are compared."""
 _REFERENCE = "not stated in the file; the public files of facebookresearch/moco-v3 are CC-BY-NC 4.0"
 _ORIGIN = "not stated in the file (the reference's files do not say)"
 
@@ -32,14 +30,14 @@ class Report:
 
     output: Path
     format: str
-    difference: float
-    largest: float
+    compared: str
+    """How closely the outputs agree."""
+    own: str
+    """The same for images prepared by the library's own preprocessing; empty where it has none."""
 
     def __str__(self) -> str:
-        return (
-            f"{printable(str(self.output))}: {self.format}, loaded back and compared on {IMAGES} images: largest "
-            f"difference of an output {self.difference:.1e} (largest output {self.largest:.3g})"
-        )
+        own = f". {self.own} (see the card)" if self.own else ""
+        return f"{printable(str(self.output))}: {self.format}, loaded back and compared {self.compared}{own}"
 
 
 def export(
@@ -82,29 +80,42 @@ def export(
         writer.fits(model)
     except Unfit as reason:
         raise UserError(f"--to {to} cannot hold {model.arch}: {reason}") from None
-    x = images(model)
-    with torch.no_grad():
-        ours = model.encoder(x)
     with Staged(output) as place:
         writer.write(model, place)
-        with torch.no_grad():
-            theirs = writer.features(model, place, x)
-        report = _compared(output, to, ours, theirs, writer.tolerance)
-        text = card(model, to, output.name, report.difference, IMAGES)
+        compared, own = _compare(model, writer, place)
+        text = card(model, to, output.name, compared, own)
         if FORMATS[to].is_folder:
             (place / "README.md").write_text(text, encoding="utf-8")
     if not FORMATS[to].is_folder:
         output.with_name(output.name + ".md").write_text(text, encoding="utf-8")
-    return report
+    return Report(output, to, compared, own)
 
 
-def _compared(output: Path, to: str, ours: Tensor, theirs: Tensor, tolerance: float) -> Report:
-    if theirs.shape != ours.shape:
-        raise RuntimeError(f"{to}: outputs are {tuple(theirs.shape)} where ours are {tuple(ours.shape)}")
-    difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
-    if not difference <= tolerance * max(largest, 1.0):  # also refuses NaN
-        raise RuntimeError(f"{to}: outputs differ by {difference:.1e} (largest output {largest:.3g})")
-    return Report(output, to, difference, largest)
+@torch.no_grad()
+def _compare(model: Exported, writer: Format, place: Path) -> tuple[str, str]:
+    """What was compared and the largest differences, from file bytes to outputs; and by the library's preprocessing."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = odd_images.write(Path(folder), model)
+        pixels = np.stack([model.view(file.read_bytes())[0] for file in files.values()])
+        x = torch.stack([prepared(model, str(file)) for file in files.values()])
+        own = writer.prepared(place, [read_image(str(file)) for file in files.values()]) if writer.own else None
+    ours = model.encoder(normalise(pixels, torch.device("cpu"), model.mean, model.std).contiguous())
+    theirs = writer.features(model, place, x if own is None else torch.cat([x, own]))
+    if theirs.shape[1:] != ours.shape[1:]:
+        raise RuntimeError(f"outputs are {tuple(theirs.shape[1:])} where ours are {tuple(ours.shape[1:])}")
+    difference, largest = float((theirs[: len(ours)] - ours).abs().max()), float(ours.abs().max())
+    if not difference <= writer.tolerance * max(largest, 1.0):  # also refuses NaN
+        raise RuntimeError(f"outputs differ by {difference:.1e} (largest output {largest:.3g})")
+    compared = f"from file bytes on {len(ours)} unusual images: largest difference of an output {difference:.1e} "
+    compared += f"(largest output {largest:.3g})"
+    if own is None:
+        return compared, ""
+    by_image = (theirs[len(ours) :] - ours).abs().amax(1)
+    worst = list(files)[int(by_image.argmax())]
+    return (
+        compared,
+        f"Prepared by {writer.own} instead (RGB images): up to {float(by_image.max()):.1e}, most on {worst!r}",
+    )
 
 
 def load(
@@ -132,7 +143,7 @@ def load(
         known = our_entry(contents).get("classes")
         names = tuple(map(str, known)) if isinstance(known, list) and len(known) == classes else ()
     config = convert.trained_with(contents)
-    preset = convert.views_of(config, str(path))
+    preset = convert.views_of(contents, str(path))
     entry = our_entry(contents)
     return Exported(
         encoder=encoder,
@@ -140,6 +151,7 @@ def load(
         mean=preset.mean,
         std=preset.std,
         zoom=preset.evaluation_zoom,
+        window=preset.reading.window,
         source=path.name,
         sha256=_sha256(path),
         recipe=_recipe(config),
@@ -168,12 +180,3 @@ def _recipe(config: Fields) -> Fields:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def images(model: Exported) -> Float[Tensor, "8 channels height width"]:
-    """Embedded images as the model sees them in evaluation."""
-    source = FashionMnist("val")
-    view = CentreView(model.image_size, model.zoom)
-    pixels = np.stack([view(source.read(i))[0] for i in range(IMAGES)])
-    pixels = pixels[..., np.arange(model.in_chans) % 3]
-    return normalise(pixels, torch.device("cpu"), model.mean, model.std).contiguous()

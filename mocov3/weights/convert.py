@@ -1,5 +1,6 @@
 """From the backbone in a file to a network, to its classifier, and to DeiT's format."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mocov3.config import ViewPreset, preset_of
 from mocov3.config.archs import BUILT_IN_ARCHS, HEAD_KEYS, HEADS, RESNETS, check_heads, is_vit
 from mocov3.config.fields import Fields
+from mocov3.config.presets import Reading
 from mocov3.errors import UserError, printable
 from mocov3.models.backbones import Encoder, build_backbone
 from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
@@ -215,7 +217,7 @@ def settings_to_build(
         "image_size": image_size or _number(config.get("image_size"), 224, where),
         "patch_size": 16,
         "small_stem": False,
-        "in_chans": _number(config.get("channels"), 3, where),
+        "in_chans": _number(views_of(contents, where).reading.channels, 3, where),
         **settings_of(weights.state, name),
         **weights.sizes(name, where),
     }
@@ -242,15 +244,26 @@ def trained_with(contents: Contents) -> Fields:
     return config if isinstance(config, dict) else {}
 
 
-def views_of(config: Fields, where: str) -> ViewPreset:
-    """The views that a checkpoint's configuration describes, its own normalisation included; ``photos`` without one.
+def views_of(contents: Contents, where: str) -> ViewPreset:
+    """The views of the training that a file is from, its own normalisation included; ``photos`` where it says nothing.
+
+    Files of linear evaluation and exports say their evaluation view itself, in an entry ``view``.
 
     Raises:
         UserError: if it cannot be read.
     """
     try:
-        return preset_of(config)
-    except (UserError, TypeError, ValueError) as error:
+        preset, view = preset_of(trained_with(contents)), our_entry(contents).get("view")
+        if not isinstance(view, dict):
+            return preset
+        return dataclasses.replace(
+            preset,
+            mean=tuple(view["mean"]),
+            std=tuple(view["std"]),
+            evaluation_zoom=float(view["zoom"]),
+            reading=Reading(int(view.get("channels", 3)), tuple(view.get("window", ())) or None),
+        )
+    except (UserError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: its configuration is damaged ({printable(str(error))})") from None
 
 

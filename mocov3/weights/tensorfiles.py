@@ -80,7 +80,8 @@ def _safetensors(path: Path) -> Contents:
     if "arch" in about:
         contents["arch"] = about["arch"]
         origin = {name: about[name] for name in ("origin", "licence") if name in about}
-        contents["mocov3"] = {"config": json.loads(about.get("config", "{}")), **origin}
+        read = {name: json.loads(about[name]) for name in ("config", "view") if name in about}
+        contents["mocov3"] = {"config": {}, **read, **origin}
     return contents
 
 

@@ -2,14 +2,13 @@
 
 import json
 
-import numpy as np
+import cards
 import pytest
 import timm
 import torch
 import torchvision.models as tv
 from conftest import ROOT
 from doors import refused
-from PIL import Image
 
 from mocov3 import load_backbone, models
 from mocov3.cli import main
@@ -58,6 +57,13 @@ def exported(checkpoint_path, to, output, *flags):
 
 def close(a, b, tolerance=1e-5):
     assert (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1)
+
+
+def by_its_card(output, ours, size=32, name="features"):
+    """From file bytes: what the card's code gives, against the source's network behind our evaluation view."""
+    want = torch.stack([cards.by_view(data, size, 256 / 224) for data in cards.files().values()])
+    with torch.no_grad():
+        close(torch.as_tensor(cards.run(output, cards.files())[name]), ours(want))
 
 
 def meta(arch):
@@ -128,6 +134,7 @@ def test_timm(checkpoints, tmp_path, x, capsys):
         close(theirs.eval()(x), ours.features(x))
         six = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32, checkpoint_path=file)
         assert (six.eval()(x) - ours.features(x)).abs().max() > 0.01  # timm's own has 6 heads
+    by_its_card(folder, ours.features)
     local = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert local.blocks[0].attn.num_heads == 12
     with torch.no_grad():
@@ -172,9 +179,7 @@ def test_six_heads_stay_six(to, tmp_path, x, monkeypatch):
         again = load_backbone(tmp_path / "out" / "model.safetensors")  # ours and timm's names are the same
         assert again.blocks[0].attn.num_heads == 6
     elif to == "torchvision":
-        scope = {"torch": torch, "torchvision": __import__("torchvision")}
-        exec(card.split("```python\n")[1].split("```")[0].replace('"out"', repr(str(tmp_path / "out"))), scope)
-        found = scope["model"].eval()
+        found = cards.run(tmp_path / "out", {"grey": cards.files()["grey"]})["model"]
     else:
         from transformers import AutoModel
 
@@ -217,12 +222,7 @@ def test_torchvision(checkpoints, tmp_path, x):
     for arch in ("resnet18", "vit_tiny", "vit_conv_small"):
         path, ours = checkpoints(arch)
         file = exported(path, "torchvision", tmp_path / f"{arch}.pth")
-        card = (tmp_path / f"{arch}.pth.md").read_text()
-        scope = {"torch": torch, "torchvision": __import__("torchvision")}
-        code = card.split("```python\n")[1].split("```")[0].replace(f'"{file.name}"', repr(str(file)))
-        exec("from torchvision.models.vision_transformer import ConvStemConfig\n" + code, scope)
-        with torch.no_grad():
-            close(scope["model"].eval()(x), ours.features(x))
+        by_its_card(file, ours.features)
     # only the classifier is missing in the class as it comes
     whole = tv.resnet18()
     missing, unknown = whole.load_state_dict(torch.load(tmp_path / "resnet18.pth", weights_only=True), strict=False)
@@ -231,7 +231,7 @@ def test_torchvision(checkpoints, tmp_path, x):
 
 @pytest.mark.parametrize("arch", ["vit_small", "resnet18", "resnet50"])
 def test_transformers(arch, checkpoints, tmp_path, x):
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel
 
     path, ours = checkpoints(arch, 32 if arch.startswith("vit") else 56)
     folder = exported(path, "transformers", tmp_path / arch)
@@ -241,18 +241,7 @@ def test_transformers(arch, checkpoints, tmp_path, x):
     with torch.no_grad():
         out = theirs.eval()(x)
         close(out.pooler_output.flatten(1) if is_resnet(arch) else out.last_hidden_state[:, 0], ours.features(x))
-    if arch == "resnet18":
-        from mocov3.data import CentreView
-
-        coarse = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((75, 50), Image.Resampling.BICUBIC)
-        processor = AutoImageProcessor.from_pretrained(folder)
-        theirs = processor(image, return_tensors="pt")["pixel_values"][0]
-        (pixels,) = CentreView(56)(np.asarray(image))
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        mine = (torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - mean) / std
-        assert theirs.shape == mine.shape
-        assert (theirs - mine).abs().mean() < 0.02 < (theirs - mine.flip(2)).abs().mean()  # two resizers
+    by_its_card(folder, ours.features, 32 if arch.startswith("vit") else 56)
 
 
 def test_graphs(checkpoints, tmp_path, x):
@@ -263,6 +252,8 @@ def test_graphs(checkpoints, tmp_path, x):
     file = exported(path, "onnx", tmp_path / "vit.onnx")
     session = onnxruntime.InferenceSession(file)
     program = torch.export.load(exported(path, "torch-export", tmp_path / "vit.pt2")).module()
+    by_its_card(tmp_path / "vit.onnx", ours.features)
+    by_its_card(tmp_path / "vit.pt2", ours.features)
     for part in (x, x[:1], x[:3]):
         with torch.no_grad():
             want = ours.features(part)
@@ -281,6 +272,7 @@ def test_deit_and_safetensors(checkpoints, tmp_path, x):
     assert list(deit) == ["model"]
     assert list(deit["model"]) == list(want)
     assert all(torch.equal(v, want[k]) for k, v in deit["model"].items())
+    by_its_card(tmp_path / "d.pth", ours.features)
     # a file without arch is exported again once it is named
     assert "--arch" in refused("export", tmp_path / "d.pth", "--to", "safetensors", "--output", tmp_path / "d.st")
     exported(tmp_path / "d.pth", "safetensors", tmp_path / "s.safetensors", "-a", "resnet10_w32", "--image-size", "32")
@@ -290,6 +282,7 @@ def test_deit_and_safetensors(checkpoints, tmp_path, x):
     # and back: it says all that is needed to build it
     with torch.no_grad():
         assert torch.equal(load_backbone(tmp_path / "s.safetensors")(x), ours.features(x))
+    by_its_card(tmp_path / "s.safetensors", ours.features)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "s.safetensors").read_bytes()[:9000])
     assert "damaged" in refused("export", tmp_path / "cut.safetensors", "--to", "deit", "--output", tmp_path / "o")
 
@@ -375,6 +368,8 @@ def test_a_classifier_goes_along(tuned, tmp_path, x):
     session = onnxruntime.InferenceSession(exported(path, "onnx", tmp_path / "c.onnx", "--classifier"))
     with torch.no_grad():
         close(torch.from_numpy(session.run(["scores"], {"pictures": x.numpy()})[0]), network(x))
+    for to, suffix in (("deit", "pth"), ("safetensors", "safetensors")):
+        by_its_card(exported(path, to, tmp_path / f"scores.{suffix}", "--classifier"), network, name="scores")
     average = exported(path, "safetensors", tmp_path / "a.safetensors", "--classifier", "--momentum")
     assert torch.equal(checkpoint.read(average)["model"]["fc.bias"], network.fc.bias.detach() + 0.01)
     out = tmp_path / "no"

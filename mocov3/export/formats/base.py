@@ -1,15 +1,19 @@
 """What is exported, and what a format must be able to do."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from mocov3.config.archs import is_vit
 from mocov3.config.fields import Fields
+from mocov3.config.presets import Reading
+from mocov3.data import CentreView
 from mocov3.models.backbones import Encoder
 
 
@@ -40,6 +44,34 @@ class Exported:
     class_names: tuple[str, ...] = ()
     bicubic: bool = False
     """Whether images were resized so for evaluation (DeiT's), instead of bilinearly."""
+    window: tuple[float, float] | None = None
+    """Of samples of more than 8 bits, see ``mocov3.config.presets.Reading``."""
+
+    @property
+    def output(self) -> str:
+        """What the network gives."""
+        return "scores" if self.classes else "features"
+
+    @property
+    def resized(self) -> int:
+        """Shorter side in pixels, before the centre is cut out."""
+        return round(self.image_size * self.zoom)
+
+    @property
+    def interpolation(self) -> str:
+        """Of the resizing, as torchvision and timm call it."""
+        return "bicubic" if self.bicubic else "bilinear"
+
+    @property
+    def reading(self) -> Reading:
+        """How files become images."""
+        return Reading(self.in_chans, self.window)
+
+    @property
+    def view(self) -> CentreView:
+        """From file bytes to the pixels of evaluation."""
+        kind = Image.Resampling.BICUBIC if self.bicubic else Image.Resampling.BILINEAR
+        return CentreView(self.image_size, self.zoom, kind, self.reading)
 
     @property
     def depth(self) -> int:
@@ -71,6 +103,7 @@ class Exported:
                     "patch_size": self.patch_size,
                     "small_stem": self.small_stem,
                     "channels": self.in_chans,
+                    "bit_window": ",".join(map(str, self.window or ())),
                     **({"heads": self.heads} if is_vit(self.arch) else {}),
                     "view_preset": self.recipe.get("view_preset", "photos"),
                     "mean_std": self.recipe.get("mean_std", ""),
@@ -78,6 +111,17 @@ class Exported:
             ),
             "mean": json.dumps(self.mean),
             "std": json.dumps(self.std),
+            "resize": str(self.resized),
+            "interpolation": self.interpolation,
+            "view": json.dumps(
+                {
+                    "mean": self.mean,
+                    "std": self.std,
+                    "zoom": self.zoom,
+                    "channels": self.in_chans,
+                    "window": self.window or (),
+                }
+            ),
             "source_sha256": self.sha256,
             "licence": self.licence,
             "origin": self.origin,
@@ -88,6 +132,7 @@ class Unfit(Exception):
     """The format cannot hold this arch; the message is the reason and the alternative."""
 
 
+@runtime_checkable
 class Format(Protocol):
     """A format that a backbone is exported to."""
 
@@ -104,4 +149,13 @@ class Format(Protocol):
         """Features by the target's own classes, loaded strictly from what was written: (batch, features)."""
 
     def usage(self, model: Exported, name: str) -> str:
-        """Python that loads it, for the card."""
+        """Python that loads it and computes features or scores of ``images``, for the card."""
+
+    own: str = ""
+    """The library's preprocessing that the written configuration sets up; empty where it has none."""
+    own_note: str = ""
+    """How it differs from ours."""
+
+    def prepared(self, place: Path, images: Sequence[Image.Image]) -> Tensor | None:
+        """RGB images by ``own``: (batch, channels, height, width)."""
+        return None

@@ -11,13 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mocov3.export.formats.base import Exported
+from mocov3.export.formats.base import Exported, Format
 
 _BATCH = {"images": {0: torch.export.Dim("batch")}}
-
-
-def _output(model: Exported) -> str:
-    return "scores" if model.classes else "features"
 
 
 class _Network(nn.Module):
@@ -46,8 +42,8 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-class Onnx:
-    """One file; input ``images`` (batch, 3, height, width), output ``features`` or ``scores`` (batch, n)."""
+class Onnx(Format):
+    """One file; input ``pictures`` (batch, channels, height, width), output ``features`` or ``scores`` (batch, n)."""
 
     tolerance = 1e-4  # another runtime with sums in its own order
 
@@ -64,7 +60,7 @@ class Onnx:
                 (_example(model),),
                 dynamo=True,
                 input_names=["pictures"],
-                output_names=[_output(model)],
+                output_names=[model.output],
                 dynamic_shapes=_BATCH,
                 verbose=False,
             )
@@ -82,19 +78,19 @@ class Onnx:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(place), options, providers=["CPUExecutionProvider"])
-        parts = [session.run([_output(model)], {"pictures": part.numpy()})[0] for part in (x[:1], x[1:])]
+        parts = [session.run([model.output], {"pictures": part.numpy()})[0] for part in (x[:1], x[1:])]
         return torch.cat([torch.from_numpy(part) for part in parts])
 
     def usage(self, model: Exported, name: str) -> str:
         """By onnxruntime."""
         return (
+            "import onnxruntime\n\n"
             f'session = onnxruntime.InferenceSession("{name}")\n'
-            f'({_output(model)},) = session.run(None, {{"pictures": images}})  # float32, (batch, 3, '
-            f"{model.image_size}, {model.image_size})"
+            f'({model.output},) = session.run(None, {{"pictures": images.numpy()}})'
         )
 
 
-class TorchExport:
+class TorchExport(Format):
     """A program that torch loads without this package."""
 
     tolerance = 1e-5
@@ -118,7 +114,4 @@ class TorchExport:
 
     def usage(self, model: Exported, name: str) -> str:
         """By torch alone."""
-        return (
-            f'model = torch.export.load("{name}").module()\n'
-            f"{_output(model)} = model(images)  # float32, (batch, 3, {model.image_size}, {model.image_size})"
-        )
+        return f'model = torch.export.load("{name}").module()\n{model.output} = model(images)'

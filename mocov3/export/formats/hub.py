@@ -1,26 +1,32 @@
 """The format of the transformers library: a folder for ``from_pretrained``."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock
 
 from mocov3.config.archs import VITS, is_resnet
-from mocov3.export.formats.base import Exported, Unfit
+from mocov3.export.formats.base import Exported, Format, Unfit
 from mocov3.export.formats.weights import ELSEWHERE, VIT_EPS, check_stem
 from mocov3.weights import key_tables
 
-_BILINEAR, _BICUBIC = 2, 3  # Pillow's numbers
 
-
-class Transformers:
+class Transformers(Format):
     """A folder for ``ViTModel`` or ``ResNetModel``, with the matching image processor."""
 
     tolerance = 1e-5
+    own = "AutoImageProcessor"
+    own_note = (
+        "Where the border is odd (3 pixels more than a multiple of 4), most versions of transformers cut the centre "
+        "out one pixel beside ours. Version 5 resizes otherwise, by a grey level, unless loaded with backend='pil'. "
+        "It neither turns an open image by EXIF nor scales 16 bits."
+    )
 
     def fits(self, model: Exported) -> None:
         """Plain ViTs, and ResNets without groups or extra width."""
@@ -41,11 +47,12 @@ class Transformers:
         self.config(model).save_pretrained(place)
         size = model.image_size
         processor = {
+            "_comment": f"Near, not exact; README.md has exact code. {self.own_note}",
             "image_processor_type": "BitImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": round(size * model.zoom)},
-            "resample": _BICUBIC if model.bicubic else _BILINEAR,
+            "size": {"shortest_edge": model.resized},
+            "resample": int(model.view.resample),
             "do_center_crop": True,
             "crop_size": {"height": size, "width": size},
             "do_rescale": True,
@@ -102,13 +109,20 @@ class Transformers:
         return out.pooler_output.flatten(1) if resnet else out.last_hidden_state[:, 0]
 
     def usage(self, model: Exported, name: str) -> str:
-        """Model, processor, features."""
+        """Model and features."""
         resnet = is_resnet(model.arch)
         kind, option = ("ResNetModel", "") if resnet else ("ViTModel", ", add_pooling_layer=False")
         features = "pooler_output.flatten(1)" if resnet else "last_hidden_state[:, 0]"
         return (
-            f"from transformers import AutoImageProcessor, {kind}\n\n"
-            f'processor = AutoImageProcessor.from_pretrained("{name}")\n'
+            f"from transformers import {kind}\n\n"
             f'model = {kind}.from_pretrained("{name}"{option}).eval()\n'
-            f'features = model(**processor(image, return_tensors="pt")).{features}'
+            f"features = model(pixel_values=images).{features}"
         )
+
+    def prepared(self, place: Path, images: Sequence[Image.Image]) -> Tensor:
+        """By the image processor, of the default backend."""
+        from transformers import AutoImageProcessor
+
+        processor: Any = AutoImageProcessor.from_pretrained(str(place))
+        prepared: Tensor = processor(list(images), return_tensors="pt")["pixel_values"]
+        return prepared

@@ -1,20 +1,24 @@
 """Formats of weights: DeiT's, timm's, torchvision's, and ours as safetensors."""
 
 import json
+import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import timm
+import torch
 import torchvision.models as tv
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vision_transformer import ConvStemConfig
 
 from mocov3.config.archs import CONV_VITS, HEADS, RESNETS, WIDTHS, is_resnet, is_vit
-from mocov3.export.formats.base import Exported, Unfit
+from mocov3.export.formats.base import Exported, Format, Unfit
 from mocov3.models.backbones import build_backbone
 from mocov3.weights import checkpoint, convert, key_tables
 
@@ -28,10 +32,10 @@ def check_stem(model: Exported) -> None:
         raise Unfit(f"its ResNets have no 3×3 stem for small images; {ELSEWHERE}")
 
 
-class Deit:
+class Deit(Format):
     """``{"model": …}`` with timm's names of keys, as DeiT's code reads."""
 
-    tolerance = 0.0
+    tolerance = 1e-5
 
     def fits(self, model: Exported) -> None:
         """Every arch fits."""
@@ -48,16 +52,18 @@ class Deit:
     def usage(self, model: Exported, name: str) -> str:
         """For ``load_state_dict``."""
         heads = f", num_heads={model.heads}" if is_vit(model.arch) else ""
+        options = f', arch="{model.arch}", image_size={model.image_size}{heads.replace("num_", "")}'
         return (
-            f'state = torch.load("{name}", weights_only=True)["model"]\n'
-            f"model.load_state_dict(state, strict=False)  # of the same arch{heads}; only its classifier is missing"
+            f'import mocov3\n\nstate = torch.load("{name}", weights_only=True)["model"]\n'
+            f"# model.load_state_dict(state, strict=False)  # of the same arch{heads}; only its classifier is missing\n"
+            + _our_usage(model, name, options)
         )
 
 
-class Safetensors:
+class Safetensors(Format):
     """Our keys and, as metadata, arch, size, mean, std, licence and origin."""
 
-    tolerance = 0.0
+    tolerance = 1e-5
 
     def fits(self, model: Exported) -> None:
         """Every arch fits."""
@@ -73,9 +79,16 @@ class Safetensors:
     def usage(self, model: Exported, name: str) -> str:
         """By safetensors, or by us."""
         return (
+            "import mocov3\nimport safetensors.torch\n\n"
             f"state = safetensors.torch.load_file(\"{name}\")  # names of keys are timm's and torchvision's\n"
-            f'backbone = mocov3.load_backbone("{name}")  # if its name ends in .safetensors'
+            + _our_usage(model, name)
         )
+
+
+def _our_usage(model: Exported, name: str, options: str = "") -> str:
+    head = model.encoder.projector_name
+    scores = f'\nscores = features @ state["{head}.weight"].T + state["{head}.bias"]' if model.classes else ""
+    return f'features = mocov3.load_backbone("{name}"{options})(images){scores}'
 
 
 def _ours(model: Exported, state: dict[str, Any], x: Tensor) -> Tensor:
@@ -93,10 +106,11 @@ def _ours(model: Exported, state: dict[str, Any], x: Tensor) -> Tensor:
     return encoder.eval()(x)
 
 
-class Timm:
+class Timm(Format):
     """A folder with ``model.safetensors`` and ``config.json``, as timm publishes models."""
 
     tolerance = 1e-5
+    own = "timm.data.create_transform"
 
     def fits(self, model: Exported) -> None:
         """Plain ViTs, ResNets with the usual stem, and timm's own."""
@@ -122,8 +136,8 @@ class Timm:
                 "num_classes": model.classes,
                 **({"label_names": model.class_names} if model.class_names else {}),
                 "input_size": [model.in_chans, model.image_size, model.image_size],
-                "interpolation": "bicubic" if model.bicubic else "bilinear",
-                "crop_pct": 1 / model.zoom,
+                "interpolation": model.interpolation,
+                "crop_pct": crop_share(model.image_size, model.resized),
                 "crop_mode": "center",
                 "mean": model.mean,
                 "std": model.std,
@@ -163,19 +177,33 @@ class Timm:
         return network.eval()(x)
 
     def usage(self, model: Exported, name: str) -> str:
-        """Both of timm's ways, and intermediate features."""
+        """Both of timm's ways, and feature maps."""
         arch, args = self.named(model)
         classes = model.classes
         extra = "".join(f", {k}={v!r}" for k, v in args.items())
         return (
+            "import timm\n\n"
             f'model = timm.create_model("local-dir:{name}", pretrained=True)\n'
             f'model = timm.create_model("{arch}", num_classes={classes}{extra}, '
-            f'checkpoint_path="{name}/model.safetensors")\n'
-            f'maps = timm.create_model("local-dir:{name}", pretrained=True, features_only=True)'
+            f'checkpoint_path="{name}/model.safetensors")  # the same\n'
+            f"{model.output} = model.eval()(images)\n"
+            f'maps = timm.create_model("local-dir:{name}", pretrained=True, features_only=True).eval()(images)'
         )
 
+    def prepared(self, place: Path, images: Sequence[Image.Image]) -> Tensor:
+        """By the transform of the written configuration."""
+        settings = json.loads((place / "config.json").read_text())["pretrained_cfg"]
+        transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=settings))
+        return torch.stack([transform(image) for image in images])
 
-class Torchvision:
+
+def crop_share(size: int, resized: int) -> float:
+    """timm's ``crop_pct``: the share whose ``floor(size / share)`` is ``resized``."""
+    share = size / resized
+    return share if math.floor(size / share) == resized else math.nextafter(share, 0)
+
+
+class Torchvision(Format):
     """A state dict for ``torchvision.models.ResNet`` or ``VisionTransformer``."""
 
     tolerance = 1e-5
@@ -227,6 +255,7 @@ class Torchvision:
 
     def usage(self, model: Exported, name: str) -> str:
         """The constructor and what to drop."""
+        imports = ""
         if model.arch in RESNETS:
             call, head = f"torchvision.models.{model.arch}()", "fc"
         elif is_resnet(model.arch):
@@ -237,6 +266,7 @@ class Torchvision:
             if model.arch in CONV_VITS:
                 parts = ", ".join(f"ConvStemConfig({width // part}, 3, 2)" for part in (8, 4, 2, 1))
                 stem = f", conv_stem_configs=[{parts}]"
+                imports = "from torchvision.models.vision_transformer import ConvStemConfig\n"
             call = (
                 f"torchvision.models.VisionTransformer({model.image_size}, {model.patch_size}, "
                 f"{model.depth}, {model.heads}, {width}, {4 * width}{stem})"
@@ -245,4 +275,7 @@ class Torchvision:
         if model.classes:
             top = f"torch.nn.Linear({model.encoder.num_features}, {model.classes})"
             head += ".head" if head == "heads" else ""
-        return f'model = {call}\nmodel.{head} = {top}\nmodel.load_state_dict(torch.load("{name}", weights_only=True))'
+        return (
+            f"import torchvision\n{imports}\nmodel = {call}\nmodel.{head} = {top}\n"
+            f'model.load_state_dict(torch.load("{name}", weights_only=True))\n{model.output} = model.eval()(images)'
+        )
