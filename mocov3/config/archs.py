@@ -79,14 +79,17 @@ def check_heads(heads: int | None, arch: str) -> None:
         raise UserError(f"--heads {heads} is for our ViTs ({', '.join(WIDTHS)}), not {arch}: {kind}; leave it out")
     if heads < 1:
         raise UserError(f"--heads must be at least 1, not {heads}")
-    if arch and WIDTHS[arch] % heads:
-        width = WIDTHS[arch]
-        raise UserError(f"--heads {heads} does not divide the width {width} of {arch}; likely: {likely_heads(width)}")
+    if arch and (reason := unlikely_heads(heads, WIDTHS[arch])):
+        raise UserError(f"{reason} (width of {arch})")
 
 
-def likely_heads(width: int) -> str:
-    """The numbers of heads that ViTs of a width have: of 32 to 128 numbers each."""
-    return ", ".join(str(n) for n in range(1, width + 1) if width % n == 0 and 32 <= width // n <= 128)
+def unlikely_heads(heads: int, width: int) -> str:
+    """Why ViTs of a width do not have so many heads, which are of 32 to 128 numbers each; empty where they may."""
+    likely = [n for n in range(1, width + 1) if width % n == 0 and 32 <= width // n <= 128]
+    if heads in likely or (not likely and width % heads == 0):  # narrower networks are toys: whatever divides
+        return ""
+    reason = f"does not divide the width {width}" if width % heads else f"makes heads of {width // heads} numbers"
+    return f"--heads {heads} {reason}; likely: {', '.join(map(str, likely))}"
 
 
 def stored_heads(heads: int | None, arch: str, asked: int | None) -> int | None:

@@ -12,15 +12,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mocov3 import models
-from mocov3.config.archs import BUILT_IN_ARCHS, CLASSIFIER_KEYS, HEAD_KEYS, check_heads, is_vit, stored_heads
+from mocov3.config.archs import HEAD_KEYS, check_heads, is_vit, stored_heads
 from mocov3.config.evaluation import FeatureConfig
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
-from mocov3.models.shapes import shapes_only
 from mocov3.weights import Contents, attention_heads, checkpoint, our_entry
-from mocov3.weights.convert import BackboneWeights, find_backbone, load_into, settings_of, views_of
+from mocov3.weights.convert import load_into, settings_of, views_of
+from mocov3.weights.find import find_backbone, hint
 
 PIXELS = "pixels"
 
@@ -166,12 +166,12 @@ def _from_file(
     path: str, where: str, arch: str, encoder: str, image_size: int, view_preset: str, layer: str, heads: int | None
 ) -> Frozen:
     contents = checkpoint.read(path)
-    weights = find_backbone(contents, where, momentum=encoder == "momentum", heads=heads)
+    weights = find_backbone(contents, where, momentum=encoder == "momentum", heads=heads, arch=arch or None)
     if arch and weights.arch and weights.arch != arch:
         raise UserError(f"{where}: is of arch {weights.arch}, not {arch}; give -a {weights.arch}")
     name = arch or weights.arch
     if not name:
-        raise UserError(f"{where}: does not say which arch it is; {_fits(weights)}")
+        raise UserError(f"{where}: does not say which arch it is; {hint(weights)}")
     entry = our_entry(contents)
     try:
         config = dict(entry["config"]) if entry else {}
@@ -190,7 +190,7 @@ def _from_file(
         )
         load_into(network, weights, where)
     except UserError as error:
-        raise UserError(f"{error} ({_fits(weights)})") from None
+        raise UserError(f"{error} ({hint(weights)})") from None
     which = f", {encoder} encoder" if weights.kind.startswith("pre-training") else ""
     about = f"{name} of {path} ({weights.kind}{which})"
     return _frozen(network, name, size, preset, settings, about, layer)
@@ -281,18 +281,3 @@ def _layer(network: Any, arch: str, layer: str) -> Callable[[Tensor], Tensor]:
         return tokens[:, prefix:]
 
     return patches if layer == "patches" else lambda x: patches(x).mean(1)
-
-
-def _fits(weights: BackboneWeights) -> str:
-    """Which built-in archs have a backbone of exactly these keys and shapes, as a hint."""
-    fitting, state = [], weights.state
-    for arch in BUILT_IN_ARCHS:
-        with shapes_only():
-            wanted = build_backbone(arch, **settings_of(state, arch)).state_dict()
-        bare = {k: v for k, v in wanted.items() if not k.startswith(CLASSIFIER_KEYS)}
-        if set(bare) == set(state) and all(v.shape == state[k].shape for k, v in bare.items() if k != "pos_embed"):
-            fitting.append(arch)
-    if not fitting:
-        return "no built-in arch fits it; is it timm/NAME?"
-    asked = attention_heads.choices(attention_heads.width_of(state)) if weights.heads.number is None else ""
-    return f"-a {' or '.join(fitting)} fits it" + (f", with {asked}" if asked else "")

@@ -25,7 +25,8 @@ from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
 from mocov3.models import build_backbone
 from mocov3.weights import Contents, checkpoint, our_entry
 from mocov3.weights.attention_heads import choices, width_of
-from mocov3.weights.convert import build_from, find_backbone, trained_with
+from mocov3.weights.convert import build_from, trained_with
+from mocov3.weights.find import find_backbone, named_arch
 from mocov3.weights.start import load_start
 
 Row = dict[str, Any]
@@ -77,13 +78,15 @@ def judge_all(
         heads: attention heads of ViTs, of files that do not tell.
     """
     # --heads is for files that ask for it, or for all
-    asking = [file for file, contents in files.items() if heads is not None and _asks(contents, file)] or list(files)
+    asking = [file for file, contents in files.items() if heads is not None and _asks(contents, file, arch)] or list(
+        files
+    )
     world = World(0, 1, pick_device(device, None))
     rows: list[Row] = []
     beside: set[str] = set()
     for file, contents in files.items():
         config = trained_with(contents)
-        named = isinstance(contents.get("arch"), str)
+        named = named_arch(contents) is not None
         encoder, settings = build_from(
             contents, file, arch=None if named else arch, heads=heads if file in asking else None
         )
@@ -110,9 +113,9 @@ def judge_all(
     return rows
 
 
-def _asks(contents: Contents, file: str) -> bool:
+def _asks(contents: Contents, file: str, arch: str | None) -> bool:
     """Whether a file does not tell which of two numbers of attention heads its ViT has."""
-    weights = find_backbone(contents, file)
+    weights = find_backbone(contents, file, arch=arch)
     return weights.heads.number is None and bool(choices(width_of(weights.state)))
 
 

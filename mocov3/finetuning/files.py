@@ -20,6 +20,7 @@ from mocov3.models import Encoder
 from mocov3.running.changes import refuse_changes
 from mocov3.running.counters import Counters
 from mocov3.weights import Contents, checkpoint, convert, our_entry
+from mocov3.weights.find import find_backbone, hint, named_arch
 
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 TASK = "finetune"
@@ -76,8 +77,8 @@ def find_start(config: FinetuneConfig, world: World) -> Start:
 
 def _completed(config: FinetuneConfig, contents: Contents | None, where: str) -> FinetuneConfig:
     saved = dict(convert.trained_with(contents)) if contents else {}
-    if contents and isinstance(contents.get("arch"), str):
-        saved["arch"] = contents["arch"]
+    if contents and (named := named_arch(contents)):
+        saved["arch"] = named
     values: Fields = {}
     for name, (not_given, default) in _OPEN.items():
         value = getattr(config, name)
@@ -93,7 +94,7 @@ def _completed(config: FinetuneConfig, contents: Contents | None, where: str) ->
         values["mean_std"] = saved["mean_std"]  # belongs to the weights' preset
     values["arch"] = known_arch(values["arch"])
     if contents and is_vit(values["arch"]):
-        weights = convert.find_backbone(contents, where, heads=config.heads)
+        weights = find_backbone(contents, where, heads=config.heads, arch=values["arch"])
         heads = weights.sizes(values["arch"], where).get("num_heads", config.heads)
         values["heads"] = stored_heads(heads, values["arch"], config.heads)
     complete = dataclasses.replace(config, **values)
@@ -122,10 +123,13 @@ def start_from(
     Raises:
         UserError: if it does not fit, or has no classifier of ``classes`` classes where one is to be kept.
     """
-    weights = convert.find_backbone(contents, where, heads=heads)
+    weights = find_backbone(contents, where, heads=heads, arch=arch)
     if weights.arch is not None and weights.arch != arch:
         raise UserError(f"{where}: is of arch {weights.arch}, not {arch}")
-    left = convert.load_into(model, weights, where)
+    try:
+        left = convert.load_into(model, weights, where)
+    except UserError as error:
+        raise UserError(f"{error} ({hint(weights)})") from None
     if keep_head:
         state: dict[str, Tensor] = contents.get("model", {})
         for key in left:

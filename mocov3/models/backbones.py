@@ -156,6 +156,11 @@ _VITS: dict[str, dict[str, Any]] = {
 }
 
 
+def blocks_of_third_stage(arch: str) -> int:
+    """Blocks of a ResNet's third stage, in which ResNets of different depths differ."""
+    return int({**_TORCHVISION, **_SMALL}[arch]["layers"][2])
+
+
 def build_backbone(
     arch: str,
     *,

@@ -74,21 +74,8 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
     from mocov3.pretraining.footprint import Footprint
 
     machine = speed.machine(first.device, first.gpu)
-    if first.init and "arch" not in fixed:
-        from mocov3.weights.start import arch_of
-
-        fixed["arch"] = arch_of(first.init)
-        if fixed["arch"] is None:
-            raise UserError(f"--init {first.init}: does not say which arch it is; give --arch")
     if first.init:
-        from mocov3.pretraining.assemble import with_heads
-        from mocov3.weights.convert import settings_of
-        from mocov3.weights.start import starting_weights
-
-        arch, heads = fixed.get("arch", first.arch), fixed.get("heads")
-        fixed["heads"] = with_heads(dataclasses.replace(first, arch=arch, heads=heads)).heads
-        # patch size and stem are the weights' own, whatever the images' size would suggest
-        fixed = {**settings_of(starting_weights(first.init, heads).state, arch), **fixed}
+        fixed = _of_start(first, fixed)
     times = {"training": 0.0, "loading": 0.0}
 
     def measured(values: Fields) -> tuple[float, Fields]:
@@ -116,6 +103,23 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
     settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}
     config = PretrainConfig(**layers.merged(settings))
     return Proposal(config, choices, images, machine, source, **times)
+
+
+def _of_start(first: PretrainConfig, fixed: Fields) -> Fields:
+    """``fixed`` with what the weights of ``--init``, read once, decide: arch, heads, patch size and stem."""
+    from mocov3.pretraining.assemble import with_heads
+    from mocov3.weights.convert import settings_of
+    from mocov3.weights.find import hint
+    from mocov3.weights.locate import guess_arch
+    from mocov3.weights.start import starting_weights
+
+    weights = starting_weights(first.init, fixed.get("heads"), fixed.get("arch"))
+    arch = fixed.get("arch") or weights.arch or guess_arch(weights.state)
+    if arch is None:
+        raise UserError(f"--init {first.init}: does not say which arch it is; {hint(weights)}")
+    config = with_heads(dataclasses.replace(first, arch=arch, heads=fixed.get("heads")), weights=weights)
+    # patch size and stem are the weights' own, whatever the images' size would suggest
+    return {**settings_of(weights.state, arch), **fixed, "arch": arch, "heads": config.heads}
 
 
 def measured_normalisation(config: PretrainConfig) -> PretrainConfig:

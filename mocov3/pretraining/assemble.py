@@ -23,7 +23,7 @@ from mocov3.pretraining.groups import freeze_until, parameter_groups
 from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
 from mocov3.pretraining.step import Step
 from mocov3.weights import Contents, our_entry
-from mocov3.weights.convert import find_backbone
+from mocov3.weights.find import BackboneWeights, find_backbone
 from mocov3.weights.start import load_start, starting_weights
 
 
@@ -97,8 +97,12 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
     return model.train()
 
 
-def with_heads(config: PretrainConfig, resume_from: tuple[Path, Contents] | None = None) -> PretrainConfig:
+def with_heads(
+    config: PretrainConfig, resume_from: tuple[Path, Contents] | None = None, weights: BackboneWeights | None = None
+) -> PretrainConfig:
     """The configuration with its ViT's attention heads: of the checkpoint to resume from, else those of ``--init``.
+
+    ``weights`` are those of ``--init`` where they are read already.
 
     Raises:
         UserError: if it is not known which of two networks these weights are of, or ``--heads`` says another.
@@ -112,7 +116,7 @@ def with_heads(config: PretrainConfig, resume_from: tuple[Path, Contents] | None
             find_backbone(resume_from[1], f"--resume {resume_from[0]}", heads=c.heads),
         )
     else:
-        where, weights = f"--init {c.init}", starting_weights(c.init, c.heads)
+        where, weights = f"--init {c.init}", weights or starting_weights(c.init, c.heads, c.arch)
     heads = weights.sizes(c.arch, where).get("num_heads", c.heads)
     return dataclasses.replace(c, heads=stored_heads(heads, c.arch, c.heads))
 

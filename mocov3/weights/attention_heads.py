@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mocov3.config.archs import HEADS, OTHERS_HEADS, WIDTHS, is_vit, likely_heads
+from mocov3.config.archs import HEADS, OTHERS_HEADS, WIDTHS, is_vit, unlikely_heads
 from mocov3.errors import UserError
 from mocov3.models.positions import is_sincos_position_embedding
 from mocov3.weights import Contents, our_entry
@@ -27,11 +27,12 @@ def width_of(state: dict[str, Tensor]) -> int | None:
     return int(cls.shape[-1]) if cls is not None and cls.ndim == 3 and qkv is not None else None
 
 
-def told(contents: Contents, kind: str, state: dict[str, Tensor], where: str) -> Known:
+def told(contents: Contents, arch: str | None, kind: str, state: dict[str, Tensor], where: str) -> Known:
     """The attention heads that a weights file tells by itself.
 
     Args:
         contents: of the file.
+        arch: that it names.
         kind: what ``convert.find_backbone`` calls it.
         state: the backbone in it.
         where: the file, for messages.
@@ -40,7 +41,7 @@ def told(contents: Contents, kind: str, state: dict[str, Tensor], where: str) ->
         UserError: if it names a number that cannot be.
     """
     width, entry = width_of(state), our_entry(contents)
-    if width is None or str(contents.get("arch", "")).startswith("timm/"):
+    if width is None or (arch or "").startswith("timm/"):
         return Known()  # the network of that name has its own
     if entry:
         config = entry.get("config")
@@ -75,8 +76,8 @@ def settled(known: Known, asked: int | None, width: int | None, where: str) -> K
         raise UserError(f"{where}: --heads {asked} is for our ViTs, these weights are of another network; leave it out")
     if asked < 1:
         raise UserError(f"--heads must be at least 1, not {asked}")
-    if width % asked:
-        raise UserError(f"{where}: --heads {asked} does not divide the width {width}; likely: {likely_heads(width)}")
+    if asked != known.number and (reason := unlikely_heads(asked, width)):
+        raise UserError(f"{where}: {reason}")
     if known.number not in (None, asked):
         raise UserError(
             f"{where}: has {known.number} attention heads ({known.by}), not {asked}; leave --heads out, or "

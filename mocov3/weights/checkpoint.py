@@ -87,7 +87,7 @@ def newest(folder: Path) -> tuple[Path, Contents, list[str]] | None:
     for path in listed(folder):
         try:
             contents = read(path)
-            _check_entries(contents, path)
+            check_entries(contents, path)
         except UserError as error:
             passed.append(str(error))
             continue
@@ -134,7 +134,7 @@ def restore(
     Raises:
         UserError: if an entry is missing or does not fit; nothing is loaded then.
     """
-    _check_entries(contents, path)
+    check_entries(contents, path)
     if contents["arch"] != arch:
         raise UserError(f"--resume {path}: is of arch {contents['arch']}, not {arch}; give --arch {contents['arch']}")
     state = {key.removeprefix(PREFIX): value for key, value in contents["state_dict"].items()}
@@ -191,7 +191,7 @@ def check_state(model: nn.Module, state: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: holds {unknown[0]}, which this model does not have")
 
 
-def _check_entries(contents: Contents, path: Path) -> None:
+def check_entries(contents: Contents, path: Path) -> None:
     kinds = {"epoch": int, "arch": str, "state_dict": dict, "optimizer": dict}
     for entry, kind in kinds.items():
         if not isinstance(contents.get(entry), kind):

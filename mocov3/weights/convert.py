@@ -1,98 +1,24 @@
-"""Weights of others and ours: what a state dict is, the backbone in it, and the way to DeiT's format.
-
-Every conversion is a table of prefixes that accounts for every key, dropped ones included.
-"""
+"""From the backbone in a file to a network, to its classifier, and to DeiT's format."""
 
 import dataclasses
+import functools
 import math
-from dataclasses import dataclass, field
+import os
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from mocov3.config import ViewPreset, preset_of
-from mocov3.config.archs import BUILT_IN_ARCHS, HEAD_KEYS, HEADS, RESNETS, check_heads, is_resnet, is_vit
+from mocov3.config.archs import BUILT_IN_ARCHS, HEAD_KEYS, HEADS, RESNETS, check_heads, is_vit
 from mocov3.config.fields import Fields
 from mocov3.config.presets import Reading
 from mocov3.errors import UserError, printable
 from mocov3.models.backbones import Encoder, build_backbone
 from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
+from mocov3.output.log import warn
 from mocov3.weights import Contents, attention_heads, checkpoint, our_entry
-
-# what a file is ← prefix of the encoder's keys in it; the first that occurs decides
-_PREFIXES = {
-    "pre-training checkpoint": "module.base_encoder.",
-    "pre-training checkpoint without prefix": "base_encoder.",
-    "linear evaluation": "module.",
-    "backbone": "",
-}
-
-
-@dataclass(frozen=True)
-class BackboneWeights:
-    """The backbone found in a file, and the keys left out, each with its reason."""
-
-    kind: str
-    arch: str | None
-    state: dict[str, Tensor]
-    dropped: dict[str, str] = field(default_factory=dict)
-    heads: attention_heads.Known = field(default_factory=attention_heads.Known)
-    """Attention heads of a ViT, which shapes do not tell."""
-
-    def sizes(self, arch: str, where: str) -> dict[str, Any]:
-        """What ``build_backbone`` needs to build ``arch`` for these weights beyond its name: ``num_heads`` of a ViT.
-
-        Raises:
-            UserError: if neither the file nor the user says which of two networks it is.
-        """
-        heads = attention_heads.to_build(self.heads, arch, self.state, where)
-        return {} if heads is None else {"num_heads": heads}
-
-
-def find_backbone(
-    contents: Contents, where: str, *, momentum: bool = False, heads: int | None = None
-) -> BackboneWeights:
-    """The backbone in the contents of a weights file: ours, the reference's, DeiT's, timm's or torchvision's.
-
-    Args:
-        contents: what ``checkpoint.read`` returned.
-        where: the file, for messages.
-        momentum: take the momentum encoder of a pre-training checkpoint, or the average of a fine-tuned one.
-        heads: attention heads of a ViT, of a file that does not tell.
-
-    Raises:
-        UserError: if there is no backbone in it, or one of other attention heads than ``heads``.
-    """
-    arch = contents.get("arch")
-    state = contents.get("state_dict", contents.get("model", contents))
-    if momentum and isinstance(contents.get("model_ema"), dict) and contents["model_ema"]:
-        average = {**contents, "model": contents["model_ema"], "model_ema": None}
-        return find_backbone({k: v for k, v in average.items() if k != "state_dict"}, where, heads=heads)
-    if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{where}: holds no weights (entries: {', '.join(map(str, list(contents)[:6]))})")
-    state = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
-    kind, prefix = next((k, p) for k, p in _PREFIXES.items() if any(key.startswith(p) for key in state))
-    if momentum:
-        if "base_encoder." not in prefix:
-            raise UserError(f"{where}: is a {kind} and has no momentum encoder")
-        prefix = prefix.replace("base_encoder.", "momentum_encoder.")
-    weights: dict[str, Tensor] = {}
-    dropped: dict[str, str] = {}
-    for key, value in state.items():
-        name = key.removeprefix(prefix)
-        if not key.startswith(prefix):
-            dropped[key] = "not of this encoder"
-        elif name.startswith(HEAD_KEYS):
-            dropped[key] = "head"
-        else:
-            weights[name] = value
-    if not weights:
-        raise UserError(f"{where}: holds no backbone, only {', '.join(list(state)[:3])} …")
-    known = attention_heads.settled(
-        attention_heads.told(contents, kind, weights, where), heads, attention_heads.width_of(weights), where
-    )
-    return BackboneWeights(kind, arch if isinstance(arch, str) else None, weights, dropped, known)
+from mocov3.weights.find import BackboneWeights, find_backbone, hint
 
 
 def find_classifier(contents: Contents, encoder: Encoder, where: str, *, momentum: bool = False) -> nn.Linear:
@@ -147,9 +73,30 @@ def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[st
         UserError: naming the first key that is missing, unknown or of another shape, or the attention heads that
             differ; nothing is loaded then.
     """
-    attention_heads.check_built(encoder, weights.heads, weights.state, where)
+    state = fitted(encoder, weights, where)
     wanted = encoder.state_dict()
     head = [key for key in wanted if key.startswith(HEAD_KEYS)]
+    encoder.load_state_dict({**{key: wanted[key] for key in head}, **state})
+    if weights.found:
+        _say(where, weights.found)
+    return head
+
+
+@functools.lru_cache
+def _say(where: str, found: str) -> None:
+    """Once a process, however many encoders are loaded, and once of all of torchrun's."""
+    if os.environ.get("RANK", "0") == "0":
+        warn(f"{where}: {found}")
+
+
+def fitted(encoder: Encoder, weights: BackboneWeights, where: str) -> dict[str, Tensor]:
+    """A backbone's weights as an encoder takes them, which may have shapes alone (``models.shapes_only``).
+
+    Raises:
+        UserError: as ``load_into``.
+    """
+    attention_heads.check_built(encoder, weights.heads, weights.state, where)
+    wanted = encoder.state_dict()
     state = dict(weights.state)
     if not any(key in wanted for key in state) and any(f"backbone.{key}" in wanted for key in state):
         state = {f"backbone.{key}": value for key, value in state.items()}  # timm's own file into timm/NAME
@@ -158,7 +105,7 @@ def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[st
         if table is not None and key in wanted and table.shape != wanted[key].shape:
             state[key] = _position_table(table, wanted[key], where)
     for key in wanted:
-        if key in head:
+        if key.startswith(HEAD_KEYS):
             continue
         if key not in state:
             raise UserError(f"{where}: misses {key}; it is not a {type(encoder).__name__} of this arch")
@@ -168,8 +115,7 @@ def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[st
             )
     if unknown := [key for key in state if key not in wanted]:
         raise UserError(f"{where}: holds {unknown[0]}, which this arch does not have")
-    encoder.load_state_dict({**{key: wanted[key] for key in head}, **state})
-    return head
+    return state
 
 
 def _position_table(table: Tensor, wanted: Tensor, where: str) -> Tensor:
@@ -246,30 +192,40 @@ def build_from(
     Raises:
         UserError: if there is no backbone, or its arch or heads are not known or differ from those given.
     """
-    weights = find_backbone(contents, where, momentum=momentum, heads=heads)
+    weights = find_backbone(contents, where, momentum=momentum, heads=heads, arch=arch)
+    settings = settings_to_build(contents, weights, where, arch=arch, image_size=image_size)
+    encoder = build_backbone(**settings)
+    try:
+        load_into(encoder, weights, where)
+    except UserError as error:
+        raise UserError(f"{error} ({hint(weights)})") from None
+    return _bare(encoder), settings
+
+
+def settings_to_build(
+    contents: Contents, weights: BackboneWeights, where: str, *, arch: str | None = None, image_size: int | None = None
+) -> dict[str, Any]:
+    """The settings of ``build_backbone`` for a file's backbone; arguments and errors as of ``build_from``."""
     if arch and weights.arch and arch != weights.arch:
-        raise UserError(f"{where}: is of arch {weights.arch}, not {arch}")
+        raise UserError(f"{where}: is of arch {weights.arch}, not {arch}; leave --arch out")
     name = weights.arch or arch
     if name is None:
-        raise UserError(f"{where}: does not say which arch it is; name it by --arch (or use convert.load_into)")
+        raise UserError(f"{where}: does not say which arch it is; {hint(weights)}")
     config = trained_with(contents)
-    size, patch = (
-        _number(config.get(entry), default, where) for entry, default in (("image_size", 224), ("patch_size", 16))
-    )
     settings: dict[str, Any] = {
         "arch": name,
-        "image_size": image_size or size,
-        "patch_size": patch,
-        "small_stem": bool(config.get("small_stem", False)) and is_resnet(name),
+        "image_size": image_size or _number(config.get("image_size"), 224, where),
+        "patch_size": 16,
+        "small_stem": False,
         "in_chans": _number(views_of(contents, where).reading.channels, 3, where),
         **settings_of(weights.state, name),
         **weights.sizes(name, where),
     }
-    if is_vit(name) and settings["image_size"] % (patch := settings["patch_size"]):
-        raise UserError(f"{where}: images of {settings['image_size']} px do not divide into patches of {patch}")
-    encoder = build_backbone(**settings)
-    load_into(encoder, weights, where)
-    return _bare(encoder), settings
+    if is_vit(name) and settings["image_size"] % settings["patch_size"]:
+        raise UserError(
+            f"{where}: images of {settings['image_size']} px do not divide into patches of {settings['patch_size']}"
+        )
+    return settings
 
 
 def settings_of(state: dict[str, Tensor], arch: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What a weights file is and is good for: ``mocov3 inspect FILE``. Nothing in it is run."""
 
+import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,6 @@ from typing import Any
 from mocov3.config.fields import Parser, path
 from mocov3.errors import UserError, printable
 from mocov3.weights import Contents, our_entry
-
-_RESUMES = ("epoch", "arch", "state_dict", "optimizer")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,9 +42,9 @@ def describe(path: str) -> dict[str, Any]:
         UserError: if it cannot be read or holds no weights.
     """
     from mocov3.weights import checkpoint
-    from mocov3.weights.convert import find_backbone
+    from mocov3.weights.find import find_backbone
+    from mocov3.weights.locate import guess_arch
     from mocov3.weights.origin import origin_of
-    from mocov3.weights.start import guess_arch
 
     contents = checkpoint.read(path)
     weights = find_backbone(contents, path)
@@ -60,6 +60,8 @@ def describe(path: str) -> dict[str, Any]:
     if heads:
         facts["attention_heads"] = heads
     facts["backbone"] = f"{parameters / 1e6:.2f} million numbers in {len(weights.state)} tensors"
+    if where := weights.found or weights.near:
+        facts["place"] = where.removeprefix("weights: ")
     if "epoch" in contents:
         facts["trained"] = f"{contents['epoch']} epochs" + (
             f", {entry['step']} steps" if entry and "step" in entry else ""
@@ -73,7 +75,7 @@ def describe(path: str) -> dict[str, Any]:
         quality = entry["quality"]
         facts["quality"] = f"{quality.get('retrieval')} % of {quality.get('pictures')} unseen images retrieved"
     facts |= origin_of(contents)
-    facts["good_for"], missing = _uses(path, contents, weights.kind, arch, asked)
+    facts["good_for"], missing = _uses(path, contents, weights, arch, asked)
     if missing:
         facts["not_for"] = missing
     return facts
@@ -102,24 +104,68 @@ def _kind(path: str, kind: str, contents: Contents, entry: dict[str, Any] | None
     return f"{kind} weights" + (" in DeiT's format" if deit else "")
 
 
-def _uses(path: str, contents: Contents, kind: str, arch: str | None, asked: bool) -> tuple[list[str], list[str]]:
-    uses, missing = [], []
-    lacking = [entry for entry in _RESUMES if entry not in contents]
-    if kind.startswith("pre-training") and not lacking:
-        uses.append(f"resuming: mocov3 pretrain … --resume {path}")
+def _uses(path: str, contents: Contents, weights: Any, arch: str | None, asked: bool) -> tuple[list[str], list[str]]:
+    """What the file can be used for, with the command, and what it cannot: each tried on shapes."""
+    file, uses, missing = shlex.quote(path), [], []
+    if reason := _not_resumable(path, contents, weights):
+        missing.append(f"resuming: {reason}")
     else:
-        missing.append("resuming: " + (f"misses {', '.join(lacking)}" if lacking else f"is a {kind} file"))
+        config = Path(path).with_name("config.yaml")
+        flags = f"--config {shlex.quote(str(config))}" if config.is_file() else "DIR … (the flags of its run)"
+        uses.append(f"resuming: mocov3 pretrain {flags} --resume {file}")
     if arch is None:
         missing.append("use by name: build its arch and call mocov3.weights.convert.load_into")
         return uses, missing
-    uses.append(f"starting: mocov3 pretrain DIR --recipe adapt --init {path}{' --heads N' if asked else ''}")
-    if contents.get("arch"):
-        uses.append(
-            f"features: mocov3.load_backbone('{path}'{', heads=N' if asked else ''}); "
-            f"judging: mocov3 compare {path} DIR{' --heads N' if asked else ''}"
-        )
-    else:
-        missing.append("features by load_backbone: the file does not name its arch; give arch" + " and heads" * asked)
-    if kind.startswith("pre-training"):
-        uses.append(f"DeiT's format: mocov3 convert --input {path} --output OUT.pth")
+    reason, channels = _refusal(contents, weights, path, arch)
+    if reason:
+        missing.append(f"features, and as a start: {reason}")
+        return uses, missing
+    named = weights.arch is not None
+    flags = ("" if named else f" -a {arch}") + " --heads N" * asked
+    start = (f" --channels {channels}" if channels != 3 else "") + " --heads N" * asked
+    uses.append(f"starting: mocov3 pretrain DIR --recipe adapt --init {file}{start}")
+    uses.append(
+        f"features: mocov3.load_backbone({path!r}{'' if named else f', arch={arch!r}'}{', heads=N' * asked}); "
+        f"judging: mocov3 compare {file} DIR{flags}"
+    )
+    if weights.kind.startswith("pre-training"):
+        uses.append(f"DeiT's format: mocov3 convert --input {file} --output OUT.pth")
     return uses, missing
+
+
+def _not_resumable(path: str, contents: Contents, weights: Any) -> str:
+    """Why no run can go on from the file; empty where it has all that one needs."""
+    from mocov3.weights.checkpoint import check_entries
+    from mocov3.weights.find import find_backbone
+
+    if not weights.kind.startswith("pre-training"):
+        return f"is a {weights.kind} file"
+    if weights.found:
+        return "its keys are not those of a run"
+    try:
+        check_entries(contents, Path(path))
+        average = find_backbone(contents, path, momentum=True).state
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: ")
+    shapes = [{key: value.shape for key, value in state.items()} for state in (weights.state, average)]
+    return "" if shapes[0] == shapes[1] else "its two encoders are not alike"
+
+
+def _refusal(contents: Contents, weights: Any, path: str, arch: str) -> tuple[str, int]:
+    """Why the network cannot be built and filled, empty where it can, and its channels; only shapes are built."""
+    from mocov3.config.archs import HEADS
+    from mocov3.models import build_backbone, shapes_only
+    from mocov3.weights.attention_heads import Known, width_of
+    from mocov3.weights.convert import fitted, settings_to_build
+
+    width = width_of(weights.state)
+    if weights.heads.number is None and width in HEADS and not arch.startswith("timm/"):
+        weights = dataclasses.replace(weights, heads=Known(HEADS[width], "any will do on shapes"))
+    try:
+        settings = settings_to_build(contents, weights, path, arch=arch)
+        with shapes_only():
+            encoder = build_backbone(**settings)
+        fitted(encoder, weights, path)
+    except (UserError, RuntimeError) as error:
+        return str(error).removeprefix(f"{path}: "), 0
+    return "", settings["in_chans"]

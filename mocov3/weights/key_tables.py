@@ -1,4 +1,4 @@
-"""Tables from our backbones' keys to those of torchvision and transformers; timm's and DeiT's are ours.
+"""Tables from our backbones' keys to those of torchvision and transformers, both ways; timm's and DeiT's are ours.
 
 A table is a list of (pattern, target). Every key of a state dict must match exactly one row, so nothing is lost or
 passed on unnoticed. Three targets split a matrix into q, k and v.
@@ -91,6 +91,16 @@ RESNET_TRANSFORMERS: Rows = [
     ],
 ]
 """``transformers.ResNetModel``."""
+
+RESNET_SEQUENTIAL: Rows = [
+    (r"conv1\.(.+)", r"0.\1"),
+    (r"bn1\.(.+)", r"1.\1"),
+    *[(rf"layer{stage}\.(.+)", rf"{stage + 3}.\1") for stage in range(1, 5)],
+]
+"""``torch.nn.Sequential`` of a ResNet's children, as lightly's examples build it."""
+
+ALL = (VIT_TORCHVISION, VIT_TRANSFORMERS, RESNET_TRANSFORMERS, RESNET_SEQUENTIAL)
+"""Those by which files are read."""
 
 
 def translate(state: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:

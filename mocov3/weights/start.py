@@ -9,12 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mocov3.config.archs import BUILT_IN_ARCHS, CLASSIFIER_KEYS, RESNETS, is_resnet
+from mocov3.config.archs import CLASSIFIER_KEYS, RESNETS
 from mocov3.errors import UserError, nearest
-from mocov3.models import Encoder, build_backbone, shapes_only
+from mocov3.models import Encoder
 from mocov3.output.log import warn
 from mocov3.weights import attention_heads, checkpoint
-from mocov3.weights.convert import BackboneWeights, find_backbone, load_into
+from mocov3.weights.convert import load_into
+from mocov3.weights.find import BackboneWeights, find_backbone, hint
 
 
 def load_start(init: str, encoders: list[Encoder], arch: str, heads: int | None = None) -> None:
@@ -25,16 +26,13 @@ def load_start(init: str, encoders: list[Encoder], arch: str, heads: int | None 
             of the encoders' attention heads (``heads``: those of a file that does not tell).
     """
     where = f"--init {init}"
-    weights = starting_weights(init, heads)
+    weights = starting_weights(init, heads, arch)
     weights = _for_channels(weights, encoders[0], where)
     try:
         for encoder in encoders:
             load_into(encoder, weights, where)
     except UserError as error:
-        fits = guess_arch(weights.state) if not (weights.arch or "").startswith("timm/") else None
-        asked = attention_heads.choices(attention_heads.width_of(weights.state)) if weights.heads.number is None else ""
-        hint = f" (give --arch {fits}{f' with {asked}' if asked else ''})" if fits and fits != arch else ""
-        raise UserError(f"{error}{hint}") from None
+        raise UserError(f"{error} ({hint(weights)})") from None
 
 
 def _for_channels(weights: BackboneWeights, encoder: Encoder, where: str) -> BackboneWeights:
@@ -57,51 +55,15 @@ def _for_channels(weights: BackboneWeights, encoder: Encoder, where: str) -> Bac
     return dataclasses.replace(weights, state={**state, **changed})
 
 
-def starting_weights(init: str, heads: int | None = None) -> BackboneWeights:
-    """The backbone that ``--init`` names; ``heads`` as for ``find_backbone``.
+def starting_weights(init: str, heads: int | None = None, arch: str | None = None) -> BackboneWeights:
+    """The backbone that ``--init`` names; ``heads`` and ``arch`` as for ``find_backbone``.
 
     Raises:
         UserError: if there is no such file or model, it cannot be fetched, or is of other attention heads.
     """
     if init.startswith("timm/") and not Path(init).is_file():
         return _from_timm(init, heads)
-    return find_backbone(checkpoint.read(init), f"--init {init}", heads=heads)
-
-
-def arch_of(init: str) -> str | None:
-    """The arch that fits ``--init``: what the file says, else what its keys and shapes are; ``None`` if unknown."""
-    if init.startswith("timm/") and not Path(init).is_file():
-        name = init.removeprefix("timm/").split(".", 1)[0]
-        return name if name in RESNETS else init
-    weights = find_backbone(checkpoint.read(init), f"--init {init}")
-    return weights.arch or guess_arch(weights.state)
-
-
-def guess_arch(state: dict[str, Tensor]) -> str | None:
-    """The one of our archs with these keys and shapes; the position table and the image's size are left out."""
-    shapes = {key: tuple(value.shape) for key, value in state.items() if key != "pos_embed"}
-    if not shapes:
-        return None
-    patch = shapes.get("patch_embed.proj.weight", (0, 0, 16))[2]
-    small = shapes.get("conv1.weight", (0, 0, 7))[2] == 3
-    for arch in BUILT_IN_ARCHS:
-        if is_resnet(arch) == ("conv1.weight" in shapes) and _shapes_of(arch, patch, small) == shapes:
-            return arch
-    return None
-
-
-def _shapes_of(arch: str, patch: int, small: bool) -> dict[str, tuple[int, ...]] | None:
-    try:
-        with shapes_only():
-            small_stem = small and arch.startswith("res") and "_w" not in arch
-            encoder = build_backbone(arch, image_size=4 * patch, patch_size=patch, small_stem=small_stem)
-    except (ValueError, UserError):
-        return None
-    return {
-        k: tuple(v.shape)
-        for k, v in encoder.state_dict().items()
-        if k != "pos_embed" and not k.startswith(CLASSIFIER_KEYS)
-    }
+    return find_backbone(checkpoint.read(init), f"--init {init}", heads=heads, arch=arch)
 
 
 def _from_timm(init: str, heads: int | None) -> BackboneWeights:
@@ -125,4 +87,5 @@ def _from_timm(init: str, heads: int | None) -> BackboneWeights:
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(CLASSIFIER_KEYS)}
     known = attention_heads.Known(attention_heads.heads_of(model), "timm's network")
     known = attention_heads.settled(known, heads, attention_heads.width_of(state), f"--init {init}")
-    return BackboneWeights("timm model", init, state, heads=known)
+    plain = name.split(".", 1)[0]  # torchvision's ResNets are ours
+    return BackboneWeights("timm model", plain if plain in RESNETS else init, state, heads=known)

@@ -3,15 +3,17 @@
 import contextlib
 import json
 import os
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import safetensors
 import torch
 
-from mocov3.errors import UserError
+from mocov3.errors import UserError, printable
 from mocov3.weights import Contents
-from mocov3.weights.vetting import vet
+from mocov3.weights.vetting import is_plain, vet
 
 
 def write(path: Path, contents: Contents) -> None:
@@ -83,11 +85,60 @@ def _safetensors(path: Path) -> Contents:
     return contents
 
 
+class _Object:
+    """In the place of an object of another program, and of its class: takes whatever it is given and does nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __new__(cls, *_: Any) -> "_Object":
+        return super().__new__(cls)
+
+    def __call__(self, *_: Any) -> "_Object":
+        return self
+
+    def __setitem__(self, *_: Any) -> None:
+        pass
+
+    __setstate__ = append = extend = __init__
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """What tensors are made by, by its name; in any other's place nothing that it names."""
+        return super().find_class(module, name) if is_plain(f"{module}.{name}") else _Object
+
+
+def _load(file: Any, **arguments: Any) -> Any:
+    return _Unpickler(file, **arguments).load()
+
+
+_NOTHING_RUNS: Any = SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, load=_load)
+"""What torch unpickles by where a vetted file holds objects: it looks up nothing but what tensors are made by."""
+
+
+def _without_objects(value: Any) -> Any:
+    if isinstance(value, dict):
+        pairs = ((k, _without_objects(v)) for k, v in value.items() if not _is_object(k))
+        return {k: v for k, v in pairs if not _is_object(v)}
+    return [_without_objects(v) for v in value if not _is_object(v)] if isinstance(value, list) else value
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, _Object) or value is _Object
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_tensors, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, torch.Tensor)
+
+
 def read(path: str | Path) -> Contents:
-    """The contents of a file of tensors, on the CPU.
+    """The contents of a file of tensors, on the CPU; objects of other programs in it are left out.
 
     Raises:
-        UserError: if it is missing, damaged, or holds anything but tensors, numbers, strings, lists and dicts.
+        UserError: if it is missing, damaged, could run code, or holds no tensors, only objects.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,8 +146,11 @@ def read(path: str | Path) -> Contents:
     try:
         if path.suffix == ".safetensors":
             return _safetensors(path)
-        vet(path)
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        foreign = vet(path)
+        if foreign:
+            contents = _without_objects(torch.load(path, "cpu", _NOTHING_RUNS, weights_only=False))
+        else:
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except PermissionError:
@@ -105,6 +159,11 @@ def read(path: str | Path) -> Contents:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged file can make the readers stumble anywhere
         raise UserError(f"{path}: is damaged or no file of tensors ({type(error).__name__}); use another") from None
+    if foreign and not _holds_tensors(contents):
+        raise UserError(
+            f"{path}: holds no tensors, only objects ({printable(foreign[0][:80])}), which could run code: refused; "
+            "save the network's state_dict() instead"
+        )
     if not isinstance(contents, dict):
         raise UserError(f"{path}: holds a {type(contents).__name__}, not a checkpoint")
     return contents

@@ -1,11 +1,13 @@
 """Files of tensors are vetted before torch sees them: nothing in them may run code or claim what it does not hold.
 
 The zip archive must be whole (every member stored, no larger than the file, its CRC-32 right), and the pickle in it
-is walked by an interpreter that knows only tensors, numbers, strings, lists and dicts: anything else is refused by
-name, and so is a tensor that claims more than its storage holds. ``torch.load(weights_only=True)`` then loads what is
-left. Files of torch before 1.6 (no archive, no checksums) are vetted alike.
+is walked by an interpreter that knows only tensors, numbers, strings, lists and dicts. Objects of other classes, as
+training programs store beside weights, are named: whoever loads the file puts nothing in their place. Functions of the
+interpreter and the system are refused by name, and so is a tensor that claims more than its storage holds. Files of
+torch before 1.6 (no archive, no checksums) are vetted alike.
 """
 
+import builtins
 import os
 import pickletools
 import zipfile
@@ -33,11 +35,29 @@ _ITEM_BYTES = {
     "ComplexFloatStorage": 8,
     "ComplexDoubleStorage": 16,
 }
+_SYSTEM = (
+    "os",
+    "posix",
+    "nt",
+    "sys",
+    "subprocess",
+    "importlib",
+    "runpy",
+    "shutil",
+    "socket",
+    "pty",
+    "ctypes",
+    "pickle",
+)
+"""Modules whose names are in a file to do harm: nothing of it is read then."""
 _LEGACY_HEADER = 3  # magic number, protocol, facts of the system: a pickle each, before the one that counts
 
 
-def vet(path: Path) -> None:
+def vet(path: Path) -> list[str]:
     """Refuse a file that is damaged, or holds what could run code or claim memory that it does not fill.
+
+    Returns:
+        Names of the classes and functions of other programs in it: none of them may be looked up.
 
     Raises:
         UserError: saying which.
@@ -48,13 +68,20 @@ def vet(path: Path) -> None:
         if size == 0:
             raise UserError(f"{path}: is empty")
         if file.read(2) == b"PK":
-            _vet_archive(file, path, size)
-        else:
-            file.seek(0)
-            _vet_legacy(file, path, size)
+            return _vet_archive(file, path, size)
+        file.seek(0)
+        return _vet_legacy(file, path, size)
 
 
-def _vet_archive(file: IO[bytes], path: Path, size: int) -> None:
+def is_plain(name: str) -> bool:
+    """Whether a global is one that tensors and dicts are made by, and may be looked up."""
+    module, _, last = name.rpartition(".")
+    storage = module == "torch" and last in _ITEM_BYTES
+    kind = module == "torch" and isinstance(getattr(torch, last, None), torch.dtype)
+    return storage or kind or name in _CALLS
+
+
+def _vet_archive(file: IO[bytes], path: Path, size: int) -> list[str]:
     try:
         with zipfile.ZipFile(file) as archive:
             members = {}
@@ -77,14 +104,14 @@ def _vet_archive(file: IO[bytes], path: Path, size: int) -> None:
                         pass
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError):
         raise UserError(f"{path}: is damaged or truncated (its checksums do not match); use another") from None
-    _Vetter(path, lambda key: members.get(f"data/{key}", -1)).run(pickletools.genops(pickled))
+    return _Vetter(path, lambda key: members.get(f"data/{key}", -1)).run(pickletools.genops(pickled))
 
 
-def _vet_legacy(file: IO[bytes], path: Path, size: int) -> None:
+def _vet_legacy(file: IO[bytes], path: Path, size: int) -> list[str]:
     bounded: Any = _Bounded(file, size)
     for _ in range(_LEGACY_HEADER):
         _Vetter(path, lambda _: -1).run(pickletools.genops(bounded))
-    _Vetter(path, lambda _: size).run(pickletools.genops(bounded))
+    return _Vetter(path, lambda _: size).run(pickletools.genops(bounded))
 
 
 class _Bounded:
@@ -110,7 +137,7 @@ class _Mark:
     pass
 
 
-_MARK, _TENSOR, _CONTAINER, _OTHER = _Mark(), object(), object(), object()
+_MARK, _TENSOR, _CONTAINER, _FOREIGN, _OTHER = _Mark(), object(), object(), object(), object()
 """Stand-ins of the walk: nothing of the file is built, only what is needed to judge it."""
 
 _Argument = str | bytes | int | float | None
@@ -129,8 +156,10 @@ class _Vetter:
         self.path, self.stored = path, stored
         self.stack: list[Any] = []
         self.memo: dict[_Argument, Any] = {}
+        self.foreign: list[str] = []
 
-    def run(self, operations: Iterator[_Operation]) -> None:
+    def run(self, operations: Iterator[_Operation]) -> list[str]:
+        """Walk to the end; returns the names of what other programs have put in."""
         for opcode, argument, _ in operations:
             name = opcode.name
             if handler := getattr(self, f"_{name.lower()}", None):
@@ -147,6 +176,7 @@ class _Vetter:
                 self.refuse(f"the pickle operation {name}")
         if len(self.stack) != 1:
             raise ValueError("unbalanced pickle")
+        return self.foreign
 
     def refuse(self, what: str) -> None:
         raise UserError(
@@ -196,12 +226,12 @@ class _Vetter:
 
     def _check_keys(self, keys: list[Any]) -> None:
         for key in keys:  # hashing a deeply nested key would overflow the stack
-            if not (key is None or isinstance(key, str | int | float)):
+            if not (key is None or key is _FOREIGN or isinstance(key, str | int | float)):
                 self.refuse("a dict whose keys are no strings or numbers")
 
     def _build(self, _: _Argument) -> None:
         self.stack.pop()
-        if self.stack[-1] is not _CONTAINER:  # an ordered dict's own attributes are all that torch writes
+        if self.stack[-1] not in (_CONTAINER, _FOREIGN):  # an ordered dict's own attributes are all that torch writes
             self.refuse("an object with a state of its own")
 
     def _global(self, argument: str) -> None:
@@ -212,15 +242,21 @@ class _Vetter:
         self._found(f"{self.stack.pop()}.{name}")
 
     def _found(self, name: str) -> None:
+        if is_plain(name):
+            self.stack.append(_Global(name))
+            return
         module, _, last = name.rpartition(".")
-        storage = module == "torch" and last in _ITEM_BYTES
-        kind = module == "torch" and isinstance(getattr(torch, last, None), torch.dtype)
-        if not (storage or kind or name in _CALLS):
+        function = module in ("builtins", "__builtin__") and not isinstance(getattr(builtins, last, None), type)
+        if function or module.split(".")[0] in _SYSTEM or module.startswith("torch._"):  # tensors of other kinds
             self.refuse(printable(name[:80]))
-        self.stack.append(_Global(name))
+        self.foreign.append(name)
+        self.stack.append(_FOREIGN)
 
     def _binpersid(self, _: _Argument) -> None:
-        what, kind, key, _location, items = self.stack.pop()[:5]
+        reference = self.stack.pop()
+        if not isinstance(reference, tuple) or len(reference) < 5:  # old files refer so to the code of a module
+            self.refuse("a reference to something outside")
+        what, kind, key, _location, items = reference[:5]
         if what != "storage" or not isinstance(kind, _Global) or not isinstance(items, int):
             self.refuse("a reference to something outside")
         item = _ITEM_BYTES[kind.name.rpartition(".")[2]]
@@ -228,8 +264,17 @@ class _Vetter:
             raise UserError(f"{self.path}: claims a tensor larger than what is stored; it is damaged or forged")
         self.stack.append(_Storage(items))
 
+    def _newobj(self, _: _Argument) -> None:
+        _arguments, kind = self.stack.pop(), self.stack.pop()
+        if kind is not _FOREIGN:
+            self.refuse("an object")
+        self.stack.append(_FOREIGN)
+
     def _reduce(self, _: _Argument) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
+        if function is _FOREIGN:
+            self.stack.append(_FOREIGN)
+            return
         if not isinstance(function, _Global) or function.name not in _CALLS or not isinstance(arguments, tuple):
             self.refuse("a call")
         self.stack.append(_CALLS[function.name](self, arguments))

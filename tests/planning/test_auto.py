@@ -34,8 +34,9 @@ from mocov3.pretraining.assemble import build_model, count_memory
 from mocov3.pretraining.groups import block_numbers, freeze_until, parameter_groups, scale_backbone
 from mocov3.weights import checkpoint
 from mocov3.weights.convert import BackboneWeights, load_into
+from mocov3.weights.locate import guess_arch
 from mocov3.weights.origin import origin_of
-from mocov3.weights.start import arch_of, guess_arch, load_start
+from mocov3.weights.start import load_start, starting_weights
 
 MACHINES = {
     "cpu": Machine("cpu", 8 * GIB, 8),
@@ -209,7 +210,8 @@ def test_starting_weights_of_others(tmp_path, images):
     import safetensors.torch
 
     safetensors.torch.save_file(timm.create_model("resnet18").state_dict(), tmp_path / "timm.safetensors")
-    assert arch_of(str(tmp_path / "tv.pth")) == arch_of(str(tmp_path / "timm.safetensors")) == "resnet18"
+    for name in ("tv.pth", "timm.safetensors"):
+        assert guess_arch(starting_weights(str(tmp_path / name)).state) == "resnet18"
     model = models.build("resnet18", dim=16, mlp_dim=16)
     before = model.base_encoder.fc[0].weight.clone()
     load_start(str(tmp_path / "tv.pth"), [model.base_encoder, model.momentum_encoder], "resnet18")
@@ -219,7 +221,7 @@ def test_starting_weights_of_others(tmp_path, images):
         assert torch.equal(encoder.eval().features(x), theirs.eval()(x))
     assert torch.equal(model.base_encoder.fc[0].weight, before)  # heads stay fresh
     out = ["--output-dir", tmp_path / "out"]
-    assert "give --arch resnet18" in refused("pretrain", images, *TINY, *out, "--init", tmp_path / "tv.pth")
+    assert "-a resnet18 fits it" in refused("pretrain", images, *TINY, *out, "--init", tmp_path / "tv.pth")
     assert "no such model" in refused("pretrain", images, *TINY, *out, "--init", "timm/resnet18x")
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 100)
     assert "safetensors" in refused("pretrain", images, *TINY, *out, "--init", tmp_path / "bad.safetensors")
@@ -232,8 +234,14 @@ def test_timm_weights_that_cannot_be_fetched(monkeypatch, images, tmp_path):
     monkeypatch.setattr("timm.create_model", offline)
     line = refused("pretrain", images, *TINY, "--output-dir", tmp_path, "--init", "timm/resnet18")
     assert "could not be fetched" in line
-    assert arch_of("timm/resnet50.a1_in1k") == "resnet50"
-    assert arch_of("timm/vit_tiny_patch16_224") == "timm/vit_tiny_patch16_224"
+    with models.shapes_only():
+        other = timm.models.resnet.resnet18(), timm.models.vision_transformer.vit_tiny_patch16_224(num_classes=0)
+    for name, model, arch in (
+        ("timm/resnet18.a1_in1k", other[0], "resnet18"),
+        ("timm/vit_tiny_patch16_224", other[1], "timm/vit_tiny_patch16_224"),
+    ):
+        monkeypatch.setattr("timm.create_model", lambda *args, model=model, **kwargs: model)
+        assert starting_weights(name).arch == arch
 
 
 @pytest.mark.parametrize("arch", ["resnet10_w48", "resnet34", "vit_tiny", "vit_conv_small", "wide_resnet50_2"])

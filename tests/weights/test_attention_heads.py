@@ -18,7 +18,7 @@ from mocov3.errors import UserError
 from mocov3.evaluation import frozen, network_scores
 from mocov3.models import backbones, build_backbone
 from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
-from mocov3.weights import attention_heads, checkpoint, convert, start
+from mocov3.weights import attention_heads, checkpoint, convert, locate, start
 from mocov3.weights.convert import build_from, find_backbone, load_into
 from mocov3.weights.inspect import describe
 from mocov3.weights.tensorfiles import read
@@ -168,10 +168,13 @@ def test_a_damaged_number_is_refused(heads):
 @pytest.mark.parametrize(
     ("heads", "arch", "message"),
     [
-        (5, "vit_small", "does not divide the width 384 of vit_small; likely: 3, 4, 6, 8, 12"),
+        (5, "vit_small", r"does not divide the width 384; likely: 3, 4, 6, 8, 12 \(width of vit_small\)"),
         (0, "vit_small", "must be at least 1, not 0"),
         (-1, "", "must be at least 1, not -1"),
         (385, "vit_small", "does not divide"),
+        (1, "vit_small", "--heads 1 makes heads of 384 numbers; likely: 3, 4, 6, 8, 12"),
+        (1, "vit_tiny", "makes heads of 192 numbers; likely: 2, 3, 4, 6"),
+        (192, "vit_base", "makes heads of 4 numbers"),
         (6, "resnet50", "not resnet50: it has no attention"),
         (6, "timm/vit_small_patch16_224", "heads are those of its name"),
     ],
@@ -601,8 +604,7 @@ def test_weights_of_timm_bring_their_heads(monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """Archs that fit are looked for among these."""
-    for module in (frozen, start):
-        monkeypatch.setattr(module, "BUILT_IN_ARCHS", ["resnet10_w16", "vit_tiny", "vit_small", "vit_base"])
+    monkeypatch.setattr(locate, "BUILT_IN_ARCHS", ["resnet10_w16", "vit_tiny", "vit_small", "vit_base"])
 
 
 @pytest.mark.usefixtures("few")
@@ -612,7 +614,7 @@ def test_hints_propose_no_other_network(six, images):
     assert refused(*go, six["moco", SIZE]).endswith("-a vit_small fits it\n")
     assert "fits it, with --heads 12" in refused(*go, six["deit", SIZE], "-a", "vit_tiny")
     go = ("pretrain", images, "--recipe", "defaults", "-a", "vit_tiny", *TRAIN, *PRETRAIN)
-    assert "(give --arch vit_small with --heads 12" in refused(*go, "--init", six["deit", SIZE])
+    assert "(-a vit_small fits it, with --heads 12" in refused(*go, "--init", six["deit", SIZE])
 
 
 @pytest.mark.usefixtures("few")
