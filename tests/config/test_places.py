@@ -1,4 +1,4 @@
-"""Names of files and folders: ``~`` and variables mean the same in flags and in configurations, whatever the command."""
+"""Names of files and folders: ``~`` and variables mean the same in flags and configurations of every command."""
 
 import getpass
 import os
