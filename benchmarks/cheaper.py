@@ -27,8 +27,9 @@ from mocov3.distributed import World
 from mocov3.evaluation.features import extract
 from mocov3.evaluation.neighbours import knn_accuracy
 from mocov3.models import backbones
-from mocov3.pretraining.inputs import Job
-from mocov3.pretraining.loop import Run
+from mocov3.pretraining.loop import Pretraining
+from mocov3.running.folder import owned
+from mocov3.running.job import Job
 
 NETWORK = {"embed_dim": 64, "depth": 4, "num_heads": 2}
 FLAGS = [
@@ -85,7 +86,7 @@ def train(flags: list[str], epochs: int, seed: int) -> dict[str, float]:
         config = parse_pretrain(given, prog="cheaper")
         config.check()
         began = time.process_time()
-        with Run(world, Job(config, script_door=False)) as run:
+        with owned(world, folder) as owner, Pretraining(world, Job(config), owner) as run:
             for batch in run.batches():
                 lr, m = run.schedule(batch)
                 run.advance(batch, run.step(*run.views(batch), lr=lr, m=m), lr, m)

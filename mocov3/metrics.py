@@ -1,7 +1,7 @@
 """Numbers of a run: meters of the log line, the schema of ``metrics.jsonl``, effective statistics of features."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -91,9 +91,13 @@ class MetricsLine:
     version: int = SCHEMA_VERSION
 
     def as_dict(self) -> dict[str, Any]:
-        """Name → value, for JSON: ``None`` also for numbers that are not finite, which JSON does not have."""
-        values = asdict(self)
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        """Name → value, for JSON."""
+        return plain(asdict(self))
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with ``None`` for numbers that are not finite, which JSON does not have."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def measured(line: Any) -> dict[str, float]:

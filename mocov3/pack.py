@@ -24,6 +24,7 @@ from mocov3.data.sources.archives import CLASSES_FILE
 from mocov3.data.sources.scan import EXTENSIONS
 from mocov3.data.sources.splits import parts_of
 from mocov3.data.views.decode import DecodeError, ImageBytes
+from mocov3.data.views.formats import opened
 from mocov3.errors import UserError, printable
 from mocov3.output.log import warn, warn_left_out
 
@@ -81,7 +82,8 @@ def _pack(source: Source, place: Path, args: argparse.Namespace) -> None:
                 bad.append(f"{printable(source.name(index))}: {printable(str(prepared))}")
                 continue
             ending, data = prepared
-            writer.add(_key(source.name(index), taken), ending, data, None if labels is None else int(labels[index]))
+            label = None if labels is None or labels[index] < 0 else int(labels[index])
+            writer.add(_key(source.name(index), taken), ending, data, label)
             written += 1
         writer.close()
         if source.classes:
@@ -131,7 +133,7 @@ def _prepare(source: Source, index: int, side: int, quality: int) -> tuple[str, 
 
 
 def _ending(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as image:
+    with opened(data) as image:
         return f".{(image.format or 'png').lower()}".replace("jpeg", "jpg")
 
 

@@ -28,16 +28,15 @@ from mocov3.distributed import World
 from mocov3.evaluation import features
 from mocov3.evaluation.linear import loop as linear
 from mocov3.evaluation.linear import scores
-from mocov3.evaluation.linear.inputs import Job as LinclsJob
 from mocov3.finetuning import loop, setup
 from mocov3.finetuning.evaluate import evaluate
-from mocov3.finetuning.inputs import Job as FinetuneJob
 from mocov3.models import products
 from mocov3.models.backbones import build_backbone
 from mocov3.models.precision import Precision
 from mocov3.optim import build_optimizer
 from mocov3.pretraining.step import Step
 from mocov3.running import run as runs
+from mocov3.running.job import Job
 
 C = golden("c_step.json")["cases"]
 D = golden("d_traj.json")["recipes"]
@@ -411,13 +410,13 @@ def linear_evaluation(name, dtype, epochs=0):
     ]
     val = Images(held, sum(len(t) for _, t in held), c["classes"])
     seen = {"loss": [], "lr": [], "validation": []}
+    rates = scores.rates
 
     class Watched(linear.Evaluation):
         def __init__(self, world, job, owner):
             super().__init__(world, job, owner)
             weight = 0.5 * fill.fill_value("linear.weight", (c["classes"], self.frozen.width))
             self.heads.set(0, torch.from_numpy(weight), torch.zeros(c["classes"]))
-            self.log.test = lambda i, n, seconds, values: seen["validation"].append(values[0])
             seen["run"] = self
 
         def step(self, work, batch):
@@ -428,8 +427,16 @@ def linear_evaluation(name, dtype, epochs=0):
             seen["lr"].append(self.heads.optimizer.param_groups[0]["lr"])
 
         def evaluate(self):
-            seen["validation"] = []
-            return super().evaluate()
+            means = []  # after every batch, as they are printed, then of all
+
+            def watched(row):
+                means.append(rates(row)[0])
+                return rates(row)
+
+            with patch.object(scores, "rates", watched):
+                result = super().evaluate()
+            seen["validation"] = means[:-1]
+            return result
 
         def must_stop(self):
             return super().must_stop() or len(seen["loss"]) == steps
@@ -466,7 +473,7 @@ def linear_evaluation(name, dtype, epochs=0):
             device="cpu",
         )
         stack.enter_context(contextlib.redirect_stdout(printed))
-        assert linear.train(HERE, LinclsJob(config, script_door=True)) == 0
+        assert linear.train(HERE, Job(config, script_door=True)) == 0
     run = seen["run"]
     for s, (loss, lr) in enumerate(zip(seen["loss"], seen["lr"], strict=True)):
         got.note("loss", loss - exact["loss"][s], f"step {s}")
@@ -642,7 +649,7 @@ def fine_tuning(name, dtype):
             **mixing,
         )
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        assert loop.tune(HERE, FinetuneJob(config, script_door=True)) == 0
+        assert loop.tune(HERE, Job(config, script_door=True)) == 0
     parts = seen["run"].parts
     for s, (loss, lr) in enumerate(zip(seen["loss"], seen["lr"], strict=True)):
         got.note("loss", loss - exact["loss"][s], f"step {s}")

@@ -7,8 +7,9 @@ import torch
 from mocov3.cli import guarded
 from mocov3.config.command_lines import parse_pretrain
 from mocov3.distributed import launch
-from mocov3.pretraining.inputs import Job, check
+from mocov3.pretraining.inputs import check
 from mocov3.pretraining.loop import train
+from mocov3.running.job import Job
 
 
 def train64(world, job):
@@ -19,7 +20,7 @@ def train64(world, job):
 def main():
     config = parse_pretrain(sys.argv[1:], prog="pretrain64")
     check(config, script_door=False)
-    return launch(train64, Job(config, False), device="cpu", processes=config.nprocs_per_node)
+    return launch(train64, Job(config), device="cpu", processes=config.nprocs_per_node)
 
 
 if __name__ == "__main__":

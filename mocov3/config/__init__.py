@@ -13,6 +13,9 @@ from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.config.pretrain import PretrainConfig
 from mocov3.config.views import preset_of
 
+RunConfig = PretrainConfig | LinclsConfig | FinetuneConfig
+"""The configuration of a training."""
+
 __all__ = [
     "BUILT_IN_ARCHS",
     "PRESETS",
@@ -21,6 +24,7 @@ __all__ = [
     "KnnConfig",
     "LinclsConfig",
     "PretrainConfig",
+    "RunConfig",
     "ViewPreset",
     "changed_fields",
     "logger_names",

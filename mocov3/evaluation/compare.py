@@ -14,7 +14,7 @@ from mocov3.config.archs import check_arch, check_heads
 from mocov3.config.fields import Parser, path
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
-from mocov3.data.sources.labels import Labels, own_labels, read_labels
+from mocov3.data.sources.labels import Labelled, Labels, own_labels, read_labels
 from mocov3.data.sources.opening import has_unseen
 from mocov3.errors import UserError, printable
 from mocov3.evaluation.intervals import rank_correlation
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     images = whole if unseen is None else unseen
     if len(images) < 10:
         raise UserError(f"data {data}: {len(images)} images are too few to judge by; 10 or more are needed")
-    warn_left_out(whole)
+    warn_left_out(whole, labels and Labelled(whole, labels))
     rows = judge_all(
         networks,
         images,

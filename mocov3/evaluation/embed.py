@@ -59,7 +59,7 @@ def embed(world: Any, config: EmbedConfig) -> int:
     from mocov3.evaluation.embeddings import Spool
     from mocov3.evaluation.features import first_of, refuse_not_finite, refuse_unreadable, stream
     from mocov3.evaluation.frozen import open_configured
-    from mocov3.models.precision import Precision, resolve_precision
+    from mocov3.models.precision import precision_of
 
     frozen = open_configured(config)
     source, preset = open_source(config.data), frozen.preset
@@ -78,7 +78,7 @@ def embed(world: Any, config: EmbedConfig) -> int:
         "batch": config.batch_size,
     }
     frozen.to(world.device)
-    precision = Precision(resolve_precision(config.precision, world.device, script_door=False), world.device)
+    precision = precision_of(config.precision, world.device)
     side = frozen.image_size
     with torch.no_grad(), precision.autocast():
         shape = tuple(frozen.features(torch.zeros(1, 3, side, side, device=world.device)).shape[1:])

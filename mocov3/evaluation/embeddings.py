@@ -105,11 +105,11 @@ class Spool:
             _write_parquet(self.output, self._features_file, source, about, errors)
         else:
             rows = self.output.with_suffix(".jsonl")
-            partial = rows.with_name(f".{rows.name}.partial")
+            partial, classes = rows.with_name(f".{rows.name}.partial"), class_names(source)
             with partial.open("w", encoding="utf-8") as table:
                 for i in range(len(source)):
                     error = {"error": errors[i]} if i in errors else {}
-                    table.write(json.dumps({"path": source.name(i), "class": class_of(source, i), **error}) + "\n")
+                    table.write(json.dumps({"path": source.name(i), "class": classes[i], **error}) + "\n")
             os.replace(partial, rows)
             os.replace(self._features_file, self.output)
         self.remove()
@@ -133,18 +133,22 @@ class Spool:
         return reasons
 
 
-def class_of(source: Source, index: int) -> str:
-    """Name of the image's class: of its label for the built-in set, else of the folder it lies in."""
-    if not hasattr(source, "root") or not hasattr(source, "index"):
-        return source.classes[int(source.labels[index])] if source.labels is not None else ""
-    return PurePosixPath(source.name(index).replace(os.sep, "/")).parent.name
+def class_names(source: Source) -> list[str]:
+    """Name of every image's class, empty where it has none; without classes that of the folder it lies in."""
+    if source.labels is not None:
+        names = [*source.classes, ""]
+        return [names[label] for label in source.labels.tolist()]
+    is_files = hasattr(source, "root") and hasattr(source, "index")
+    return [
+        PurePosixPath(source.name(i).replace(os.sep, "/")).parent.name if is_files else "" for i in range(len(source))
+    ]
 
 
 def _write_parquet(output: Path, spool: Path, source: Source, about: str, errors: dict[int, str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    features = np.load(spool, mmap_mode="r")
+    features, classes = np.load(spool, mmap_mode="r"), class_names(source)
     width = int(np.prod(features.shape[1:]))
     schema = pa.schema(
         [
@@ -163,7 +167,7 @@ def _write_parquet(output: Path, spool: Path, source: Source, about: str, errors
             values = pa.array(np.ascontiguousarray(features[start : numbers.stop]).reshape(-1))
             columns = [
                 pa.array([_utf8(source.name(i)) for i in numbers]),
-                pa.array([_utf8(class_of(source, i)) for i in numbers]),
+                pa.array([_utf8(classes[i]) for i in numbers]),
                 pa.array([errors.get(i) for i in numbers], pa.string()),
                 pa.FixedSizeListArray.from_arrays(values, width),
             ]

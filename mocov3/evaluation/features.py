@@ -18,6 +18,7 @@ from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.errors import UserError
 from mocov3.losses import at_least_float32
+from mocov3.output.log import warn_once
 
 
 class Part(NamedTuple):
@@ -91,10 +92,8 @@ def stream(
     training = network.training
     network.eval()
     try:
-        with (
-            gathered(network),
-            Loader(source, view, batch_size=largest, seed=0, workers=workers, replace=False) as loader,
-        ):
+        loader = Loader(source, view, batch_size=largest, seed=0, workers=workers, say=warn_once, replace=False)
+        with gathered(network), loader:
             for batch in loader.run(works):
                 x = normalise(batch.pixels[0], device, mean, std)
                 with torch.no_grad(), autocast():

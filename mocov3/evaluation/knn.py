@@ -11,8 +11,7 @@ from typing import Any
 from mocov3.config import KnnConfig
 from mocov3.config.evaluation import KS, RECALLS
 from mocov3.data import Source, open_source
-from mocov3.data.loading.labelled import check_same_classes
-from mocov3.data.sources.labels import Labelled, read_labels
+from mocov3.data.sources.labels import Labelled, matched, read_labels, with_labels
 from mocov3.data.sources.opening import has_unseen
 from mocov3.errors import UserError
 from mocov3.evaluation.intervals import interval
@@ -38,7 +37,7 @@ def open_sets(data: str, labels: str = "") -> tuple[Source, Source | None]:
     """The bank and the queries; no queries where one labelled folder, or what ``labels`` names, asks itself.
 
     Raises:
-        UserError: if a set is missing, has no classes, or classes differ.
+        UserError: if a set is missing or has no classes, or the queries have one that the bank lacks.
     """
     bank = open_source(data, "train")
     if labels:
@@ -46,10 +45,10 @@ def open_sets(data: str, labels: str = "") -> tuple[Source, Source | None]:
     queries = open_source(data, "val") if has_unseen(data) else None
     for part, images in (("bank", bank), ("val", queries)):
         if images is not None and (images.labels is None or len(images.classes) < 2):
-            raise UserError(f"data {data} ({part}): needs two or more class folders with images, or --labels some.csv")
-    if queries is not None:
-        check_same_classes(bank.classes, queries.classes, f"data {data}")
-    return bank, queries
+            raise UserError(
+                f"data {data} ({part}): needs two or more class folders, images with labels, or --labels some.csv"
+            )
+    return with_labels(bank), queries and matched(bank.classes, queries, f"data {data}")
 
 
 def limits(config: KnnConfig, available: int) -> tuple[tuple[int, ...], tuple[int, ...], list[str]]:
@@ -114,10 +113,10 @@ def _features(world: Any, frozen: Any, config: KnnConfig, source: Source, part: 
 
     from mocov3.data.loading.loader import loader_workers
     from mocov3.evaluation.features import collect, first_of
-    from mocov3.models.precision import Precision, resolve_precision
+    from mocov3.models.precision import precision_of
     from mocov3.output.log import warn
 
-    precision = Precision(resolve_precision(config.precision, world.device, script_door=False), world.device)
+    precision = precision_of(config.precision, world.device)
     collected = collect(
         frozen.network,
         frozen.features,

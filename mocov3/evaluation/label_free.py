@@ -21,6 +21,7 @@ from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.evaluation import quality
+from mocov3.output.log import warn_once
 
 IMAGES = 2000
 """More images are not used: a draw of this many tells networks apart."""
@@ -86,7 +87,9 @@ def features_of_views(
         with (
             torch.no_grad(),
             nullcontext() if network is None else gathered(network),
-            Loader(source, transform, batch_size=batch_size, seed=_SEED, workers=workers, replace=False) as loader,
+            Loader(
+                source, transform, batch_size=batch_size, seed=_SEED, workers=workers, say=warn_once, replace=False
+            ) as loader,
         ):
             for batch in loader.run(works):
                 keep = ~np.isin(batch.work.indices, [bad.index for bad in batch.corrupt])

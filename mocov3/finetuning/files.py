@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mocov3.config import FinetuneConfig, changed_fields
+from mocov3.config import FinetuneConfig
 from mocov3.config.archs import is_vit, stored_heads
 from mocov3.config.fields import Fields
 from mocov3.config.finetune import known_arch
@@ -17,6 +17,8 @@ from mocov3.config.presets import PRESETS
 from mocov3.distributed import World
 from mocov3.errors import UserError, nearest
 from mocov3.models import Encoder
+from mocov3.running.changes import refuse_changes
+from mocov3.running.counters import Counters
 from mocov3.weights import Contents, checkpoint, convert, our_entry
 
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
@@ -150,16 +152,10 @@ def check_same_run(start: Start, *, total_batch: int, digest: str, images: int) 
     """
     assert start.resumed is not None
     entry = our_entry(start.resumed)
-    saved = {k: v for k, v in entry.get("config", {}).items() if k != "heads"}  # compared with the weights already
-    changed = changed_fields(start.config, saved)
-    if entry.get("total_batch") != total_batch:
-        before = entry.get("total_batch")
-        changed.append(f"images a step in all ({before} → {total_batch}; --accum-iter makes up for processes)")
-    if changed and not start.config.allow_config_change:
-        raise UserError(
-            f"{start.where}: these differ from the checkpoint's: {', '.join(changed)}; give them as they were, "
-            "or --allow-config-change"
-        )
+    more = []
+    if (before := entry.get("total_batch")) != total_batch:
+        more = [f"images a step in all ({before} → {total_batch}; --accum-iter makes up for processes)"]
+    refuse_changes(start.where, start.config, start.resumed, more=more)
     if entry.get("data_digest") != digest:
         raise UserError(
             f"{start.where}: was trained on {entry.get('pictures')} images; --data-path holds {images}, or others"
@@ -188,7 +184,7 @@ def contents(
     start: Start,
     parts: Any,
     position: checkpoint.Position,
-    counters: dict[str, float],
+    counters: Counters,
     *,
     best: bool,
     total_batch: int,
@@ -217,7 +213,8 @@ def contents(
         "epoch": position.epoch,
         "iteration": position.iteration,
         "step": position.step,
-        "counters": counters,
+        "counters": {k: v for k, v in vars(counters).items() if isinstance(v, int | float)},
+        "corrupt": sorted(counters.corrupt),
         "total_batch": total_batch,
         "data_digest": digest,
         "pictures": images,

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from mocov3.config import FinetuneConfig
@@ -15,14 +14,6 @@ from mocov3.errors import UserError
 from mocov3.output.log import warn_left_out
 
 LAST = "checkpoint.pth"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every rank is given: the configuration, and which command started it."""
-
-    config: FinetuneConfig
-    script_door: bool
 
 
 def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:

@@ -1,7 +1,7 @@
 """The fine-tuning loop of one rank, and the run around it. ``tune`` reads as DeiT's recipe."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,32 +9,32 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mocov3.config import FinetuneConfig, logger_names, preset_of, write_yaml
+from mocov3.config import FinetuneConfig, preset_of
 from mocov3.data import Batch, CentreView
 from mocov3.data.device.pixels import normalise
 from mocov3.data.loading.supervised import Repeated, stratified
-from mocov3.data.sources.transfer import open_pair
+from mocov3.data.sources.labels import matched
+from mocov3.data.sources.transfer import Pair, open_pair
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.finetuning import files, setup
 from mocov3.finetuning.batches import batches, images_shown, iterations
 from mocov3.finetuning.evaluate import Accuracy, evaluate
-from mocov3.finetuning.inputs import Job
 from mocov3.finetuning.log import TuneLog
 from mocov3.finetuning.mixing import erase
 from mocov3.finetuning.model import set_epoch
-from mocov3.finetuning.recorder import Counters, TuneRecorder
+from mocov3.finetuning.recorder import TuneCounters, TuneRecorder
 from mocov3.finetuning.step import Micro, Outcome
-from mocov3.output.terminal import style_of
 from mocov3.running.folder import Owner, owned
-from mocov3.running.run import Run
-from mocov3.weights import Contents
+from mocov3.running.job import Job
+from mocov3.running.run import Run, set_determinism
+from mocov3.weights import Contents, our_entry
 from mocov3.weights.checkpoint import Position
 
 _BAD_IN_A_ROW = 50
 
 
-def tune(world: World, job: Job) -> int:
+def tune(world: World, job: Job[FinetuneConfig]) -> int:
     """Fine-tune on this rank, from its present position to its end; returns the exit code."""
     # ranks of torchrun name a run by their own clocks
     config = dataclasses.replace(job.config, output_dir=world.broadcast(job.config.output_dir))
@@ -47,7 +47,7 @@ def tune(world: World, job: Job) -> int:
         for batches in run.steps():
             lr = set_epoch(run.parts.schedule, batches[0].work.epoch)
             outcome = run.parts.step(run.micro(batch) for batch in batches)
-            run.advance(batches[0], outcome, lr)
+            run.advance(batches, outcome, lr)
             if run.position.iteration == 0:
                 run.end_epoch(lr)
             run.save_where_due()
@@ -63,24 +63,31 @@ class Tuning(Run):
     config: FinetuneConfig
     log: TuneLog
 
-    def __init__(self, world: World, job: Job, owner: Owner | None) -> None:
-        super().__init__(world, job.config, owner)
+    def __init__(self, world: World, job: Job[FinetuneConfig], owner: Owner | None) -> None:
+        super().__init__(world, job, owner)
+        set_determinism(job.config.deterministic)
         self.start = files.find_start(job.config, world)
         self.config = c = self.start.config
-        torch.use_deterministic_algorithms(c.deterministic)
-        torch.backends.cudnn.benchmark = not c.deterministic
-        self.pair = open_pair(c.data_set, c.data_path)
-        self.classes = len(self.pair.train.classes)
+        self.pair = self._opened()
+        self.classes = len(self.pair.test.classes)
         self.train = Repeated(stratified(self.pair.train, c.fraction), c.repeats)
         self.labels = np.asarray(self.train.labels, dtype=np.int64)
         self.preset = preset_of({"view_preset": c.view_preset, "mean_std": c.mean_std})
         self.total_batch = setup.total_batch(c, world)
         self.iterations = self._iterations()
         self.parts = setup.build(self.start, self.classes, world, script_door=job.script_door)
-        self.position, counters = self._restored()
-        self.log = self._open_log(counters, job.script_door)
-        self.recorder = TuneRecorder(self.log, counters, self.total_batch, c.print_freq, c.repeats)
+        self.position, self.counters = self._restored()
+        self.log = self._open_log()
+        self.recorder = TuneRecorder(world, self.log, self.counters, self.total_batch, c.print_freq, c.repeats)
         self._bad, self._better = 0, False
+
+    def _opened(self) -> Pair:
+        """The images; where a file is evaluated, those to test on are numbered by the file's classes."""
+        c, pair = self.config, open_pair(self.config.data_set, self.config.data_path)
+        saved = our_entry(self.start.resumed or self.start.weights).get("classes")
+        if not c.eval or not isinstance(saved, list):
+            return pair
+        return pair._replace(test=matched(saved, pair.test, f"{self.start.where}, --data-path {c.data_path}"))
 
     def _iterations(self) -> int:
         c, n = self.config, len(self.train.source)
@@ -93,45 +100,31 @@ class Tuning(Run):
             )
         return steps
 
-    def _restored(self) -> tuple[Position, Counters]:
+    def _restored(self) -> tuple[Position, TuneCounters]:
         contents, c = self.start.resumed, self.config
         if contents is None:
-            return Position(0, 0, 0), Counters()
+            return Position(0, 0, 0), TuneCounters()
         if not c.eval:
             files.check_same_run(
                 self.start, total_batch=self.total_batch, digest=self.train.digest, images=len(self.train.source)
             )
-        return setup.restore(self.parts, contents, self.start.where, self.classes)
+        return setup.restore(self.parts, contents, self.start.where, self.train.source)
 
-    def _open_log(self, counters: Counters, script_door: bool) -> TuneLog:
-        c, p, world = self.config, self.position, self.world
-        writes = world.main and not c.eval
-        if writes:
-            complete = dataclasses.replace(c, resume="", config="")
-            write_yaml(complete, self.folder / "config.yaml", "re-run by: mocov3 finetune --config FILE")
-        log = TuneLog(
-            self.folder,
-            active=writes,
-            shown=world.main,
-            style=style_of(quiet=c.quiet, json=c.json, script_door=script_door),
-            epochs=c.epochs,
-            iterations=self.iterations,
-            first_step=p.step,
-            first_epoch=p.epoch,
-            loggers=logger_names(c.logger),
-            config=dataclasses.asdict(c),
-        )
-        log.say(
+    def _open_log(self) -> TuneLog:
+        c = self.config
+        self.log = log = TuneLog(c, self.session(), self.counters.corrupt)
+        if not c.eval:
+            self.write_config("config.yaml", "re-run by: mocov3 finetune --config FILE")
+        self.say_start(
             f"{c.arch} on {c.data_set}: {len(self.train.source)} images of {self.classes} classes, "
             f"{len(self.pair.test)} to test; {self.iterations} steps of {self.total_batch} an epoch, "
-            f"{c.epochs} epochs; {world.size} process(es) on {world.device.type}, {self.parts.precision.name}; "
-            f"seed {c.seed}"
+            f"{c.epochs} epochs; {self.world.size} process(es) on {self.world.device.type}, "
+            f"{self.parts.precision.name}; seed {c.seed}",
+            resumed=bool(self.counters.resumed),
         )
-        if counters.resumed:
-            log.say(f"resumed at epoch {p.epoch}, iteration {p.iteration}")
-        elif self.start.weights is not None:
+        if self.start.weights is not None:
             log.say(f"starts from {files.named(self.start)}; new: {', '.join(self.parts.fresh)}")
-        else:
+        elif not self.counters.resumed:
             log.say("starts from scratch: neither --finetune nor --resume names weights")
         if c.transfer and c.reprob:
             log.say(
@@ -164,7 +157,7 @@ class Tuning(Run):
             copy = batch if c.accum_iter == 1 else dataclasses.replace(batch, pixels=batch.pixels.copy())
             together.append(copy)
             if len(together) == c.accum_iter:
-                self.recorder.batches_came(together)
+                self.log.batch_came()
                 yield together
                 together = []
 
@@ -180,15 +173,15 @@ class Tuning(Run):
             x, target = self.parts.mixer(x, target, epoch=work.epoch, index=int(work.indices[0]))
         return x, target, partial(self.parts.depth, work.indices, epoch=work.epoch, device=device)
 
-    def advance(self, batch: Batch, outcome: Outcome, lr: float) -> None:
+    def advance(self, batches: Sequence[Batch], outcome: Outcome, lr: float) -> None:
         """Record the step and move the position past it."""
-        self.recorder.step_done(batch.work, outcome, step=self.position.step, lr=lr)
+        self.recorder.step_done(batches, outcome, step=self.position.step, lr=lr)
         self._bad = 0 if outcome.ok else self._bad + 1
         if self._bad >= _BAD_IN_A_ROW:
             raise UserError(
                 f"loss or gradient were not finite for {_BAD_IN_A_ROW} steps in a row; lower --lr or --clip-grad"
             )
-        self.move_past(batch.work)
+        self.move_past(batches[0].work)
 
     def end_epoch(self, lr: float) -> None:
         """Evaluate where due, and checkpoint."""
@@ -200,7 +193,7 @@ class Tuning(Run):
         self._better = better
         self.save()
         self._better = False
-        self.recorder.restart_clock()
+        self.log.restart_clock()
 
     def evaluate(self) -> Accuracy:
         """Accuracy of the present weights (not of their average) on the test images."""
@@ -222,17 +215,17 @@ class Tuning(Run):
 
     def report(self, accuracy: Accuracy) -> None:
         """Print accuracies, in DeiT's words."""
-        terminal = self.log.terminal
-        tell = terminal.result if self.config.eval else terminal.say
+        tell = self.log.result if self.config.eval else self.log.say
         per_class = f" mean per class {accuracy.mean_class_acc1:.3f}" if self.pair.per_class else ""
         tell(f"* Acc@1 {accuracy.acc1:.3f} Acc@5 {accuracy.acc5:.3f} loss {accuracy.loss:.3f}{per_class}")
         left_out = f" ({accuracy.left_out})" if accuracy.left_out else ""
         tell(f"Accuracy of the network on the {accuracy.total} test images{left_out}: {accuracy.acc1:.1f}%")
         if not self.config.eval:
-            tell(f"Max accuracy: {self.recorder.counters.best:.2f}%")
+            tell(f"Max accuracy: {self.counters.best:.2f}%")
 
     def files(self) -> dict[str, Contents]:
         """The checkpoint of the present position, and the best one where this is it."""
+        self.counters.gather(self.world, self.log, self.position.epoch)
         last = {files.LAST: self._contents()}
         return {files.BEST: self._contents(best=True), **last} if self._better else last
 
@@ -241,7 +234,7 @@ class Tuning(Run):
             self.start,
             self.parts,
             self.position,
-            self.recorder.counters.as_dict(),
+            self.counters,
             best=best,
             total_batch=self.total_batch,
             digest=self.train.digest,
@@ -256,7 +249,7 @@ class Tuning(Run):
 
     def result(self) -> None:
         """Say where the run stands."""
-        self.log.terminal.result(
+        self.log.result(
             f"{self.folder / files.LAST}: {self.position.epoch} of {self.config.epochs} epochs, best Acc@1 "
-            f"{self.recorder.counters.best:.2f} %"
+            f"{self.counters.best:.2f} %"
         )

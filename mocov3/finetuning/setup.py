@@ -7,6 +7,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 
 from mocov3.config import FinetuneConfig, ViewPreset
+from mocov3.data import Source
 from mocov3.data.loading.labelled import CropView
 from mocov3.data.loading.loader import Transform
 from mocov3.data.loading.supervised import TRANSFER_CROP, DeitAugment
@@ -15,10 +16,10 @@ from mocov3.errors import UserError
 from mocov3.finetuning import files
 from mocov3.finetuning.mixing import Depth, Mixer
 from mocov3.finetuning.model import build_classifier, build_criterion, build_optimizer, build_schedule, parameter_groups
-from mocov3.finetuning.recorder import Counters
+from mocov3.finetuning.recorder import TuneCounters
 from mocov3.finetuning.step import TuneStep
 from mocov3.models import Encoder
-from mocov3.models.precision import Precision, resolve_precision
+from mocov3.models.precision import Precision, precision_of
 from mocov3.weights import Contents, checkpoint, our_entry
 
 
@@ -72,7 +73,7 @@ def build(start: files.Start, classes: int, world: World, *, script_door: bool) 
         optimizer, epochs=c.epochs, warmup_epochs=c.warmup_epochs, warmup_lr=c.warmup_lr, min_lr=c.min_lr
     )
     ema = ModelEmaV3(model, decay=c.model_ema_decay) if c.model_ema else None
-    precision = Precision(resolve_precision(c.precision, world.device, script_door=script_door), world.device)
+    precision = precision_of(c.precision, world.device, script_door=script_door)
     step = TuneStep(
         model,
         optimizer,
@@ -119,7 +120,7 @@ def _mixer(c: FinetuneConfig, classes: int) -> Mixer | None:
     )
 
 
-def restore(parts: Parts, contents: Contents, where: str, classes: int) -> tuple[checkpoint.Position, Counters]:
+def restore(parts: Parts, contents: Contents, where: str, source: Source) -> tuple[checkpoint.Position, TuneCounters]:
     """Resume from a checkpoint: weights, their average, optimizer, scaler, and what was counted.
 
     Raises:
@@ -128,7 +129,7 @@ def restore(parts: Parts, contents: Contents, where: str, classes: int) -> tuple
     state = contents.get("model")
     head = f"{parts.model.projector_name}.weight"
     if isinstance(state, dict) and isinstance(state.get(head), torch.Tensor):
-        files.check_classes(state[head], classes, where)
+        files.check_classes(state[head], len(source.classes), where)
     checkpoint.check_state(parts.model, state if isinstance(state, dict) else {}, where)
     parts.model.load_state_dict(contents["model"])
     entry = our_entry(contents)
@@ -139,7 +140,8 @@ def restore(parts: Parts, contents: Contents, where: str, classes: int) -> tuple
         if parts.ema is not None:
             parts.ema.module.load_state_dict(contents["model_ema"])
         position = checkpoint.Position(*(int(entry[name]) for name in ("epoch", "iteration", "step")))
-        counters = Counters(**entry["counters"])
+        corrupt = {int(i): source.name(int(i)) for i in entry.get("corrupt", [])}
+        counters = TuneCounters(**entry["counters"], corrupt=corrupt)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error)[:100]}"
         raise UserError(f"{where}: is damaged ({reason}); use another checkpoint") from None

@@ -4,7 +4,8 @@ What can be checked without torch is checked first; then the ranks are started, 
 """
 
 from mocov3.config import FinetuneConfig
-from mocov3.finetuning.inputs import Job, check
+from mocov3.finetuning.inputs import check
+from mocov3.running.job import Job
 
 
 def main(config: FinetuneConfig, *, script_door: bool) -> int:

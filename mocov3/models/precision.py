@@ -19,6 +19,11 @@ class Precision:
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")
 
 
+def precision_of(name: str, device: torch.device, *, script_door: bool = False) -> Precision:
+    """The arithmetic that ``--precision`` asks for on a device."""
+    return Precision(resolve_precision(name, device, script_door=script_door), device)
+
+
 def resolve_precision(name: str, device: torch.device, *, script_door: bool) -> str:
     """``auto``: fp16 on CUDA as the reference (its scripts), bf16 where the GPU has it, else fp32."""
     if name != "auto":

@@ -1,20 +1,25 @@
-"""The only owner of the output of a pre-training run: terminal, ``metrics.jsonl``, loggers; and warnings of all."""
+"""What the output of every run is made of: terminal, files of JSON lines, loggers, the time of steps; and warnings.
+
+Each task has a log of its own, which adds what its lines say.
+"""
 
 import contextlib
+import functools
 import json
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from mocov3.config import RunConfig, logger_names
 from mocov3.data.loading.slots import Corrupt
 from mocov3.errors import printable
-from mocov3.metrics import Meter, MetricsLine, Progress, measured
-from mocov3.output.loggers import ImageBytes, Loggers
-from mocov3.output.terminal import Terminal
+from mocov3.metrics import Meter, Progress, plain
+from mocov3.output.loggers import Loggers
+from mocov3.output.terminal import Terminal, style_of
 
 METRICS = "metrics.jsonl"
 CORRUPT = "corrupt.jsonl"
@@ -24,6 +29,12 @@ SKIPPED = "skipped.jsonl"
 def warn(text: str) -> None:
     """A line on standard error."""
     print(f"mocov3: {printable(text)}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A line on standard error, unless this process wrote it before."""
+    warn(text)
 
 
 def warn_left_out(*sources: object, said: object = None, most: int = 10) -> None:
@@ -37,63 +48,54 @@ def warn_left_out(*sources: object, said: object = None, most: int = 10) -> None
         warn(f"data: {len(lines) - most} more such lines")
 
 
-class RunLog:
-    """Output of a training run. On ranks that do not write, every call does nothing.
+@dataclass(frozen=True)
+class Session:
+    """What one process does of a run, as far as its output must know it."""
+
+    iterations: int
+    """Steps of an epoch."""
+    first_epoch: int = 0
+    first_step: int = 0
+    """Where the process begins; what a former one wrote of later steps is cut off."""
+    writes: bool = True
+    """Whether this rank writes files."""
+    shows: bool = True
+    """Whether it shows anything."""
+    script_door: bool = False
+    """Whether one of the reference's scripts was called, whose lines are then shown."""
+
+
+class Log:
+    """Output of one run. On ranks that do not write, every call does nothing.
 
     Args:
-        folder: the run directory.
-        active: whether this rank writes.
-        style: of ``mocov3.output.terminal``.
-        epochs: of the whole run.
-        iterations: of an epoch.
-        start: loss at the start and its floor, for the bar.
-        floor: see ``start``.
-        first_step: step at which this process begins; later lines of a former one are cut off.
-        corrupt: indices of the unreadable images met before it.
-        loggers: names of ``mocov3.output.loggers``.
-        config: what loggers are told of the run.
+        config: of the run; loggers are told all of it.
+        session: what this process does of it.
+        meters: of the reference's line, behind those of the time.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        active: bool,
-        style: str,
-        epochs: int,
-        iterations: int,
-        start: float,
-        floor: float,
-        first_step: int,
-        corrupt: Container[int] = (),
-        loggers: Sequence[str] = (),
-        config: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.folder, self.active = folder, active
-        self.terminal = Terminal(style, epochs=epochs, iterations=iterations, done=first_step, active=active)
-        self.start, self.floor = start, floor
-        self._time, self._data = Meter("Time", "6.3f"), Meter("Data", "6.3f")
-        self._lr, self._loss = Meter("LR", ".4e"), Meter("Loss", ".4e")
-        self._progress = Progress(iterations, [self._time, self._data, self._lr, self._loss])
-        self._epoch = -1
-        self._knn: float | None = None
-        self.last: MetricsLine | None = None
-        """The last line of a former run, without k-NN: what a resume starts from."""
-        self.shown: MetricsLine | None = None
-        """The last line of this process."""
-        if not active:
-            return
-        # a resumed run continues from its checkpoint: what was logged after it never happened
-        entries = cut(folder / METRICS, lambda entry: entry["step"] < first_step)
-        cut(folder / SKIPPED, lambda entry: entry["step"] < first_step)
-        cut(folder / CORRUPT, lambda entry: entry["index"] in corrupt)
-        self.last = _parsed(entries[-1]) if entries else None
-        self._knn = next((e["knn"] for e in reversed(entries) if isinstance(e.get("knn"), float)), None)
-        self._metrics, self._corrupt = LineFile(folder / METRICS), LineFile(folder / CORRUPT)
-        self._skipped = LineFile(folder / SKIPPED)
-        self._loggers = Loggers(
-            loggers, folder, config=config or {}, first_step=first_step, quiet=style == "quiet", warn=warn
+    def __init__(self, config: RunConfig, session: Session, meters: Sequence[Meter]) -> None:
+        self.folder, self.writes = Path(config.output_dir), session.writes
+        style = style_of(quiet=config.quiet, json=config.json, script_door=session.script_door)
+        iterations, first_step = session.iterations, session.first_step
+        self.terminal = Terminal(
+            style, epochs=config.epochs, iterations=iterations, done=first_step, active=session.shows
         )
+        self._time, self._data = Meter("Time", "6.3f"), Meter("Data", "6.3f")
+        self._meters = [self._time, self._data, *meters]
+        self._progress = Progress(iterations, self._meters)
+        self._clock, self._epoch, self._waited = Stopwatch(), -1, 0.0
+        self._images = self._seconds = self._waiting = 0.0  # since the last line
+        self._files: list[LineFile] = []
+        names = logger_names(config.logger) if session.writes else ()
+        quiet = style == "quiet"
+        self.loggers = Loggers(names, self.folder, config=vars(config), first_step=first_step, quiet=quiet, warn=warn)
+
+    def open(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> tuple["LineFile", list[dict[str, Any]]]:
+        """A file of the run's folder to write lines to, and the lines of a former run, those to keep."""
+        lines = cut(self.folder / name, keep) if self.writes else []
+        self._files.append(LineFile(self.folder / name if self.writes else None))
+        return self._files[-1], lines
 
     def say(self, text: str) -> None:
         """A line of explanation, at the beginning or end of things."""
@@ -103,135 +105,102 @@ class RunLog:
         """What the run comes to."""
         self.terminal.result(text)
 
-    def standing(self, epochs: int) -> str:
-        """Where the run stands after so many epochs, in words."""
-        if self.shown is None:
-            return f"{epochs} epochs"
-        knn = f", k-NN {self._knn:.2f} %" if self._knn is not None else ""
-        start, floor = f"start {self.start:.2f}", f"floor {self.floor:.2f}"
-        return f"{epochs} of {self.terminal.epochs} epochs, loss {self.shown.loss:.4f} ({start}, {floor}){knn}"
+    def batch_came(self) -> None:
+        """A batch has arrived; the time since the last step was spent waiting for it."""
+        self._waited = self._clock.lap()
 
-    def timed(self, epoch: int, step: int, step_seconds: float, data_seconds: float) -> None:
-        """Record the time of a step; the line's averages are those of its epoch, as in the reference."""
+    def step_ended(self, epoch: int, step: int, images: int) -> None:
+        """A step over so many images has ended; averages are those of its epoch, as in the reference."""
         if epoch != self._epoch:
             self._epoch = epoch
-            for meter in (self._time, self._data, self._lr, self._loss):
+            for meter in self._meters:
                 meter.total, meter.count = 0.0, 0
-        self._time.update(step_seconds)
-        self._data.update(data_seconds)
+        seconds = self._waited + self._clock.lap()
+        self._time.update(seconds)
+        self._data.update(self._waited)
+        self._images += images
+        self._seconds += seconds
+        self._waiting += self._waited
         self.terminal.advance(step + 1)
 
-    def losses(self, history: Sequence[tuple[int, float, float]]) -> None:
-        """Record (step, loss, lr) of steps, in order: TensorBoard's tag ``loss`` and the line's averages."""
-        if not self.active:
-            return
-        for step, loss, lr in history:
-            self._loss.update(loss)
-            self._lr.update(lr)
-            self._loggers.scalars({"loss": loss}, step)
+    def restart_clock(self) -> None:
+        """Time from here: what went before was not training."""
+        self._clock.lap()
 
-    def metrics(self, line: MetricsLine) -> None:
-        """Write one line of metrics, and show it."""
-        if not self.active:
-            return
-        self._write(line)
-        self._loggers.scalars(measured(line), line.step)
-        self.terminal.line(self._progress.line(line.epoch, line.iteration))
-        self.terminal.status(self._parts(line))
-        self.shown = line
+    def speed(self) -> tuple[float, float]:
+        """Images a second, and the share of the time spent waiting for them, since the last call."""
+        seconds = max(self._seconds, 1e-9)
+        speed = self._images / seconds, self._waiting / seconds
+        self._images = self._seconds = self._waiting = 0.0
+        return speed
 
-    def scalars(self, values: Mapping[str, float | None], step: int) -> None:
-        """Further numbers, for the loggers alone."""
-        if self.active:
-            self._loggers.scalars(values, step)
+    def sync(self) -> None:
+        """Flush what was logged so far to the disk, as far as the disk takes it."""
+        for file in self._files:
+            file.sync()
 
-    @property
-    def takes_images(self) -> bool:
-        """Whether there is a logger that images are worth making for."""
-        return self.active and bool(self._loggers)
+    def close(self) -> None:
+        """Finish files, loggers and bar."""
+        self.terminal.close()
+        for file in self._files:
+            file.close()
+        self.loggers.close()
 
-    def image(self, name: str, image: ImageBytes, step: int) -> None:
-        """An image, for the loggers."""
-        if self.active:
-            self._loggers.image(name, image, step)
+    def _write(self, file: "LineFile", values: Mapping[str, Any]) -> None:
+        """A line for a file and for who reads JSON on standard output."""
+        file.write(values)
+        self.terminal.json(plain(values))
+
+
+class TrainingLog(Log):
+    """Output of a run that trains a network: ``metrics.jsonl``, and the unreadable images that were replaced.
+
+    Args:
+        config: of the run.
+        session: what this process does of it.
+        corrupt: indices of the unreadable images met by a former process.
+    """
+
+    def __init__(self, config: RunConfig, session: Session, corrupt: Container[int] = ()) -> None:
+        self._lr, self._loss = Meter("LR", ".4e"), Meter("Loss", ".4e")
+        super().__init__(config, session, [self._lr, self._loss])
+        # a resumed run continues from its checkpoint: what was logged after it never happened
+        self._metrics, self.former = self.open(METRICS, lambda line: line["step"] < session.first_step)
+        self._corrupt, _ = self.open(CORRUPT, lambda line: line["index"] in corrupt)
 
     def corrupt(self, images: Sequence[Corrupt], epoch: int) -> None:
         """List unreadable images that are met for the first time."""
-        if not self.active:
-            return
         for image in images:
-            entry = {
-                "epoch": epoch,
-                "name": image.name,
-                "index": image.index,
-                "reason": image.reason,
-                "replaced_by": image.replaced_by,
-            }
-            self._corrupt.write(json.dumps(entry))
-        if images:
+            self._corrupt.write({"epoch": epoch, **asdict(image)})
+        if images and self.writes:
             warn(
                 f"{len(images)} unreadable images replaced (listed in {CORRUPT}), first: {images[0].name}: "
                 f"{images[0].reason}"
             )
 
-    def skipped(self, *, step: int, epoch: int, iteration: int, loss: float, images: list[int]) -> None:
-        """List a step that changed nothing, with its images by index."""
-        if not self.active:
-            return
-        value = loss if math.isfinite(loss) else None
-        entry = {"step": step, "epoch": epoch, "iteration": iteration, "loss": value, "pictures": images}
-        self._skipped.write(json.dumps(entry))
-        warn(f"step {step} skipped: its loss ({loss:.4g}) or gradient was not finite, or a spike (listed in {SKIPPED})")
-
-    def sync(self) -> None:
-        """Flush what was logged so far to the disk, as far as the disk takes it."""
-        if self.active:
-            self._metrics.sync()
-
-    def knn(self, line: MetricsLine, epoch: int) -> None:
-        """Write the k-NN accuracy at the end of an epoch."""
-        if not self.active:
-            return
-        self._knn = line.knn
-        self._write(line)
-        self._loggers.scalars({"knn": line.knn}, line.step)
-        self.say(f"Epoch {epoch}: k-NN {line.knn:.2f} %")
-
-    def close(self) -> None:
-        """Finish the files and the bar."""
-        if not self.active:
-            return
-        self.terminal.close()
-        for file in (self._metrics, self._corrupt, self._skipped):
-            file.close()
-        self._loggers.close()
-
-    def _write(self, line: MetricsLine) -> None:
-        self._metrics.write(json.dumps(line.as_dict()))
-        self.terminal.json(line.as_dict())
-
-    def _parts(self, line: MetricsLine) -> list[str]:
-        return [
-            self.terminal.between(line.loss, self.start, self.floor),
-            f"k-NN {self._knn:.1f}" if self._knn is not None else "",
-            f"{line.images_per_second:.0f} img/s",
-            f"wait {100 * line.data_wait:.0f}%",
-            f"found {100 * line.retrieval_accuracy:.0f}%",
-        ]
+    def last_known(self, name: str) -> float | None:
+        """The last value of a number that few lines have, in lines of a former process."""
+        return next((line[name] for line in reversed(self.former) if isinstance(line.get(name), float)), None)
 
 
 class LineFile:
-    """A file that lines are appended to; lines that a full or lost disk refuses are kept and retried."""
+    """A file that JSON lines are appended to; lines that a full or lost disk refuses are kept and retried.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file; ``None`` on ranks that do not write.
+    """
+
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self._waiting = b""
         self._warned = False
-        self._file: Any = None
+        self._file: BinaryIO | None = None
 
-    def write(self, line: str) -> None:
-        """Append a line (its end is added), handed to the system at once."""
-        self._waiting += line.encode() + b"\n"
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append a line, handed to the system at once."""
+        if self.path is None:
+            return
+        self._waiting += json.dumps(plain(values)).encode() + b"\n"
         try:
             if self._file is None:
                 self._file = self.path.open("ab", buffering=0)
@@ -273,13 +242,6 @@ def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, An
         partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
         os.replace(partial, path)
     return entries
-
-
-def _parsed(entry: dict[str, Any]) -> MetricsLine | None:
-    try:
-        return MetricsLine(**{**entry, "knn": None})
-    except TypeError:  # of another version
-        return None
 
 
 class Stopwatch:

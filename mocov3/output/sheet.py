@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from mocov3.config import PretrainConfig
 from mocov3.config.presets import Reading
@@ -139,8 +139,14 @@ def _read(source: Source, index: int, reading: Reading) -> Image.Image:
 
 def _tile(image: Image.Image) -> Image.Image:
     tile = Image.new("RGB", (_SIDE, _SIDE), "white")
-    tile.paste(ImageOps.contain(image, (_SIDE, _SIDE)))
+    tile.paste(contained(image, _SIDE))
     return tile
+
+
+def contained(image: Image.Image, side: int) -> Image.Image:
+    """The image with its longer side resized to ``side``; the shorter one keeps a pixel, however thin it is."""
+    width, height = (max(round(n / max(image.size) * side), 1) for n in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def shown(pixels: np.ndarray) -> Image.Image:

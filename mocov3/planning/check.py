@@ -92,7 +92,7 @@ def _facts(source: Source, survey: Survey, values: Fields) -> list[str]:
     lines += [f"  {printable(line)}" for line in left_out[:_LISTED]]
     lines += [f"  {len(left_out) - _LISTED} more such lines"] if len(left_out) > _LISTED else []
     if source.classes:
-        lines.append(f"  class folders    {len(source.classes)}")
+        lines.append(printable(f"  classes          {len(source.classes)}: {', '.join(source.classes[:_LISTED])}"))
     if survey.readable:
         formats = ", ".join(f"{kind} {count}" for kind, count in list(survey.formats.items())[:6])
         lines += [
@@ -107,6 +107,10 @@ def _facts(source: Source, survey: Survey, values: Fields) -> list[str]:
             f"  similarity       mean correlation {survey.alike:.2f}; mean image against its rotations "
             f"{survey.upright:.1f} × chance",
         ]
+    if survey.remarked:
+        index, remark = survey.remarked[0]
+        name = printable(source.name(index))
+        lines.append(f"  remarks          {len(survey.remarked)} images, first: {name}: {remark}")
     if survey.unreadable:
         share = 100 * len(survey.unreadable) / survey.examined
         lines.append(

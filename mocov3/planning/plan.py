@@ -133,10 +133,8 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]
     figures = count_memory(config, sixteen_bits=sixteen_bits)
     memory = args.gpu_memory * GIB - LIBRARIES
     shards = args.gpus if config.fsdp else 1
-    if isinstance(config.micro_batch, int) and config.micro_batch:
-        size = min(config.micro_batch, local)
-    else:
-        size = figures.fitting(local, memory, shards)
+    asked = config.micro_batch if isinstance(config.micro_batch, int) else 0
+    size = min(asked, local) if asked else figures.fitting(local, memory, shards)
     if not size:
         need = (figures.peak(local, 1, shards) + LIBRARIES) / GIB
         cure = "more GPUs, a smaller --batch-size" + ("" if config.fsdp or args.gpus == 1 else ", or --fsdp")
@@ -173,13 +171,15 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]
         computing, waiting = step_seconds(
             local, speed, sent, args.gigabytes_per_second * 1e9, micro=bool(micro), fsdp=config.fsdp
         )
-        result |= {
-            "step_seconds": computing + waiting,
-            "efficiency": computing / (computing + waiting),
-            "hours": steps * (computing + waiting) / 3600,
-            "gpu_hours": args.gpus * steps * (computing + waiting) / 3600,
-        }
+        result |= _times(steps, args.gpus, computing, waiting)
     return result
+
+
+def _times(steps: int, gpus: int, computing: float, waiting: float) -> dict[str, float]:
+    """Hours of a run whose steps compute and wait for so many seconds."""
+    step = computing + waiting
+    hours = steps * step / 3600
+    return {"step_seconds": step, "efficiency": computing / step, "hours": hours, "gpu_hours": gpus * hours}
 
 
 def _measured(config: PretrainConfig, images: int) -> float:

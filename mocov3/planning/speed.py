@@ -15,7 +15,7 @@ from mocov3.data.views.decode import DecodeError
 from mocov3.distributed import World
 from mocov3.distributed.launch import pick_device
 from mocov3.errors import UserError
-from mocov3.models.precision import Precision, resolve_precision
+from mocov3.models.precision import precision_of
 from mocov3.optim import build_optimizer
 from mocov3.planning.auto import Machine
 from mocov3.pretraining.assemble import plain_model
@@ -87,7 +87,7 @@ def _step_times(config: PretrainConfig, device: torch.device, batch: int) -> lis
         model = plain_model(config)
         model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = build_optimizer(model.parameters(), config.optimizer, weight_decay=0.0, momentum=0.9)
-        precision = Precision(resolve_precision(config.precision, device, script_door=False), device)
+        precision = precision_of(config.precision, device)
         micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else 0
         step = Step(model, optimizer, world=World(0, 1, device), precision=precision, micro_batch=micro_batch)
         x1, x2 = (

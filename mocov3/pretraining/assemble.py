@@ -1,7 +1,7 @@
 """The model that a configuration describes, on this rank's device."""
 
 import dataclasses
-import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,60 @@ from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import UserError
 from mocov3.models import MoCo, shapes_only
 from mocov3.models.compiled import pays
+from mocov3.models.precision import Precision, resolve_precision
 from mocov3.optim import build_optimizer
+from mocov3.output.log import warn
 from mocov3.pretraining.footprint import Footprint, choose_micro_batch, footprint, free_memory
-from mocov3.pretraining.groups import freeze_until
+from mocov3.pretraining.groups import freeze_until, parameter_groups
 from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
+from mocov3.pretraining.step import Step
 from mocov3.weights import Contents, our_entry
 from mocov3.weights.convert import find_backbone
 from mocov3.weights.start import load_start, starting_weights
+
+
+@dataclasses.dataclass
+class Parts:
+    """What a run trains, on this rank's device."""
+
+    model: MoCo
+    optimizer: torch.optim.Optimizer
+    step: Step
+    micro_batch: int
+    """Images in a pass; 0: all in one."""
+    compiled: bool
+
+
+def completed(config: PretrainConfig, world: World, resume_from: tuple[Path, Contents] | None) -> PretrainConfig:
+    """The configuration with its seed (that of the checkpoint to resume from, else drawn) and its attention heads."""
+    saved = our_entry(resume_from[1]).get("seed") if resume_from else None
+    drawn = secrets.randbelow(2**31) if config.seed is None else config.seed
+    seed = saved if isinstance(saved, int) else world.broadcast(drawn)
+    return dataclasses.replace(with_heads(config, resume_from), seed=seed)
+
+
+def build(
+    config: PretrainConfig, world: World, resume_from: tuple[Path, Contents] | None, *, script_door: bool
+) -> Parts:
+    """Networks drawn from the seed, their optimizer and their step.
+
+    Raises:
+        UserError: if they cannot be built as the flags say.
+    """
+    c = config
+    arithmetic = resolve_precision(c.precision, world.device, script_door=script_door)
+    micro_batch = resolve_micro_batch(c, world, arithmetic)  # of the memory that is free before there is a model
+    torch.manual_seed(int(c.seed or 0))
+    model = build_model(c, world)
+    check_micro_batch(micro_batch, c, world, model)
+    compiled = resolve_compile(c, world, micro_batch, resume_from)
+    if compiled:
+        model.compile_backbones(say=warn)
+    groups = parameter_groups(model, c.layer_decay, staged=c.freeze_epochs > 0)
+    optimizer = optimizer_of(model, groups, c, world)
+    precision = Precision(arithmetic, world.device)
+    step = Step(model, optimizer, world=world, precision=precision, micro_batch=micro_batch, spike_factor=c.skip_spikes)
+    return Parts(model, optimizer, step, micro_batch, compiled)
 
 
 def build_model(config: PretrainConfig, world: World) -> MoCo:
@@ -180,11 +227,3 @@ def describe_micro_batch(size: int, config: PretrainConfig, world: World, model:
         f"{text}, exactly for the heads; the backbone of {c.arch} has batch norm, which normalises by {size} images"
         f"{where} at a time: not what one pass computes (backbones without batch norm, as vit_small, are exact)"
     )
-
-
-def set_determinism(config: PretrainConfig) -> None:
-    """Only deterministic operations in this process, or the fastest ones."""
-    torch.use_deterministic_algorithms(config.deterministic)
-    torch.backends.cudnn.benchmark = not config.deterministic
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

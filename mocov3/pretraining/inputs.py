@@ -2,26 +2,20 @@
 
 import importlib.util
 import os
-from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from mocov3.config import PretrainConfig
 from mocov3.config.fields import check_writable
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import check_readable
 from mocov3.data.loading.order import Order, group_numbers, hold_out
+from mocov3.data.sources.labels import matched, with_labels
 from mocov3.data.sources.opening import fractions, open_unseen
 from mocov3.data.views import native
 from mocov3.errors import UserError
 from mocov3.output.log import warn, warn_left_out
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every rank is given: the configuration, and which command started it."""
-
-    config: PretrainConfig
-    script_door: bool
 
 
 def check(config: PretrainConfig, *, script_door: bool) -> None:
@@ -37,7 +31,7 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
     if config.nprocs_per_node > 1:
         check_divides(config.batch_size, config.nprocs_per_node * max(config.world_size, 1))
     if config.knn_every:
-        validation = open_validation(config, source)
+        _, validation = open_validation(config, source)
         check_readable(validation, config.preset.reading, f"--knn-every: {config.data_title} (val)")
         warn_left_out(validation, said=source)
     if config.quality_every:
@@ -107,20 +101,17 @@ def check_divides(batch_size: int, ranks: int) -> None:
         raise UserError(f"--batch-size {batch_size} does not divide over {ranks} processes; nearest that do: {choices}")
 
 
-def open_validation(config: PretrainConfig, source: Source) -> Source:
-    """The labelled images of the validation part (DIR/val) for the k-NN evaluation.
+def open_validation(config: PretrainConfig, source: Source) -> tuple[Source, Source]:
+    """The labelled images of ``source`` and of the validation part (DIR/val), for the k-NN evaluation.
 
     Raises:
-        UserError: if they or their classes do not fit those of training.
+        UserError: if one has no classes, or validation has a class that training lacks.
     """
     try:
         validation = open_unseen(config.data)
     except UserError as error:
         raise UserError(f"--knn-every needs labelled images in {config.data_title}/val: {error}") from None
     for part, images in (("train", source), ("val", validation)):
-        if images.labels is None or len(set(images.labels.tolist())) < 2:
-            raise UserError(f"--knn-every: {config.data_title} ({part}) does not hold two or more class folders")
-    if validation.classes != source.classes:
-        differing = sorted(set(validation.classes) ^ set(source.classes))
-        raise UserError(f"--knn-every: train and val have different classes, first: {differing[0]}")
-    return validation
+        if images.labels is None or len(np.unique(images.labels[images.labels >= 0])) < 2:
+            raise UserError(f"--knn-every: {config.data_title} ({part}) does not hold images of two or more classes")
+    return with_labels(source), matched(source.classes, validation, f"--knn-every: {config.data_title}")

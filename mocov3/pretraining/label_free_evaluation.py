@@ -19,8 +19,9 @@ from mocov3.errors import UserError
 from mocov3.evaluation.label_free import IMAGES, LabelFreeQuality, features_of_views, judge, pixel_features
 from mocov3.metrics import QUALITY
 from mocov3.models import MoCo
-from mocov3.output.log import RunLog, cut, warn
+from mocov3.output.log import cut, warn
 from mocov3.pretraining.inputs import unseen_images
+from mocov3.pretraining.log import PretrainingLog
 from mocov3.weights import checkpoint
 from mocov3.weights.checkpoint import Position
 from mocov3.weights.origin import origin_of_run
@@ -43,7 +44,9 @@ class LabelFreeEvaluation:
         UserError: if there are no images to judge on.
     """
 
-    def __init__(self, config: PretrainConfig, world: World, model: MoCo, log: RunLog, *, start: Position) -> None:
+    def __init__(
+        self, config: PretrainConfig, world: World, model: MoCo, log: PretrainingLog, *, start: Position
+    ) -> None:
         self.config, self.world, self.model, self.log = config, world, model, log
         self.file = Path(config.output_dir) / QUALITY
         if not config.quality_every:

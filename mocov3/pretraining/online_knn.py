@@ -11,9 +11,9 @@ from mocov3.distributed import World
 from mocov3.evaluation.features import collect
 from mocov3.evaluation.neighbours import knn_accuracy, nearest
 from mocov3.models import MoCo
-from mocov3.output.log import RunLog
 from mocov3.output.sheet import draw_neighbours, draw_views
 from mocov3.pretraining.inputs import open_validation
+from mocov3.pretraining.log import PretrainingLog
 
 _QUERIES, _NEIGHBOURS = 8, 8
 
@@ -29,7 +29,7 @@ class OnlineKnn:
         log: whose loggers get the images.
     """
 
-    def __init__(self, config: PretrainConfig, world: World, model: MoCo, source: Source, log: RunLog) -> None:
+    def __init__(self, config: PretrainConfig, world: World, model: MoCo, source: Source, log: PretrainingLog) -> None:
         self.config, self.world, self.model, self.source, self.log = config, world, model, source, log
 
     def show_views(self, step: int) -> None:
@@ -41,14 +41,14 @@ class OnlineKnn:
 
     def knn(self, step: int) -> float:
         """k-NN accuracy in % of the validation images; every rank must call it at the same step."""
-        validation = open_validation(self.config, self.source)
-        (bank, known, read), (queries, answers, asked) = (self._features(s) for s in (self.source, validation))
+        known, validation = open_validation(self.config, self.source)
+        (bank, labels, read), (queries, answers, asked) = (self._features(s) for s in (known, validation))
         if self.log.takes_images:
             shown = scattered(len(queries), _QUERIES)
             found = nearest(bank, queries[torch.from_numpy(shown)], min(_NEIGHBOURS, len(bank))).index.numpy()
-            sheet = draw_neighbours(validation, asked[shown], self.source, read[found], self.config.preset.reading)
+            sheet = draw_neighbours(validation, asked[shown], known, read[found], self.config.preset.reading)
             self.log.image("neighbours", np.asarray(sheet), step)
-        return knn_accuracy(bank, known, queries, answers)
+        return knn_accuracy(bank, labels, queries, answers)
 
     def _features(self, source: Source) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """Features, classes and indices of the readable images."""

@@ -9,22 +9,12 @@ import torch
 from torch import Tensor
 
 from mocov3.data import Batch
-from mocov3.data.loading.slots import Corrupt
 from mocov3.distributed import World
 from mocov3.evaluation.quality import rank_of_gram
 from mocov3.metrics import MetricsLine
-from mocov3.output.log import RunLog, Stopwatch
+from mocov3.pretraining.log import PretrainingLog
 from mocov3.pretraining.step import Outcome
-
-
-@dataclass
-class Counters:
-    """What is counted over the whole run, resumes included."""
-
-    resumed: int = 0
-    skipped: int = 0
-    corrupt: dict[int, str] = field(default_factory=dict)
-    """Unreadable images met so far: index → name."""
+from mocov3.running.counters import Counters
 
 
 class Recorded(NamedTuple):
@@ -71,7 +61,7 @@ class Recorder:
     def __init__(
         self,
         world: World,
-        log: RunLog,
+        log: PretrainingLog,
         counters: Counters,
         *,
         batch_size: int,
@@ -82,43 +72,28 @@ class Recorder:
         self.batch_size, self.print_freq = batch_size, print_freq
         self.skips = Skips()
         self._pending: list[Recorded] = []
-        self._met: list[Corrupt] = []
-        self._step_time, self._line_time = Stopwatch(), Stopwatch()
-        self._fetched = self._waited = 0.0
-        self._images = 0
         self._last = log.last
-
-    def restart_clock(self) -> None:
-        """Time from here: what went before was not training."""
-        self._step_time.lap()
-
-    def batch_came(self) -> None:
-        """A batch has arrived; the time since the last step was spent waiting for it."""
-        self._fetched = self._step_time.lap()
-        self._waited += self._fetched
 
     def step_done(self, batch: Batch, outcome: Outcome, *, step: int, lr: float, m: float, skipped: Tensor) -> None:
         """Record one step; at print steps read the device and write a line."""
-        work = batch.work
+        work, statistics = batch.work, outcome.statistics
         self._pending.append(Recorded(step, work.epoch, work.iteration, outcome.loss, outcome.ok, lr))
-        self._met += batch.corrupt
-        self._images += self.batch_size
-        self.log.timed(batch.work.epoch, step, self._step_time.lap() + self._fetched, self._fetched)
-        if batch.work.iteration % self.print_freq == 0:
-            self._write(batch, outcome, step, lr, m, int(skipped))
-
-    def _write(self, batch: Batch, outcome: Outcome, step: int, lr: float, m: float, skipped: int) -> None:
-        statistics = outcome.statistics
+        self.counters.meet(batch.corrupt)
+        if work.iteration % self.print_freq:
+            self.log.step_ended(work.epoch, step, self.batch_size)
+            return
+        # the device is read before the clock is: it may have steps left to do
         extra = [statistics.retrieved.float() / statistics.queries, statistics.feature_std.float()]
         losses, (retrieval_accuracy, feature_std) = self._read(extra)
         first, last = outcome.grad_norms.tolist()
         rank = self._effective_rank(statistics.embeddings)
-        self.count_corrupt(batch.work.epoch)
-        seconds = max(self._line_time.lap(), 1e-9)
+        self.log.step_ended(work.epoch, step, self.batch_size)
+        self.counters.gather(self.world, self.log, work.epoch)
+        images_per_second, data_wait = self.log.speed()
         self._last = MetricsLine(
             step=step,
-            epoch=batch.work.epoch,
-            iteration=batch.work.iteration,
+            epoch=work.epoch,
+            iteration=work.iteration,
             loss=losses[-1],
             loss_start=self.log.start,
             loss_floor=self.log.floor,
@@ -128,14 +103,13 @@ class Recorder:
             feature_std=feature_std,
             grad_norm_first=first,
             grad_norm_last=last,
-            images_per_second=self._images / seconds,
-            data_wait=min(self._waited / seconds, 1.0),
-            skipped=self.counters.skipped + skipped,
+            images_per_second=images_per_second,
+            data_wait=data_wait,
+            skipped=self.counters.skipped + int(skipped),
             resumed=self.counters.resumed,
             corrupt=len(self.counters.corrupt),
             effective_rank=rank,
         )
-        self._waited, self._images = 0.0, 0
         self.log.metrics(self._last)
 
     def _effective_rank(self, embeddings: Tensor | None) -> float | None:
@@ -168,14 +142,6 @@ class Recorder:
                     images=self.images(p.epoch, p.iteration),
                 )
         return losses, means[n : n + len(extra)]
-
-    def count_corrupt(self, epoch: int) -> None:
-        """Gather the unreadable images that ranks met, and list those met for the first time."""
-        met = [c for part in self.world.gather(self._met) for c in part]
-        new = {c.index: c for c in met if c.index not in self.counters.corrupt}
-        self.counters.corrupt.update({i: c.name for i, c in new.items()})
-        self._met.clear()
-        self.log.corrupt([new[i] for i in sorted(new)], epoch)
 
     def knn(self, accuracy: float, *, epoch: int, step: int) -> None:
         """Write a line with the k-NN accuracy, beside the numbers of the last line."""

@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mocov3.output.log import RunLog, warn
+from mocov3.output.log import warn
+from mocov3.pretraining.log import PretrainingLog
 
 _LONGEST = 900.0  # seconds that the end of a run waits for its page
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -27,7 +28,7 @@ class ReportProcess:
         log: where the last page is told.
     """
 
-    def __init__(self, folder: Path, every: int, log: RunLog, *, active: bool) -> None:
+    def __init__(self, folder: Path, every: int, log: PretrainingLog, *, active: bool) -> None:
         self.folder, self.every, self.log = folder, every if active else 0, log
         self._process: subprocess.Popen[bytes] | None = None
         self._output: Any = None

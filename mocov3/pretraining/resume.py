@@ -2,15 +2,21 @@
 
 from pathlib import Path
 
-from mocov3.config import PretrainConfig, changed_fields
+import torch
+
+from mocov3.config import PretrainConfig
 from mocov3.data import Source
 from mocov3.distributed import World
 from mocov3.errors import UserError
+from mocov3.models import MoCo
 from mocov3.output.log import warn
 from mocov3.pretraining.inputs import restarted_by_torchrun
-from mocov3.pretraining.recorder import Counters
 from mocov3.pretraining.saver import image_changes
+from mocov3.pretraining.step import Step
+from mocov3.running.changes import refuse_changes
+from mocov3.running.counters import Counters
 from mocov3.weights import Contents, checkpoint, our_entry
+from mocov3.weights.checkpoint import Position
 
 ResumeFrom = tuple[Path, Contents]
 """A checkpoint's file and its contents."""
@@ -78,19 +84,32 @@ def check_same_run(resume_from: ResumeFrom, config: PretrainConfig, source: Sour
     """
     path, contents = resume_from
     entry = our_entry(contents)
-    left_out = {"heads"} | ({"seed"} if config.seed is None else set())  # heads: compared with the weights already
-    saved = {k: v for k, v in entry.get("config", {}).items() if k not in left_out}
-    if (changed := changed_fields(config, saved)) and not config.allow_config_change:
-        raise UserError(
-            f"--resume {path}: these fields differ from the checkpoint's: {', '.join(changed)}; "
-            "give them as they were, or --allow-config-change"
-        )
+    refuse_changes(f"--resume {path}", config, contents, left_out=() if config.seed is not None else ("seed",))
     if entry.get("data_digest", source.digest) != source.digest and not config.allow_data_change:
         change = image_changes(source, path.parent)
         raise UserError(
             f"--resume {path}: was trained on {entry.get('pictures')} images; {config.data_title} holds {len(source)}"
             f"{f' ({change})' if change else ', or others by name'}; give the same, or --allow-data-change"
         )
+
+
+def restore(
+    resume_from: ResumeFrom, arch: str, model: MoCo, optimizer: torch.optim.Optimizer, step: Step, iterations: int
+) -> Position:
+    """Read a checkpoint into a run's parts; the position it was written at.
+
+    Raises:
+        UserError: if it does not fit.
+    """
+    scaler = step.precision.scaler
+    position = checkpoint.restore(
+        *resume_from, arch=arch, model=model, optimizer=optimizer, scaler=scaler, iterations=iterations
+    )
+    entry = our_entry(resume_from[1])
+    if step.spikes is not None and "spikes" in entry:
+        step.spikes.restore(entry["spikes"])
+    # another batch size (--allow-config-change) may have fewer iterations an epoch
+    return position if position.iteration < iterations else Position(position.epoch + 1, 0, position.step)
 
 
 def counters(resume_from: ResumeFrom | None, source: Source) -> Counters:
@@ -106,9 +125,3 @@ def saved_run(resume_from: ResumeFrom | None) -> str:
     """The name of the checkpoint's run, '' if it says none."""
     name = our_entry(resume_from[1]).get("run") if resume_from else None
     return name if isinstance(name, str) else ""
-
-
-def saved_seed(resume_from: ResumeFrom | None) -> int | None:
-    """The seed of the checkpoint's run, if it says one."""
-    seed = our_entry(resume_from[1]).get("seed") if resume_from else None
-    return seed if isinstance(seed, int) else None

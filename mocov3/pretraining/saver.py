@@ -17,8 +17,9 @@ from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import printable
 from mocov3.models import MoCo
 from mocov3.output.log import warn
-from mocov3.pretraining.recorder import Counters, Recorded
+from mocov3.pretraining.recorder import Recorded
 from mocov3.pretraining.step import Step
+from mocov3.running.counters import Counters
 from mocov3.weights import Contents, checkpoint
 from mocov3.weights.checkpoint import Position
 from mocov3.weights.origin import origin_of_run

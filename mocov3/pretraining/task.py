@@ -4,7 +4,8 @@ What can be checked without torch is checked first; then the ranks are started, 
 """
 
 from mocov3.config import PretrainConfig
-from mocov3.pretraining.inputs import Job, check
+from mocov3.pretraining.inputs import check
+from mocov3.running.job import Job
 
 
 def main(config: PretrainConfig, *, script_door: bool) -> int:

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageOps
 
+from mocov3.output.sheet import contained
+
 THUMB = 44
 """Side of a thumbnail, in pixels."""
 
@@ -38,7 +40,7 @@ def boxed(
     image: Image.Image, boxes: Sequence[tuple[float, float, float, float]], colours: Sequence[str], side: int
 ) -> Image.Image:
     """The image at most ``side`` wide and high, with boxes (left, top, right, bottom in its pixels) drawn on it."""
-    shown = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    shown = contained(image.convert("RGB"), side)
     scale = shown.width / image.width
     pen = ImageDraw.Draw(shown)
     for box, colour in zip(boxes, colours, strict=True):

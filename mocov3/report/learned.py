@@ -17,6 +17,7 @@ from mocov3.config import PretrainConfig
 from mocov3.config.presets import Reading
 from mocov3.data import Source, open_source
 from mocov3.data.device.pixels import normalise
+from mocov3.data.sources.labels import with_labels
 from mocov3.data.sources.opening import Subset, has_unseen
 from mocov3.data.sources.survey import scattered
 from mocov3.data.views.decode import DecodeError, ImageBytes
@@ -158,6 +159,8 @@ def _pool(config: PretrainConfig, source: Source, held_out: Source | None) -> tu
 def _learn(
     config: PretrainConfig, trained: Frozen, pool: Source, about: str, world: World, images: int, remarks: list[str]
 ) -> Learned:
+    if len(known := with_labels(pool)) >= FEWEST:
+        pool = known
     indices = scattered(len(pool), images)
     thumbs, readable = _thumbs(pool, indices, config.preset.reading)
     if len(readable) < 3:
@@ -171,7 +174,7 @@ def _learn(
     back = np.argsort(order)
     chosen, thumbs = Subset(pool, readable[order[back]]), [thumbs[i] for i in order[back]]
     labels = chosen.labels
-    if labels is not None and len(np.unique(labels)) < 2:
+    if labels is not None and (labels.min() < 0 or len(np.unique(labels)) < 2):
         labels = None
     queries = _choose(labels, n)
     both = [(title, before), ("trained", now)] if before is not None else [("trained", now)]

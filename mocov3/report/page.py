@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from importlib.resources import files
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,9 @@ def render(shown: Sequence[Shown]) -> str:
     runs = [s.run for s in shown]
     spectra = [(name if len(shown) == 1 else f"{s.run.name}, {name}", v) for s in shown for name, v in s.spectra]
     learning, stable, collapsed = sections.learning(runs), sections.stability(runs), sections.collapse(runs, spectra)
-    over_steps = [c for c in (*learning, *stable, *collapsed) if c["layout"]["xaxis"]["title"]["text"] == "step"]
-    for c in over_steps:
-        c["steps"] = True
+    for c in (*learning, *stable, *collapsed):
+        if c["layout"]["xaxis"]["title"]["text"] == "step":
+            c["steps"] = True
     charts: list[Chart] = [*learning, *stable, *collapsed, *(c for s in shown if s.panel for c in s.panel.charts)]
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs: {', '.join(r.name for r in runs)}"
     parts = [
@@ -82,48 +83,25 @@ def render(shown: Sequence[Shown]) -> str:
         f'<section id="s{i}"><h2>{i}. {name}</h2>{part}</section>'
         for i, (name, part) in enumerate(zip(_SECTIONS, parts, strict=True), 1)
     )
-    links = "".join(f'<a href="#s{i}">{name}</a>' for i, name in enumerate(_SECTIONS, 1))
     data = {
         "charts": {c["id"]: {k: c[k] for k in ("data", "layout", "steps", "map") if k in c} for c in charts},
         "sets": {f"r{i}": s.panel.set for i, s in enumerate(shown) if s.panel},
     }
-    style = _asset("page.css") + "".join(s.panel.style for s in shown if s.panel)
-    made_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{text(title)}</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<a class="skip" href="#s1">Skip to the diagnosis</a>
-<header><h1>{text(title)}</h1>
-<p class="note">MoCo v3 pre-training (arXiv 2104.02057) · page made {made_at} by mocov3 {__version__}</p></header>
-<nav aria-label="Sections"><div>{links}<button id="theme" type="button">Light / dark</button></div></nav>
-<main>
-<p id="trouble" role="status" class="note"></p>
-<noscript><p>The charts need JavaScript; nothing is fetched from anywhere. Their numbers are in the
-tables.</p></noscript>
-{body}
-</main>
-<footer>Charts over steps are zoomed together: drag to zoom, double click to show all; with the keyboard, Tab to a
-chart, then
-arrows, + and −, 0. Curves of more than {2 * BUCKETS:,} points show the lowest and the highest point of each of
-{BUCKETS:,}
-stretches, so no peak is lost. Drawn by plotly.js {text(version)} (© Plotly, Inc., MIT licence), which is part of
-this file;
-the page asks no host for anything.</footer>
-<div id="tip" class="tip" hidden></div>
-<script type="application/json" id="data">{_json(data)}</script>
-<script type="text/plain" id="plotly">{library}</script>
-<script>{_asset("page.js")}</script>
-</body>
-</html>
-"""
+    return Template(_asset("page.html")).substitute(
+        policy=_POLICY,
+        title=text(title),
+        style=_asset("page.css") + "".join(s.panel.style for s in shown if s.panel),
+        time=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        version=__version__,
+        links="".join(f'<a href="#s{i}">{name}</a>' for i, name in enumerate(_SECTIONS, 1)),
+        body=body,
+        twice_buckets=f"{2 * BUCKETS:,}",
+        buckets=f"{BUCKETS:,}",
+        plotly_version=text(version),
+        data=_json(data),
+        plotly=library,
+        script=_asset("page.js"),
+    )
 
 
 @lru_cache

@@ -27,19 +27,7 @@ def learning(runs: Sequence[Run]) -> list[Chart]:
             yaxis={"rangemode": "tozero"},
         )
     )
-    if any(len(run.knn) for run in runs):
-        first = next(run for run in runs if len(run.knn))
-        charts.append(
-            chart(
-                "knn",
-                "k-NN accuracy",
-                "Labelled images judged by their nearest training images (k 20), on the backbone's features: the "
-                "plainest test of what has been learned. Marked dips recover later; see the gradients below.",
-                curves.knn(),
-                y="k-NN, %",
-                table=sampled(["step", "epoch", "k-NN, %"], list(first.knn.T)),
-            )
-        )
+    charts += _knn(runs, curves)
     charts += _quality(runs)
     charts += [
         curves.chart("lr", "Learning rate", "Linear warm-up, then a half cosine to 0.", "lr", y="learning rate"),
@@ -67,6 +55,23 @@ def learning(runs: Sequence[Run]) -> list[Chart]:
         ),
     ]
     return charts + _faults(runs, curves)
+
+
+def _knn(runs: Sequence[Run], curves: Curves) -> list[Chart]:
+    first = next((run for run in runs if len(run.knn)), None)
+    if first is None:
+        return []
+    return [
+        chart(
+            "knn",
+            "k-NN accuracy",
+            "Labelled images judged by their nearest training images (k 20), on the backbone's features: the "
+            "plainest test of what has been learned. Marked dips recover later; see the gradients below.",
+            curves.knn(),
+            y="k-NN, %",
+            table=sampled(["step", "epoch", "k-NN, %"], list(first.knn.T)),
+        )
+    ]
 
 
 def _loss(runs: Sequence[Run], curves: Curves) -> Chart:
@@ -281,28 +286,30 @@ def collapse(runs: Sequence[Run], spectra: Sequence[tuple[str, np.ndarray]]) -> 
                 yaxis={"rangemode": "tozero"},
             )
         )
-    if spectra:
-        data = []
-        for i, (name, v) in enumerate(spectra):
-            shown = np.where(v > 1e-8 * v[:1], v, np.nan)  # the rest is rounding
-            data.append(line(np.arange(1, len(v) + 1), shown, name, i))
-        for trace in data:
-            trace["hovertemplate"] = f"component %{{x}}: %{{y:.3~%}} of the variance<extra>{trace['name']}</extra>"
-        charts.append(
-            chart(
-                "spectrum",
-                "Spectrum of the features",
-                "Share of the variance of each principal component of the backbone's features, largest first. A "
-                "cliff means "
-                "that few directions carry everything (dimensional collapse).",
-                data,
-                x="component",
-                y="share of variance",
-                xaxis={"type": "log"},
-                yaxis={"type": "log"},
-                table=sampled(
-                    ["component", "share of variance"], [np.arange(1, len(spectra[-1][1]) + 1), spectra[-1][1]]
-                ),
-            )
+    return charts + _spectrum(spectra)
+
+
+def _spectrum(spectra: Sequence[tuple[str, np.ndarray]]) -> list[Chart]:
+    if not spectra:
+        return []
+    data = []
+    for i, (name, v) in enumerate(spectra):
+        shown = np.where(v > 1e-8 * v[:1], v, np.nan)  # the rest is rounding
+        data.append(line(np.arange(1, len(v) + 1), shown, name, i))
+    for trace in data:
+        trace["hovertemplate"] = f"component %{{x}}: %{{y:.3~%}} of the variance<extra>{trace['name']}</extra>"
+    return [
+        chart(
+            "spectrum",
+            "Spectrum of the features",
+            "Share of the variance of each principal component of the backbone's features, largest first. A "
+            "cliff means "
+            "that few directions carry everything (dimensional collapse).",
+            data,
+            x="component",
+            y="share of variance",
+            xaxis={"type": "log"},
+            yaxis={"type": "log"},
+            table=sampled(["component", "share of variance"], [np.arange(1, len(spectra[-1][1]) + 1), spectra[-1][1]]),
         )
-    return charts
+    ]

@@ -4,18 +4,24 @@ A task adds its step, its evaluation and what its files hold; what a run survive
 limits that ranks agree on, a disk that is full or gone, images that cannot be read, another run in its folder.
 """
 
+import dataclasses
+import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+import torch
+
+from mocov3.config import write_yaml
 from mocov3.data import Batch, Loader, Source
 from mocov3.data.loading.loader import Transform, Unreadable, loader_workers
 from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
 from mocov3.errors import UserError, stopped_by
-from mocov3.output.log import warn
+from mocov3.output.log import Log, Session, warn, warn_once
 from mocov3.running.folder import Owner
+from mocov3.running.job import Job
 from mocov3.running.stop import Stop
 from mocov3.running.writer import Writer
 from mocov3.weights import Contents
@@ -24,17 +30,12 @@ from mocov3.weights.checkpoint import Position
 R = TypeVar("R", bound="Run")
 
 
-class Log(Protocol):
-    """What a run's output must do."""
-
-    def say(self, text: str) -> None:
-        """A line of explanation."""
-
-    def sync(self) -> None:
-        """Flush what was logged so far to the disk."""
-
-    def close(self) -> None:
-        """Finish files and bar."""
+def set_determinism(deterministic: bool) -> None:
+    """Only deterministic operations in this process, or the fastest ones."""
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class Run:
@@ -42,7 +43,8 @@ class Run:
 
     Args:
         world: this rank.
-        config: with ``output_dir``, ``epochs``, ``workers``, ``checkpoint_steps``, ``max_steps``, ``max_hours``.
+        job: its configuration has ``output_dir``, ``epochs``, ``workers``, ``checkpoint_steps``, ``max_steps`` and
+            ``max_hours``.
         owner: of the folder, on the main rank; ``None`` for a run that writes nothing.
     """
 
@@ -52,9 +54,9 @@ class Run:
     """Steps of an epoch."""
     log: Log
 
-    def __init__(self, world: World, config: Any, owner: Owner | None) -> None:
-        self.world, self.folder, self._owner = world, Path(config.output_dir), owner
-        self.config = config
+    def __init__(self, world: World, job: Job[Any], owner: Owner | None) -> None:
+        self.world, self.folder, self._owner = world, Path(job.config.output_dir), owner
+        self.config, self.script_door = job.config, job.script_door
         self._loader: Loader | None = None
         self._writer: Writer | None = None
         self._saved_at = -1
@@ -85,6 +87,32 @@ class Run:
         """Loader processes of this rank, for so many images."""
         return loader_workers(self.config.workers, self.world.local_size, images)
 
+    def session(self) -> Session:
+        """What this process does of the run, for its log."""
+        main, p = self.world.main, self.position
+        return Session(
+            self.iterations,
+            first_epoch=p.epoch,
+            first_step=p.step,
+            writes=main and self._owner is not None,
+            shows=main,
+            script_door=self.script_door,
+        )
+
+    def write_config(self, name: str, comment: str) -> None:
+        """Write the configuration as it is used, to run it again by."""
+        if self.world.main:
+            write_yaml(dataclasses.replace(self.config, resume="", config=""), self.folder / name, comment)
+
+    def say_start(self, about: str, *, resumed: bool) -> None:
+        """What is trained on which processes, in a line; where a resume stands, in another."""
+        c, world, p = self.config, self.world, self.position
+        if world.size > 1 and world.device.type != "cuda" and getattr(c, "dist_backend", "") == "nccl":
+            self.log.say("no CUDA here: ranks communicate over gloo instead of nccl")
+        self.log.say(about)
+        if resumed:
+            self.log.say(f"resumed at epoch {p.epoch}, iteration {p.iteration}")
+
     def is_done(self) -> bool:
         """Whether nothing is left to do, which is said."""
         p = self.position
@@ -97,7 +125,8 @@ class Run:
         self, source: Source, transform: Transform, works: Iterable[Work], *, batch_size: int, seed: int
     ) -> Iterator[Batch]:
         """Batches of ``works``, prepared ahead; a batch is valid until the next is asked for."""
-        loader = Loader(source, transform, batch_size=batch_size, seed=seed, workers=self.workers())
+        say = warn_once if self.world.main else None
+        loader = Loader(source, transform, batch_size=batch_size, seed=seed, workers=self.workers(), say=say)
         self._loader = loader
         yield from loader.run(works)
         loader.close()

@@ -160,7 +160,7 @@ def test_what_cannot_be_used_is_listed(images, tmp_path):
         assert words in text
     assert "\x1b" not in text
     source = open_source(str(path))
-    assert source.labels is None  # not all have a class
+    assert source.labels.tolist() == [3, -1, -1]
     assert source.read(0) == source.read(2) == good
 
 

@@ -117,7 +117,7 @@ def test_lists(tmp_path):
             [0, 1],
         )
     table.write_text("path,label\na/1.jpg,cat\n#3.jpg,\n")
-    assert open_source(str(table)).labels is None
+    assert open_source(str(table)).labels.tolist() == [0, -1]
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_lists(tmp_path):
         ("l.txt", b"", "names no image"),
         ("l.txt", b"gone.jpg\n", "none of the files"),
         ("l.txt", b"a.jpg\0\n", "zero bytes"),
-        ("l.txt", "a.jpg".encode("utf-16"), "UTF-16"),
+        ("l.txt", "a.jpg".encode("utf-16") + b"\0", "UTF-16"),
         ("l.txt", b"https://example.org/a.jpg\n", "fetch the images"),
-        ("l.csv", b"path,label\n,cat\n", "row 2 holds no path"),
+        ("l.csv", b"path,label\n,cat\n", "line 2 holds no path"),
         ("l.csv", b"path,label\n", "names no image"),
         ("l.bin", b"a.jpg\n", "a list ends in"),
         ("l.jpg", b"a.jpg\n", "name the folder"),

@@ -150,5 +150,6 @@ def test_damage_is_named(tmp_path, images):
     fails("folder", tmp_path / "d", "holds 1 class")
     (tmp_path / "d" / "train" / "b").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "d" / "train" / "b" / "1.png")
-    fails("folder", tmp_path / "d", "train has 2 classes and val 1", "first that differs: a")
+    (tmp_path / "d" / "val" / "b").rename(tmp_path / "d" / "val" / "c")
+    fails("folder", tmp_path / "d", "of classes that training lacks, first 'c'")
     assert "misses the folder" in refused("finetune", "--data-path", tmp_path, "--output_dir", tmp_path / "out")

@@ -219,7 +219,7 @@ def test_compare_refuses(watched, images, tmp_path):
         ("class0/none.jpg,a\n", "none of the images"),
         ("class0/00.jpg,a\nclass0/00.jpg,b\n", "two labels"),
         ("class0/00.jpg,a\n", "too few"),
-        ("class0/00.jpg\n", "no label"),
+        ("class0/00.jpg\n", "too few"),
         ("00.jpg,a\n", "several"),
     ):
         table.write_text(text)

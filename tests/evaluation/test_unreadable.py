@@ -24,7 +24,7 @@ from mocov3.evaluation.label_free import features_of_views
 from mocov3.evaluation.neighbours import knn_accuracy
 from mocov3.finetuning.evaluate import evaluate
 from mocov3.models.precision import Precision
-from mocov3.output.log import RunLog
+from mocov3.pretraining.log import PretrainingLog
 from mocov3.pretraining.online_knn import OnlineKnn
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -96,7 +96,7 @@ def test_knn_is_that_of_the_readable(sets, capsys):
 
 def test_online_knn_is_that_of_the_readable(sets):
     config = PretrainConfig(data=str(sets[0]), arch="resnet10_w16", image_size=32, workers=0)
-    log = create_autospec(RunLog, instance=True, takes_images=True)
+    log = create_autospec(PretrainingLog, instance=True, takes_images=True)
     model = models.build(config.arch, dim=8, mlp_dim=8, image_size=32)
     online = OnlineKnn(config, ONE, model, open_source(config.data, "train"), log)
     clean = [open_source(str(sets[1]), part) for part in ("train", "val")]

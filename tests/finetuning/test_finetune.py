@@ -150,6 +150,10 @@ def test_eval_and_export_of_a_tuned_model(whole, images, tmp_path, capsys):
         want = accuracies[-1] if name == "checkpoint.pth" else max(accuracies)
         assert float(found[1]) == pytest.approx(want, abs=1e-3)
         assert float(found[2]) == 100  # four classes
+    moved = shutil.copytree(images, tmp_path / "moved")  # one more class, which shifts the numbers of the others
+    shutil.copytree(images / "train" / "class1", moved / "train" / "a class")
+    assert main(["finetune", "--eval", "--resume", str(whole / name), *flags, "--data-path", str(moved)]) == 0
+    assert re.search(r"\* Acc@1 ([\d.]+) Acc@5 ([\d.]+)", capsys.readouterr().out).groups() == found.groups()
     out = tmp_path / "f.safetensors"
     assert main(["export", str(whole / "checkpoint.pth"), "--to", "safetensors", "--output", str(out)]) == 0
     card = (tmp_path / "f.safetensors.md").read_text()
@@ -325,7 +329,8 @@ def test_an_unreadable_image_gives_its_place_and_class_away(images, tmp_path, ca
         (tmp_path / "data" / split / "class1" / "zz.jpg").write_bytes(b"no image")
     finetune(tmp_path / "run", "--data-set", "folder", "--data-path", tmp_path / "data", "--no-repeated-aug")
     captured = capsys.readouterr()
-    assert "zz.jpg cannot be read" in captured.err
+    assert "1 unreadable images replaced (listed in corrupt.jsonl), first: class1/zz.jpg" in captured.err
+    assert json.loads((tmp_path / "run" / "corrupt.jsonl").read_text())["name"] == "class1/zz.jpg"
     assert "on the 16 test images" in captured.out  # of 17
     assert lines(tmp_path / "run")[-1]["corrupt"] == 1
 

@@ -25,10 +25,12 @@ from mocov3.models.gelu import gelu
 from mocov3.models.patches import project_patches
 from mocov3.models.precision import Precision
 from mocov3.optim import LARS, build_optimizer
-from mocov3.output.log import RunLog
+from mocov3.output.log import Session
 from mocov3.pretraining.assemble import build_model, resolve_compile
-from mocov3.pretraining.recorder import Counters, Recorder
+from mocov3.pretraining.log import PretrainingLog
+from mocov3.pretraining.recorder import Recorder
 from mocov3.pretraining.step import Step
+from mocov3.running.counters import Counters
 
 CPU = torch.device("cpu")
 VIT = {"image_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "dim": 8, "mlp_dim": 16}
@@ -185,7 +187,7 @@ def test_a_run_stores_its_mode_and_leaves_the_choice_to_config_yaml(images, tmp_
     backbones = functools.partialmethod(MoCo.compile_backbones, backend="eager")
     monkeypatch.setattr(MoCo, "compile_backbones", backbones)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    monkeypatch.setattr("mocov3.pretraining.loop.resolve_compile", lambda *_: True)  # as on CUDA
+    monkeypatch.setattr("mocov3.pretraining.assemble.resolve_compile", lambda *_: True)  # as on CUDA
     flags = "--recipe defaults -a resnet10_w16 -b 4 --image-size 32 --device cpu -j 0 --max-steps 1 --quiet"
     flags += " --moco-dim 8 --moco-mlp-dim 8"
     assert main(["pretrain", str(images), *flags.split(), "--output-dir", str(tmp_path)]) == 0
@@ -382,14 +384,12 @@ def test_nothing_is_read_between_print_steps(arch, optimizer, tmp_path):
     made = build_optimizer(model.parameters(), optimizer, weight_decay=0.1, momentum=0.9)
     step = Step(model, made, world=world, precision=Precision("bf16", CPU), spike_factor=10.0)
     step.world = dataclasses.replace(world, device=torch.device("cuda"))  # it does from here on as on a GPU
-    log = RunLog(
-        tmp_path, active=True, style="quiet", epochs=1, iterations=8, start=1.0, floor=0.0, first_step=0, corrupt={}
-    )
+    log = PretrainingLog(PretrainConfig(output_dir=str(tmp_path), quiet=True, epochs=1), Session(8))
     recorder = Recorder(world, log, Counters(), batch_size=4, print_freq=4, images=lambda *_: [])
     read, weights = [], [p.clone() for p in model.parameters()]
     for i in range(5):
         batch = Batch(Work(0, i, np.arange(4)), np.zeros((2, 4, 32, 32, 3), np.uint8), [])
-        recorder.batch_came()
+        log.batch_came()
         with Reads() as reads:
             x1, x2 = (normalise(p, CPU, (0.5,) * 3, (0.2,) * 3) + torch.randn(4, 3, 32, 32) for p in batch.pixels)
             outcome = step(x1, x2, lr=0.1, m=0.99)

@@ -109,13 +109,15 @@ def test_a_failed_write_is_tried_again(tmp_path):
 
 def test_lines_wait_for_the_disk(tmp_path, capsys):
     file = LineFile(tmp_path / "gone" / "metrics.jsonl")
-    file.write("1")
-    file.write("2")
+    file.write({"step": 1})
+    file.write({"step": 2, "loss": float("nan")})
     assert capsys.readouterr().err.count("cannot be written") == 1
     (tmp_path / "gone").mkdir()
-    file.write("3")
+    file.write({"step": 3})
     file.close()
-    assert (tmp_path / "gone" / "metrics.jsonl").read_text() == "1\n2\n3\n"
+    assert (tmp_path / "gone" / "metrics.jsonl").read_text() == (
+        '{"step": 1}\n{"step": 2, "loss": null}\n{"step": 3}\n'
+    )
 
 
 # --- ranks -------------------------------------------------------------------------------------------------

@@ -17,11 +17,13 @@ from sklearn.decomposition import PCA
 from starting import run
 
 from mocov3.cli import main
+from mocov3.config import PretrainConfig
 from mocov3.config.command_lines import parse_pretrain
 from mocov3.errors import UserError
 from mocov3.evaluation import quality
 from mocov3.models import build_backbone
-from mocov3.output.log import RunLog
+from mocov3.output.log import Session
+from mocov3.pretraining.log import PretrainingLog
 from mocov3.pretraining.report_process import ReportProcess
 from mocov3.report import curves, geometry
 from mocov3.report.diagnosis import diagnose
@@ -460,7 +462,8 @@ def test_without_plotly_a_line_says_so(trained, monkeypatch, capsys):
 
 
 def test_a_page_that_fails_is_a_warning(tmp_path, capsys):
-    log = RunLog(tmp_path, active=False, style="quiet", epochs=1, iterations=1, start=1, floor=0, first_step=0)
+    config = PretrainConfig(output_dir=str(tmp_path), quiet=True)
+    log = PretrainingLog(config, Session(1, writes=False, shows=False))
     pages = ReportProcess(tmp_path, 1, log, active=True)
     pages.finish()
     assert "report.html could not be made" in (said := capsys.readouterr().err)

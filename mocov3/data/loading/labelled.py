@@ -8,6 +8,7 @@ import numpy as np
 
 from mocov3.config.presets import RGB, Reading, ViewPreset
 from mocov3.data.loading.slots import Work
+from mocov3.data.sources.labels import matched, with_labels
 from mocov3.data.sources.opening import Source, open_source, open_unseen
 from mocov3.data.sources.splits import choose
 from mocov3.data.views.decode import ImageBytes
@@ -74,17 +75,16 @@ def plan_all(
 
 
 def open_labelled(data: str) -> tuple[Source, Source]:
-    """The training and validation part of DATA (DATA/train and DATA/val), or of the built-in ``fashion-mnist[:ROOT]``.
+    """The labelled images of the training and validation part of DATA, or of the built-in ``fashion-mnist[:ROOT]``.
 
     Raises:
-        UserError: if one is missing, empty or without classes, or their classes differ.
+        UserError: if one is missing, empty or without classes, or validation has a class that training lacks.
     """
     train, val = open_source(data, "train"), open_unseen(data)
     for part, images in (("train", train), ("val", val)):
         if images.labels is None or len(images.classes) < 2:
-            raise UserError(f"data {data} ({part}): needs two or more class folders with images, {part}/CLASS/…")
-    check_same_classes(train.classes, val.classes, f"data {data}")
-    return train, val
+            raise UserError(f"data {data} ({part}): needs images of two or more classes: {part}/CLASS/…, or labels")
+    return with_labels(train), matched(train.classes, val, f"data {data}")
 
 
 def open_evaluated(folder: str) -> Source:
@@ -94,15 +94,3 @@ def open_evaluated(folder: str) -> Source:
         UserError: if it is missing or holds no image.
     """
     return open_source(folder, "val" if os.path.isdir(folder) and choose(folder, "val") else "train")
-
-
-def check_same_classes(train: list[str], val: list[str], where: str) -> None:
-    """Refuse two sets of classes that differ, naming the first that one of them lacks."""
-    if train == val:
-        return
-    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    first = f"val lacks {only_train[0]!r}" if only_train else f"train lacks {only_val[0]!r}"
-    raise UserError(
-        f"{where}: train has {len(train)} classes, val {len(val)}, and they differ: {first}; "
-        "numbers of classes would not mean the same"
-    )

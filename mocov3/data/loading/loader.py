@@ -12,7 +12,7 @@ import os
 import signal
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,6 +21,7 @@ from mocov3.config.presets import RGB, Reading
 from mocov3.data.loading.order import Order
 from mocov3.data.loading.slots import Batch, Corrupt, Layout, Slot, Work
 from mocov3.data.sources.opening import Source
+from mocov3.data.views import remarks
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.draws import replacement
 from mocov3.errors import UserError, printable, stop_signals
@@ -89,29 +90,41 @@ class Loader:
         batch_size: largest number of images of a batch of this rank.
         seed: seed of the draws.
         workers: number of processes.
+        say: told once, at the end, of how many images something was remarked, and the first of them.
         replace: use another image for one that cannot be read, as training does; else it is left black.
     """
 
     def __init__(
-        self, source: Source, transform: Transform, *, batch_size: int, seed: int, workers: int, replace: bool = True
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        say: Callable[[str], None] | None = None,
+        replace: bool = True,
     ) -> None:
         self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
+        self._say, self._tally = say, remarks.Tally()
         beside, channels = getattr(transform, "colour_draws", 0), getattr(transform, "reading", RGB).channels
         layout = Layout(transform.count, batch_size, transform.image_size, beside, channels)
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
         if workers == 0:
             self._slots = layout.slots(bytearray(layout.bytes))
-            return
+        else:
+            self._start(min(workers, batch_size), layout)
+
+    def _start(self, workers: int, layout: Layout) -> None:
         context = multiprocessing.get_context("spawn")
         # an unlinked memory-mapped file: falls back from /dev/shm where that is small, leaves nothing when killed
         memory: Any = context.RawArray(ctypes.c_uint8, (3 if layout.bytes < _LARGE_SLOT else 2) * layout.bytes)
         self._slots = layout.slots(memory)
-        for _ in range(min(workers, batch_size)):
+        given = memory, layout, self.source, self.transform, self.seed, self.replace
+        for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, memory, layout, source, transform, seed, replace), daemon=True
-            )
+            process = context.Process(target=_serve, args=(theirs, *given), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -133,6 +146,8 @@ class Loader:
                 process.kill()
                 process.join()
         self._processes, self._pipes = [], []
+        if self._say is not None:
+            self._tally.say(self.source.name, self._say)
 
     def run(self, works: Iterable[Work]) -> Iterator[Batch]:
         """The batches of ``works``, in order, prepared ahead.
@@ -146,9 +161,11 @@ class Loader:
     def _run_here(self, works: Iterable[Work]) -> Iterator[Batch]:
         slot = self._slots[0]
         for work in works:
-            corrupt: list[Corrupt] = []
-            for place, index in enumerate(work.indices.tolist()):
-                corrupt += _fill(slot, place, self.source, self.transform, self.seed, work.epoch, index, self.replace)
+            indices = work.indices.tolist()
+            corrupt, remarked = _fill_all(
+                slot, 0, indices, self.source, self.transform, self.seed, self.replace, work.epoch
+            )
+            self._tally.add(remarked, len(self.source))
             yield slot.batch(work, corrupt)
 
     def _run_in_processes(self, works: Iterable[Work]) -> Iterator[Batch]:
@@ -193,13 +210,14 @@ class Loader:
         ready: Any = multiprocessing.connection.wait(self._pipes)
         for pipe in ready:
             try:
-                kind, slot, corrupt = pipe.recv()
+                kind, slot, corrupt, remarked = pipe.recv()
             except (EOFError, OSError):
                 self._died(self._pipes.index(pipe))
             if kind == "unreadable":
                 raise Unreadable(corrupt)
             if kind == "failed":
                 raise RuntimeError(f"a loader process failed:\n{corrupt}")
+            self._tally.add(remarked, len(self.source))
             yield slot, corrupt
 
     def _died(self, number: int) -> None:
@@ -233,18 +251,36 @@ def _serve(
             return
         answer: tuple[Any, ...]
         try:
-            corrupt: list[Corrupt] = []
-            for place, index in enumerate(indices, first):
-                corrupt += _fill(slots[slot], place, source, transform, seed, epoch, index, replace)
-            answer = ("done", slot, corrupt)
+            answer = ("done", slot, *_fill_all(slots[slot], first, indices, source, transform, seed, replace, epoch))
         except Unreadable as error:
-            answer = ("unreadable", slot, str(error))
+            answer = ("unreadable", slot, str(error), [])
         except Exception:
-            answer = ("failed", slot, traceback.format_exc())
+            answer = ("failed", slot, traceback.format_exc(), [])
         try:
             pipe.send(answer)
         except OSError:
             return
+
+
+def _fill_all(
+    slot: Slot,
+    first: int,
+    indices: list[int],
+    source: Source,
+    transform: Transform,
+    seed: int,
+    replace: bool,
+    epoch: int,
+) -> tuple[list[Corrupt], list[tuple[int, str]]]:
+    """Write the views of images to places from ``first`` on: which could not be read, and (index, remark) of others."""
+    corrupt: list[Corrupt] = []
+    remarked: list[tuple[int, str]] = []
+    for place, index in enumerate(indices, first):
+        bad = _fill(slot, place, source, transform, seed, epoch, index, replace)
+        corrupt += bad
+        if text := remarks.taken():
+            remarked.append((bad[-1].replaced_by if bad else index, text))
+    return corrupt, remarked
 
 
 def _fill(
@@ -259,6 +295,7 @@ def _fill(
             transform(source.read(tried), seed=seed, epoch=epoch, index=tried, out=slot.pixels[:, place], **left)
             return corrupt
         except (DecodeError, OSError) as error:
+            remarks.taken()  # of the image that is given up
             reason = printable(str(error))[:200]
             following = replacement(seed, epoch, index, attempt, len(source)) if replace else index
             corrupt.append(Corrupt(tried, printable(source.name(tried)), reason, following))

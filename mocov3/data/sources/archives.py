@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mocov3.data.sources.classes import remarks_on_missing
 from mocov3.data.sources.index import cache_folder
 from mocov3.data.sources.members import Remarks, read_members
 from mocov3.data.sources.scan import EXTENSIONS
@@ -93,9 +94,9 @@ class Shards:
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 class of every image, or ``None`` unless all have one."""
+        """int32 class of every image (−1 for none), or ``None`` where there are none."""
         labels = self.records["label"]
-        return None if not len(labels) or labels.min() < 0 else np.ascontiguousarray(labels)
+        return None if not len(labels) or labels.max() < 0 else np.ascontiguousarray(labels)
 
     @property
     def digest(self) -> str:
@@ -157,9 +158,7 @@ def open_shards(files: list[str]) -> Shards:
     if not len(records):
         why = f" ({skipped[0]})" if skipped else ""
         raise UserError(f"data {files[0]}: holds no image ({', '.join(EXTENSIONS)}){why}")
-    labels = records["label"]
-    if missing := int((labels < 0).sum()) if labels.max() >= 0 else 0:
-        skipped = [*skipped, f"{files[0]}: {missing} of {len(labels)} images have no class beside them: none is used"]
+    skipped = [*skipped, *remarks_on_missing(files[0], records["label"])]
     shared = records.nbytes + names.nbytes >= _SHARE_FROM and os.path.exists(base + ".json")
     if not shared:
         records, names = np.array(records), np.array(names)
@@ -167,7 +166,7 @@ def open_shards(files: list[str]) -> Shards:
 
 
 def _classes(first: str, labels: np.ndarray) -> list[str]:
-    if labels.min() < 0:
+    if labels.max() < 0:
         return []
     try:
         classes = (Path(first).parent / CLASSES_FILE).read_text(encoding="utf-8").splitlines()

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import io
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,8 +14,10 @@ from PIL import Image
 
 from mocov3.config.presets import RGB, Reading
 from mocov3.data.sources.opening import Source
+from mocov3.data.views import remarks
 from mocov3.data.views.bands import Unfit, deep_samples
 from mocov3.data.views.decode import MAX_PIXELS, DecodeError, ImageBytes
+from mocov3.data.views.formats import opened
 from mocov3.errors import printable
 
 THUMB = 16
@@ -33,6 +34,8 @@ class Fact:
     index: int
     error: str = ""
     """Why it cannot be read; nothing below holds then."""
+    remark: str = ""
+    """What its decoder remarked."""
     format: str = ""
     mode: str = ""
     """As Pillow names them, of the file."""
@@ -84,7 +87,9 @@ def _examine_chunk(source: Source, indices: list[int], reading: Reading) -> list
 def _fact(source: Source, index: int, reading: Reading) -> Fact:
     try:
         data = source.read(index)
+        remarks.taken()
         pixels = ImageBytes(data, reading).pixels()[0]
+        remark = remarks.taken()
     except (DecodeError, OSError) as error:
         return Fact(
             index,
@@ -104,6 +109,7 @@ def _fact(source: Source, index: int, reading: Reading) -> Fact:
     spread = channels.max(2) - channels.min(2)
     return Fact(
         index,
+        remark=remark,
         format=kind,
         mode=mode,
         width=width,
@@ -121,7 +127,7 @@ def _fact(source: Source, index: int, reading: Reading) -> Fact:
 def _header(data: bytes, count: int) -> tuple[str, str, bool]:
     """Format and mode by Pillow's names, and whether EXIF says that it is shown turned."""
     try:
-        with Image.open(io.BytesIO(data)) as header:
+        with opened(data) as header:
             return header.format or "?", header.mode, _turned(header)
     except Exception:  # of more channels than Pillow knows: the image itself was read
         return "TIFF", f"{count} channels", False

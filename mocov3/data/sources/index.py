@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -95,12 +96,12 @@ class Index:
         base = 16 + 12 * n
         return self.array[base + start : base + end].tobytes()
 
-    @property
+    @cached_property
     def labels(self) -> np.ndarray | None:
-        """int32 classes, or ``None`` where there are none."""
+        """int32 classes (−1 for none), or ``None`` where there are none."""
         n = len(self)
         labels = self.array[16 + 8 * n : 16 + 12 * n].view(np.int32)
-        return None if n and labels[0] < 0 else labels
+        return None if n and labels.max() < 0 else labels
 
     @property
     def digest(self) -> str:

@@ -1,12 +1,16 @@
-"""Known classes of some images: from a CSV file, or from class folders."""
+"""Known classes of some images: from a CSV file, or from the images' own source; and classes matched by name."""
 
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mocov3.data.sources.lists import read_rows
-from mocov3.data.sources.opening import Source, Subset
+from mocov3.data.sources.classes import numbered, remarks_on_missing, renumbered
+from mocov3.data.sources.opening import Roots, Source, Subset
+from mocov3.data.sources.rows import Place, read_rows
 from mocov3.data.sources.survey import scattered
 from mocov3.errors import UserError, printable
 
@@ -20,10 +24,12 @@ class Labels:
     indices: np.ndarray
     numbers: np.ndarray
     classes: list[str]
+    remarks: tuple[str, ...] = ()
+    """How they were read, and what is left out; a line each."""
 
 
 class Labelled(Subset):
-    """The images whose classes a file tells, with these classes."""
+    """The images whose classes are known, with these classes."""
 
     def __init__(self, whole: Source, known: Labels) -> None:
         super().__init__(whole, known.indices)
@@ -39,6 +45,45 @@ class Labelled(Subset):
         """Class of every image."""
         return self._known.numbers.astype(np.int32)
 
+    @property
+    def skipped(self) -> list[str]:
+        """What is left out or remarkable, a line each."""
+        return [*super().skipped, *self._known.remarks]
+
+
+def with_labels(source: Source) -> Source:
+    """The images of a source that have a class: the source itself, if all have one or none has."""
+    labels = source.labels
+    if labels is None or (labels >= 0).all():
+        return source
+    known = np.flatnonzero(labels >= 0)  # of several sources, those without labels say nothing of themselves
+    said = remarks_on_missing("all sources", labels) if isinstance(source, Roots) else []
+    return Labelled(source, Labels(known, labels[known], source.classes, tuple(said)))
+
+
+def matched(classes: list[str], val: Source, where: str) -> Source:
+    """The labelled images of ``val``, their classes numbered as ``classes``, which are those of training, by name.
+
+    Raises:
+        UserError: if one is of a class that is not among them.
+    """
+    val = with_labels(val)
+    labels = val.labels
+    if labels is None or val.classes == classes:
+        return val
+    numbers = renumbered(labels, val.classes, classes, len(val))
+    if (numbers < 0).any():
+        unknown = sorted({val.classes[i] for i in labels[numbers < 0].tolist()})
+        raise UserError(
+            f"{where}: {int((numbers < 0).sum())} validation images are of classes that training lacks, first "
+            f"{unknown[0]!r}; classes are matched by name: add training images of it, or leave it out of validation"
+        )
+    left = sorted(set(classes) - {val.classes[i] for i in np.unique(labels).tolist()})
+    said = (
+        (f"{where}: {len(left)} of {len(classes)} classes have no validation image, first {left[0]!r}",) if left else ()
+    )
+    return Labelled(val, Labels(np.arange(len(val)), numbers, classes, said))
+
 
 def read_labels(file: Path, images: Source) -> Labels:
     """Labels of a CSV file for images named as ``images`` names them, or by a unique end of the path.
@@ -48,45 +93,69 @@ def read_labels(file: Path, images: Source) -> Labels:
     """
     if not file.is_file():
         raise UserError(f"--labels {file}: there is no such file; give a CSV of path,label")
-    rows = read_rows(file)
-    by_name: dict[str, int] = {}
-    by_last: dict[str, list[int]] = {}
-    for i in range(len(images)):
-        name = images.name(i).replace("\\", "/")
-        by_name[name] = i
-        by_last.setdefault(name.rsplit("/", 1)[-1], []).append(i)
+    names = _Names(images)
+    rows = read_rows(file, names.places(), "--labels")
     label_of: dict[int, str] = {}
-    for path, label in rows:
-        name = path.decode("utf-8", "surrogateescape").replace("\\", "/")
-        if not label:
-            raise UserError(f"--labels {file}: {printable(name)} has no label; write path,label a line")
-        index = by_name.get(name)
-        if index is None:
-            ends = [
-                i
-                for i in by_last.get(name.rsplit("/", 1)[-1], [])
-                if name.endswith(images.name(i)) or images.name(i).endswith(name)
-            ]
-            if len(ends) != 1:
-                why = "is the end of several paths" if ends else "is none of the images judged"
-                raise UserError(f"--labels {file}: {printable(name)} {why}; write the path below the folder")
-            index = ends[0]
-        if label_of.setdefault(index, label) != label:
-            raise UserError(f"--labels {file}: {printable(name)} has two labels, {label_of[index]} and {label}")
-    classes = sorted(set(label_of.values()))
-    if len(classes) < 2 or len(label_of) < 4:
+    for path, label, line in zip(rows.paths, rows.labels, rows.lines, strict=True):
+        name = os.fsdecode(path).replace("\\", "/")
+        ends = names.ending_in(name)
+        if len(ends) != 1:
+            why = "is the end of several paths" if ends else "is none of the images judged"
+            raise UserError(f"--labels {file}: line {line}: {printable(name)} {why}; write the path below the folder")
+        if label and label_of.setdefault(ends[0], label) != label:
+            before = label_of[ends[0]]
+            raise UserError(f"--labels {file}: line {line}: {printable(name)} has two labels, {before} and {label}")
+    indices = np.array(sorted(label_of), np.int64)
+    numbers, classes = numbered([label_of[i] for i in indices.tolist()])
+    if numbers is None or len(classes) < 2 or len(label_of) < 4:
         raise UserError(
             f"--labels {file}: {len(label_of)} images of {len(classes)} classes are too few; "
             "label 10 or more of 2 or more classes"
         )
-    indices = np.array(sorted(label_of))
-    return Labels(indices, np.array([classes.index(label_of[i]) for i in indices.tolist()]), classes)
+    missing = remarks_on_missing(str(file), np.array([0 if label else -1 for label in rows.labels]))
+    return Labels(indices, numbers, classes, (*rows.remarks, *missing))
+
+
+class _Names:
+    """Names of images by which a file of labels may call them."""
+
+    def __init__(self, images: Source) -> None:
+        self._names = [images.name(i).replace("\\", "/") for i in range(len(images))]
+        self._index = {name: i for i, name in enumerate(self._names)}
+        self._by_last: dict[str, list[int]] = {}
+        for i, name in enumerate(self._names):
+            self._by_last.setdefault(_last(name), []).append(i)
+
+    def ending_in(self, name: str) -> list[int]:
+        """Images of this name, or else those whose path is an end of it or the other way round."""
+        if name in self._index:
+            return [self._index[name]]
+        same = self._by_last.get(_last(name), [])
+        return [i for i in same if _is_end(self._names[i], name) or _is_end(name, self._names[i])]
+
+    def places(self) -> Iterator[Place]:
+        """By name; then by name without ending."""
+        yield Place(lambda path: path if len(self.ending_in(os.fsdecode(path))) == 1 else None)
+        stems: dict[bytes, bytes | None] = {}
+        for name in self._names:
+            for stem in {os.fsencode(os.path.splitext(part)[0]) for part in (name, _last(name))}:
+                stems[stem] = None if stem in stems else os.fsencode(name)
+        yield Place(stems.get, looked_up=True, said="images are named without their endings")
+
+
+def _last(name: str) -> str:
+    return re.split("[/:]", name)[-1]  # a colon: of several sources, and of rows in a table
+
+
+def _is_end(end: str, name: str) -> bool:
+    return name.endswith((f"/{end}", f":{end}"))
 
 
 def own_labels(images: Source) -> Labels | None:
-    """Labels of class folders, if there are two or more classes; of as many images as are judged."""
-    numbers = images.labels
-    if numbers is None or len(set(numbers.tolist())) < 2:
+    """Labels that the images come with, if they are of two or more classes; of as many images as are judged."""
+    labels = images.labels
+    known = np.flatnonzero(labels >= 0) if labels is not None else np.empty(0)
+    if labels is None or len(np.unique(labels[known])) < 2:
         return None
-    chosen = scattered(len(images), _MOST)
-    return Labels(chosen, numbers[chosen], images.classes)
+    chosen = known[scattered(len(known), _MOST)]
+    return Labels(chosen, labels[chosen], images.classes)

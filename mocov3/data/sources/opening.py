@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from mocov3.data.sources import archives, tables
+from mocov3.data.sources.classes import ordered, renumbered
 from mocov3.data.sources.embedded import BUILT_IN, FashionMnist
 from mocov3.data.sources.index import Index
 from mocov3.data.sources.lists import ENDINGS, read_list
@@ -33,7 +34,7 @@ class Source(Protocol):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 class of every image, or ``None``."""
+        """int32 class of every image, −1 where it has none; ``None`` where none has one."""
 
     @property
     def classes(self) -> list[str]:
@@ -193,7 +194,7 @@ class Folder:
 class Roots:
     """Several sources after each other; an epoch uses a fraction of each one's images, drawn afresh each time.
 
-    Labels are kept where every part has the same classes.
+    Classes of one name are one class.
     """
 
     def __init__(self, parts: Sequence[Source], fractions: Sequence[float]) -> None:
@@ -203,17 +204,22 @@ class Roots:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    @property
+    @cached_property
     def classes(self) -> list[str]:
-        """Names of the classes, if all parts have the same."""
+        """Names of the classes: those of the first part, if all parts have the same, else of all in their order."""
         first = self.parts[0].classes
-        return list(first) if all(p.classes == first for p in self.parts) else []
+        return (
+            first if all(p.classes == first for p in self.parts) else ordered(n for p in self.parts for n in p.classes)
+        )
 
     @cached_property
     def labels(self) -> np.ndarray | None:
         """Class of every image, or ``None``."""
-        labels = [p.labels for p in self.parts]
-        return np.concatenate(labels) if self.classes else None  # type: ignore[arg-type]
+        return (
+            np.concatenate([renumbered(p.labels, p.classes, self.classes, len(p)) for p in self.parts])
+            if self.classes
+            else None
+        )
 
     @property
     def digest(self) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mocov3.data.sources.index import Chunk, Index, recall, remember
+from mocov3.data.views import formats
 from mocov3.errors import UserError
 
 EXTENSIONS = (
@@ -28,7 +29,6 @@ EXTENSIONS = (
     ".jpe",
     ".jp2",
     ".j2k",
-    ".avif",
     ".pbm",
     ".pnm",
     ".tga",
@@ -38,8 +38,9 @@ EXTENSIONS = (
     ".sgi",
     ".apng",
     ".mpo",
+    *formats.endings(),
 )
-"""Endings taken for images; what is in a file is decided by its content."""
+"""Endings taken for images; what is in a file is decided by its content. ``formats.cure`` knows of further ones."""
 _ENDINGS = tuple(e.encode() for e in EXTENSIONS)
 _SETTINGS = " ".join(EXTENSIONS)
 _SKIPPED = (b"__macosx", b"@eadir")  # made by macOS and NAS systems: their images are not the user's

@@ -29,6 +29,8 @@ class Survey:
     examined: int
     unreadable: list[tuple[int, str]] = field(default_factory=list)
     """(index, reason)."""
+    remarked: list[tuple[int, str]] = field(default_factory=list)
+    """(index, remark) of those that were read although something beside their pixels is damaged or odd."""
     formats: dict[str, int] = field(default_factory=dict)
     """'JPEG RGB' → how many."""
     short_side: tuple[int, int, int] = (0, 0, 0)
@@ -113,6 +115,7 @@ def add_up(images: int, facts: Iterable[Fact]) -> Survey:
         images=images,
         examined=len(good) + len(unreadable),
         unreadable=unreadable,
+        remarked=[(f.index, f.remark) for f in good if f.remark],
         formats=dict(Counter(f"{f.format} {f.mode}" for f in good).most_common()),
         short_side=_quantiles(short),
         long_side=_quantiles(long),

@@ -5,16 +5,22 @@ training reads much more than it uses; for many epochs, ``mocov3 pack`` the tabl
 """
 
 import hashlib
+import json
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mocov3.data.sources.classes import ordered, remarks_on_missing, renumbered
+from mocov3.data.sources.rows import LABEL_COLUMNS
+from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.errors import UserError, printable
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "picture", "bytes")
-_LABELS = ("label", "labels", "cls", "class", "fine_label")
 _KEPT = 4  # row groups a process holds
+_MOST_NUMBERS = 100_000
+_TRIED = 8  # rows by which a column is told to hold images
 
 
 def is_parquet(data: str) -> bool:
@@ -38,33 +44,44 @@ class Parquet:
         for number, file in enumerate(files):
             try:
                 with pq.ParquetFile(file) as table:
-                    schema = table.schema_arrow
-                    image, label = _column(schema, file), next((n for n in _LABELS if n in schema.names), None)
                     if number == 0:
-                        self.column, self._label = image, label
-                    elif (image, label) != (self.column, self._label):
+                        self.column, self._label = _image_column(table, file, self.skipped), _label_column(table)
+                    elif not {self.column, self._label or self.column} <= set(table.schema_arrow.names):
                         raise UserError(f"data {file}: has other columns than {files[0]}")
                     for group in range(table.num_row_groups):
                         self._groups.append((number, group))
                         ends.append(table.metadata.row_group(group).num_rows)
-                    if label:
-                        labels.append(np.asarray(table.read([label]).column(label)))
+                    if self._label:
+                        labels.append(_read_labels(table, self._label))
             except (OSError, ValueError) as error:
                 raise UserError(f"data {file}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
             name_hash.update(f"{os.path.basename(file)}:{os.path.getsize(file)}\n".encode(errors="surrogateescape"))
         self.ends = np.cumsum(ends, dtype=np.int64)
         if not len(self):
             raise UserError(f"data {files[0]}: holds no row")
-        self.labels = _as_labels(np.concatenate(labels)) if labels else None
-        if labels and self.labels is None:
-            self.skipped.append(
-                f"{files[0]}: column {self._label} does not hold numbers from 0 on in every row: no classes are used"
-            )
-        self.classes = [] if self.labels is None else [str(i) for i in range(int(self.labels.max()) + 1)]
+        self.labels, self.classes = self._joined(labels)
         if self.labels is not None:
             name_hash.update(self.labels.tobytes())
         self.digest = name_hash.hexdigest()
         self._kept: dict[int, Any] = {}
+
+    def _joined(self, labels: "list[_Labels | None]") -> tuple[np.ndarray | None, list[str]]:
+        """int32 class of every row, and the names of the classes, of the labels of all files."""
+        known = [part for part in labels if part is not None]
+        if len(known) < len(labels):
+            self.skipped.append(f"{self.files[0]}: column {self._label} does not hold one class a row: none is used")
+        if not known or len(known) < len(labels):
+            return None, []
+        first = known[0].names
+        declared = first if all(part.declared and part.names == first for part in known) else None
+        used = {part.names[i] for part in known for i in np.unique(part.numbers[part.numbers >= 0]).tolist()}
+        classes = declared or _names(used)
+        numbers = np.concatenate([renumbered(p.numbers, p.names, classes, len(p.numbers)) for p in known])
+        self.skipped += remarks_on_missing(self.files[0], numbers)
+        if not (numbers >= 0).any():
+            self.skipped.append(f"{self.files[0]}: column {self._label} holds no label")
+            return None, []
+        return numbers, classes
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -89,8 +106,7 @@ class Parquet:
             while len(self._kept) >= _KEPT:
                 del self._kept[next(iter(self._kept))]
             self._kept[group] = rows
-        value = self._kept[group][index - (int(self.ends[group - 1]) if group else 0)].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
+        data = _bytes_of(self._kept[group][index - (int(self.ends[group - 1]) if group else 0)])
         if not isinstance(data, bytes) or not data:
             raise OSError("the row holds no bytes")
         return data
@@ -109,23 +125,122 @@ def _pyarrow() -> Any:
     return pq
 
 
-def _column(schema: Any, file: str) -> str:
+# --- columns ----------------------------------------------------------------------------------------------------
+
+
+def _image_column(table: Any, file: str, said: list[str]) -> str:
+    """The column of images: of those of file bytes the one whose first rows are images; one called so, if several."""
+    names: list[str] = table.schema_arrow.names
+    able = [name for name in names if _holds_bytes(table.schema_arrow.field(name).type)]
+    called = sorted((name for name in able if name.lower() in _IMAGES), key=lambda name: _IMAGES.index(name.lower()))
+    if len(able) == 1 and called:
+        return called[0]
+    holding = [name for name in able if _holds_images(table, name)]
+    best = [name for name in called if name in holding] or holding or called
+    if not best:
+        some = printable(", ".join(names[:10]))
+        raise UserError(f"data {file}: has no column of images as file bytes (its columns: {some})")
+    if len(best) > 1 and best[0] not in called:
+        both = printable(" and ".join(best[:2]))
+        raise UserError(f"data {file}: columns {both} both hold images; call the one to use image, or leave one out")
+    if others := [name for name in holding if name != best[0]]:
+        said.append(printable(f"{file}: images are those of column {best[0]}; left out: column {', '.join(others)}"))
+    return best[0]
+
+
+def _holds_bytes(kind: Any) -> bool:
     import pyarrow as pa
 
-    def holds_bytes(kind: Any) -> bool:
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-    names: list[str] = schema.names
-    for name in sorted(names, key=lambda n: (n not in _IMAGES, _IMAGES.index(n) if n in _IMAGES else 0)):
-        kind = schema.field(name).type
-        if holds_bytes(kind):
-            return name
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type):
-            return name
-    some = printable(", ".join(names[:10]))
-    raise UserError(f"data {file}: has no column of images as file bytes (its columns: {some})")
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _as_labels(values: np.ndarray) -> np.ndarray | None:
-    usable = values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() < 2**31
-    return values.astype(np.int32) if usable else None
+def _holds_images(table: Any, name: str) -> bool:
+    """Whether one of the first rows is an image."""
+    for batch in table.iter_batches(batch_size=_TRIED, columns=[name]):
+        for value in batch.column(0):
+            try:
+                ImageBytes(_bytes_of(value) or b"")
+            except DecodeError:
+                continue
+            return True
+        break
+    return False
+
+
+def _bytes_of(value: Any) -> Any:
+    value = value.as_py()
+    return value.get("bytes") if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Labels of one file."""
+
+    numbers: np.ndarray
+    """Index of each row's name, −1 where it has none."""
+    names: list[str]
+    declared: bool
+    """Whether the file declares the names, those without images too."""
+
+
+def _label_column(table: Any) -> str | None:
+    """The column of labels: called so, or the only one that Hugging Face's data sets library declares to be classes."""
+    lower = {name.lower(): name for name in reversed(table.schema_arrow.names)}
+    declared = list(_declared(table))
+    return next((lower[n] for n in LABEL_COLUMNS if n in lower), declared[0] if len(declared) == 1 else None)
+
+
+def _declared(table: Any) -> dict[str, list[str]]:
+    """Column → names of its classes, as the metadata of Hugging Face's data sets library have them (ClassLabel)."""
+    try:
+        features = json.loads(table.schema_arrow.metadata[b"huggingface"])["info"]["features"]
+        return {
+            column: [str(name) for name in about["names"]]
+            for column, about in features.items()
+            if isinstance(about, dict) and about.get("_type") == "ClassLabel" and about.get("names")
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _names(used: set[str]) -> list[str]:
+    """Classes of the labels of a column; whole numbers from 0 on stay what they are."""
+    if not all(name.removeprefix("-").isdecimal() for name in used):
+        return ordered(used)
+    if used != {"-1", "1"}:
+        used = used - {"-1"}  # the number for no label, unless it is one of a pair
+    least, most = min(map(int, used), default=0), max(map(int, used), default=-1)
+    return [str(i) for i in range(most + 1)] if least >= 0 and most < _MOST_NUMBERS else ordered(used)
+
+
+def _read_labels(table: Any, column: str) -> _Labels | None:
+    """The labels of a file; ``None`` if they are not one class a row."""
+    import pyarrow as pa
+
+    values = table.read([column]).column(0).combine_chunks()
+    names = _declared(table).get(column)
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if names is not None and pa.types.is_integer(kind):
+        numbers = values.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        return _Labels(numbers.clip(min=-1), names, True) if numbers.max(initial=-1) < len(names) else None
+    tests = (
+        pa.types.is_integer,
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_boolean,
+        pa.types.is_floating,
+    )
+    if not any(is_kind(kind) for is_kind in tests):
+        return None
+    coded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
+    texts = [_label_text(value) for value in coded.dictionary.to_pylist()]
+    numbers = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return _Labels(np.where(np.array([*texts, ""])[numbers] == "", -1, numbers), texts, False)
+
+
+def _label_text(value: Any) -> str:
+    if value is None or value != value:  # NaN: what is missing in a column of numbers
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()

@@ -13,6 +13,7 @@ import numpy as np
 
 from mocov3.data.sources.embedded import FashionMnist
 from mocov3.data.sources.index import Index
+from mocov3.data.sources.labels import matched, with_labels
 from mocov3.data.sources.opening import Folder, Source, open_source
 from mocov3.data.sources.splits import apart, parts_of
 from mocov3.errors import UserError, printable
@@ -60,16 +61,10 @@ def _folders(root: Path) -> tuple[Source, Source]:
     train, test = open_source(str(root), "train"), open_source(str(root), "val")
     for part, name in ((train, "train"), (test, "val")):
         if part.labels is None:
-            raise UserError(f"--data-path {root}: {name} holds images outside of class folders; give each a class")
+            raise UserError(f"--data-path {root}: {name} has no classes; give each image a class folder, or a label")
     if len(train.classes) < 2:
         raise UserError(f"--data-path {root}: train holds {len(train.classes)} class; two or more are needed")
-    if train.classes != test.classes:
-        first = sorted(set(train.classes) ^ set(test.classes))[0]
-        raise UserError(
-            f"--data-path {root}: train has {len(train.classes)} classes and val {len(test.classes)}, not the same; "
-            f"first that differs: {first}"
-        )
-    return train, test
+    return with_labels(train), matched(train.classes, test, f"--data-path {root}")
 
 
 # --- CIFAR (Krizhevsky 2009) --------------------------------------------------------------------------------

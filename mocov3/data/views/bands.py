@@ -9,12 +9,14 @@ import math
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from mocov3.config.presets import Reading
+from mocov3.data.views import jxl, remarks
+from mocov3.data.views.bare import PNG, TIFF, png
+from mocov3.data.views.formats import opened
 
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_PNG, _DEEP = b"\x89PNG\r\n\x1a\n", b"\x10"
+_TIFF = (*TIFF, b"II+\0", b"MM\0+")
+_DEEP = b"\x10"
 
 
 class Unfit(ValueError):
@@ -34,9 +36,10 @@ def deep_samples(data: bytes, most: int) -> np.ndarray | None:
     values: np.ndarray | None = None
     if data[:4] in _TIFF:
         values = _tiff(data, most, deep=True)
-    elif data[:8] == _PNG and data[24:25] == _DEEP:
+    elif data[:8] == PNG and data[24:25] == _DEEP:
         _check((int.from_bytes(data[20:24]), int.from_bytes(data[16:20])), most)
-        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        file = png(data, (b"tRNS",))  # of one that is not sound libpng, as OpenCV uses it, would print what is wrong
+        values = cv2.imdecode(np.frombuffer(file.data, np.uint8), cv2.IMREAD_UNCHANGED) if file.sound else None
         if values is None:
             raise Unfit("is a damaged PNG")
         if values.ndim == 3:  # OpenCV's order is blue, green, red
@@ -54,7 +57,9 @@ def samples(data: bytes, channels: int, most: int) -> np.ndarray:
     """
     values = _tiff(data, most) if data[:4] in _TIFF else deep_samples(data, most)
     if values is None:
-        with Image.open(io.BytesIO(data)) as image:
+        if data.startswith(jxl.SIGNATURES):
+            _check(jxl.size(data)[::-1], most)
+        with opened(data) as image:
             _check((image.height, image.width), most)
             image.load()
             values = np.asarray(image)
@@ -93,7 +98,7 @@ def _tiff(data: bytes, most: int, *, deep: bool = False) -> np.ndarray | None:
     import tifffile
 
     try:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
+        with remarks.kept(), tifffile.TiffFile(io.BytesIO(data)) as file:
             first = file.pages.first
             # ImageJ and OME write every channel as a page of its own
             source = file.series[0] if file.series and file.series[0].axes == "CYX" else first

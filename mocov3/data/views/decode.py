@@ -8,6 +8,8 @@
 | 16 bits a channel | the upper 8 bits (so 65535 is white), or what ``Reading.window`` says: 0,4095 for 12 bits |
 | 32-bit integers | taken as 16-bit, clipped; floats: 0–255, clipped |
 | several frames or pages | the first |
+| HEIC, AVIF, JPEG XL | where the extra ``formats`` is installed, turned as the format itself says |
+| text, profiles, damaged EXIF | ignored (``bare``); what libraries say is counted (``remarks``), not printed |
 | one channel wanted | grey, by Pillow's weights of red, green and blue |
 | four or more wanted | the file's samples as stored (``bands``); as many as wanted, or it is refused |
 
@@ -16,7 +18,6 @@ their size; plain PNGs by OpenCV; all else, and whatever these refuse, by Pillow
 decoded.
 """
 
-import io
 from typing import Any
 
 import cv2
@@ -25,7 +26,9 @@ import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mocov3.config.presets import RGB, Reading
-from mocov3.data.views import bands
+from mocov3.data.views import bands, jxl, remarks
+from mocov3.data.views.bare import APP1, EXIF, JPEG, PNG, png, segments
+from mocov3.data.views.formats import missing, opened
 
 MAX_PIXELS = 178_956_970
 """Images of more pixels are refused, as by Pillow: a small file may claim any size."""
@@ -33,10 +36,7 @@ MAX_PIXELS = 178_956_970
 SHRINKS = (8, 4, 2)
 """Parts of its size at which a JPEG is decoded faster; others (5/8 …) are slower than the whole."""
 
-_JPEG, _EXIF, _ORIENTATION = b"\xff\xd8\xff", b"Exif\0\0", 0x0112
-_APP1 = 0xE1
-_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
-_SCANS = (0xC0, 0xC1, 0xC2, 0xDA)  # the frame or the scan begins: no EXIF from here on
+_ORIENTATION = 0x0112
 
 
 class DecodeError(Exception):
@@ -73,16 +73,16 @@ class ImageBytes:
             self.height, self.width = self._pixels.shape[:2]
 
     def _is_plain_jpeg(self, data: bytes) -> bool:
-        if data[:3] != _JPEG:
+        if data[:3] != JPEG:
             return False
         try:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-            self._turn = _orientation(data)
         except Exception:  # damaged, or of a kind libjpeg-turbo's plain interface does not know: Pillow decides
             return False
         if space not in ("YCbCr", "Gray", "RGB"):
             return False
         _check_size(width, height)
+        self._turn = _orientation(data)
         self._stored = width, height
         self.width, self.height = (width, height) if self._turn < 5 else (height, width)
         return True
@@ -133,7 +133,7 @@ def _by_reading(data: bytes, reading: Reading) -> np.ndarray:
         raise DecodeError("is not an image") from None
     except Exception as error:  # as in _by_pillow
         raise DecodeError(f"{type(error).__name__}: {error}") from None
-    if reading.window and data[:3] != _JPEG:
+    if reading.window and data[:3] != JPEG:
         return _with_channels(_by_pillow(data, reading), channels)
     return _with_channels(ImageBytes(data).pixels()[0], channels)
 
@@ -142,17 +142,32 @@ def _by_pillow(data: bytes, reading: Reading = RGB) -> np.ndarray:
     if not data:
         raise DecodeError("the file is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        if data.startswith(jxl.SIGNATURES):
+            _check_size(*jxl.size(data))
+        with opened(data) as image:
             _check_size(*image.size)
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            _turn(image)
             return _rgb_of(image, reading)
     except DecodeError:
         raise
     except UnidentifiedImageError:
-        raise DecodeError("is not an image") from None
+        raise DecodeError(f"is {name}" if (name := missing(data)) else "is not an image") from None
     except Exception as error:  # Pillow's plugins raise whatever a malformed file makes them stumble over
         raise DecodeError(f"{type(error).__name__}: {error}") from None
+
+
+def _turn(image: Image.Image) -> None:
+    if image.format == "JXL" and not getattr(image, "jpeg", False):  # turned by its own header, whatever EXIF says
+        return
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:  # as in _by_pillow
+        _note_exif(error)
+
+
+def _note_exif(error: Exception) -> None:
+    remarks.note(f"its EXIF is damaged and ignored ({error or type(error).__name__})")
 
 
 def _check_size(width: int, height: int) -> None:
@@ -188,31 +203,31 @@ def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 def _plain_png(data: bytes) -> np.ndarray | None:
     """Pixels of a whole 8-bit grey or RGB PNG without transparency or EXIF, by OpenCV; ``None`` for any other."""
-    if data[:8] != _PNG or data[24:25] != b"\x08" or data[25:26] not in (b"\0", b"\2") or data[-12:] != _PNG_END:
+    if data[:8] != PNG or data[24:25] != b"\x08" or data[25:26] not in (b"\0", b"\2"):
         return None
-    place = 8
-    while (kind := data[place + 4 : place + 8]) != b"IDAT":
-        if kind in (b"tRNS", b"eXIf", b""):
-            return None
-        place += 12 + int.from_bytes(data[place : place + 4])
+    file = png(data)
+    if not (file.sound and file.plain):  # libpng, as OpenCV uses it, would print what is wrong
+        return None
     _check_size(int.from_bytes(data[16:20]), int.from_bytes(data[20:24]))
     try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)  # None where it is damaged
+        return cv2.imdecode(np.frombuffer(file.data, np.uint8), cv2.IMREAD_COLOR_RGB)  # None where it is damaged
     except cv2.error:
         return None
 
 
 def _orientation(data: bytes) -> int:
     """EXIF orientation 1–8 of a JPEG's bytes; 1 where there is none."""
-    place = 2
-    while data[place] == 0xFF and data[place + 1] not in _SCANS:  # segments: marker, length (itself counted), contents
-        length = int.from_bytes(data[place + 2 : place + 4])
-        if data[place + 1] == _APP1 and data.startswith(_EXIF, place + 4):
+    for marker, place, end in segments(data):
+        if marker == APP1 and data.startswith(EXIF, place + 4):
             exif = Image.Exif()
-            exif.load(data[place + 4 : place + 2 + length])
-            value = exif.get(_ORIENTATION, 1)
+            try:
+                with remarks.kept():
+                    exif.load(data[place + 4 : end])
+                    value = exif.get(_ORIENTATION, 1)
+            except Exception as error:  # as in _by_pillow
+                _note_exif(error)
+                return 1
             return value if value in range(1, 9) else 1
-        place += 2 + length
     return 1
 
 

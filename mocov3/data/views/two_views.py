@@ -15,6 +15,8 @@ from mocov3.data.views.decode import SHRINKS, ImageBytes
 from mocov3.data.views.draws import COLOUR_DRAWS, Draw, colour_draw, draw, pad_pixels, without_colour
 from mocov3.data.views.operations import Pixels, apply_draw
 
+_LONGEST = 4
+"""Images this many times as long as wide are not resized whole before their centre is cut out."""
 _SHARPNESS = 1.5
 """A JPEG is decoded smaller only where every crop still has this many times the pixels of the view, a side."""
 
@@ -136,21 +138,43 @@ class CentreView:
     ) -> tuple[Pixels]:
         """The view of the image in ``data``; seed, epoch and index are accepted and change nothing."""
         pixels = ImageBytes(data, self.reading).pixels()[0]
-        channels = self.reading.channels
-        if channels == 3:
-            pixels = self._of(Image.fromarray(pixels))
+        if self.reading.channels == 3:
+            pixels = self._of(pixels)
         else:
-            planes = [self._of(Image.fromarray(np.ascontiguousarray(pixels[..., c]))) for c in range(channels)]
-            pixels = np.stack(planes, 2)
+            pixels = np.stack([self._of(pixels[..., c]) for c in range(self.reading.channels)], 2)
         written([pixels], out)
         return (pixels,)
 
-    def _of(self, image: Image.Image) -> Pixels:
-        side = round(self.image_size * self.zoom)
-        width, height = image.size
-        short = min(width, height)
+    def _of(self, pixels: Pixels) -> Pixels:
+        side, size = round(self.image_size * self.zoom), self.image_size
+        lengths = pixels.shape[:2]
+        short = min(lengths)
+        height, width = resized = [max(side * n // short, side) for n in lengths]
+        top, left = corner = [round((n - size) / 2) for n in resized]
+        if max(resized) > _LONGEST * side:
+            return _part(pixels, [n / r for n, r in zip(lengths, resized, strict=True)], corner, size, self.resample)
+        image = _image(pixels)
         if short != side:
-            image = image.resize((max(side * width // short, side), max(side * height // short, side)), self.resample)
-        width, height = image.size
-        left, top = round((width - self.image_size) / 2), round((height - self.image_size) / 2)
-        return np.asarray(image.crop((left, top, left + self.image_size, top + self.image_size)))
+            image = image.resize((width, height), self.resample)
+        return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _image(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _part(
+    pixels: Pixels, scales: Sequence[float], corner: Sequence[int], size: int, resample: Image.Resampling
+) -> Pixels:
+    """The square at ``corner`` (row, column) of ``pixels`` made 1/``scales`` as large, without making the rest.
+
+    Equals the cut but for rounding: Pillow takes the bounds of a part in 32 bits, and may begin with the other axis.
+    """
+    cut, bounds = [], []
+    for length, scale, begin in zip(pixels.shape, scales, corner, strict=False):
+        first, last = begin * scale, min((begin + size) * scale, length)
+        reach = 3 * max(scale, 1.0) + 1  # in pixels of Lanczos, the widest filter
+        cut.append(slice(max(int(first - reach), 0), int(last + reach) + 1))
+        bounds.append((first - cut[-1].start, last - cut[-1].start))
+    (top, bottom), (left, right) = bounds
+    return np.asarray(_image(pixels[tuple(cut)]).resize((size, size), resample, box=(left, top, right, bottom)))

@@ -1,6 +1,5 @@
 """What linear evaluation is given: the configuration and its images, checked as far as that goes without torch."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from mocov3.config import LinclsConfig
@@ -17,15 +16,6 @@ SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 PUBLISHED = {"resnet50": {100: 68.9, 300: 72.8, 1000: 74.6}, "vit_small": {300: 73.2}, "vit_base": {300: 76.7}}
 """The reference's figures (its README): arch → epochs of pre-training → top-1 in % on ImageNet-1k. Not ours."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every rank is given: the configuration, which command started it, the images of a mere evaluation."""
-
-    config: LinclsConfig
-    script_door: bool
-    val_folder: str = ""
 
 
 def check(config: LinclsConfig, *, script_door: bool) -> None:

@@ -21,22 +21,21 @@ from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
 from mocov3.evaluation.features import Collected, Part, collect, first_of, refuse_not_finite
 from mocov3.evaluation.linear import files
-from mocov3.evaluation.linear.heads import Heads, HeadSpec
-from mocov3.evaluation.linear.inputs import Job
 from mocov3.evaluation.linear.lbfgs import solve
 from mocov3.evaluation.linear.log import EvaluationLog, HeadResult, best_of
 from mocov3.evaluation.linear.scores import evaluated, rates, validation_features
-from mocov3.evaluation.linear.setup import check_same_run, find, open_backbone, open_log, protocol
+from mocov3.evaluation.linear.setup import build_heads, check_same_run, find, open_backbone, protocol
 from mocov3.losses import at_least_float32
-from mocov3.models.precision import Precision, resolve_precision
+from mocov3.models.precision import precision_of
 from mocov3.output.log import warn
 from mocov3.running.folder import LINCLS_LOCK, Owner, owned
+from mocov3.running.job import Job
 from mocov3.running.run import Run
 from mocov3.weights import Contents, our_entry
 from mocov3.weights.checkpoint import Position
 
 
-def train(world: World, job: Job) -> int:
+def train(world: World, job: Job[LinclsConfig]) -> int:
     """Train the heads on this rank, from its present position to its end; returns the exit code."""
     with owned(world, job.config.output_dir, name=LINCLS_LOCK) as owner, Evaluation(world, job, owner) as run:
         if run.config.solver == "lbfgs":
@@ -59,8 +58,8 @@ class Evaluation(Run):
     config: LinclsConfig
     log: EvaluationLog
 
-    def __init__(self, world: World, job: Job, owner: Owner) -> None:
-        super().__init__(world, job.config, owner)
+    def __init__(self, world: World, job: Job[LinclsConfig], owner: Owner) -> None:
+        super().__init__(world, job, owner)
         self.source, self.val_source = open_labelled(job.config.data)
         self.labels, self.val_labels = (
             torch.as_tensor(s.labels, dtype=torch.long, device=world.device) for s in (self.source, self.val_source)
@@ -68,58 +67,52 @@ class Evaluation(Run):
         self.iterations = -(-len(self.source) // job.config.batch_size)
         where, contents = find(job.config)
         self.frozen, self.config = open_backbone(job.config, world, where, contents)
-        c = self.config
         self.digest = self.frozen.digest()
-        check_same_run(where, contents, c, self.source)
-        lrs = c.lrs if c.solver == "sgd" else (0.0,)  # L-BFGS has none
-        specs = [HeadSpec(kind, lr, wd) for kind in c.kinds for wd in c.weight_decays for lr in lrs]
-        self.heads = Heads(
-            specs,
-            width=self.frozen.width,
-            classes=len(self.source.classes),
-            seed=c.seed or 0,
-            momentum=c.momentum,
-            world=world,
-            dtype=torch.get_default_dtype(),
-        )
-        self.results = [HeadResult(s.kind, s.lr, s.weight_decay) for s in specs]
-        self.position = Position(c.start_epoch, 0, c.start_epoch * self.iterations)
-        self._zero_counts()
-        if contents is not None:
-            self._restore(where, contents)
-        self.frozen.to(world.device)
-        self.precision = Precision(
-            resolve_precision(c.precision, world.device, script_door=job.script_door), world.device
-        )
+        check_same_run(where, contents, self.config, self.source)
+        self.heads = build_heads(self.config, self.frozen, len(self.source.classes), world)
+        self.results = [HeadResult(s.kind, s.lr, s.weight_decay) for s in self.heads.specs]
         self.unreadable: dict[str, dict[int, str]] = {"train": {}, "val": {}}
         self._val: list[tuple[Tensor, Tensor]] | None = None
         self._train: Collected | None = None
         self._best = False
-        self.log = open_log(
-            c,
-            world,
-            self.frozen,
-            (len(self.source), len(self.val_source)),
-            self.heads,
-            self.iterations,
-            self.position,
-            resumed=contents is not None,
-            script_door=job.script_door,
-        )
+        self._zero_counts()
+        self.position = self._start(where, contents)
+        self.frozen.to(world.device)
+        self.precision = precision_of(self.config.precision, world.device, script_door=job.script_door)
+        self.log = self._open_log(resumed=contents is not None)
 
-    def _restore(self, where: str, contents: Contents) -> None:
-        self.position = files.restore(contents, self.heads, where, iterations=self.iterations)
-        if self.position.iteration >= self.iterations:  # another batch size, by --allow-config-change
-            self.position = Position(self.position.epoch + 1, 0, self.position.step)
+    def _open_log(self, *, resumed: bool) -> EvaluationLog:
+        c, world, frozen = self.config, self.world, self.frozen
+        self.log = EvaluationLog(c, self.session())
+        self.write_config("lincls.yaml", "re-run by: mocov3 lincls --config FILE")
+        if world.main and not (c.pretrained or c.resume or c.arch == "pixels"):
+            warn("no --pretrained: the backbone is untrained")
+        self.say_start(
+            f"{protocol(c)} of {frozen.about}: {len(self.source)} training and {len(self.val_source)} validation "
+            f"images, {self.heads.classes} classes, {len(self.heads.specs)} heads, {self.iterations} steps of "
+            f"{c.batch_size} an epoch, {c.epochs} epochs; {world.size} process(es) on {world.device.type}; "
+            f"seed {c.seed}",
+            resumed=resumed,
+        )
+        return self.log
+
+    def _start(self, where: str, contents: Contents | None) -> Position:
+        """The position to start from; a checkpoint is read into heads, results and counts."""
+        if contents is None:
+            return Position(self.config.start_epoch, 0, self.config.start_epoch * self.iterations)
+        position = files.restore(contents, self.heads, where, iterations=self.iterations)
+        if position.iteration >= self.iterations:  # another batch size, by --allow-config-change
+            position = Position(position.epoch + 1, 0, position.step)
         entry = our_entry(contents)
         for result, saved in zip(self.results, entry.get("heads", []), strict=False):
             for field in ("acc1", "acc5", "loss", "best_acc1", "best_epoch"):
                 setattr(result, field, saved[field])
         if not entry:
             self.results[0].best_acc1 = files.best_acc1(contents)
-            self.results[0].best_epoch = self.position.epoch - 1
-        if isinstance(entry.get("counts"), Tensor) and self.position.iteration and self.world.main:
+            self.results[0].best_epoch = position.epoch - 1
+        if isinstance(entry.get("counts"), Tensor) and position.iteration and self.world.main:
             self.counts += entry["counts"].to(self.counts)
+        return position
 
     def _settings(self) -> dict[str, Any]:
         preset = self.frozen.preset
@@ -141,15 +134,15 @@ class Evaluation(Run):
         )
         if c.cache_features:
             self._collect_train()
-            self.log.restart()
+            self.log.restart_clock()
             for work in works:
-                self.log.waited()
+                self.log.batch_came()
                 yield work, None
             return
         view = CropView(self.frozen.image_size, c.crop_min, self.frozen.preset.reading)
         local = -(-c.batch_size // world.size)
         for batch in self.load(self.source, view, works, batch_size=local, seed=c.seed or 0):
-            self.log.waited()
+            self.log.batch_came()
             yield batch.work, batch
 
     def _collect_train(self) -> Collected:
@@ -196,7 +189,7 @@ class Evaluation(Run):
         sums = self.heads.step(x, target, lr_factor=factor)
         now = torch.cat([sums, sums.new_full((len(sums), 1), float(len(target)))], dim=1)
         self.counts += now
-        self.log.stepped(work.epoch)
+        self.log.step_ended(work.epoch, self.position.step, c.batch_size)
         if work.iteration % c.print_freq == 0:
             lead = best_of(self.results)
             summed = self.world.sum(torch.stack([now[lead], self.counts[lead]]))
@@ -242,7 +235,7 @@ class Evaluation(Run):
         self._best = lead.best_acc1 > best_before
         self.save(again=self._best)
         self._best = False
-        self.log.restart()
+        self.log.restart_clock()
 
     def evaluate(self) -> list[tuple[float, float, float]]:
         """Loss, top-1 and top-5 in % of every head on the whole validation set, exact over ranks."""
@@ -251,7 +244,7 @@ class Evaluation(Run):
                 self.frozen, self.val_source, self.val_labels, self.world, f"{self.data_title} (val)", self._settings()
             )
             self._note_unreadable("val", bad)
-        return evaluated(self.heads, self._val, self.world, self.log, self.config.print_freq)
+        return evaluated(self.heads, self._val, self.world, self.log.terminal, self.config.print_freq)
 
     def solve(self) -> None:
         """Fit every head to the cached features by L-BFGS, and evaluate."""
@@ -322,7 +315,7 @@ class Evaluation(Run):
         if self.results[0].best_epoch >= 0:
             c = self.config
             bad = {part: len(set().union(*self.world.gather(set(met)))) for part, met in self.unreadable.items()}
-            self.log.result(
+            self.log.summary(
                 self.results,
                 {
                     "protocol": protocol(c),

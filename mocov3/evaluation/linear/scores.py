@@ -3,26 +3,30 @@
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mocov3.config import LinclsConfig
 from mocov3.data import Source, open_source
-from mocov3.data.loading.labelled import check_same_classes, open_evaluated
+from mocov3.data.loading.labelled import open_evaluated
 from mocov3.data.loading.loader import loader_workers
+from mocov3.data.sources.labels import matched, with_labels
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.evaluation.features import first_of, grid, refuse_not_finite, refuse_unreadable, stream
 from mocov3.evaluation.frozen import Frozen, open_frozen
 from mocov3.evaluation.linear import files
 from mocov3.evaluation.linear.heads import Heads, HeadSpec
-from mocov3.evaluation.linear.inputs import PUBLISHED, Job
-from mocov3.evaluation.linear.log import EvaluationLog, HeadResult
+from mocov3.evaluation.linear.inputs import PUBLISHED
+from mocov3.evaluation.linear.log import HeadResult, scores
 from mocov3.evaluation.linear.setup import find
-from mocov3.models.precision import Precision, resolve_precision
+from mocov3.metrics import Meter, Progress
+from mocov3.models.precision import precision_of
 from mocov3.output.log import warn
+from mocov3.output.terminal import Terminal
+from mocov3.running.job import Job
 from mocov3.weights import our_entry
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -56,7 +60,7 @@ def validation_features(
 
 
 def evaluated(
-    heads: Heads, batches: Batches, world: World, log: EvaluationLog, print_freq: int
+    heads: Heads, batches: Batches, world: World, terminal: Terminal, print_freq: int
 ) -> list[tuple[float, float, float]]:
     """Loss, top-1 and top-5 in % of every head: counts summed over ranks, divided once."""
     wide = torch.float32 if world.device.type == "mps" else torch.float64
@@ -66,7 +70,11 @@ def evaluated(
         sums = heads.evaluate(x, target)
         counts += torch.cat([sums, sums.new_full((len(sums), 1), float(len(target)))], dim=1)
         if i % print_freq == 0:
-            log.test(i, len(batches), (time.perf_counter() - began) / (i + 1), rates(counts[0].tolist()))
+            seconds, values = (time.perf_counter() - began) / (i + 1), rates(counts[0].tolist())
+            meters = [Meter("Time", "6.3f", seconds, seconds, 1), *scores()]
+            for meter, value in zip(meters[1:], values, strict=True):
+                meter.update(value)
+            terminal.line(Progress(len(batches), meters).line(None, i))
     return [rates(row) for row in world.sum(counts).tolist()]
 
 
@@ -77,7 +85,7 @@ def rates(row: Sequence[float]) -> tuple[float, float, float]:
     return loss / n, 100 * first / n, 100 * fifth / n
 
 
-def evaluate_file(world: World, job: Job) -> int:
+def evaluate_file(world: World, job: Job[LinclsConfig]) -> int:
     """``-e``: the accuracy of a linear file on the validation set."""
     source = open_source(job.config.data, "val")
     result, _, about = _score(world, job, source)
@@ -92,13 +100,13 @@ def evaluate_file(world: World, job: Job) -> int:
     return 0
 
 
-def verify_file(world: World, job: Job) -> int:
+def verify_file(world: World, job: Job[LinclsConfig]) -> int:
     """The accuracy of a published linear file beside the published figure; 0 if they agree, else 1."""
-    result, contents, _ = _score(world, job, open_evaluated(job.val_folder))
+    result, contents, _ = _score(world, job, open_evaluated(job.config.data))
     if not world.main:
         return 0
     arch, claimed = str(contents["arch"]), files.best_acc1(contents)
-    print(f"{job.config.resume} ({arch}) on {job.val_folder}:")
+    print(f"{job.config.resume} ({arch}) on {job.config.data}:")
     print(f"  measured here        {result.acc1:7.3f}  (Acc@5 {result.acc5:.3f})")
     print(f"  written in the file  {claimed:7.3f}")
     classes = len(files.classifier(contents, job.config.resume).weight)
@@ -112,17 +120,16 @@ def verify_file(world: World, job: Job) -> int:
     return 0 if agree else 1
 
 
-def _score(world: World, job: Job, source: Source) -> tuple[HeadResult, dict[str, Any], str]:
+def _score(world: World, job: Job[LinclsConfig], source: Source) -> tuple[HeadResult, dict[str, Any], str]:
     c = job.config
     path, contents = find(c)
     assert contents is not None
     where = f"--resume {path}"
     if source.labels is None:
-        raise UserError(f"data {c.data}: needs class folders, val/CLASS/…")
+        raise UserError(f"data {c.data}: needs images with classes: val/CLASS/…, or labels")
     saved_classifier = files.classifier(contents, where)
-    entry = our_entry(contents)
-    if isinstance(entry.get("classes"), list) and len(entry["classes"]) == len(source.classes):
-        check_same_classes(entry["classes"], list(source.classes), f"{where} and data {c.data}")
+    classes = our_entry(contents).get("classes")
+    source = matched(classes, source, f"{where}, data {c.data}") if isinstance(classes, list) else with_labels(source)
     frozen = open_frozen(
         path, flag="--resume", arch=c.arch, image_size=c.image_size, view_preset=c.view_preset, heads=c.heads
     )
@@ -133,7 +140,7 @@ def _score(world: World, job: Job, source: Source) -> tuple[HeadResult, dict[str
     )
     heads.set(0, saved_classifier.weight, saved_classifier.bias)
     frozen.to(world.device)
-    precision = Precision(resolve_precision(c.precision, world.device, script_door=job.script_door), world.device)
+    precision = precision_of(c.precision, world.device, script_door=job.script_door)
     workers = loader_workers(c.workers, world.local_size)
     settings = {
         "mean": frozen.preset.mean,
@@ -146,16 +153,7 @@ def _score(world: World, job: Job, source: Source) -> tuple[HeadResult, dict[str
     if bad and world.main:
         warn(f"{len(bad)} unreadable images left out, first: {first_of(bad, source)}")
     style = "quiet" if c.quiet or c.json else "lines"
-    log = EvaluationLog(
-        Path(c.output_dir),
-        active=world.main,
-        style=style,
-        epochs=1,
-        iterations=1,
-        batch_size=c.batch_size,
-        first_epoch=0,
-        write=False,
-    )
+    terminal = Terminal(style, epochs=1, iterations=1, active=world.main)
     result = HeadResult("linear", 0.0, 0.0)
-    result.update(*evaluated(heads, batches, world, log, c.print_freq)[0], epoch=int(contents["epoch"]) - 1)
+    result.update(*evaluated(heads, batches, world, terminal, c.print_freq)[0], epoch=int(contents["epoch"]) - 1)
     return result, contents, frozen.about

@@ -5,20 +5,18 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from mocov3.config import PRESETS, LinclsConfig, changed_fields, logger_names, write_yaml
+import torch
+
+from mocov3.config import PRESETS, LinclsConfig
 from mocov3.config.archs import stored_heads
-from mocov3.config.lincls import numbers
 from mocov3.data import Source
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.evaluation.frozen import Frozen, open_frozen
 from mocov3.evaluation.linear import files
-from mocov3.evaluation.linear.heads import Heads
-from mocov3.evaluation.linear.log import EvaluationLog
-from mocov3.output.log import warn
-from mocov3.output.terminal import style_of
+from mocov3.evaluation.linear.heads import Heads, HeadSpec
+from mocov3.running.changes import refuse_changes
 from mocov3.weights import Contents, our_entry
-from mocov3.weights.checkpoint import Position
 
 PROTOCOL = "linear evaluation"
 CACHED = "linear evaluation on cached features, without augmentation (not the published protocol)"
@@ -91,15 +89,7 @@ def check_same_run(path: str, contents: Contents | None, config: LinclsConfig, s
     if contents is None:
         return
     entry = our_entry(contents)
-    saved = {k: v for k, v in entry.get("config", {}).items() if k != "heads"}  # compared with the backbone already
-    for name in ("lr", "weight_decay"):
-        if name in saved:
-            saved[name] = numbers(saved[name])
-    if (changed := changed_fields(config, saved)) and not config.allow_config_change:
-        raise UserError(
-            f"--resume {path}: these fields differ from the checkpoint's: {', '.join(changed)}; "
-            "give them as they were, or --allow-config-change"
-        )
+    refuse_changes(f"--resume {path}", config, contents)
     classes = entry.get("classes")
     if isinstance(classes, list) and classes != list(source.classes):
         raise UserError(
@@ -113,46 +103,16 @@ def check_same_run(path: str, contents: Contents | None, config: LinclsConfig, s
         )
 
 
-def open_log(
-    config: LinclsConfig,
-    world: World,
-    frozen: Frozen,
-    images: tuple[int, int],
-    heads: Heads,
-    iterations: int,
-    position: Position,
-    *,
-    resumed: bool,
-    script_door: bool,
-) -> EvaluationLog:
-    """The log of a run, ``lincls.yaml``, and what is said at the beginning."""
+def build_heads(config: LinclsConfig, frozen: Frozen, classes: int, world: World) -> Heads:
+    """The heads that are trained side by side: every kind, weight decay and learning rate."""
     c = config
-    style = style_of(quiet=c.quiet, json=c.json, script_door=script_door)
-    folder = Path(c.output_dir)
-    log = EvaluationLog(
-        folder,
-        active=world.main,
-        style=style,
-        epochs=c.epochs,
-        iterations=iterations,
-        batch_size=c.batch_size,
-        first_epoch=position.epoch,
-        done=position.epoch * iterations + position.iteration,
-        loggers=logger_names(c.logger),
-        config=dataclasses.asdict(c),
+    lrs = c.lrs if c.solver == "sgd" else (0.0,)  # L-BFGS has none
+    return Heads(
+        [HeadSpec(kind, lr, wd) for kind in c.kinds for wd in c.weight_decays for lr in lrs],
+        width=frozen.width,
+        classes=classes,
+        seed=c.seed or 0,
+        momentum=c.momentum,
+        world=world,
+        dtype=torch.get_default_dtype(),
     )
-    if world.main:
-        complete = dataclasses.replace(c, resume="", config="")
-        write_yaml(complete, folder / "lincls.yaml", "re-run by: mocov3 lincls --config FILE")
-        if not (c.pretrained or c.resume or c.arch == "pixels"):
-            warn("no --pretrained: the backbone is untrained")
-    if world.size > 1 and world.device.type != "cuda" and c.dist_backend == "nccl":
-        log.say("no CUDA here: ranks communicate over gloo instead of nccl")
-    log.say(
-        f"{protocol(c)} of {frozen.about}: {images[0]} training and {images[1]} validation images, "
-        f"{heads.classes} classes, {len(heads.specs)} heads, {iterations} steps of {c.batch_size} an epoch, "
-        f"{c.epochs} epochs; {world.size} process(es) on {world.device.type}; seed {c.seed}"
-    )
-    if resumed:
-        log.say(f"resumed at epoch {position.epoch}, iteration {position.iteration}")
-    return log

@@ -7,8 +7,9 @@ from typing import Any
 
 from mocov3.config import LinclsConfig
 from mocov3.data.loading.labelled import open_evaluated
-from mocov3.evaluation.linear.inputs import Job, check
+from mocov3.evaluation.linear.inputs import check
 from mocov3.output.log import warn_left_out
+from mocov3.running.job import Job
 
 
 def main(config: LinclsConfig, *, script_door: bool) -> int:
@@ -37,4 +38,4 @@ def verify(file: str, folder: str, **settings: Any) -> int:
     from mocov3.distributed import launch_as
     from mocov3.evaluation.linear.scores import verify_file
 
-    return launch_as(config, verify_file, Job(config, True, folder))
+    return launch_as(config, verify_file, Job(config, True))
