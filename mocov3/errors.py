@@ -66,9 +66,9 @@ def lenient_output() -> None:
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
             raw = getattr(stream.buffer, "raw", stream.buffer)
             if type(raw) is not io.FileIO or raw.fileno() != number:  # a console, or what tests put in its place
+                stream.reconfigure(errors="replace")
                 continue
             stream.flush()
         elif stream is not None:

@@ -97,6 +97,7 @@ def guarded(run: Callable[[], int], *, prints: bool = False) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     lenient_output()
     try:
+        _check_current_folder()
         code = run()
     except (UserError, RankLost) as error:
         print(f"mocov3: error: {error}", file=sys.stderr)
@@ -115,6 +116,13 @@ def guarded(run: Callable[[], int], *, prints: bool = False) -> int:
         return stopped_by(13)  # SIGPIPE, which not every system has
     print(f"mocov3: error: standard output: cannot be written ({lost.strerror})", file=sys.stderr)
     return UserError.exit_code
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # which torch's libraries do not survive
+        raise UserError("the current folder was removed; change to one that exists") from None
 
 
 def parse_script(name: str, argv: Sequence[str]) -> Any:
