@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mocov3.config import PretrainConfig
-from mocov3.config.fields import Parser
+from mocov3.config.fields import Parser, path
 from mocov3.config.recipes import RECIPES
 from mocov3.errors import UserError
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="mocov3 demo", description=__doc__, add_help=True)
-    parser.add_argument("--output-dir", default="", help="folder of the run (default runs/TIME-demo)")
+    parser.add_argument("--output-dir", type=path, default="", help="folder of the run (default runs/TIME-demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default 0)")
     parser.add_argument("--epochs", type=int, default=0, help=f"epochs (default {_EPOCHS}, or what 8 minutes hold)")
     parser.add_argument("--resume", action="store_true", help="resume the run in --output-dir")

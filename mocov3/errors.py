@@ -1,9 +1,11 @@
 """The one exception that is the user's to fix: printed as one line, exit code 2, never a traceback."""
 
 import io
+import os
+import signal
 import sys
 from difflib import get_close_matches
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class UserError(Exception):
@@ -21,9 +23,20 @@ class RankLost(Exception):
     exit_code: ClassVar[int] = 1
 
 
-def stopped_by(signal: int) -> int:
+def stopped_by(number: int) -> int:
     """The exit code of a process that a signal of this number ended, or told to end."""
-    return 128 + signal
+    return 128 + number
+
+
+def stop_signals() -> list[int]:
+    """Signals that ask a run for a checkpoint and its end, as far as this system has them.
+
+    SIGHUP comes when the terminal is closed; ``nohup`` has it ignored, and ignored it stays.
+    """
+    names = ["SIGINT", "SIGTERM", "SIGUSR1"]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        names.append("SIGHUP")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def printable(text: str) -> str:
@@ -31,11 +44,46 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+class _Lenient(io.FileIO):
+    """A standard stream whose reader, disk or terminal may be gone."""
+
+    lost: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        """Write ``data``, or remember why it was lost."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.lost = error
+            return len(data)
+
+
 def lenient_output() -> None:
-    """Keep characters that an old encoding lacks from ending a run: → is shown as ? there."""
-    for stream in (sys.stdout, sys.stderr):
+    """Keep the standard streams from ending a run: closed ones, lost ones, encodings that lack → (shown as ? there)."""
+    while (file := os.open(os.devnull, os.O_RDWR)) <= 2:  # or the next file to be opened would be standard output
+        os.set_inheritable(file, True)
+    os.close(file)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            raw = getattr(stream.buffer, "raw", stream.buffer)
+            if type(raw) is not io.FileIO or raw.fileno() != number:  # a console, or what tests put in its place
+                stream.reconfigure(errors="replace")
+                continue
+            stream.flush()
+        elif stream is not None:
+            continue
+        encoding, at_once = (
+            (stream.encoding, stream.line_buffering or stream.write_through) if stream else ("utf-8", True)
+        )
+        lenient = io.BufferedWriter(_Lenient(number, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(lenient, encoding, "replace", line_buffering=at_once))
+
+
+def lost_output() -> OSError | None:
+    """Why some of what was printed is lost, if it is."""
+    sys.stdout.flush()
+    return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)
 
 
 def nearest(name: str, known: list[str]) -> str:

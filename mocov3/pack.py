@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mocov3.config.fields import Parser
+from mocov3.config.fields import Parser, path
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
 from mocov3.data.sources.archives import CLASSES_FILE
@@ -51,8 +51,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="mocov3 pack", description=__doc__)
-    parser.add_argument("data", metavar="DIR", help="folder of images, or whatever else pretrain takes")
-    parser.add_argument("--out", required=True, metavar="SHARDS", help="folder to write; new or empty")
+    parser.add_argument("data", type=path, metavar="DIR", help="folder of images, or whatever else pretrain takes")
+    parser.add_argument("--out", type=path, required=True, metavar="SHARDS", help="folder to write; new or empty")
     parser.add_argument(
         "--resize", type=int, default=0, metavar="PX", help="shorten the shorter side to PX where longer"
     )

@@ -3,6 +3,7 @@
 Nothing here imports torch before a task starts, so help and errors are immediate.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from mocov3.config.command_lines import (
     parse_pretrain,
     read_pretrain,
 )
-from mocov3.errors import RankLost, UserError, lenient_output, nearest, stopped_by
+from mocov3.errors import RankLost, UserError, lenient_output, lost_output, nearest, printable, stopped_by
 from mocov3.version import __version__
 
 __all__ = [
@@ -38,6 +39,10 @@ __all__ = [
     "transfer_main",
 ]
 
+_PRINTS = ("-h", "--help", "--version", "check", "plan", "inspect", "compare", "knn", "verify")
+"""Commands whose result is what they print."""
+_SURROUNDINGS = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What is never our fault, wherever it is met."""
 _HELP = f"""mocov3 {__version__}: self-supervised pre-training of ResNet and ViT (MoCo v3, arXiv 2104.02057)
 
 usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
@@ -65,40 +70,59 @@ The reference's commands work too: python main_moco.py …, python main_lincls.p
 def main(argv: Sequence[str] | None = None) -> int:
     """The program ``mocov3``; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    lenient_output()
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_HELP)
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(f"mocov3 {__version__}")
-        return 0
 
     def run() -> int:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_HELP)
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            print(f"mocov3 {__version__}")
+            return 0
         if argv[0] not in COMMANDS:
             raise UserError(f"command {argv[0]!r} is not known; {nearest(argv[0], list(COMMANDS))}")
         return COMMANDS[argv[0]](argv[1:])
 
-    return guarded(run)
+    return guarded(run, prints=bool(argv) and argv[0] in _PRINTS)
 
 
-def guarded(run: Callable[[], int]) -> int:
-    """Run a task; bad input becomes one line on standard error and exit code 2."""
+def guarded(run: Callable[[], int], *, prints: bool = False) -> int:
+    """Run a task; bad input becomes one line on standard error and exit code 2.
+
+    Where what it ``prints`` is its result, a success that nobody could read is none: of 141 where the reader went (as
+    by SIGPIPE), of 2 where it could not be written. A task that writes files goes on whatever becomes of its output.
+    """
     # before torch is loaded: its threads (GNU OpenMP) spin for milliseconds while they wait for each other, and starve
     # loader processes, and each other, wherever cores are shared. A short spin costs nothing on a quiet machine
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     lenient_output()
     try:
-        return run()
+        _check_current_folder()
+        code = run()
     except (UserError, RankLost) as error:
         print(f"mocov3: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in _SURROUNDINGS or error.filename is None:
+            raise
+        print(f"mocov3: error: {printable(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("mocov3: interrupted", file=sys.stderr)
         return stopped_by(signal.SIGINT)
-    except BrokenPipeError:
-        sys.stderr.close()
+    if code or not prints or (lost := lost_output()) is None:
+        return code
+    if lost.errno == errno.EPIPE:
         return stopped_by(13)  # SIGPIPE, which not every system has
+    print(f"mocov3: error: standard output: cannot be written ({lost.strerror})", file=sys.stderr)
+    return UserError.exit_code
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # which torch's libraries do not survive
+        raise UserError("the current folder was removed; change to one that exists") from None
 
 
 def parse_script(name: str, argv: Sequence[str]) -> Any:

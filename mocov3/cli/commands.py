@@ -18,7 +18,7 @@ from mocov3.config.command_lines import (
     parse_pretrain,
     read_pretrain,
 )
-from mocov3.config.fields import Layers, Parser
+from mocov3.config.fields import Layers, Parser, path
 from mocov3.errors import UserError, printable
 
 
@@ -121,8 +121,10 @@ def _verify(argv: list[str]) -> int:
         description="The accuracy of a published linear file of the reference on "
         "ImageNet's validation set, beside the published figure.",
     )
-    parser.add_argument("file", help="linear file, for example linear-vit-s-300ep.pth.tar")
-    parser.add_argument("folder", help="validation folder with 1,000 class folders, or the folder that holds it as val")
+    parser.add_argument("file", type=path, help="linear file, for example linear-vit-s-300ep.pth.tar")
+    parser.add_argument(
+        "folder", type=path, help="validation folder with 1,000 class folders, or the folder that holds it as val"
+    )
     parser.add_argument("-j", "--workers", type=int, default=32, help="data loading processes (default 32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device")
     args = parser.parse_args(argv)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from mocov3.config import recipes
 from mocov3.config.evaluation import EmbedConfig, KnnConfig
-from mocov3.config.fields import Fields, Layers, Parser, parse, read_layers
+from mocov3.config.fields import Fields, Layers, Parser, parse, path, read_layers
 from mocov3.config.finetune import FinetuneConfig
 from mocov3.config.lincls import LinclsConfig
 from mocov3.config.presets import PRESETS
@@ -74,6 +74,6 @@ def parse_embed(argv: Sequence[str], *, prog: str) -> EmbedConfig:
 def parse_convert(argv: Sequence[str], *, prog: str) -> argparse.Namespace:
     """Command line of the conversion."""
     parser = Parser(prog=prog, description="Convert a pre-training checkpoint to DeiT's format.")
-    parser.add_argument("--input", required=True, help="pre-training checkpoint, ours or the reference's")
-    parser.add_argument("--output", required=True, help="file to write; its folder is made if missing")
+    parser.add_argument("--input", type=path, required=True, help="pre-training checkpoint, ours or the reference's")
+    parser.add_argument("--output", type=path, required=True, help="file to write; its folder is made if missing")
     return parser.parse_args(list(argv))

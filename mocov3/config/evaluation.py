@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from mocov3.config.archs import BUILT_IN_ARCHS, check_arch, check_heads
-from mocov3.config.fields import check_bounds, flag
+from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.presets import PRESETS
+from mocov3.config.running import DATA, DEVICES, MODEL, PRECISIONS, RUN
 from mocov3.errors import UserError, nearest
 
-MODEL, OUTPUT, IMAGES, RUNNING = "model", "result", "images", "running"
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+OUTPUT = "result"
 HEADS_HELP = (
     "attention heads of a ViT, of a file that does not record them (ViT-S: 12 in MoCo v3; 6 in DeiT, DINO, timm)"
 )
@@ -39,13 +38,16 @@ integers.__name__, several.__name__ = "comma list of integers", "comma list of n
 class FeatureConfig:
     """Which features of which images: shared by k-NN evaluation and embedding."""
 
-    data: str = flag("", "folder of images, or the built-in fashion-mnist[:ROOT]", positional=True, metavar="DIR")
+    data: str = flag(
+        "", "folder of images, or the built-in fashion-mnist[:ROOT]", kind=path, positional=True, metavar="DIR"
+    )
     model: str = flag(
         "",
         "a weights file (ours, the reference's, DeiT's, timm's), the name of an arch (untrained), "
         "timm/NAME (timm's published weights), or pixels",
         "--model",
         "--pretrained",
+        kind=path,
         group=MODEL,
     )
     arch: str = flag("", "backbone of a file that does not name it", "-a", "--arch", group=MODEL)
@@ -58,33 +60,30 @@ class FeatureConfig:
         choices=LAYERS,
         group=MODEL,
     )
-    untrained: bool = flag(False, "timm/NAME without its published weights", kind=bool, group=MODEL)
-    image_size: int = flag(
-        0, "side of the views in pixels; 0: that of pre-training, else 224", kind=int, group=IMAGES, low=0
-    )
+    untrained: bool = flag(False, "timm/NAME without its published weights", group=MODEL)
+    image_size: int = flag(0, "side of the views in pixels; 0: that of pre-training, else 224", group=DATA, low=0)
     view_preset: str = flag(
         "",
         "normalisation and centre crop; unless given that of pre-training, else photos",
         choices=("", *PRESETS),
-        group=IMAGES,
+        group=DATA,
     )
-    batch_size: int = flag(256, "images a pass", "-b", "--batch-size", kind=int, group=RUNNING, low=1)
+    batch_size: int = flag(256, "images a pass", "-b", "--batch-size", group=RUN, low=1)
     workers: int = flag(
         32,
         "data loading processes of a rank; at most the usable cores",
         "-j",
         "--workers",
-        kind=int,
         result=False,
-        group=RUNNING,
+        group=RUN,
         low=0,
     )
-    device: str = flag("auto", "device", choices=DEVICES, result=False, group=RUNNING)
-    precision: str = flag("fp32", "arithmetic of the backbone", choices=PRECISIONS, group=RUNNING)
+    device: str = flag("auto", "device", choices=DEVICES, result=False, group=RUN)
+    precision: str = flag("fp32", "arithmetic of the backbone", choices=PRECISIONS, group=RUN)
     nprocs_per_node: int = flag(
-        0, "processes to start on this node (torchrun needs no flag)", kind=int, result=False, group=RUNNING, low=0
+        0, "processes to start on this node (torchrun needs no flag)", result=False, group=RUN, low=0
     )
-    seed: int = flag(0, "seed of an untrained network", kind=int, group=MODEL, low=0, below=2**63)
+    seed: int = flag(0, "seed of an untrained network", group=MODEL, low=0, below=2**63)
 
     def check(self) -> None:
         """Refuse values that cannot work.
@@ -126,10 +125,11 @@ class KnnConfig(FeatureConfig):
     labels: str = flag(
         "",
         "CSV of path,label: use these images of the folder (10–100 are enough), each left out in turn",
-        group=IMAGES,
+        kind=path,
+        group=DATA,
         metavar="FILE",
     )
-    json: bool = flag(False, "print the result as JSON", kind=bool, result=False, group=OUTPUT)
+    json: bool = flag(False, "print the result as JSON", result=False, group=OUTPUT)
 
     def check(self) -> None:
         """Refuse values that cannot work.
@@ -153,20 +153,24 @@ class EmbedConfig(FeatureConfig):
     """Features of every image of a folder as a table."""
 
     output: str = flag(
-        "", "file to write: NAME.parquet, or NAME.npy beside NAME.jsonl with the paths", "-o", "--output", group=OUTPUT
+        "",
+        "file to write: NAME.parquet, or NAME.npy beside NAME.jsonl with the paths",
+        "-o",
+        "--output",
+        kind=path,
+        group=OUTPUT,
     )
     duplicates: float = flag(
         0.0,
         "also list groups of images whose features agree to at least this cosine, for "
         "example 0.98, in NAME.duplicates.jsonl",
-        kind=float,
         result=False,
         group=OUTPUT,
         metavar="COSINE",
         low=0,
         high=1,
     )
-    overwrite: bool = flag(False, "replace the output if it exists", kind=bool, result=False, group=OUTPUT)
+    overwrite: bool = flag(False, "replace the output if it exists", result=False, group=OUTPUT)
 
     def check(self) -> None:
         """Refuse values that cannot work.

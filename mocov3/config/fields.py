@@ -5,8 +5,10 @@ The parser, the help text, ``config.yaml`` and the check of a resumed run are al
 
 import argparse
 import dataclasses
+import errno
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -89,7 +91,7 @@ def flag(
     default: Any,
     help: str,
     *names: str,
-    kind: Callable[[Any], Any] = str,
+    kind: Callable[[Any], Any] | None = None,
     choices: Sequence[str] | None = None,
     result: bool = True,
     per_rank: bool = False,
@@ -104,6 +106,7 @@ def flag(
 ) -> Any:
     """A dataclass field that is a command-line flag.
 
+    ``kind`` makes a value of a word; it is the default's type unless given.
     ``result`` says whether another value makes another trained model; such fields must not change at a resume. Where
     there are several ranks they must agree on it, unless ``per_rank``: places, names, output, and what each decides
     for itself or with the others. A positional of ``many`` takes several words, kept as lines of one text. Numbers lie
@@ -115,7 +118,7 @@ def flag(
         metadata={
             "help": help,
             "names": names,
-            "kind": kind,
+            "kind": kind or (str if default is None else type(default)),
             "choices": choices,
             "result": result,
             "per_rank": per_rank,
@@ -126,6 +129,34 @@ def flag(
             "bounds": Bounds(low, high, above, below),
         },
     )
+
+
+def path(given: object) -> str:
+    """What a name of files or folders means: ``~``, ``~user`` and ``$VARIABLE`` stand for what a shell takes them for.
+
+    A name that exists as it stands is kept. After a colon (``fashion-mnist:~/data``) ``~`` counts too. It is the
+    ``kind`` of every flag and the ``type`` of every argument that names a place.
+
+    Raises:
+        ValueError: if it is no text.
+        UserError: for a user or a variable that does not exist: nothing is made under such a name.
+    """
+    if not isinstance(given, str) or "\0" in given:
+        raise ValueError
+    try:
+        if given and os.lstat(given) and given[0] != "~":
+            return given
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{given[:60]}…: {error.strerror}; give a shorter one") from None
+    text = os.path.expandvars(re.sub(r"(?<![^:])~[^/\\:]*", lambda found: os.path.expanduser(found[0]), given))
+    if text.startswith("~") and not os.path.lexists(text):
+        raise UserError(
+            f"{given}: {re.split(r'[/:]', text)[0]} is no user's folder here; write the path in full, or ./~…"
+        )
+    if (unset := re.search(r"\$([A-Za-z_]\w*|\{\w+\})", text)) and not os.path.lexists(text):
+        raise UserError(f"{given}: the environment has no variable {unset[0]}; set it, or write the path in full")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,6 +170,7 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser: argparse.ArgumentParser, config: type, defaults: Fields) -> None:
     """Add every field of ``config`` to ``parser``; a flag that is not given is absent from the result."""
     groups: dict[str, Any] = {}
+    common: dict[str, Any]
     for field in dataclasses.fields(config):
         meta = field.metadata
         default = defaults.get(field.name, field.default)
@@ -149,13 +181,14 @@ def add_flags(parser: argparse.ArgumentParser, config: type, defaults: Fields) -
         text += f" ({'; '.join(filter(None, facts))})" if any(facts) else ""
         if meta["positional"]:
             nargs = "*" if meta["many"] else "?"
-            parser.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, help=text, metavar=meta["metavar"])
+            common = {"default": argparse.SUPPRESS, "help": text, "metavar": meta["metavar"]}
+            parser.add_argument(field.name, nargs=nargs, type=meta["kind"], **common)
             continue
         title = meta["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         names = flag_names(field)
-        common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        common = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if meta["kind"] is bool:
             groups[title].add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         else:
@@ -276,8 +309,8 @@ def read_yaml(path: Path, config: type) -> Fields:
 
 def _typed(value: Any, field: "dataclasses.Field[Any]", where: str) -> Any:
     kind = field.metadata["kind"]
-    if field.metadata["many"] and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return "\n".join(value)
+    if field.metadata["many"] and isinstance(value, list):
+        return "\n".join(_typed(v, field, where) for v in value)
     if not (value is None or isinstance(value, str | int | float)):
         # never shown: a few lines of YAML can stand for a text that fills the memory
         raise UserError(f"{where}: field {field.name!r} must be {kind.__name__}, not a {type(value).__name__}")

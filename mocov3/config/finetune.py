@@ -6,17 +6,11 @@ Both ``mocov3 finetune`` and ``transfer/main.py`` parse it.
 from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
-from mocov3.config.fields import check_bounds, flag
-from mocov3.config.loggers import HELP as LOGGER_HELP
+from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.loggers import logger_names
+from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RunFlags
 from mocov3.config.views import preset_of
 from mocov3.errors import UserError
-
-RUN = "run and files"
-METHOD = "method"
-MODEL = "model"
-DATA = "data and augmentation"
-RANKS = "ranks and devices"
 
 DATA_SETS = ("IMNET", "folder", "cifar10", "cifar100", "flowers", "pets", "fashion-mnist")
 TRANSFER_SETS = ("cifar10", "cifar100", "flowers", "pets")
@@ -25,26 +19,24 @@ _DEIT_NAMES = {f"deit_{size}_patch16_224": f"vit_{size}" for size in ("tiny", "s
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(RunFlags):
     """End-to-end fine-tuning (DeiT, Touvron et al. 2021); ``batch_size`` is per process, as there."""
 
     data_set: str = flag(
-        "IMNET",
-        "data set; IMNET and folder: PATH/train/CLASS, PATH/val/CLASS",
-        "--data-set",
-        choices=DATA_SETS,
-        group=DATA,
+        "IMNET", "data set; IMNET and folder: PATH/train/CLASS, PATH/val/CLASS", choices=DATA_SETS, group=DATA
     )
-    data_path: str = flag("", "its folder", "--data-path", result=False, group=DATA, metavar="PATH")
+    data_path: str = flag("", "its folder", kind=path, result=False, per_rank=True, group=DATA, metavar="PATH")
     fraction: float = flag(
-        1.0, "share of the training images of every class, a fixed choice", kind=float, group=DATA, above=0, high=1
+        1.0, "share of the training images of every class, a fixed choice", group=DATA, above=0, high=1
     )
     output_dir: str = flag(
         "",
         "folder of checkpoints and logs (default runs/TIME-finetune)",
         "--output_dir",
         "--output-dir",
+        kind=path,
         result=False,
+        per_rank=True,
         group=RUN,
     )
     arch: str = flag(
@@ -60,12 +52,11 @@ class FinetuneConfig:
         "side of the images in pixels (default: of the weights, else 224)",
         "--input-size",
         "--image-size",
-        kind=int,
         group=MODEL,
         low=0,
     )
     patch_size: int = flag(
-        0, "side of a ViT's patches in pixels (default: of the weights, else 16)", kind=int, group=MODEL, low=0
+        0, "side of a ViT's patches in pixels (default: of the weights, else 16)", group=MODEL, low=0
     )
     heads: int | None = flag(
         None,
@@ -84,90 +75,61 @@ class FinetuneConfig:
         "", "normalise by mean,std or six numbers (default: of the weights, unless a preset is given)", group=DATA
     )
     finetune: str = flag(
-        "", "weights to start from (ours, the reference's, DeiT's)", result=False, group=RUN, metavar="FILE"
+        "",
+        "weights to start from (ours, the reference's, DeiT's)",
+        kind=path,
+        result=False,
+        per_rank=True,
+        group=RUN,
+        metavar="FILE",
     )
     resume: str = flag(
         "",
         "checkpoint to resume from, or 'auto' for the output folder's; a file without optimizer: its weights only",
+        kind=path,
         result=False,
+        per_rank=True,
         group=RUN,
     )
-    eval: bool = flag(False, "only evaluate the weights of --resume", "--eval", kind=bool, result=False, group=RUN)
-    eval_freq: int = flag(1, "epochs between evaluations", "--eval-freq", kind=int, result=False, group=RUN, low=1)
+    eval: bool = flag(False, "only evaluate the weights of --resume", result=False, group=RUN)
+    eval_freq: int = flag(1, "epochs between evaluations", result=False, group=RUN, low=1)
     # --- optimisation ------------------------------------------------------------------------------------
-    batch_size: int = flag(64, "images a step and process", "-b", "--batch-size", kind=int, group=METHOD, low=1)
+    batch_size: int = flag(64, "images a step and process", "-b", "--batch-size", group=METHOD, low=1)
     accum_iter: int = flag(
         1,
         "batches that a process accumulates for a step; equals as many times the processes",
-        "--accum-iter",
-        kind=int,
         result=False,
         group=METHOD,
         low=1,
     )
-    epochs: int = flag(300, "epochs", kind=int, group=METHOD, low=1)
-    lr: float = flag(5e-4, "learning rate for 512 images", "--lr", kind=float, group=METHOD, low=0)
-    warmup_lr: float = flag(
-        1e-6, "learning rate at the beginning of warm-up, not scaled", "--warmup-lr", kind=float, group=METHOD, low=0
-    )
-    min_lr: float = flag(1e-5, "learning rate at the end, not scaled", "--min-lr", kind=float, group=METHOD, low=0)
-    warmup_epochs: int = flag(5, "epochs of warm-up", "--warmup-epochs", kind=int, group=METHOD, low=0)
+    epochs: int = flag(300, "epochs", group=METHOD, low=1)
+    lr: float = flag(5e-4, "learning rate for 512 images", group=METHOD, low=0)
+    warmup_lr: float = flag(1e-6, "learning rate at the beginning of warm-up, not scaled", group=METHOD, low=0)
+    min_lr: float = flag(1e-5, "learning rate at the end, not scaled", group=METHOD, low=0)
+    warmup_epochs: int = flag(5, "epochs of warm-up", group=METHOD, low=0)
     weight_decay: float = flag(
-        0.05,
-        "weight decay, of weights only (not biases, norms, cls token, position table)",
-        "--weight-decay",
-        kind=float,
-        group=METHOD,
-        low=0,
+        0.05, "weight decay, of weights only (not biases, norms, cls token, position table)", group=METHOD, low=0
     )
     layer_decay: float = flag(
-        1.0,
-        "factor of the learning rate from one layer to the one below",
-        "--layer-decay",
-        kind=float,
-        group=METHOD,
-        above=0,
-        high=1,
+        1.0, "factor of the learning rate from one layer to the one below", group=METHOD, above=0, high=1
     )
-    clip_grad: float = flag(
-        0.0, "largest gradient norm (0: not clipped)", "--clip-grad", kind=float, group=METHOD, low=0
-    )
-    model_ema: bool = flag(True, "also keep an average of the weights", "--model-ema", kind=bool, group=METHOD)
-    model_ema_decay: float = flag(0.99996, "its decay", "--model-ema-decay", kind=float, group=METHOD, low=0, high=1)
-    drop_path: float = flag(
-        0.1,
-        "stochastic depth of the last block (ViTs and timm's)",
-        "--drop-path",
-        kind=float,
-        group=METHOD,
-        low=0,
-        below=1,
-    )
-    smoothing: float = flag(0.1, "label smoothing", "--smoothing", kind=float, group=METHOD, low=0, below=1)
+    clip_grad: float = flag(0.0, "largest gradient norm (0: not clipped)", group=METHOD, low=0)
+    model_ema: bool = flag(True, "also keep an average of the weights", group=METHOD)
+    model_ema_decay: float = flag(0.99996, "its decay", group=METHOD, low=0, high=1)
+    drop_path: float = flag(0.1, "stochastic depth of the last block (ViTs and timm's)", group=METHOD, low=0, below=1)
+    smoothing: float = flag(0.1, "label smoothing", group=METHOD, low=0, below=1)
     # --- augmentation ------------------------------------------------------------------------------------
-    aa: str = flag("rand-m9-mstd0.5-inc1", "timm's name of the auto augmentation, or none", "--aa", group=DATA)
-    color_jitter: float = flag(
-        0.4, "colour jitter, where there is no auto augmentation", "--color-jitter", kind=float, group=DATA, low=0
-    )
-    train_interpolation: str = flag(
-        "bicubic", "interpolation", "--train-interpolation", choices=("bicubic", "bilinear", "random"), group=DATA
-    )
-    reprob: float = flag(0.25, "probability of random erasing", "--reprob", kind=float, group=DATA, low=0, high=1)
+    aa: str = flag("rand-m9-mstd0.5-inc1", "timm's name of the auto augmentation, or none", group=DATA)
+    color_jitter: float = flag(0.4, "colour jitter, where there is no auto augmentation", group=DATA, low=0)
+    train_interpolation: str = flag("bicubic", "interpolation", choices=("bicubic", "bilinear", "random"), group=DATA)
+    reprob: float = flag(0.25, "probability of random erasing", group=DATA, low=0, high=1)
     repeated_aug: bool = flag(
-        True,
-        "repeated augmentation: a third of the images an epoch, each three times",
-        "--repeated-aug",
-        kind=bool,
-        group=DATA,
+        True, "repeated augmentation: a third of the images an epoch, each three times", group=DATA
     )
-    mixup: float = flag(0.8, "mixup α (0: none)", "--mixup", kind=float, group=DATA, low=0)
-    cutmix: float = flag(1.0, "cutmix α (0: none)", "--cutmix", kind=float, group=DATA, low=0)
-    mixup_prob: float = flag(
-        1.0, "share of batches that are mixed", "--mixup-prob", kind=float, group=DATA, low=0, high=1
-    )
-    mixup_switch_prob: float = flag(
-        0.5, "share of cutmix where both are enabled", "--mixup-switch-prob", kind=float, group=DATA, low=0, high=1
-    )
+    mixup: float = flag(0.8, "mixup α (0: none)", group=DATA, low=0)
+    cutmix: float = flag(1.0, "cutmix α (0: none)", group=DATA, low=0)
+    mixup_prob: float = flag(1.0, "share of batches that are mixed", group=DATA, low=0, high=1)
+    mixup_switch_prob: float = flag(0.5, "share of cutmix where both are enabled", group=DATA, low=0, high=1)
     transfer_transform: bool | None = flag(
         None,
         "random resized crop (.05–1) and flip alone, as the reference's transfer (default: for its four data sets)",
@@ -175,51 +137,26 @@ class FinetuneConfig:
         group=DATA,
     )
     # --- running -----------------------------------------------------------------------------------------
-    seed: int = flag(0, "seed of head, order and draws", kind=int, group=METHOD, low=0, below=2**63)
+    seed: int = flag(0, "seed of head, order and draws", group=METHOD, low=0, below=2**63)
     workers: int = flag(
         10,
         "data loading processes of a rank; at most the usable cores",
         "--num_workers",
         "-j",
         "--workers",
-        kind=int,
         result=False,
+        per_rank=True,
         group=DATA,
         low=0,
     )
-    pin_mem: bool = flag(
-        True, "accepted; batches are in shared memory", "--pin-mem", kind=bool, result=False, group=DATA
-    )
-    print_freq: int = flag(
-        10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN, low=1
-    )
-    checkpoint_steps: int = flag(
-        0, "steps between checkpoints within an epoch (0: none)", kind=int, result=False, group=RUN, low=0
-    )
-    max_steps: int = flag(
-        0, "stop after this many steps in all, with a checkpoint (0: never)", kind=int, result=False, group=RUN, low=0
-    )
-    max_hours: float = flag(
-        0.0, "stop after this time, with a checkpoint (0: never)", kind=float, result=False, group=RUN, low=0
-    )
-    recipe: str = flag("", "named set of flags (below); any flag still overrides", result=False, group=RUN)
-    config: str = flag("", "YAML file of fields, as a run's config.yaml", result=False, group=RUN)
-    device: str = flag("auto", "device", choices=("auto", "cpu", "cuda", "mps"), result=False, group=RANKS)
-    precision: str = flag("auto", "arithmetic of the network", choices=("auto", "fp32", "fp16", "bf16"), group=METHOD)
-    nprocs_per_node: int = flag(
-        0, "processes to start here (default: torchrun's, else 1)", kind=int, result=False, group=RANKS, low=0
-    )
+    pin_mem: bool = flag(True, "accepted; batches are in shared memory", result=False, group=DATA)
+    precision: str = flag("auto", "arithmetic of the network", choices=PRECISIONS, group=METHOD)
     world_size: int = flag(
-        1, "accepted; torchrun sets it", "--world_size", "--world-size", kind=int, result=False, group=RANKS
+        1, "accepted; torchrun sets it", "--world_size", "--world-size", result=False, per_rank=True, group=RANKS
     )
-    dist_url: str = flag("env://", "accepted; torchrun sets it", "--dist_url", "--dist-url", result=False, group=RANKS)
-    deterministic: bool = flag(False, "only deterministic operations", kind=bool, result=False, group=RANKS)
-    allow_config_change: bool = flag(
-        False, "resume although result-changing fields differ", kind=bool, result=False, group=RUN
+    dist_url: str = flag(
+        "env://", "accepted; torchrun sets it", "--dist_url", "--dist-url", result=False, per_rank=True, group=RANKS
     )
-    logger: str = flag("tensorboard", LOGGER_HELP, result=False, group=RUN, metavar="NAMES")
-    quiet: bool = flag(False, "print warnings and the result only", kind=bool, result=False, group=RUN)
-    json: bool = flag(False, "print every metrics line as JSON instead of text", kind=bool, result=False, group=RUN)
 
     @property
     def transfer(self) -> bool:

@@ -22,14 +22,11 @@ class OwnFlags(ViewFlags):
         metavar="TIME",
         per_rank=True,
     )
-    hold_out: int = flag(
-        0, "images kept from training, for the quality without labels", kind=int, group=OWN, metavar="N", low=0
-    )
+    hold_out: int = flag(0, "images kept from training, for the quality without labels", group=OWN, metavar="N", low=0)
     quality_every: int = flag(
         0,
         "epochs between judgements without labels, on images of --hold-out or DIR/val (0: none); keeps the best "
         "network as best_unlabelled.pth.tar",
-        kind=int,
         result=False,
         group=OWN,
         metavar="EPOCHS",
@@ -38,7 +35,6 @@ class OwnFlags(ViewFlags):
     patience: int = flag(
         0,
         "stop after this many judgements in a row without a new best (0: never)",
-        kind=int,
         result=False,
         group=OWN,
         metavar="N",
@@ -53,7 +49,6 @@ class OwnFlags(ViewFlags):
     freeze_epochs: int = flag(
         0,
         "epochs at the start in which only the heads are trained; then the backbone warms up over --warmup-epochs",
-        kind=int,
         group=OWN,
         low=0,
     )
@@ -61,12 +56,7 @@ class OwnFlags(ViewFlags):
         "", "block up to which the backbone stays as it starts (layer2, blocks.5)", group=OWN, metavar="BLOCK"
     )
     layer_decay: float = flag(
-        1.0,
-        "factor of the learning rate from each block of the backbone to the one below",
-        kind=float,
-        group=OWN,
-        above=0,
-        high=1,
+        1.0, "factor of the learning rate from each block of the backbone to the one below", group=OWN, above=0, high=1
     )
 
     def check_own(self) -> None:

@@ -7,29 +7,24 @@ from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
 from mocov3.config.cheap import CheapFlags, stages
-from mocov3.config.fields import check_bounds, flag
-from mocov3.config.loggers import HELP as LOGGER_HELP
+from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.loggers import logger_names
 from mocov3.config.presets import PRESETS, ViewPreset
+from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RankFlags
 from mocov3.config.scale import ScaleFlags
 from mocov3.config.views import preset_of
 from mocov3.errors import UserError
 
-RUN = "run and files"
-METHOD = "method"
-MODEL = "model"
-DATA = "data and views"
-RANKS = "ranks and devices"
-
 
 @dataclass(frozen=True)
-class PretrainConfig(ScaleFlags, CheapFlags):
+class PretrainConfig(RankFlags, ScaleFlags, CheapFlags):
     """Everything a pre-training run is made from. ``result`` fields may not change at a resume."""
 
     data: str = flag(
         "",
         "folder of images (DIR/train is used where it exists), list of them (.txt, .csv), several of these "
         "(DIR2:0.3 uses 30 % of DIR2 in each epoch), or the built-in fashion-mnist[:ROOT]",
+        kind=path,
         positional=True,
         result=False,
         metavar="DIR",
@@ -38,57 +33,19 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     )
     # --- the reference's flags -------------------------------------------------------------------------
     arch: str = flag("resnet50", "backbone, or timm/NAME", "-a", "--arch", group=MODEL)
-    workers: int = flag(
-        32,
-        "data loading processes of a rank; at most the usable cores",
-        "-j",
-        "--workers",
-        kind=int,
-        result=False,
-        group=DATA,
-        low=0,
-        per_rank=True,
-    )
-    epochs: int = flag(100, "epochs of the whole schedule", "--epochs", kind=int, group=METHOD, low=1)
-    start_epoch: int = flag(
-        0,
-        "epoch to begin at without a checkpoint; --resume sets it from the file",
-        kind=int,
-        result=False,
-        group=RUN,
-        low=0,
-    )
-    batch_size: int = flag(4096, "images a step, over all ranks", "-b", "--batch-size", kind=int, group=METHOD, low=2)
-    lr: float = flag(0.6, "learning rate for 256 images", "--lr", "--learning-rate", kind=float, group=METHOD, low=0)
-    momentum: float = flag(0.9, "momentum of LARS", kind=float, group=METHOD, low=0)
-    weight_decay: float = flag(1e-6, "weight decay", "--wd", "--weight-decay", kind=float, group=METHOD, low=0)
-    print_freq: int = flag(
-        10, "steps between log lines", "-p", "--print-freq", kind=int, result=False, group=RUN, low=1, per_rank=True
-    )
+    epochs: int = flag(100, "epochs of the whole schedule", group=METHOD, low=1)
+    batch_size: int = flag(4096, "images a step, over all ranks", "-b", "--batch-size", group=METHOD, low=2)
+    lr: float = flag(0.6, "learning rate for 256 images", "--lr", "--learning-rate", group=METHOD, low=0)
+    momentum: float = flag(0.9, "momentum of LARS", group=METHOD, low=0)
+    weight_decay: float = flag(1e-6, "weight decay", "--wd", "--weight-decay", group=METHOD, low=0)
     resume: str = flag(
         "",
         "checkpoint to resume from, or 'auto' for the newest valid one in the output folder",
+        kind=path,
         result=False,
         group=RUN,
         per_rank=True,
     )
-    world_size: int = flag(
-        -1,
-        "nodes (with --multiprocessing-distributed), else processes",
-        kind=int,
-        result=False,
-        group=RANKS,
-        per_rank=True,
-    )
-    rank: int = flag(-1, "rank of this node, or of this process", kind=int, result=False, group=RANKS, per_rank=True)
-    dist_url: str = flag(
-        "tcp://224.66.41.62:23456",
-        "address at which ranks meet: tcp://HOST:PORT or env://; on one node a free loopback port unless given",
-        result=False,
-        group=RANKS,
-        per_rank=True,
-    )
-    dist_backend: str = flag("nccl", "nccl or gloo", result=False, group=RANKS, per_rank=True)
     seed: int | None = flag(
         None,
         "seed of weights, order and draws; drawn, printed and stored unless given",
@@ -97,33 +54,19 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         low=0,
         below=2**63,
     )
-    gpu: int | None = flag(None, "use only this GPU", kind=int, result=False, group=RANKS, per_rank=True)
-    multiprocessing_distributed: bool = flag(
-        False, "start one process a GPU on this node", kind=bool, result=False, group=RANKS, per_rank=True
-    )
-    moco_dim: int = flag(256, "width of the embedding", kind=int, group=MODEL, low=1)
-    moco_mlp_dim: int = flag(4096, "hidden width of projector and predictor", kind=int, group=MODEL, low=1)
-    moco_m: float = flag(0.99, "momentum of the momentum encoder", kind=float, group=METHOD, low=0, high=1)
-    moco_m_cos: bool = flag(False, "raise the momentum to 1 by a half cosine", kind=bool, group=METHOD)
-    moco_t: float = flag(1.0, "temperature τ of the loss", kind=float, group=METHOD, above=0)
-    stop_grad_conv1: bool = flag(False, "keep the patch projection of a ViT as initialised", kind=bool, group=METHOD)
+    moco_dim: int = flag(256, "width of the embedding", group=MODEL, low=1)
+    moco_mlp_dim: int = flag(4096, "hidden width of projector and predictor", group=MODEL, low=1)
+    moco_m: float = flag(0.99, "momentum of the momentum encoder", group=METHOD, low=0, high=1)
+    moco_m_cos: bool = flag(False, "raise the momentum to 1 by a half cosine", group=METHOD)
+    moco_t: float = flag(1.0, "temperature τ of the loss", group=METHOD, above=0)
+    stop_grad_conv1: bool = flag(False, "keep the patch projection of a ViT as initialised", group=METHOD)
     optimizer: str = flag("lars", "optimizer", choices=("lars", "adamw"), group=METHOD)
-    warmup_epochs: int = flag(10, "epochs of linear warm-up", kind=int, group=METHOD, low=0)
-    crop_min: float = flag(
-        0.08, "smallest crop as a share of the image", "--crop-min", kind=float, group=DATA, low=0, high=1
-    )
+    warmup_epochs: int = flag(10, "epochs of linear warm-up", group=METHOD, low=0)
+    crop_min: float = flag(0.08, "smallest crop as a share of the image", group=DATA, low=0, high=1)
     # --- ours ------------------------------------------------------------------------------------------
-    output_dir: str = flag(".", "folder of checkpoints, metrics and logs", result=False, group=RUN, per_rank=True)
-    recipe: str = flag(
-        "", "named set of flags (below); any flag still overrides", result=False, group=RUN, per_rank=True
-    )
-    config: str = flag("", "YAML file of fields, as a run's config.yaml", result=False, group=RUN, per_rank=True)
-    device: str = flag(
-        "auto", "device", choices=("auto", "cpu", "cuda", "mps"), result=False, group=RANKS, per_rank=True
-    )
-    precision: str = flag("auto", "arithmetic of the networks", choices=("auto", "fp32", "fp16", "bf16"), group=METHOD)
-    image_size: int = flag(224, "side of the views in pixels", kind=int, group=DATA, low=1)
-    patch_size: int = flag(16, "side of a ViT's patches in pixels", kind=int, group=MODEL, low=1)
+    precision: str = flag("auto", "arithmetic of the networks", choices=PRECISIONS, group=METHOD)
+    image_size: int = flag(224, "side of the views in pixels", group=DATA, low=1)
+    patch_size: int = flag(16, "side of a ViT's patches in pixels", group=MODEL, low=1)
     heads: int | None = flag(
         None,
         "attention heads of a ViT, new or from an --init that does not record them (ViT-S: 12 in "
@@ -131,12 +74,11 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         kind=int,
         group=MODEL,
     )
-    small_stem: bool = flag(
-        False, "3×3 stride-1 stem without pooling, for ResNets on images of 28–64 px", kind=bool, group=MODEL
-    )
+    small_stem: bool = flag(False, "3×3 stride-1 stem without pooling, for ResNets on images of 28–64 px", group=MODEL)
     init: str = flag(
         "",
         "weights both backbones start from: a file (ours, the reference's, timm's, torchvision's) or timm/NAME",
+        kind=path,
         group=MODEL,
     )
     view_preset: str = flag("photos", "strengths and probabilities of the views", choices=tuple(PRESETS), group=DATA)
@@ -155,7 +97,6 @@ class PretrainConfig(ScaleFlags, CheapFlags):
     max_corrupt: float = flag(
         0.01,
         "share of unreadable images (from 10 on) that stops the run",
-        kind=float,
         result=False,
         group=DATA,
         low=0,
@@ -163,61 +104,24 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         per_rank=True,
     )
     checkpoint_every: int = flag(
-        1, "epochs between checkpoints that are kept", kind=int, result=False, group=RUN, metavar="EPOCHS", low=1
-    )
-    checkpoint_steps: int = flag(
-        0, "steps between checkpoints within an epoch (0: none)", kind=int, result=False, group=RUN, metavar="N", low=0
+        1, "epochs between checkpoints that are kept", result=False, group=RUN, metavar="EPOCHS", low=1
     )
     keep_last: int = flag(
-        0,
-        "keep only this many of the newest epoch checkpoints (0: all)",
-        kind=int,
-        result=False,
-        group=RUN,
-        metavar="K",
-        low=0,
+        0, "keep only this many of the newest epoch checkpoints (0: all)", result=False, group=RUN, metavar="K", low=0
     )
     keep_every: int = flag(
-        0, "with --keep-last, also keep every N-th epoch's", kind=int, result=False, group=RUN, metavar="N", low=0
-    )
-    max_steps: int = flag(
-        0, "stop after this many steps in all, with a checkpoint (0: never)", kind=int, result=False, group=RUN, low=0
-    )
-    max_hours: float = flag(
-        0.0,
-        "stop after this time, with a checkpoint (0: never)",
-        kind=float,
-        result=False,
-        group=RUN,
-        low=0,
-        per_rank=True,
+        0, "with --keep-last, also keep every N-th epoch's", result=False, group=RUN, metavar="N", low=0
     )
     knn_every: int = flag(
-        0,
-        "epochs between k-NN evaluations on DIR/val (0: none)",
-        kind=int,
-        result=False,
-        group=RUN,
-        metavar="EPOCHS",
-        low=0,
+        0, "epochs between k-NN evaluations on DIR/val (0: none)", result=False, group=RUN, metavar="EPOCHS", low=0
     )
     report_every: int = flag(
         0,
         "epochs between refreshed pages report.html, made in the background and at the end (0: none)",
-        kind=int,
         result=False,
         group=RUN,
         metavar="EPOCHS",
         low=0,
-    )
-    nprocs_per_node: int = flag(
-        0,
-        "processes to start on this node (default: its GPUs, else 1)",
-        kind=int,
-        result=False,
-        group=RANKS,
-        low=0,
-        per_rank=True,
     )
     compile: bool | None = flag(
         None,
@@ -227,19 +131,14 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         group=RANKS,
     )
     grad_checkpoint: bool = flag(
-        False, "save memory by recomputing a ViT's blocks in the backward pass", kind=bool, result=False, group=RANKS
+        False, "save memory by recomputing a ViT's blocks in the backward pass", result=False, group=RANKS
     )
     skip_spikes: float = flag(
-        0.0,
-        "skip steps whose gradient norm is FACTOR times its usual one (0: none)",
-        kind=float,
-        group=METHOD,
-        metavar="FACTOR",
+        0.0, "skip steps whose gradient norm is FACTOR times its usual one (0: none)", group=METHOD, metavar="FACTOR"
     )
     dist_timeout: float = flag(
         30.0,
         "minutes until a silent rank counts as lost",
-        kind=float,
         result=False,
         group=RANKS,
         metavar="MINUTES",
@@ -247,16 +146,7 @@ class PretrainConfig(ScaleFlags, CheapFlags):
         below=1e6,
         per_rank=True,
     )
-    deterministic: bool = flag(False, "only deterministic operations", kind=bool, result=False, group=RANKS)
-    allow_config_change: bool = flag(
-        False, "resume although result-changing fields differ", kind=bool, result=False, group=RUN
-    )
-    allow_data_change: bool = flag(False, "resume although the images differ", kind=bool, result=False, group=RUN)
-    logger: str = flag("tensorboard", LOGGER_HELP, result=False, group=RUN, metavar="NAMES")
-    quiet: bool = flag(False, "print warnings and the result only", kind=bool, result=False, group=RUN, per_rank=True)
-    json: bool = flag(
-        False, "print every metrics line as JSON instead of text", kind=bool, result=False, group=RUN, per_rank=True
-    )
+    allow_data_change: bool = flag(False, "resume although the images differ", result=False, group=RUN)
 
     @property
     def peak_lr(self) -> float:

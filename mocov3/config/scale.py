@@ -34,7 +34,6 @@ class ScaleFlags(OwnFlags):
         False,
         "shard weights, gradients and optimizer states over the processes (FSDP2), for networks larger than a "
         "device; files are the same",
-        kind=bool,
         result=False,
         group="ranks and devices",
     )

@@ -91,7 +91,6 @@ class ViewFlags:
     channels: int = flag(
         3,
         "channels of an image: 1 (grey), 3 (RGB), or those that every file holds (TIFF)",
-        kind=int,
         group=VIEWS,
         low=1,
         high=MOST_CHANNELS,

@@ -8,13 +8,13 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from mocov3.config import PretrainConfig
+from mocov3.config import RunConfig
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.version import __version__
 
 
-def check_agreement(world: World, config: PretrainConfig, images: dict[str, str]) -> None:
+def check_agreement(world: World, config: RunConfig, images: dict[str, str]) -> None:
     """Refuse ranks of different configuration, images or versions.
 
     Args:
@@ -41,10 +41,10 @@ def check_agreement(world: World, config: PretrainConfig, images: dict[str, str]
             raise UserError(_difference(name, values, config))
 
 
-def _difference(name: str, values: dict[str, list[int]], config: PretrainConfig) -> str:
+def _difference(name: str, values: dict[str, list[int]], config: RunConfig) -> str:
     parts = [f"{value} on rank {_ranks(ranks)}" for value, ranks in list(values.items())[:3]]
     cure = "start all with the same command and files"
-    if name == "images":
+    if name.endswith("images"):
         cure = "every machine needs the same images under the same names"
     elif config.recipe in ("auto", "adapt"):
         cure = f"--recipe {config.recipe} measures on each rank: give {name}, or --nprocs-per-node instead of torchrun"

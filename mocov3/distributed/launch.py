@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mocov3.config.running import RankFlags
 from mocov3.distributed.meeting import largest_dividing, stand_by, tell_done
 from mocov3.distributed.world import World, start
-from mocov3.errors import RankLost, UserError
+from mocov3.errors import RankLost, UserError, lenient_output, stop_signals
 from mocov3.output.log import warn
 
 Task = Callable[["World", Any], int]
@@ -85,7 +86,7 @@ def launch(
     return _spawn(task, payload, ranks, device, meet._replace(address=address))
 
 
-def launch_as(config: Any, task: Task, payload: Any, **more: Any) -> int:
+def launch_as(config: RankFlags, task: Task, payload: Any, **more: Any) -> int:
     """``launch`` by the reference's flags for ranks, as ``PretrainConfig`` and ``LinclsConfig`` hold them."""
     return launch(
         task,
@@ -144,10 +145,8 @@ def _spawn(task: Task, payload: Any, ranks: list[tuple[int, int, int]], device: 
     ]
     handlers = {}
     try:
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # the ranks decide; they get what this process gets
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                handlers[number] = signal.signal(number, lambda n, _: _pass_on(children, n))
+        for number in stop_signals():  # the ranks decide; they get what this process gets
+            handlers[number] = signal.signal(number, lambda n, _: _pass_on(children, n))
         for child in children:
             child.start()
         _wait(children)
@@ -187,6 +186,7 @@ def _pass_on(children: list[Any], number: int) -> None:
 def _child(
     messages: Any, task: Task, payload: Any, rank: int, size: int, local: int, here: int, device: str, meet: Meeting
 ) -> None:
+    lenient_output()
     try:
         code = _run(task, payload, rank, size, here, pick_device(device, local), meet)
     except UserError as error:

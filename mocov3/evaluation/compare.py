@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mocov3.config.archs import check_arch, check_heads
-from mocov3.config.fields import Parser
+from mocov3.config.fields import Parser, path
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
 from mocov3.data.sources.labels import Labelled, Labels, own_labels, read_labels
@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"{file}: there is no such checkpoint file")
     whole, separate = _images(data)
     labels = read_labels(Path(args.labels), whole) if args.labels else own_labels(whole)
+    from mocov3.evaluation.label_free import IMAGES
     from mocov3.evaluation.network_scores import judge_all, kept_back, read_all
 
     networks = read_all(files)
@@ -56,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
         for row in rows:
             print(json.dumps(row))
         return 0
-    _print(rows, labels, args.labels, held_out=unseen is not None)
+    left_out = min(len(images), IMAGES) - rows[0]["pictures"]
+    _print(rows, labels, args.labels, held_out=unseen is not None, left_out=left_out)
     return 0
 
 
@@ -64,6 +66,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="mocov3 compare", description=__doc__)
     parser.add_argument(
         "things",
+        type=path,
         nargs="*",
         metavar="CKPT… DIR",
         help="weights files, then images to judge by; "
@@ -71,7 +74,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("-a", "--arch", default="", help="backbone of files that do not name it")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT, of files that do not tell")
-    parser.add_argument("--labels", default="", metavar="CSV", help="path,label of some images (10–100 will do)")
+    parser.add_argument(
+        "--labels", type=path, default="", metavar="CSV", help="path,label of some images (10–100 will do)"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device")
     parser.add_argument("--workers", "-j", type=int, default=usable_cores(), help="loading processes (0: none)")
     parser.add_argument("--json", action="store_true", help="print a JSON line a network instead of the table")
@@ -100,10 +105,11 @@ _COLUMNS = {
 _NAME = 34
 
 
-def _print(rows: list[dict[str, Any]], labels: Labels | None, file: str, *, held_out: bool) -> None:
+def _print(rows: list[dict[str, Any]], labels: Labels | None, file: str, *, held_out: bool, left_out: int) -> None:
     trained = [row for row in rows if row["kind"] == "checkpoint"]
     best = max(row["retrieval"] for row in trained)
     which = " that these runs kept back (--hold-out)" if held_out else ""
+    which += f" ({left_out} unreadable left out)" if left_out else ""
     print(f"{rows[0]['pictures']} images{which}, by views of kinds not trained on; *: finds most again\n")
     heads = [f"{title:>7}" for title, _ in _COLUMNS.values()] + (["k-NN % (95 %)"] if labels is not None else [])
     print(f"  {'network':<{_NAME}}" + " ".join(heads))
@@ -118,7 +124,7 @@ def _print(rows: list[dict[str, Any]], labels: Labels | None, file: str, *, held
     print("\nBetter: more found, higher RankMe and LiDAR, lower alignment and uniformity. The share found")
     print("again goes along with k-NN best (docs/own-images.md). Compare on the same images only.")
     if labels is not None:
-        counted = f"{len(labels.indices)} labelled images of {len(labels.classes)} classes"
+        counted = f"{rows[0]['labelled']} labelled images of {len(labels.classes)} classes"
         print(
             f"k-NN: each of {counted} judged by the others (k 20, τ .07){' of ' + file if file else ''}; "
             "where intervals overlap, the labels can't tell networks apart."

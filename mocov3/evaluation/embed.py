@@ -57,7 +57,7 @@ def embed(world: Any, config: EmbedConfig) -> int:
 
     from mocov3.data.loading.loader import loader_workers
     from mocov3.evaluation.embeddings import Spool
-    from mocov3.evaluation.features import refuse_not_finite, stream
+    from mocov3.evaluation.features import first_of, refuse_not_finite, refuse_unreadable, stream
     from mocov3.evaluation.frozen import open_configured
     from mocov3.models.precision import precision_of
 
@@ -99,16 +99,18 @@ def embed(world: Any, config: EmbedConfig) -> int:
         workers=loader_workers(config.workers, world.local_size, sum(map(len, mine))),
         autocast=precision.autocast,
     ):
-        refuse_not_finite(part.features, part.indices, source)
-        met = set(part.indices.tolist())
-        bad = {c.index: c.reason for c in part.corrupt if c.index in met}
-        spool.put(part.indices, part.features.cpu().numpy(), bad)
+        refuse_not_finite(part, source)
+        spool.put(part.indices, part.features.cpu().numpy(), part.corrupt)
         done += len(part.indices)
     spool.flush()
     world.barrier()
+    errors = world.broadcast(spool.errors() if world.main else {})
+    if world.main and len(errors) == len(source):
+        spool.remove()
+    refuse_unreadable(errors, source, f"data {config.data}")
     if world.main:
         rate = world.size * done / max(time.perf_counter() - began, 1e-9)
-        errors = spool.finish(source, frozen.about)
+        spool.finish(source, frozen.about, errors)
         where = printable(config.output)
         _say(
             f"{where}: {len(source)} images × {'×'.join(map(str, shape))} of {frozen.about}"
@@ -116,8 +118,7 @@ def embed(world: Any, config: EmbedConfig) -> int:
             + other_part(config.data)
         )
         if errors:
-            first = min(errors)
-            warn(f"{len(errors)} unreadable images have NaN features, first: {source.name(first)}: {errors[first]}")
+            warn(f"{len(errors)} unreadable images have NaN features, first: {first_of(errors, source)}")
         if config.duplicates:
             _duplicates(config, source, errors)
     world.barrier()

@@ -61,8 +61,7 @@ class Spool:
         whole = self._features_file.exists() and self._done_file.exists()
         if saved == key and whole and self._done_file.stat().st_size == self.batches:
             return
-        for file in (self._key_file, self._done_file, self._features_file, self._errors_file):
-            file.unlink(missing_ok=True)
+        self.remove()
         try:
             array = np.lib.format.open_memmap(
                 self._features_file, mode="w+", dtype=np.float32, shape=(self.images, *shape)
@@ -81,11 +80,10 @@ class Spool:
         return [np.arange(b * self.batch, min((b + 1) * self.batch, self.images)) for b in mine.tolist()]
 
     def put(self, indices: np.ndarray, features: np.ndarray, errors: dict[int, str]) -> None:
-        """Write a batch; unreadable images get NaN."""
+        """Write a batch, and which of its images could not be read."""
         first = int(indices[0])
         self._features[first : first + len(indices)] = features
         if errors:
-            self._features[list(errors)] = np.nan
             with self._errors_file.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps([i, reason]) + "\n" for i, reason in errors.items()))
         self._pending.append(first // self.batch)
@@ -100,13 +98,11 @@ class Spool:
         self._pending.clear()
         self._flushed = time.monotonic()
 
-    def finish(self, source: Source, about: str) -> dict[int, str]:
-        """Make the output, remove the spool; returns the unreadable images: index → reason."""
-        errors = self._errors()
+    def finish(self, source: Source, about: str, errors: dict[int, str]) -> None:
+        """Make the output, remove the spool."""
         del self._features, self._done
         if self.output.suffix == ".parquet":
             _write_parquet(self.output, self._features_file, source, about, errors)
-            self._features_file.unlink()
         else:
             rows = self.output.with_suffix(".jsonl")
             partial, classes = rows.with_name(f".{rows.name}.partial"), class_names(source)
@@ -116,11 +112,15 @@ class Spool:
                     table.write(json.dumps({"path": source.name(i), "class": classes[i], **error}) + "\n")
             os.replace(partial, rows)
             os.replace(self._features_file, self.output)
-        for file in (self._key_file, self._done_file, self._errors_file):
-            file.unlink(missing_ok=True)
-        return errors
+        self.remove()
 
-    def _errors(self) -> dict[int, str]:
+    def remove(self) -> None:
+        """Remove the spool."""
+        for file in (self._key_file, self._done_file, self._features_file, self._errors_file):
+            file.unlink(missing_ok=True)
+
+    def errors(self) -> dict[int, str]:
+        """The images that could not be read, of all ranks: index → reason."""
         if not self._errors_file.exists():
             return {}
         reasons = {}
@@ -157,10 +157,11 @@ def _write_parquet(output: Path, spool: Path, source: Source, about: str, errors
             ("error", pa.string()),
             ("feature", pa.list_(pa.float32(), width)),
         ],
-        metadata={"backbone": about, "shape": json.dumps(list(features.shape[1:])), "made_by": "mocov3 embed"},
+        metadata={"backbone": _utf8(about), "shape": json.dumps(list(features.shape[1:])), "made_by": "mocov3 embed"},
     )
     partial = output.with_name(f".{output.name}.partial")
-    with pq.ParquetWriter(partial, schema) as writer:
+    # pyarrow refuses names that are not UTF-8, so it gets open files
+    with partial.open("wb") as sink, pq.ParquetWriter(sink, schema) as writer:
         for start in range(0, len(features), _ROW_GROUP):
             numbers = range(start, min(start + _ROW_GROUP, len(features)))
             values = pa.array(np.ascontiguousarray(features[start : numbers.stop]).reshape(-1))
@@ -185,7 +186,8 @@ def load(path: Path) -> torch.Tensor:
         return torch.from_numpy(np.load(path, mmap_mode="c"))
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=["feature"])
+    with path.open("rb") as file:
+        table = pq.read_table(file, columns=["feature"])
     column = table.column("feature").combine_chunks()
     values = column.flatten().to_numpy(zero_copy_only=False)
     return torch.from_numpy(values.reshape(len(table), -1).copy())

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mocov3.data import CentreView, Loader, Source, Work
 from mocov3.data.device.pixels import normalise
-from mocov3.data.loading.slots import Corrupt
 from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.errors import UserError
@@ -27,9 +26,14 @@ class Part(NamedTuple):
 
     indices: np.ndarray
     features: Tensor
-    """float32 (float64 of a network in float64), on the device, (images, …)."""
-    corrupt: list[Corrupt]
-    """Images that could not be read; their rows hold another's features."""
+    """float32 (float64 of a network in float64), on the device, (images, …); NaN where an image cannot be read."""
+    corrupt: dict[int, str]
+    """Images that could not be read: index → reason."""
+
+    @property
+    def readable(self) -> np.ndarray:
+        """Whether each image could be read."""
+        return _readable(self.indices, self.corrupt)
 
 
 class Collected(NamedTuple):
@@ -37,7 +41,16 @@ class Collected(NamedTuple):
 
     features: Tensor
     corrupt: dict[int, str]
-    """Unreadable images, whose rows hold another's features: index → reason."""
+    """Unreadable images, whose rows are NaN: index → reason."""
+
+    @property
+    def readable(self) -> np.ndarray:
+        """Whether each image could be read."""
+        return _readable(np.arange(len(self.features)), self.corrupt)
+
+
+def _readable(indices: np.ndarray, corrupt: dict[int, str]) -> np.ndarray:
+    return ~np.isin(indices, list(corrupt))
 
 
 def grid(n: int, batch_size: int, world: World) -> list[np.ndarray]:
@@ -79,13 +92,17 @@ def stream(
     training = network.training
     network.eval()
     try:
-        loader = Loader(source, view, batch_size=largest, seed=0, workers=workers, say=warn_once)
+        loader = Loader(source, view, batch_size=largest, seed=0, workers=workers, replace=False, say=warn_once)
         with gathered(network), loader:
             for batch in loader.run(works):
                 x = normalise(batch.pixels[0], device, mean, std)
                 with torch.no_grad(), autocast():
-                    batch_features = features(x)
-                yield Part(batch.work.indices, at_least_float32(batch_features), batch.corrupt)
+                    made = at_least_float32(features(x))
+                part = Part(batch.work.indices, made, {bad.index: bad.reason for bad in batch.corrupt})
+                if part.corrupt:
+                    rows = torch.from_numpy(np.flatnonzero(~part.readable)).to(made.device)
+                    part = part._replace(features=made.index_fill(0, rows, torch.nan))
+                yield part
     finally:
         network.train(training)
 
@@ -99,9 +116,10 @@ def collect(
     world: World,
     batch_size: int = 256,
     check: bool = True,
+    title: str = "",
     **settings: Any,
 ) -> Collected:
-    """Features of every image of ``source``, and which could not be read; each rank computes a part.
+    """Features of every image of ``source``, and which could not be read, all on every rank; each computes a part.
 
     Args:
         network: see ``stream``, as the other settings.
@@ -111,28 +129,29 @@ def collect(
         world: this rank.
         batch_size: images a pass.
         check: refuse features that are not finite.
+        title: of the source, for messages.
         **settings: of ``stream``.
 
     Raises:
-        UserError: if features are not finite, naming the images.
+        UserError: if features are not finite, or no image can be read, naming the images.
     """
     mine = grid(len(source), batch_size, world)
     local, filled = torch.empty(0), 0
     corrupt: dict[int, str] = {}
     for part in stream(network, features, source, view, mine, device=world.device, **settings):
         if check:
-            refuse_not_finite(part.features, part.indices, source)
+            refuse_not_finite(part, source)
         if not filled:
             local = torch.empty(sum(map(len, mine)), *part.features.shape[1:])
         local[filled : filled + len(part.indices)] = part.features.cpu()
         filled += len(part.indices)
-        met = set(part.indices.tolist())
-        corrupt.update({c.index: c.reason for c in part.corrupt if c.index in met})
-    everyone = world.gather((local, corrupt))
-    if world.size == 1:
-        return Collected(local, corrupt)
-    together = {i: reason for _, bad in everyone for i, reason in bad.items()}
-    return Collected(torch.cat([part for part, _ in everyone if part.numel()]), together)
+        corrupt |= part.corrupt
+    if world.size > 1:
+        everyone = world.gather((local, corrupt))
+        local = torch.cat([part for part, _ in everyone if part.numel()])
+        corrupt = {i: reason for _, bad in everyone for i, reason in bad.items()}
+    refuse_unreadable(corrupt, source, title)
+    return Collected(local, corrupt)
 
 
 def extract(
@@ -140,20 +159,39 @@ def extract(
 ) -> Tensor:
     """Features of every image of ``source``, in order, on the CPU of every rank, as float32 (images, width).
 
-    An unreadable image gets another's features, as in training. Settings are those of ``collect``.
+    An unreadable image has NaN. Settings are those of ``collect``.
     """
     return collect(network, features, source, view, check=False, **settings).features
 
 
-def refuse_not_finite(x: Tensor, indices: np.ndarray, source: Source) -> None:
-    """Refuse features that are NaN or infinite.
+def refuse_not_finite(part: Part, source: Source) -> None:
+    """Refuse features of readable images that are NaN or infinite.
 
     Raises:
         UserError: naming the first images.
     """
-    if bool(torch.isfinite(x).all()):
+    if bool(torch.isfinite(part.features).all()):
         return
-    rows = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
-    names = ", ".join(source.name(int(indices[row])) for row in rows[:5])
+    bad = ~torch.isfinite(part.features).flatten(1).all(1).cpu().numpy() & part.readable
+    rows = np.flatnonzero(bad).tolist()
+    if not rows:
+        return
+    names = ", ".join(source.name(int(part.indices[row])) for row in rows[:5])
     more = f" and {len(rows) - 5} more of this batch" if len(rows) > 5 else ""
     raise UserError(f"features are not finite for {names}{more}; check the weights and --precision")
+
+
+def refuse_unreadable(corrupt: dict[int, str], source: Source, title: str) -> None:
+    """Refuse a source of which no image could be read.
+
+    Raises:
+        UserError: naming the first image and its reason, after the source's ``title``.
+    """
+    if len(corrupt) == len(source):
+        raise UserError(f"{title}: none of {len(source)} images can be read, first: {first_of(corrupt, source)}")
+
+
+def first_of(corrupt: dict[int, str], source: Source) -> str:
+    """The first unreadable image and its reason."""
+    first = min(corrupt)
+    return f"{source.name(first)}: {corrupt[first]}"

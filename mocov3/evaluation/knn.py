@@ -80,8 +80,8 @@ def measure(world: Any, config: KnnConfig) -> int:
 
     frozen = open_configured(config).to(world.device)
     sources = open_sets(config.data, config.labels)
-    bank, labels = _features(world, frozen, config, sources[0])
-    asked, answers = (bank, labels) if sources[1] is None else _features(world, frozen, config, sources[1])
+    bank, labels = _features(world, frozen, config, sources[0], "bank")
+    asked, answers = (bank, labels) if sources[1] is None else _features(world, frozen, config, sources[1], "val")
     ks, recalls, notes = limits(config, len(bank) - (sources[1] is None))
     mine = torch.from_numpy(np.array_split(np.arange(len(asked)), world.size)[world.rank])
     self_index = mine if sources[1] is None else None
@@ -107,17 +107,17 @@ def measure(world: Any, config: KnnConfig) -> int:
     return 0
 
 
-def _features(world: Any, frozen: Any, config: KnnConfig, source: Source) -> tuple[Any, Any]:
+def _features(world: Any, frozen: Any, config: KnnConfig, source: Source, part: str) -> tuple[Any, Any]:
     """Features and classes of the readable images of a source, on the CPU."""
     import torch
 
     from mocov3.data.loading.loader import loader_workers
-    from mocov3.evaluation.features import collect
+    from mocov3.evaluation.features import collect, first_of
     from mocov3.models.precision import precision_of
     from mocov3.output.log import warn
 
     precision = precision_of(config.precision, world.device)
-    features, corrupt = collect(
+    collected = collect(
         frozen.network,
         frozen.features,
         source,
@@ -128,18 +128,17 @@ def _features(world: Any, frozen: Any, config: KnnConfig, source: Source) -> tup
         std=frozen.preset.std,
         workers=loader_workers(config.workers, world.local_size, len(source)),
         autocast=precision.autocast,
+        title=f"data {config.data} ({part})",
     )
     labels = torch.as_tensor(source.labels, dtype=torch.long)
-    if corrupt:
-        if world.main:
-            first = min(corrupt)
-            warn(f"{len(corrupt)} unreadable images left out, first: {source.name(first)}: {corrupt[first]}")
-        keep = torch.ones(len(source), dtype=torch.bool)
-        keep[list(corrupt)] = False
-        features, labels = features[keep], labels[keep]
-    if not len(features):
-        raise UserError(f"data {config.data}: no image of a set can be read")
-    return features, labels
+    if not collected.corrupt:
+        return collected.features, labels
+    if world.main:
+        warn(
+            f"{part}: {len(collected.corrupt)} unreadable images left out, first: {first_of(collected.corrupt, source)}"
+        )
+    keep = torch.from_numpy(collected.readable)
+    return collected.features[keep], labels[keep]
 
 
 def _report(

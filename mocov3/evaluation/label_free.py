@@ -72,9 +72,9 @@ def features_of_views(
     workers: int = 0,
     network: nn.Module | None = None,
     batch_size: int = 64,
-) -> Float[Tensor, "images views dim"]:
-    """Features of at most ``IMAGES`` images, all views of each, on every rank's CPU as float32; unreadable images
-    are left out. ``network`` is temporarily in evaluation mode.
+) -> tuple[Float[Tensor, "images views dim"], np.ndarray]:
+    """Features of at most ``IMAGES`` images, all views of each, on every rank's CPU as float32, and the images'
+    indices; unreadable images are left out. ``network`` is temporarily in evaluation mode.
     """
     chosen = scattered(len(source), IMAGES)
     mine = np.array_split(chosen, world.size)[world.rank]
@@ -82,23 +82,25 @@ def features_of_views(
     training = network.training if network is not None else False
     if network is not None:
         network.eval()
-    parts = []
+    parts, read = [torch.empty(0)], [mine[:0]]
     try:
-        with (
-            torch.no_grad(),
-            nullcontext() if network is None else gathered(network),
-            Loader(source, transform, batch_size=batch_size, seed=_SEED, workers=workers, say=warn_once) as loader,
-        ):
+        given: dict[str, Any] = {"replace": False, "say": warn_once}
+        loader = Loader(source, transform, batch_size=batch_size, seed=_SEED, workers=workers, **given)
+        with torch.no_grad(), nullcontext() if network is None else gathered(network), loader:
             for batch in loader.run(works):
-                bad = {c.index for c in batch.corrupt}
-                keep = torch.tensor([i not in bad for i in batch.work.indices.tolist()])
+                keep = ~np.isin(batch.work.indices, [bad.index for bad in batch.corrupt])
                 rows = [features(normalise(p, world.device, mean, std)).float().cpu() for p in batch.pixels]
-                parts.append(torch.stack(rows, 1)[keep])
+                parts.append(torch.stack(rows, 1)[torch.from_numpy(keep)])
+                read.append(batch.work.indices[keep])
     finally:
         if network is not None:
             network.train(training)
-    local = torch.cat(parts) if parts else torch.empty(0)
-    return torch.cat([part for part in world.gather(local) if part.numel()])
+    everyone = world.gather((_joined(parts), np.concatenate(read)))
+    return _joined([features for features, _ in everyone]), np.concatenate([indices for _, indices in everyone])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part for part in parts if part.numel()] or parts[:1])
 
 
 def pixel_features(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:

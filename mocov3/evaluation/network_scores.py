@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -142,7 +143,7 @@ def _row(
     if encoder is not None:
         encoder.to(world.device).eval()
 
-    def features(source: Source, probes: int) -> torch.Tensor:
+    def features(source: Source, probes: int) -> tuple[torch.Tensor, np.ndarray]:
         return features_of_views(
             encoder.features if encoder is not None else pixel_features,
             source,
@@ -153,18 +154,17 @@ def _row(
             workers=workers if len(source) * size**2 > 500 * 64 * 64 else 0,
         )
 
-    views = features(images, 4)
+    views, _ = features(images, 4)
     if len(views) < 10:
-        raise UserError(f"only {len(views)} of the images can be read; 10 or more are needed to judge by")
+        raise UserError(
+            f"data: only {len(views)} of {len(images)} images can be read; 10 or more are needed to judge by"
+        )
     row = {"name": name, "kind": kind, **judge(views).as_dict()}
     if labels is not None:
-        chosen = features(Subset(whole, labels.indices), 0)[:, 0]
-        if len(chosen) != len(labels.numbers):
-            raise UserError(
-                f"{len(labels.numbers) - len(chosen)} of the labelled images cannot be read; "
-                "leave them out of the labels"
-            )
-        hits, n = leave_one_out(chosen, torch.as_tensor(labels.numbers))
+        labelled, read = features(Subset(whole, labels.indices), 0)
+        if len(read) < 2:
+            raise UserError(f"only {len(read)} of {len(labels.numbers)} labelled images can be read; label others")
+        hits, n = leave_one_out(labelled[:, 0], torch.as_tensor(labels.numbers[read]))
         low, high = interval(hits, n)
         row |= {"knn": 100 * hits / n, "knn_low": low, "knn_high": high, "labelled": n}
     return row

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from mocov3.config.fields import Parser
+from mocov3.config.fields import Parser, path
 from mocov3.errors import UserError
 from mocov3.export.places import FORMATS
 
@@ -45,9 +45,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog=f"formats:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="ours, the reference's, DeiT's or a fine-tuned one", metavar="CKPT")
+    parser.add_argument(
+        "checkpoint", type=path, help="ours, the reference's, DeiT's or a fine-tuned one", metavar="CKPT"
+    )
     parser.add_argument("--to", required=True, choices=tuple(FORMATS), help="format", metavar="FORMAT")
-    parser.add_argument("--output", required=True, help="file, or folder for timm and transformers")
+    parser.add_argument("--output", type=path, required=True, help="file, or folder for timm and transformers")
     parser.add_argument("-a", "--arch", default="", help="arch of a file that does not say it")
     parser.add_argument(
         "--heads", type=int, default=None, help="attention heads of a ViT, of a file that does not tell"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mocov3.data import CentreView, Source
 from mocov3.distributed import World
-from mocov3.evaluation.features import stream
+from mocov3.evaluation.features import first_of, stream
 from mocov3.models.precision import Precision
 
 
@@ -23,6 +23,8 @@ class Accuracy:
     images: Int[np.ndarray, "classes"]
     """Images of a class."""
     loss_sum: float
+    left_out: str = ""
+    """How many images could not be read, and the first, in words."""
 
     @property
     def total(self) -> int:
@@ -71,6 +73,7 @@ def evaluate(
     assert labels is not None
     classes = len(source.classes)
     counts = torch.zeros(2 * classes + 2, dtype=torch.float64)
+    corrupt: dict[int, str] = {}
     mine = np.array_split(np.arange(len(source)), world.size)[world.rank]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     scored = stream(
@@ -86,15 +89,16 @@ def evaluate(
         autocast=precision.autocast,
     )
     for part in scored:
-        gone = {c.index for c in part.corrupt}
-        read = torch.tensor([int(i) not in gone for i in part.indices])
-        target = torch.from_numpy(labels[part.indices].astype(np.int64))
-        counts += count(part.features.cpu().double()[read], target[read], classes)
+        corrupt |= part.corrupt
+        target = torch.from_numpy(labels[part.indices[part.readable]].astype(np.int64))
+        counts += count(part.features.cpu().double()[torch.from_numpy(part.readable)], target, classes)
     # counts are whole numbers and the loss is summed in float64; sums go over the host, in float64 on every device
-    parts = world.gather(counts.tolist())
-    total = np.sum(np.array(parts), axis=0)
+    parts = world.gather((counts.tolist(), corrupt))
+    total = np.sum([sums for sums, _ in parts], axis=0)
+    corrupt = {i: reason for _, bad in parts for i, reason in bad.items()}
+    left_out = f"{len(corrupt)} unreadable left out, first: {first_of(corrupt, source)}" if corrupt else ""
     whole = total.astype(np.int64)
-    return Accuracy(whole[:classes], int(whole[-2]), whole[classes : 2 * classes], float(total[-1]))
+    return Accuracy(whole[:classes], int(whole[-2]), whole[classes : 2 * classes], float(total[-1]), left_out)
 
 
 def count(

@@ -27,7 +27,7 @@ from mocov3.finetuning.recorder import TuneCounters, TuneRecorder
 from mocov3.finetuning.step import Micro, Outcome
 from mocov3.running.folder import Owner, owned
 from mocov3.running.job import Job
-from mocov3.running.run import Run, set_determinism
+from mocov3.running.run import Run
 from mocov3.weights import Contents, our_entry
 from mocov3.weights.checkpoint import Position
 
@@ -65,10 +65,10 @@ class Tuning(Run):
 
     def __init__(self, world: World, job: Job[FinetuneConfig], owner: Owner | None) -> None:
         super().__init__(world, job, owner)
-        set_determinism(job.config.deterministic)
         self.start = files.find_start(job.config, world)
         self.config = c = self.start.config
         self.pair = self._opened()
+        self.agree({"images": self.pair.train.digest, "test images": self.pair.test.digest})
         self.classes = len(self.pair.test.classes)
         self.train = Repeated(stratified(self.pair.train, c.fraction), c.repeats)
         self.labels = np.asarray(self.train.labels, dtype=np.int64)
@@ -218,7 +218,8 @@ class Tuning(Run):
         tell = self.log.result if self.config.eval else self.log.say
         per_class = f" mean per class {accuracy.mean_class_acc1:.3f}" if self.pair.per_class else ""
         tell(f"* Acc@1 {accuracy.acc1:.3f} Acc@5 {accuracy.acc5:.3f} loss {accuracy.loss:.3f}{per_class}")
-        tell(f"Accuracy of the network on the {accuracy.total} test images: {accuracy.acc1:.1f}%")
+        left_out = f" ({accuracy.left_out})" if accuracy.left_out else ""
+        tell(f"Accuracy of the network on the {accuracy.total} test images{left_out}: {accuracy.acc1:.1f}%")
         if not self.config.eval:
             tell(f"Max accuracy: {self.counters.best:.2f}%")
 

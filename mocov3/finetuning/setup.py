@@ -8,8 +8,8 @@ from timm.utils import ModelEmaV3
 
 from mocov3.config import FinetuneConfig, ViewPreset
 from mocov3.data import Source
+from mocov3.data.loading.filling import Transform
 from mocov3.data.loading.labelled import CropView
-from mocov3.data.loading.loader import Transform
 from mocov3.data.loading.supervised import TRANSFER_CROP, DeitAugment
 from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.errors import UserError

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mocov3.config.fields import Fields, Layers, Parser
+from mocov3.config.fields import Fields, Layers, Parser, path
 from mocov3.config.views import preset_of
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
-from mocov3.data.sources.scan import unreadable_folders
 from mocov3.data.sources.survey import Survey, sample, survey
 from mocov3.errors import UserError, printable
 from mocov3.output.sheet import write_sheet
@@ -33,7 +32,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(prog="mocov3 check", description=__doc__, add_help=False, allow_abbrev=False)
     parser.add_argument("--sample", type=int, default=_SAMPLE, help="images to examine")
     parser.add_argument("--all", action="store_true", help="examine every image")
-    parser.add_argument("--sheet", default="check.png", help="where to write the sheet of views")
+    parser.add_argument("--sheet", type=path, default="check.png", help="where to write the sheet of views")
     if "-h" in argv or "--help" in argv:
         parser.add_argument("-h", "--help", action="help", help="this; flags of mocov3 pretrain are taken too")
     args, rest = parser.parse_known_args(list(argv))
@@ -82,12 +81,6 @@ def _facts(source: Source, survey: Survey, values: Fields) -> list[str]:
         f"{survey.images} images"
         + ("" if survey.examined == survey.images else f", of which {survey.examined} were examined (--all: every one)")
     ]
-    for folder in str(values.get("data")).split("\n"):
-        if Path(folder).is_dir():
-            lines += [
-                f"  folder that cannot be read: {printable(name)} ({why})"
-                for name, why in unreadable_folders(Path(folder))[:_LISTED]
-            ]
     left_out = getattr(source, "skipped", [])
     lines += [f"  {printable(line)}" for line in left_out[:_LISTED]]
     lines += [f"  {len(left_out) - _LISTED} more such lines"] if len(left_out) > _LISTED else []

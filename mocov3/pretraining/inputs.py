@@ -9,6 +9,7 @@ import numpy as np
 from mocov3.config import PretrainConfig
 from mocov3.config.fields import check_writable
 from mocov3.data import Source, open_source
+from mocov3.data.loading.filling import check_readable
 from mocov3.data.loading.order import Order, group_numbers, hold_out
 from mocov3.data.sources.labels import matched, with_labels
 from mocov3.data.sources.opening import fractions, open_unseen
@@ -30,7 +31,9 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
     if config.nprocs_per_node > 1:
         check_divides(config.batch_size, config.nprocs_per_node * max(config.world_size, 1))
     if config.knn_every:
-        warn_left_out(open_validation(config, source)[1], said=source)
+        validation = open_validation(config, source)[1]
+        check_readable(validation, config.preset.reading, f"--knn-every: {config.data_title} (val)")
+        warn_left_out(validation, said=source)
     if config.quality_every:
         warn_left_out(unseen_images(config), said=source)
     if config.report_every and importlib.util.find_spec("plotly") is None:

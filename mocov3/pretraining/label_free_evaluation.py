@@ -93,7 +93,7 @@ class LabelFreeEvaluation:
         c, preset = self.config, self.config.preset
         images = min(len(self.images), IMAGES)
         parallel = images * c.image_size**2 > _SMALL
-        views = features_of_views(
+        views, _ = features_of_views(
             network.features if network is not None else pixel_features,
             self.images,
             ProbeViews(c.image_size, preset.evaluation_zoom, reading=preset.reading),

@@ -16,7 +16,6 @@ from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
 from mocov3.data.device.token_strips import cheaper
 from mocov3.data.loading.loader import batches
 from mocov3.distributed import World
-from mocov3.distributed.agreement import check_agreement
 from mocov3.output.log import warn
 from mocov3.output.machine import note_start
 from mocov3.pretraining import assemble, resume
@@ -32,7 +31,7 @@ from mocov3.pretraining.saver import IMAGES, Saver, new_run_name, write_images
 from mocov3.pretraining.step import Outcome
 from mocov3.running.folder import Owner, owned
 from mocov3.running.job import Job
-from mocov3.running.run import Run, set_determinism
+from mocov3.running.run import Run
 from mocov3.weights import Contents
 from mocov3.weights.checkpoint import Position
 
@@ -63,10 +62,9 @@ class Pretraining(Run):
 
     def __init__(self, world: World, job: Job[PretrainConfig], owner: Owner) -> None:
         super().__init__(world, job, owner)
-        set_determinism(job.config.deterministic)
         self.source, self.held_out, self.order = open_images(job.config)
         self.iterations = self.order.iterations
-        check_agreement(world, job.config, {"images": self.source.digest})
+        self.agree({"images": self.source.digest})
         check_divides(job.config.batch_size, world.size)
         resume_from = resume.find(job.config, world)
         if resume_from is not None:

@@ -8,7 +8,7 @@ from mocov3.data import CentreView, Source
 from mocov3.data.loading.loader import loader_workers
 from mocov3.data.sources.survey import scattered
 from mocov3.distributed import World
-from mocov3.evaluation.features import extract
+from mocov3.evaluation.features import collect
 from mocov3.evaluation.neighbours import knn_accuracy, nearest
 from mocov3.models import MoCo
 from mocov3.output.sheet import draw_neighbours, draw_views
@@ -42,18 +42,18 @@ class OnlineKnn:
     def knn(self, step: int) -> float:
         """k-NN accuracy in % of the validation images; every rank must call it at the same step."""
         known, validation = open_validation(self.config, self.source)
-        bank, queries = (self._features(source) for source in (known, validation))
-        labels = [torch.as_tensor(source.labels, dtype=torch.long) for source in (known, validation)]
+        (bank, classes, read), (queries, answers, asked) = (self._features(s) for s in (known, validation))
         if self.log.takes_images:
-            shown = scattered(len(validation), _QUERIES)
-            neighbours = nearest(bank, queries[torch.from_numpy(shown)], min(_NEIGHBOURS, len(bank)))
-            sheet = draw_neighbours(validation, shown, known, neighbours.index.numpy(), self.config.preset.reading)
+            shown = scattered(len(queries), _QUERIES)
+            found = nearest(bank, queries[torch.from_numpy(shown)], min(_NEIGHBOURS, len(bank))).index.numpy()
+            sheet = draw_neighbours(validation, asked[shown], known, read[found], self.config.preset.reading)
             self.log.image("neighbours", np.asarray(sheet), step)
-        return knn_accuracy(bank, labels[0], queries, labels[1])
+        return knn_accuracy(bank, classes, queries, answers)
 
-    def _features(self, source: Source) -> torch.Tensor:
+    def _features(self, source: Source) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """Features, classes and indices of the readable images."""
         c, preset = self.config, self.config.preset
-        return extract(
+        collected = collect(
             self.model.base_encoder,
             self.model.features,
             source,
@@ -62,4 +62,9 @@ class OnlineKnn:
             mean=preset.mean,
             std=preset.std,
             workers=loader_workers(c.workers, self.world.local_size, len(source)),
+            check=False,
+            title=f"data {c.data_title}",
         )
+        read = np.flatnonzero(collected.readable)
+        features = collected.features[torch.from_numpy(read)] if collected.corrupt else collected.features
+        return features, torch.as_tensor(source.labels, dtype=torch.long)[torch.from_numpy(read)], read

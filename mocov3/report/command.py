@@ -1,13 +1,14 @@
 """``mocov3 report RUN…``: one self-contained page of a run, or of several side by side."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mocov3.config.fields import Parser
+from mocov3.config.fields import Parser, path
 from mocov3.errors import UserError, printable
 from mocov3.report.page import Shown, packed_plotly, render
 from mocov3.report.panels import learned, unlike, views
@@ -41,8 +42,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "stable, what "
         "has it learned, what does the network see. Several runs: side by side.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (its --output-dir)")
-    parser.add_argument("--output", default="", help=f"page to write (default RUN/{PAGE}; needed for several runs)")
+    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folder of a run (its --output-dir)")
+    parser.add_argument(
+        "--output", type=path, default="", help=f"page to write (default RUN/{PAGE}; needed for several runs)"
+    )
     parser.add_argument(
         "--pictures",
         type=int,
@@ -85,7 +88,8 @@ def write_page(runs: Sequence[Run], output: Path, *, images: int = IMAGES, devic
         partial.write_text(page, encoding="utf-8")
         os.replace(partial, output)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
     return shown
 

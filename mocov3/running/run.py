@@ -15,9 +15,11 @@ import torch
 
 from mocov3.config import write_yaml
 from mocov3.data import Batch, Loader, Source
-from mocov3.data.loading.loader import Transform, Unreadable, loader_workers
+from mocov3.data.loading.filling import Transform, Unreadable
+from mocov3.data.loading.loader import loader_workers
 from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
+from mocov3.distributed.agreement import check_agreement
 from mocov3.errors import UserError, stopped_by
 from mocov3.output.log import Log, Session, warn, warn_once
 from mocov3.running.folder import Owner
@@ -30,7 +32,7 @@ from mocov3.weights.checkpoint import Position
 R = TypeVar("R", bound="Run")
 
 
-def set_determinism(deterministic: bool) -> None:
+def _set_determinism(deterministic: bool) -> None:
     """Only deterministic operations in this process, or the fastest ones."""
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
@@ -57,6 +59,7 @@ class Run:
     def __init__(self, world: World, job: Job[Any], owner: Owner | None) -> None:
         self.world, self.folder, self._owner = world, Path(job.config.output_dir), owner
         self.config, self.script_door = job.config, job.script_door
+        _set_determinism(job.config.deterministic)
         self._loader: Loader | None = None
         self._writer: Writer | None = None
         self._saved_at = -1
@@ -82,6 +85,14 @@ class Run:
         """Called in the writer's thread when a file is complete."""
 
     # --- what all runs do ------------------------------------------------------------------------------------------
+
+    def agree(self, images: dict[str, str]) -> None:
+        """Refuse ranks that were started with other flags, images (name → digest) or versions.
+
+        Raises:
+            UserError: on every rank, naming what differs.
+        """
+        check_agreement(self.world, self.config, images)
 
     def workers(self, images: int | None = None) -> int:
         """Loader processes of this rank, for so many images."""

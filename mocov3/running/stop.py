@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from mocov3.distributed import World
+from mocov3.errors import stop_signals
 
 _LIMIT, _REFUSED = 1000, 1001  # above every signal's number
 _AGAIN = 0.5  # seconds: a key pressed once reaches spawned ranks twice, from the terminal and from the process above
@@ -24,13 +25,11 @@ class Stop:
         self._steps, self._seconds = max_steps, 3600 * max_hours
         self._began = time.monotonic()
         self._handlers: dict[int, Any] = {}
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                try:
-                    self._handlers[number] = signal.signal(number, self._signalled)
-                except ValueError:  # not in the main thread: the caller handles signals
-                    break
+        for number in stop_signals():
+            try:
+                self._handlers[number] = signal.signal(number, self._signalled)
+            except ValueError:  # not in the main thread: the caller handles signals
+                break
 
     def _signalled(self, number: int, _: Any) -> None:
         if self._reason != number:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mocov3.config.fields import Parser
+from mocov3.config.fields import Parser, path
 from mocov3.errors import UserError, printable
 from mocov3.weights import Contents, our_entry
 
@@ -15,7 +15,9 @@ from mocov3.weights import Contents, our_entry
 def main(argv: Sequence[str]) -> int:
     """Print what is known; returns the exit code."""
     parser = Parser(prog="mocov3 inspect", description=__doc__)
-    parser.add_argument("file", metavar="FILE", help="weights: ours, the reference's, DeiT's, timm's, torchvision's")
+    parser.add_argument(
+        "file", type=path, metavar="FILE", help="weights: ours, the reference's, DeiT's, timm's, torchvision's"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(list(argv))
     if not Path(args.file).is_file():

@@ -42,8 +42,8 @@ FROZEN_LINCLS = """
 -p --print-freq --resume -e --evaluate --world-size --rank --dist-url --dist-backend --seed --gpu
 --multiprocessing-distributed --pretrained
 --head --cache-features --solver --encoder --image-size --view-preset --crop-min --output-dir --recipe --config
---checkpoint-steps --max-steps --max-hours --device --precision --nprocs-per-node --allow-config-change --quiet --json
---logger --heads
+--checkpoint-steps --max-steps --max-hours --deterministic --device --precision --nprocs-per-node --allow-config-change
+--quiet --json --logger --heads
 """
 
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from mocov3.config import PRESETS, ViewPreset
 from mocov3.data import CentreView, FashionMnist, Loader, TwoViews, Work, open_source
-from mocov3.data.loading.loader import Unreadable, batches
+from mocov3.data.loading.filling import Unreadable
+from mocov3.data.loading.loader import batches
 from mocov3.data.sources import embedded
 from mocov3.data.sources import index as index_module
 from mocov3.data.sources.index import Index

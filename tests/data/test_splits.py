@@ -374,7 +374,9 @@ def test_what_else_is_said(tmp_path):
     assert "left out, beside archives or tables: n1/ (1 image)" in said(open_source(str(tmp_path / "left")))
     tree(tmp_path / "repo", "assets/1.jpg")
     tar(tmp_path / "repo" / "data" / "train-0.tar", "2.jpg", "3.jpg")
-    assert "1 archives or tables in data/" in said(open_source(str(tmp_path / "repo")))
+    assert "left out 1 .tar: name the files, or the folder that holds them; first: data/train-0.tar" in said(
+        open_source(str(tmp_path / "repo"))
+    )
     for name in ("0.tar", "val-1.tar"):
         tar(tmp_path / "mixed" / "train" / name, f"{name}.jpg")
     tree(tmp_path / "mixed", "test/1.jpg")

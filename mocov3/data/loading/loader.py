@@ -13,46 +13,20 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from mocov3.config.presets import RGB
+from mocov3.data.loading.filling import Filler, Transform, Unreadable
 from mocov3.data.loading.order import Order
-from mocov3.data.loading.slots import Batch, Corrupt, Layout, Slot, Work
+from mocov3.data.loading.slots import Batch, Corrupt, Layout, Work
 from mocov3.data.sources.opening import Source
 from mocov3.data.views import remarks
-from mocov3.data.views.decode import DecodeError
-from mocov3.data.views.draws import replacement
-from mocov3.errors import printable
+from mocov3.errors import stop_signals
 
 _LARGE_SLOT = 256 << 20  # bytes above which one batch less is prepared ahead
 _FEW = 2000  # images up to which starting processes takes longer than they save
-_ATTEMPTS = 20
-
-
-@runtime_checkable
-class Transform(Protocol):
-    """Bytes of an image → ``count`` views, written to ``out``."""
-
-    @property
-    def count(self) -> int:
-        """Views of an image."""
-
-    @property
-    def image_size(self) -> int:
-        """Side of the views in pixels."""
-
-    def __call__(self, data: Any, /, *, seed: int, epoch: int, index: int, out: Any = None) -> Any:
-        """Make the views.
-
-        A transform with an attribute ``colour_draws`` above 0 is also given ``colour_draws``, float32 (count, that
-        many), to write beside the pixels what is left to do with them; one whose ``reading`` is not RGB says so.
-        """
-
-
-class Unreadable(Exception):
-    """No readable image was found in place of an unreadable one."""
 
 
 def batches(
@@ -90,6 +64,7 @@ class Loader:
         batch_size: largest number of images of a batch of this rank.
         seed: seed of the draws.
         workers: number of processes.
+        replace: use another image for one that cannot be read, as training does; else it is left black.
         say: told once, at the end, of how many images something was remarked, and the first of them.
     """
 
@@ -101,9 +76,10 @@ class Loader:
         batch_size: int,
         seed: int,
         workers: int,
+        replace: bool = True,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+        self.source, self._filler = source, Filler(source, transform, seed, replace)
         self._say, self._tally = say, remarks.Tally()
         beside, channels = getattr(transform, "colour_draws", 0), getattr(transform, "reading", RGB).channels
         layout = Layout(transform.count, batch_size, transform.image_size, beside, channels)
@@ -119,10 +95,9 @@ class Loader:
         # an unlinked memory-mapped file: falls back from /dev/shm where that is small, leaves nothing when killed
         memory: Any = context.RawArray(ctypes.c_uint8, (3 if layout.bytes < _LARGE_SLOT else 2) * layout.bytes)
         self._slots = layout.slots(memory)
-        given = memory, layout, self.source, self.transform, self.seed
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, *given), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, memory, layout, self._filler), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -159,8 +134,7 @@ class Loader:
     def _run_here(self, works: Iterable[Work]) -> Iterator[Batch]:
         slot = self._slots[0]
         for work in works:
-            indices = work.indices.tolist()
-            corrupt, remarked = _fill_all(slot, 0, indices, self.source, self.transform, self.seed, work.epoch)
+            corrupt, remarked = self._filler(slot, 0, work.indices.tolist(), work.epoch)
             self._tally.add(remarked, len(self.source))
             yield slot.batch(work, corrupt)
 
@@ -224,18 +198,10 @@ class Loader:
         raise RuntimeError(f"loader process {number} (pid {process.pid}) {how}")
 
 
-def _serve(
-    pipe: multiprocessing.connection.Connection,
-    memory: Any,
-    layout: Layout,
-    source: Source,
-    transform: Transform,
-    seed: int,
-) -> None:
+def _serve(pipe: multiprocessing.connection.Connection, memory: Any, layout: Layout, filler: Filler) -> None:
     """Body of a loader process: fills parts of slots until the pipe closes."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # the main process decides when to stop
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in stop_signals():  # the main process decides when to stop
+        signal.signal(number, signal.SIG_IGN)
     import cv2
 
     cv2.setNumThreads(0)  # one process a core already
@@ -247,7 +213,7 @@ def _serve(
             return
         answer: tuple[Any, ...]
         try:
-            answer = ("done", slot, *_fill_all(slots[slot], first, indices, source, transform, seed, epoch))
+            answer = ("done", slot, *filler(slots[slot], first, indices, epoch))
         except Unreadable as error:
             answer = ("unreadable", slot, str(error), [])
         except Exception:
@@ -256,40 +222,6 @@ def _serve(
             pipe.send(answer)
         except OSError:
             return
-
-
-def _fill_all(
-    slot: Slot, first: int, indices: list[int], source: Source, transform: Transform, seed: int, epoch: int
-) -> tuple[list[Corrupt], list[tuple[int, str]]]:
-    """Write the views of images to places from ``first`` on: which could not be read, and (index, remark) of others."""
-    corrupt: list[Corrupt] = []
-    remarked: list[tuple[int, str]] = []
-    for place, index in enumerate(indices, first):
-        bad = _fill(slot, place, source, transform, seed, epoch, index)
-        corrupt += bad
-        if text := remarks.taken():
-            remarked.append((bad[-1].replaced_by if bad else index, text))
-    return corrupt, remarked
-
-
-def _fill(
-    slot: Slot, place: int, source: Source, transform: Transform, seed: int, epoch: int, index: int
-) -> list[Corrupt]:
-    """Write one image's views; an unreadable image is replaced by one that (seed, epoch, index) decides."""
-    corrupt: list[Corrupt] = []
-    tried = index
-    left = {"colour_draws": slot.colour_draws[:, place]} if slot.colour_draws.size else {}
-    for attempt in range(_ATTEMPTS):
-        try:
-            transform(source.read(tried), seed=seed, epoch=epoch, index=tried, out=slot.pixels[:, place], **left)
-            return corrupt
-        except (DecodeError, OSError) as error:
-            remarks.taken()  # of the image that is given up
-            reason = printable(str(error))[:200]
-            following = replacement(seed, epoch, index, attempt, len(source))
-            corrupt.append(Corrupt(tried, printable(source.name(tried)), reason, following))
-            tried = following
-    raise Unreadable(f"{corrupt[0].name} and {_ATTEMPTS - 1} images in its place cannot be read: {corrupt[0].reason}")
 
 
 def usable_cores() -> int:

@@ -17,7 +17,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Corrupt:
-    """An image that could not be read, and the one used instead."""
+    """An image that could not be read, and the one used instead (itself, left black, where none is)."""
 
     index: int
     name: str

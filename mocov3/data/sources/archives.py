@@ -19,6 +19,7 @@ import numpy as np
 
 from mocov3.data.sources.classes import remarks_on_missing
 from mocov3.data.sources.index import cache_folder
+from mocov3.data.sources.left_out import COMPRESSED
 from mocov3.data.sources.members import Remarks, read_members
 from mocov3.data.sources.scan import EXTENSIONS
 from mocov3.errors import UserError
@@ -27,16 +28,15 @@ CLASSES_FILE = "classes.txt"
 """Beside the archives: names of the classes, a line each."""
 
 _ENDINGS = (".tar",)
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MOST_FILES = 100_000
-_VERSION = "2"  # of the index: it grows when other members or classes are found in the same archives
+_VERSION = "3"  # of the index: it grows when other members or classes are found in the same archives
 _SHARE_FROM = 8 << 20  # bytes of index from which processes share memory-mapped files
 _RECORD = np.dtype([("archive", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("name_end", "<i8")])
 
 
 def is_shards(data: str) -> bool:
     """Whether ``data`` names archives: ``x.tar``, a glob, or a brace list of them."""
-    return data.lower().endswith((*_ENDINGS, *_COMPRESSED))
+    return data.lower().endswith((*_ENDINGS, *COMPRESSED))
 
 
 def expand(pattern: str) -> list[str]:
@@ -144,10 +144,10 @@ def open_shards(files: list[str]) -> Shards:
         UserError: if there is no image, or an archive is compressed.
     """
     for file in files:
-        if file.lower().endswith(_COMPRESSED):
+        if file.lower().endswith(COMPRESSED):
             raise UserError(f"data {file}: is compressed; images in it cannot be reached one by one: unpack it to .tar")
     stamps = [(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-    key = hashlib.sha256(json.dumps([_VERSION, stamps]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([_VERSION, EXTENSIONS, stamps]).encode()).hexdigest()[:32]
     base = str(cache_folder() / f"shards-{key}")
     try:
         records, names = _mapped(base)

@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mocov3.data.sources.scan import list_folder
+from mocov3.data.sources.left_out import LeftOut
+from mocov3.data.sources.scan import Identity, list_folder
 
 _PACKED = (".tar", ".parquet")  # files that hold many images, the preferred first
 _PACKED_BYTES = tuple(ending.encode() for ending in _PACKED)
@@ -20,6 +21,8 @@ class Contents:
     packed: list[str]
     """Archives, or else tables."""
     images: int
+    left_out: LeftOut
+    """Of the other files."""
 
 
 def look(folder: str) -> Contents:
@@ -27,8 +30,9 @@ def look(folder: str) -> Contents:
     listing = list_folder(os.fsencode(folder), also=_PACKED_BYTES)
     names = sorted(map(os.fsdecode, listing.others))
     packed = next((matches for e in _PACKED if (matches := [n for n in names if n.lower().endswith(e)])), [])
+    listing.left_out.add(map(os.fsencode, set(names) - set(packed)))
     files = [os.path.join(folder, name) for name in packed]
-    return Contents(sorted(map(os.fsdecode, listing.folders)), files, len(listing.images))
+    return Contents([os.fsdecode(name) for name in listing.folders], files, len(listing.images), listing.left_out)
 
 
 def holds(folder: str, *below: str) -> bool:
@@ -38,11 +42,13 @@ def holds(folder: str, *below: str) -> bool:
 
 def _counts(folder: str, *, first: bool = False) -> Iterator[int]:
     """Numbers of images, archives and tables in every folder below that has some, or cannot be read."""
-    root, todo, seen = os.fsencode(folder), [b""], 0
-    while todo and seen < _MOST_FOLDERS:
+    root, todo, seen = os.fsencode(folder), [b""], set[Identity | None]()
+    while todo and len(seen) < _MOST_FOLDERS:
         relative = todo.pop()
-        seen += 1
         listing = list_folder(root, relative, _PACKED_BYTES, first=first)
+        if listing.identity in seen:  # links lead round and round
+            continue
+        seen.add(listing.identity)
         if listing.images or listing.others or listing.error:
             yield len(listing.images) + len(listing.others)
         todo += [relative + b"/" + name if relative else name for name in reversed(listing.folders)]

@@ -20,7 +20,7 @@ from mocov3.errors import UserError
 
 _SHARE_FROM = 1 << 20  # bytes of index (about 20,000 images) from which it is a file of the cache folder
 _RACY = 2_000_000_000  # ns: a folder changed so shortly before it was read may change again within the same timestamp
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,13 @@ class Index:
 
 
 def remember(
-    root: bytes, settings: str, began_ns: int, changed_ns: dict[bytes, int], classes: list[str], index: Index
+    root: bytes,
+    settings: str,
+    began_ns: int,
+    changed_ns: dict[bytes, int],
+    classes: list[str],
+    remarks: list[str],
+    index: Index,
 ) -> None:
     """Keep that the tree below ``root`` gave ``index``, with every folder (relative) and its time of last change.
 
@@ -132,6 +138,7 @@ def remember(
         "digest": index.digest,
         "file": os.path.basename(index.file),
         "classes": classes,
+        "remarks": remarks,
         "folders": [os.fsdecode(f) for f in folders],
         "changed_ns": [changed_ns[f] for f in folders],
     }
@@ -141,8 +148,8 @@ def remember(
         return
 
 
-def recall(root: bytes, settings: str) -> tuple[Index, list[str]] | None:
-    """Index and classes of the tree below ``root`` if it is as it was when it was remembered."""
+def recall(root: bytes, settings: str) -> tuple[Index, list[str], list[str]] | None:
+    """Index, classes and remarks of the tree below ``root`` if it is as it was when it was remembered."""
     try:
         entry = json.loads(_entry_file(root, settings).read_bytes())
         if (entry["format"], entry["root"], entry["settings"]) != (_FORMAT, os.fsdecode(root), settings):
@@ -157,7 +164,7 @@ def recall(root: bytes, settings: str) -> tuple[Index, list[str]] | None:
         # a file cut short or of another program: the last offset must be its last byte
         if array.dtype != np.uint8 or 16 + 12 * n + int(array[8 : 16 + 8 * n].view(np.int64)[n]) != len(array):
             return None
-        return Index(array, str(file), str(entry["digest"])), list(entry["classes"])
+        return Index(array, str(file), str(entry["digest"])), list(entry["classes"]), list(entry["remarks"])
     except (OSError, ValueError, KeyError, TypeError, IndexError, UserError):
         return None
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from mocov3.data.sources.scan import EXTENSIONS, passed_over
+from mocov3.data.sources.left_out import PASSED_OVER, LeftOut, passed_over
+from mocov3.data.sources.scan import EXTENSIONS
 from mocov3.data.sources.splits import split_of_folder
 from mocov3.errors import printable
 
@@ -73,6 +74,7 @@ class Remarks:
     """Remarks on archives: lines on single members, and counts over all archives with the first of each kind."""
 
     lines: list[str] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
     _counts: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def count(self, kind: str, example: str, number: int = 1) -> None:
@@ -82,7 +84,8 @@ class Remarks:
 
     def all(self) -> list[str]:
         """Lines, then a line a kind."""
-        return self.lines + [f"{kind.format(number)}; first: {first}" for kind, (number, first) in self._counts.items()]
+        counts = [f"{kind.format(number)}; first: {first}" for kind, (number, first) in self._counts.items()]
+        return self.lines + counts + self.left_out.lines()
 
 
 def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member], list[str]]:
@@ -95,7 +98,6 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
     remarks = Remarks() if remarks is None else remarks
     members: list[Member] = []
     classes: list[tuple[str, int]] = []
-    others: Counter[str] = Counter()
     where = printable(os.path.basename(file))
     try:
         length = os.path.getsize(file)
@@ -107,10 +109,7 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
                 if info.isdir():
                     continue
                 if passed_over(path.parts):
-                    remarks.count(
-                        "{} members in hidden folders, or added by macOS or NAS systems, are passed over",
-                        f"{where}: {name}",
-                    )
+                    remarks.count(PASSED_OVER.format("{} members"), f"{where}: {name}")
                 elif not info.isreg() or info.issparse():
                     remarks.lines.append(f"{where}: {name}: is no plain file")
                 elif ".." in path.parts or info.name.startswith(("/", "\\")):
@@ -126,13 +125,10 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
                         classes.append((info.name, int(text)))
                     else:
                         remarks.lines.append(f"{where}: {name}: is no number")
-                else:
-                    others[ending or "without ending"] += 1
+                elif not path.name.startswith("."):
+                    remarks.left_out.add([os.fsencode(path.name)], f"{where}: {name.removesuffix(path.name)}")
     except (tarfile.TarError, OSError, ValueError, RecursionError, OverflowError, MemoryError) as error:
         remarks.lines.append(f"{where}: {error or type(error).__name__}; {len(members)} images before that are used")
-    if others:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
-        remarks.lines.append(f"{where}: {sum(others.values())} members are no images ({printable(kinds)})")
     return _samples(members, classes, where, remarks), remarks.all()
 
 

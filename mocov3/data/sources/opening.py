@@ -19,6 +19,7 @@ from mocov3.data.sources import archives, tables
 from mocov3.data.sources.classes import ordered, renumbered
 from mocov3.data.sources.embedded import BUILT_IN, FashionMnist
 from mocov3.data.sources.index import Index
+from mocov3.data.sources.left_out import PASSED_OVER, cure
 from mocov3.data.sources.lists import ENDINGS, read_list
 from mocov3.data.sources.scan import EXTENSIONS, scan_tree
 from mocov3.data.sources.splits import apart, choose, no_part, remark_on_mix
@@ -131,7 +132,8 @@ def _open_one(data: str, split: str) -> Source:
     if not is_folder:
         if os.path.exists(data):
             image = place.suffix.lower() in EXTENSIONS
-            hint = "name the folder that holds the images" if image else f"a list ends in {', '.join(ENDINGS)}"
+            lists = f"a list ends in {', '.join(ENDINGS)}"
+            hint = "name the folder that holds the images" if image else cure(place.name) or lists
             raise UserError(f"data {data}: is not a folder; {hint}")
         raise UserError(f"data {data}: there is no such folder; name a folder of images, or fashion-mnist")
     part = choose(data, split)
@@ -139,7 +141,9 @@ def _open_one(data: str, split: str) -> Source:
         raise no_part(data, split)
     if part.files:
         return open_files(list(part.files), list(part.remarks))
-    return Folder(*scan_tree(Path(part.place), part.without), list(part.remarks))
+    folder = Folder(*scan_tree(Path(part.place), part.without))
+    folder.skipped = [*part.remarks, *folder.skipped]
+    return folder
 
 
 def scan(folder: Path) -> "Folder":
@@ -316,6 +320,12 @@ def open_files(files: list[str], remarks: list[str]) -> Source:
     Raises:
         UserError: if they cannot be used.
     """
-    source = tables.Parquet(files) if tables.is_parquet(files[0]) else archives.open_shards(files)
-    source.skipped = [*remarks, *source.skipped]
-    return source
+    if not tables.is_parquet(files[0]):
+        shards = archives.open_shards(files)
+        shards.skipped = [*remarks, *shards.skipped]
+        return shards
+    table = tables.Parquet(files)
+    rows = tables.used_rows(table)
+    passed = [f"{files[0]}: {PASSED_OVER.format(f'{n} rows')}"] if (n := len(table) - len(rows)) else []
+    table.skipped = [*remarks, *passed, *table.skipped]
+    return Subset(table, rows) if passed else table

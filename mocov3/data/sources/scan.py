@@ -4,13 +4,16 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
+from mocov3.data.sources.classes import remarks_on_missing
 from mocov3.data.sources.index import Chunk, Index, recall, remember
+from mocov3.data.sources.left_out import LeftOut, hidden
 from mocov3.data.views import formats
 from mocov3.errors import UserError
 
@@ -43,8 +46,11 @@ EXTENSIONS = (
 """Endings taken for images; what is in a file is decided by its content. ``formats.cure`` knows of further ones."""
 _ENDINGS = tuple(e.encode() for e in EXTENSIONS)
 _SETTINGS = " ".join(EXTENSIONS)
-_SKIPPED = (b"__macosx", b"@eadir")  # made by macOS and NAS systems: their images are not the user's
 _THREADS = 16  # waiting for disks or the network, not computing
+_AT_ONCE = 64 * _THREADS  # folders
+
+Identity = tuple[int, int] | bytes
+"""Device and inode of a folder; its real path where a file system has no inodes."""
 
 
 @dataclass
@@ -52,18 +58,27 @@ class Listing:
     """What one folder holds."""
 
     changed_ns: int = 0
+    identity: Identity | None = None
     images: list[bytes] = field(default_factory=list)
     folders: list[bytes] = field(default_factory=list)
+    """Sorted, with the links among them."""
+    links: dict[bytes, Identity] = field(default_factory=dict)
+    """Those folders that are links, and what they lead to."""
+    back: list[bytes] = field(default_factory=list)
+    """Links to a folder that they lie in."""
+    broken: list[bytes] = field(default_factory=list)
+    """Links that lead nowhere."""
     others: list[bytes] = field(default_factory=list)
     """Files of further endings that were asked for."""
+    left_out: LeftOut = field(default_factory=LeftOut)
     error: OSError | None = None
 
 
-def scan_tree(folder: Path, without: Sequence[str] = ()) -> tuple[str, Index, list[str]]:
-    """Root, index of every image below ``folder`` sorted by path, and its classes (its subfolders).
+def scan_tree(folder: Path, without: Sequence[str] = ()) -> tuple[str, Index, list[str], list[str]]:
+    """Root, index of every image below ``folder`` sorted by path, its classes (its subfolders), and remarks.
 
-    Subfolders named in ``without`` are left out; hidden folders and files that macOS and NAS systems add are passed
-    over. Links to folders are followed, but never back into a folder they lie in.
+    Subfolders named in ``without`` are left out, and those that ``left_out`` passes over. Every folder is read once:
+    by its path without links; else by the link that is nearest to the root, of these the first by name.
 
     Raises:
         UserError: if the folder is missing, unreadable, or holds no image.
@@ -71,52 +86,80 @@ def scan_tree(folder: Path, without: Sequence[str] = ()) -> tuple[str, Index, li
     if not folder.is_dir():
         raise UserError(f"data {folder}: there is no such folder")
     root = os.fsencode(folder)
-    out = frozenset(map(os.fsencode, without))
     settings = "\0".join([_SETTINGS, *sorted(without)])
     known = recall(root, settings)
     if known is not None:
         return os.fsdecode(root), *known
     began = time.time_ns()
-    listings = _list_all(root, out)
+    listings, again = _list_all(root, frozenset(map(os.fsencode, without)))
     chunks, heads = _assembled(listings)
-    failed = [(path, listing.error) for path, listing in listings.items() if listing.error is not None]
+    failed = [(path, listing.error) for path, listing in sorted(listings.items()) if listing.error is not None]
+    if failed and not chunks:
+        raise UserError(f"data {folder}: cannot be read ({failed[0][1].strerror})")
+    broken = [_join(path, name) for path, listing in listings.items() for name in listing.broken]
+    remarks = _remarks(listings, failed, broken, again)
     if not chunks:
-        if failed:
-            raise UserError(f"data {folder}: cannot be read ({failed[0][1].strerror})")
-        raise UserError(f"data {folder}: holds no image ({', '.join(EXTENSIONS[:10])} …)")
-    classes = sorted(set(heads)) if b"" not in heads else []
+        raise UserError("; ".join([f"data {folder}: holds no image ({', '.join(EXTENSIONS[:10])} …)", *remarks]))
+    classes = sorted(set(heads) - {b""})
+    if b"" in heads and len(classes) < 2:  # a folder beside images is no class
+        classes = []
     number = {head: i for i, head in enumerate(classes)}
     labelled = [Chunk(c.lengths, c.joined, number.get(h, -1)) for c, h in zip(chunks, heads, strict=True)]
     index = Index.of_chunks(labelled)
     names = [os.fsdecode(c) for c in classes]
-    if not failed:
-        remember(root, settings, began, {p: e.changed_ns for p, e in listings.items()}, names, index)
-    return os.fsdecode(root), index, names
+    remarks = [f"{folder}: {line}" for line in remarks]
+    remarks += remarks_on_missing(f"{folder}: images beside its {len(classes)} class folders", index.labels)
+    if not failed and not broken:  # what is behind them may come without a change of their folder
+        remember(root, settings, began, {p: e.changed_ns for p, e in listings.items()}, names, remarks, index)
+    return os.fsdecode(root), index, names, remarks
 
 
-def unreadable_folders(folder: Path) -> list[tuple[str, str]]:
-    """Subfolders that cannot be read, each with the reason; ``mocov3 check`` names them."""
-    listings = _list_all(os.fsencode(folder))
-    return [(os.fsdecode(p), e.error.strerror or "?") for p, e in sorted(listings.items()) if e.error is not None]
+def _remarks(
+    listings: dict[bytes, Listing], failed: list[tuple[bytes, OSError]], broken: list[bytes], again: list[bytes]
+) -> list[str]:
+    left_out = LeftOut()
+    for path, listing in listings.items():
+        left_out.merge(listing.left_out, os.fsdecode(_join(path, b"")) if path else "")
+    lines = left_out.lines()
+    if failed:
+        first, error = failed[0]
+        lines.append(f"{len(failed)} folders cannot be read ({error.strerror}); first: {os.fsdecode(first)}")
+    if broken:
+        lines.append(f"{len(broken)} links lead nowhere; first: {os.fsdecode(min(broken))}")
+    if again:
+        lines.append(
+            f"{len(again)} links to folders are not followed: these are read by another path, or hold the link; "
+            f"first: {os.fsdecode(min(again))}"
+        )
+    return lines
 
 
-def _list_all(root: bytes, without: frozenset[bytes] = frozenset()) -> dict[bytes, Listing]:
-    """Listings by folder, relative to ``root`` (b"" is the root itself)."""
+def _list_all(root: bytes, without: frozenset[bytes] = frozenset()) -> tuple[dict[bytes, Listing], list[bytes]]:
+    """Listings by folder, relative to ``root`` (b"" is the root itself), and paths of folders not read again."""
     listings: dict[bytes, Listing] = {}
-    todo: deque[bytes] = deque([b""])
-    running: dict[Future[Listing], bytes] = {}
+    seen = {list_folder(root, name, first=True).identity for name in without}
+    todo, links = deque([b""]), dict[bytes, Identity]()
+    again: list[bytes] = []
     with ThreadPoolExecutor(_THREADS) as pool:
-        while todo or running:
-            while todo and len(running) < 4 * _THREADS:
-                relative = todo.popleft()
-                running[pool.submit(list_folder, root, relative)] = relative
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                relative = running.pop(done)
-                listing = listings[relative] = done.result()
-                if not relative:
-                    listing.folders = [name for name in listing.folders if name not in without]
-                todo.extend(relative + b"/" + name if relative else name for name in listing.folders)
-    return listings
+        while todo or links:
+            if not todo:  # all that is reached without these links is read
+                for path in sorted(links, key=lambda p: (p.count(b"/"), p)):
+                    (again if links[path] in seen else todo).append(path)
+                links = {}
+            batch = [todo.popleft() for _ in range(min(len(todo), _AT_ONCE))]
+            for path, listing in zip(batch, pool.map(list_folder, repeat(root), batch), strict=True):
+                if listing.identity in seen and listing.identity:
+                    again.append(path)
+                    continue
+                seen.add(listing.identity)
+                listings[path] = listing
+                again += [_join(path, name) for name in listing.back]
+                for name in listing.folders:
+                    if name in listing.links:
+                        links[_join(path, name)] = listing.links[name]
+                    elif path or name not in without:
+                        todo.append(_join(path, name))
+    return listings, again
 
 
 def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = (), *, first: bool = False) -> Listing:
@@ -130,9 +173,11 @@ def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = ()
     """
     place = os.path.join(root, relative) if relative else root
     listing = Listing()
+    left_out: list[bytes] = []
     endings = _ENDINGS + also
     try:
-        listing.changed_ns = os.stat(place).st_mtime_ns
+        status = os.stat(place)
+        listing.changed_ns, listing.identity = status.st_mtime_ns, _identity(status, place)
         with os.scandir(place) as entries:
             for entry in entries:
                 name = entry.name
@@ -142,37 +187,46 @@ def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = ()
                         (listing.images if lower.endswith(_ENDINGS) else listing.others).append(name)
                         if first:
                             break
-                    elif _wanted(entry, place):
-                        listing.folders.append(name)
-                except OSError:  # a link to nowhere
-                    continue
+                    elif name.startswith(b"."):
+                        continue
+                    elif entry.is_file():
+                        left_out.append(name)
+                    elif entry.is_dir():
+                        if not hidden(name):
+                            _add_folder(listing, entry, place)
+                    elif entry.is_symlink():
+                        listing.broken.append(name)
+                except OSError:  # a link to itself, or to where nothing may be read
+                    listing.broken.append(name)
     except OSError as error:
         listing.error = error
     listing.images.sort()
+    listing.folders.sort()
+    listing.left_out.add(left_out)
     return listing
 
 
-def _wanted(entry: "os.DirEntry[bytes]", place: bytes) -> bool:
-    name = entry.name
-    if not entry.is_dir() or _hidden(name):
-        return False
-    return not (entry.is_symlink() and _leads_back(place, name))
+def _add_folder(listing: Listing, entry: "os.DirEntry[bytes]", place: bytes) -> None:
+    if entry.is_symlink():
+        path = os.path.join(place, entry.name)
+        if _leads_back(place, path):
+            listing.back.append(entry.name)
+            return
+        listing.links[entry.name] = _identity(entry.stat(), path)
+    listing.folders.append(entry.name)
 
 
-def _hidden(folder: bytes) -> bool:
-    return folder.startswith(b".") or folder.lower() in _SKIPPED
+def _identity(status: os.stat_result, path: bytes) -> Identity:
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
-def passed_over(parts: Sequence[str]) -> bool:
-    """Whether a member of an archive, given as the parts of its path, is one that a folder's scan skips."""
-    *folders, base = parts or ("",)
-    ways = (".", "..", "/")  # no hidden folders
-    return base.startswith("._") or any(_hidden(os.fsencode(f)) for f in folders if f not in ways)
-
-
-def _leads_back(place: bytes, name: bytes) -> bool:
-    here, target = os.path.realpath(place), os.path.realpath(os.path.join(place, name))
+def _leads_back(place: bytes, path: bytes) -> bool:
+    here, target = os.path.realpath(place), os.path.realpath(path)
     return here == target or here.startswith(target.rstrip(b"/") + b"/")
+
+
+def _join(relative: bytes, name: bytes) -> bytes:
+    return relative + b"/" + name if relative else name
 
 
 def _assembled(listings: dict[bytes, Listing]) -> tuple[list[Chunk], list[bytes]]:
@@ -206,8 +260,9 @@ def _runs(listings: dict[bytes, Listing]) -> Iterator[tuple[bytes, list[bytes]]]
         parts: list[tuple[bytes, list[bytes] | None]] = []
         for name, is_folder in entries:
             if is_folder:
-                child = relative + b"/" + name[:-1] if relative else name[:-1]
-                parts.append((child, None))
+                child = _join(relative, name[:-1])
+                if child in listings:
+                    parts.append((child, None))
             elif parts and parts[-1][1] is not None:
                 parts[-1][1].append(name)
             else:

@@ -212,7 +212,9 @@ def _beside(folder: str, others: list[str], top: Contents, *, within: bool = Fal
     left += [f"{top.images} images directly in it"] if top.images else []
     left += [f"{len(top.packed)} archives or tables directly in it"] if top.packed and not within else []
     why = "beside archives or tables" if within else "as of no part"
-    return [f"{folder}: left out, {why}: {', '.join(left)}"] if left else []
+    said = [f"{folder}: left out, {why}: {', '.join(left)}"] if left else []
+    # lists of classes, texts and the like lie beside archives
+    return said + [f"{folder}: {line}" for line in top.left_out.lines(others=False)] if within else said
 
 
 def _as_classes(folder: str, named: dict[str, str], holding: dict[str, str], others: list[str]) -> list[str]:
@@ -233,17 +235,13 @@ def _whole(folder: str, split: str, top: Contents) -> Part | None:
     if top.packed:
         others = [name for name in top.folders if not split_of_folder(name) and holds(folder, name)]
         return _of_files(folder, split, top.packed, _beside(folder, others, top, within=True))
-    said = []
-    if "data" in top.folders:
+    others = [name for name in top.folders if name != "data"]
+    if "data" in top.folders and not top.images and not any(holds(folder, name) for name in others):
         inner = os.path.join(folder, "data")
         contents = look(inner)
         if contents.packed:
-            if not top.images and not any(holds(folder, name) for name in top.folders if name != "data"):
-                return _whole(inner, split, contents)
-            said = [
-                f"{folder}: left out: {len(contents.packed)} archives or tables in data/; to use them, name {inner}"
-            ]
-    return Part(folder, (), (), (*said, *_deeper(folder, top))) if split == "train" else None
+            return _whole(inner, split, contents)
+    return Part(folder, (), (), tuple(_deeper(folder, top))) if split == "train" else None
 
 
 def _deeper(folder: str, top: Contents) -> list[str]:

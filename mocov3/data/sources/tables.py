@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from mocov3.data.sources.classes import ordered, remarks_on_missing, renumbered
+from mocov3.data.sources.left_out import MAY_BE_PASSED_OVER, passed_over
 from mocov3.data.sources.rows import LABEL_COLUMNS
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.errors import UserError, printable
@@ -244,3 +246,23 @@ def _label_text(value: Any) -> str:
     if value is None or value != value:  # NaN: what is missing in a column of numbers
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def used_rows(tables: Parquet) -> np.ndarray:
+    """Rows of tables, but for images whose path (in Hugging Face's structure) is one that a folder's scan skips."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    passed, begin = [np.empty(0, np.int64)], 0
+    for file in tables.files:
+        with _pyarrow().ParquetFile(file) as table:
+            kind = table.schema_arrow.field(tables.column).type
+            if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+                paths = table.read([f"{tables.column}.path"]).column(0).combine_chunks().field("path")
+                if pa.types.is_string(paths.type):
+                    rows = np.flatnonzero(pc.match_substring_regex(paths, MAY_BE_PASSED_OVER).fill_null(False))
+                    names = paths.take(pa.array(rows)).to_pylist()
+                    out = [passed_over(PurePosixPath(name).parts) for name in names]
+                    passed.append(begin + rows[np.array(out, bool)])
+            begin += table.metadata.num_rows
+    return np.delete(np.arange(len(tables)), np.concatenate(passed))

@@ -19,7 +19,7 @@ from mocov3.data.device.pixels import normalise
 from mocov3.data.loading.labelled import CropView, open_labelled, plan_all
 from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
-from mocov3.evaluation.features import Collected, collect, refuse_not_finite
+from mocov3.evaluation.features import Collected, Part, collect, first_of, refuse_not_finite
 from mocov3.evaluation.linear import files
 from mocov3.evaluation.linear.lbfgs import solve
 from mocov3.evaluation.linear.log import EvaluationLog, HeadResult, best_of
@@ -61,6 +61,7 @@ class Evaluation(Run):
     def __init__(self, world: World, job: Job[LinclsConfig], owner: Owner) -> None:
         super().__init__(world, job, owner)
         self.source, self.val_source = open_labelled(job.config.data)
+        self.agree({"images": self.source.digest, "validation images": self.val_source.digest})
         self.labels, self.val_labels = (
             torch.as_tensor(s.labels, dtype=torch.long, device=world.device) for s in (self.source, self.val_source)
         )
@@ -153,6 +154,7 @@ class Evaluation(Run):
                 self.source,
                 self.frozen.view,
                 world=self.world,
+                title=f"{self.data_title} (train)",
                 **self._settings(),
             )
             self._note_unreadable("train", self._train.corrupt)
@@ -177,7 +179,7 @@ class Evaluation(Run):
                 x = at_least_float32(self.frozen.features(pixels))
         if bad:
             x, indices = x[torch.from_numpy(keep).to(x.device)], indices[keep]
-        refuse_not_finite(x, indices, self.source)
+        refuse_not_finite(Part(indices, x, {}), self.source)
         return x, self.labels[torch.from_numpy(indices).to(self.world.device)]
 
     def step(self, work: Work, batch: Batch | None) -> None:
@@ -240,7 +242,7 @@ class Evaluation(Run):
         """Loss, top-1 and top-5 in % of every head on the whole validation set, exact over ranks."""
         if self._val is None:  # the backbone does not change, so one pass does for all epochs
             self._val, bad = validation_features(
-                self.frozen, self.val_source, self.val_labels, self.world, self._settings()
+                self.frozen, self.val_source, self.val_labels, self.world, f"{self.data_title} (val)", self._settings()
             )
             self._note_unreadable("val", bad)
         return evaluated(self.heads, self._val, self.world, self.log.terminal, self.config.print_freq)
@@ -248,9 +250,7 @@ class Evaluation(Run):
     def solve(self) -> None:
         """Fit every head to the cached features by L-BFGS, and evaluate."""
         collected = self._collect_train()
-        keep = torch.ones(len(self.source), dtype=torch.bool)
-        keep[list(collected.corrupt)] = False
-        mine = np.array_split(np.flatnonzero(keep.numpy()), self.world.size)[self.world.rank]
+        mine = np.array_split(np.flatnonzero(collected.readable), self.world.size)[self.world.rank]
         rows = torch.from_numpy(mine)
         solve(self.heads, collected.features[rows], self.labels[rows.to(self.labels.device)].cpu(), self.world)
         self.position = Position(self.config.epochs, 0, 0)
@@ -261,8 +261,7 @@ class Evaluation(Run):
         self.unreadable[part].update(new)
         if new:
             source = self.source if part == "train" else self.val_source
-            first = min(new)
-            warn(f"{part}: {len(new)} unreadable images left out, first: {source.name(first)}: {new[first]}")
+            warn(f"{part}: {len(new)} unreadable images left out, first: {first_of(new, source)}")
 
     def _check_backbone(self) -> None:
         if self.frozen.digest() != self.digest:

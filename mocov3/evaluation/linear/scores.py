@@ -15,7 +15,7 @@ from mocov3.data.loading.loader import loader_workers
 from mocov3.data.sources.labels import matched, with_labels
 from mocov3.distributed import World
 from mocov3.errors import UserError
-from mocov3.evaluation.features import grid, refuse_not_finite, stream
+from mocov3.evaluation.features import first_of, grid, refuse_not_finite, refuse_unreadable, stream
 from mocov3.evaluation.frozen import Frozen, open_frozen
 from mocov3.evaluation.linear import files
 from mocov3.evaluation.linear.heads import Heads, HeadSpec
@@ -36,26 +36,26 @@ _AGREE = 0.15  # points: the published figures are rounded to 0.1
 
 
 def validation_features(
-    frozen: Frozen, source: Source, labels: Tensor, world: World, settings: dict[str, Any]
+    frozen: Frozen, source: Source, labels: Tensor, world: World, title: str, settings: dict[str, Any]
 ) -> tuple[Batches, dict[int, str]]:
-    """Features and classes of this rank's part of the validation set, and its unreadable images, left out.
+    """Features and classes of this rank's part of the validation set, and the unreadable images of all, left out.
 
     Raises:
-        UserError: if a feature is not finite, naming the images.
+        UserError: if a feature is not finite or no image can be read, naming the images.
     """
     batches: Batches = []
     unreadable: dict[int, str] = {}
     mine = grid(len(source), 256, world)
     for part in stream(frozen.network, frozen.features, source, frozen.view, mine, device=world.device, **settings):
-        met = set(part.indices.tolist())
-        bad = {c.index: c.reason for c in part.corrupt if c.index in met}
-        unreadable.update(bad)
+        refuse_not_finite(part, source)
+        unreadable |= part.corrupt
         x, index = part.features, torch.from_numpy(part.indices).to(world.device)
-        if bad:
-            keep = torch.tensor([i not in bad for i in part.indices.tolist()], device=world.device)
+        if part.corrupt:
+            keep = torch.from_numpy(part.readable).to(world.device)
             x, index = x[keep], index[keep]
-        refuse_not_finite(x, index.cpu().numpy(), source)
         batches.append((x, labels[index]))
+    unreadable = {i: reason for bad in world.gather(unreadable) for i, reason in bad.items()}
+    refuse_unreadable(unreadable, source, title)
     return batches, unreadable
 
 
@@ -75,10 +75,7 @@ def evaluated(
             for meter, value in zip(meters[1:], values, strict=True):
                 meter.update(value)
             terminal.line(Progress(len(batches), meters).line(None, i))
-    total = world.sum(counts)
-    if not total[0, 3]:
-        raise UserError("no validation image can be read")
-    return [rates(row) for row in total.tolist()]
+    return [rates(row) for row in world.sum(counts).tolist()]
 
 
 def rates(row: Sequence[float]) -> tuple[float, float, float]:
@@ -152,9 +149,9 @@ def _score(world: World, job: Job[LinclsConfig], source: Source) -> tuple[HeadRe
         "autocast": precision.autocast,
     }
     labels = torch.as_tensor(source.labels, dtype=torch.long, device=world.device)
-    batches, bad = validation_features(frozen, source, labels, world, settings)
-    if bad:
-        warn(f"{len(bad)} unreadable images left out, first: {source.name(min(bad))}: {bad[min(bad)]}")
+    batches, bad = validation_features(frozen, source, labels, world, f"data {c.data} (val)", settings)
+    if bad and world.main:
+        warn(f"{len(bad)} unreadable images left out, first: {first_of(bad, source)}")
     style = "quiet" if c.quiet or c.json else "lines"
     terminal = Terminal(style, epochs=1, iterations=1, active=world.main)
     result = HeadResult("linear", 0.0, 0.0)

@@ -74,7 +74,7 @@ class Safetensors(Format):
 
     def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Loaded by safetensors into a fresh backbone."""
-        return _ours(model, safetensors.torch.load_file(place), x)
+        return _ours(model, safetensors.torch.load(place.read_bytes()), x)  # load_file refuses names that are not UTF-8
 
     def usage(self, model: Exported, name: str) -> str:
         """By safetensors, or by us."""

@@ -1,0 +1,104 @@
+"""From images to views in a slot, and what becomes of images that cannot be read."""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from mocov3.config.presets import Reading
+from mocov3.data.loading.slots import Corrupt, Slot
+from mocov3.data.sources.opening import Source
+from mocov3.data.views import remarks
+from mocov3.data.views.decode import DecodeError, ImageBytes
+from mocov3.data.views.draws import replacement
+from mocov3.errors import UserError, printable
+
+_ATTEMPTS = 20
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Bytes of an image → ``count`` views, written to ``out``."""
+
+    @property
+    def count(self) -> int:
+        """Views of an image."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the views in pixels."""
+
+    def __call__(self, data: Any, /, *, seed: int, epoch: int, index: int, out: Any = None) -> Any:
+        """Make the views.
+
+        A transform with an attribute ``colour_draws`` above 0 is also given ``colour_draws``, float32 (count, that
+        many), to write beside the pixels what is left to do with them; one whose ``reading`` is not RGB says so.
+        """
+
+
+class Unreadable(Exception):
+    """No readable image was found in place of an unreadable one."""
+
+
+class Filler(NamedTuple):
+    """Fills slots with the views of images."""
+
+    source: Source
+    transform: Transform
+    seed: int
+    """Of the draws."""
+    replace: bool
+    """Use another image for one that cannot be read; else it is left black."""
+
+    def __call__(
+        self, slot: Slot, first: int, indices: list[int], epoch: int
+    ) -> tuple[list[Corrupt], list[tuple[int, str]]]:
+        """Write views to places from ``first`` on: which images could not be read, and (index, remark) of others.
+
+        Raises:
+            Unreadable: if an image and all its replacements cannot be read.
+        """
+        corrupt: list[Corrupt] = []
+        remarked: list[tuple[int, str]] = []
+        for place, index in enumerate(indices, first):
+            bad = self._fill(slot, place, index, epoch)
+            corrupt += bad
+            if text := remarks.taken():
+                remarked.append((bad[-1].replaced_by if bad else index, text))
+        return corrupt, remarked
+
+    def _fill(self, slot: Slot, place: int, index: int, epoch: int) -> list[Corrupt]:
+        """Write one image's views; one that cannot be read is replaced as (seed, epoch, index) decides, or black."""
+        source, seed, tried = self.source, self.seed, index
+        corrupt: list[Corrupt] = []
+        out = slot.pixels[:, place]
+        left = {"colour_draws": slot.colour_draws[:, place]} if slot.colour_draws.size else {}
+        for attempt in range(_ATTEMPTS):
+            try:
+                self.transform(source.read(tried), seed=seed, epoch=epoch, index=tried, out=out, **left)
+                return corrupt
+            except (DecodeError, OSError) as error:
+                remarks.taken()  # of the image that is given up
+                reason = printable(str(error))[:200]
+            following = replacement(seed, epoch, index, attempt, len(source)) if self.replace else index
+            corrupt.append(Corrupt(tried, printable(source.name(tried)), reason, following))
+            if not self.replace:
+                out[:] = 0
+                return corrupt
+            tried = following
+        raise Unreadable(
+            f"{corrupt[0].name} and {_ATTEMPTS - 1} images in its place cannot be read: {corrupt[0].reason}"
+        )
+
+
+def check_readable(source: Source, reading: Reading, title: str) -> None:
+    """Refuse images to evaluate on of which none can be read, before a run starts; as a rule one is looked at.
+
+    Raises:
+        UserError: naming the first and its reason, after the source's ``title``.
+    """
+    reason = ""
+    for index in range(len(source)):
+        try:
+            ImageBytes(source.read(index), reading).pixels()
+            return
+        except (DecodeError, OSError) as error:
+            reason = reason or f"{source.name(index)}: {error}"
+    raise UserError(f"{title}: none of {len(source)} images can be read, first: {reason}")
