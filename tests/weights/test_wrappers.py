@@ -429,7 +429,11 @@ PROMISES = {"ours, grey": 4, "wrapped": 2, "a ViT of unknown heads": 2, "unfit":
 def test_what_inspect_promises_runs(kind, tmp_path, images, monkeypatch):
     file = written(kind, tmp_path, images)
     monkeypatch.setattr(speed, "epoch_seconds", lambda config, source, count: (1.0, 1.0, config.batch_size))
-    monkeypatch.setattr(network_scores, "features_of_views", lambda _, source, *a, **k: torch.randn(len(source), 4, 8))
+    monkeypatch.setattr(
+        network_scores,
+        "features_of_views",
+        lambda _, source, *a, **k: (torch.randn(len(source), 4, 8), np.arange(len(source))),
+    )
     facts = describe(str(file))
     assert len(facts["good_for"]) == PROMISES[kind]
     for promise in facts["good_for"]:
