@@ -222,7 +222,7 @@ def test_torchvisions_vits(width, heads, arch, tmp_path, images):
     flags = {"heads": heads} if width == 384 else {}
     same(file, network.eval(), arch, **flags)
     if flags:
-        assert "give --heads 12 (MoCo v3's) or --heads 6" in refused("embed", "--model", file, "-o", "x.npy", images)
+        assert "with --heads 12 (MoCo v3's) or --heads 6" in refused("embed", "--model", file, "-o", "x.npy", images)
 
 
 def test_vits_of_transformers(tmp_path):
@@ -257,7 +257,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("case", "door"), zip(REFUSED, ("embed", "export", "pretrain"), strict=True))
+@pytest.mark.parametrize(("case", "door"), list(zip(REFUSED, ("embed", "export", "pretrain"), strict=True)))
 def test_what_does_not_fit_is_named(case, door, tmp_path, images):
     change, reason = REFUSED[case]
     file = tmp_path / "w.pth"
@@ -372,7 +372,9 @@ class Calls:
 
 
 @pytest.mark.parametrize(
-    "function", [eval, print, getattr, __import__, torch._utils._rebuild_qtensor, __import__("os").system], ids=str
+    "function",
+    [eval, print, getattr, __import__, torch._utils._rebuild_qtensor, __import__("os").system],
+    ids=lambda f: f.__name__,
 )
 def test_what_could_run_is_refused(function, tmp_path, capsys):
     torch.save({"args": Calls(function, "1"), "state_dict": A}, tmp_path / "w.pth")
