@@ -8,7 +8,7 @@ from mocov3.data.sources.opening import Source
 from mocov3.data.views import remarks
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.draws import replacement
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError, printable, reason
 
 _ATTEMPTS = 20
 
@@ -76,9 +76,9 @@ class Filler(NamedTuple):
                 return corrupt
             except (DecodeError, OSError) as error:
                 remarks.taken()  # of the image that is given up
-                reason = printable(str(error))[:200]
+                why = printable(reason(error))[:200]
             following = replacement(seed, epoch, index, attempt, len(source)) if self.replace else index
-            corrupt.append(Corrupt(tried, printable(source.name(tried)), reason, following))
+            corrupt.append(Corrupt(tried, printable(source.name(tried)), why, following))
             if not self.replace:
                 out[:] = 0
                 return corrupt
@@ -94,11 +94,11 @@ def check_readable(source: Source, reading: Reading, title: str) -> None:
     Raises:
         UserError: naming the first and its reason, after the source's ``title``.
     """
-    reason = ""
+    first = ""
     for index in range(len(source)):
         try:
             ImageBytes(source.read(index), reading).pixels()
             return
         except (DecodeError, OSError) as error:
-            reason = reason or f"{source.name(index)}: {error}"
-    raise UserError(f"{title}: none of {len(source)} images can be read, first: {reason}")
+            first = first or f"{source.name(index)}: {reason(error)}"
+    raise UserError(f"{title}: none of {len(source)} images can be read, first: {first}")
