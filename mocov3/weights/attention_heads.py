@@ -4,6 +4,7 @@ Shapes do not tell. Any number of heads that divides the width fits the same wei
 384 has 12 heads in MoCo v3 (arXiv 2104.02057, appendix) and 6 in DeiT, DINO and timm. At other widths all agree.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -62,6 +63,22 @@ def told(contents: Contents, arch: str | None, kind: str, state: dict[str, Tenso
     if table is not None and table.ndim == 3 and table.shape[1] > 2 and is_sincos_position_embedding(table):
         return Known(HEADS.get(width), "by its position table, MoCo v3's")
     return Known()
+
+
+def assumed(state: dict[str, Tensor], beside: Iterable[str], arch: str | bool | None) -> Known:
+    """What is taken, and said, where neither the file nor the user tells and its family has one number.
+
+    Args:
+        state: the backbone.
+        beside: keys that stand beside it in its file.
+        arch: ours that the user names for a file in another library's terms.
+    """
+    width = width_of(state)
+    if width not in OTHERS_HEADS:
+        return Known()
+    if any("decoder_" in key or "mask_token" in key for key in beside):
+        return Known(OTHERS_HEADS[width], "64 channels each, as in MAE's networks")
+    return Known(HEADS[width], f"{arch}'s") if arch else Known()
 
 
 def settled(known: Known, asked: int | None, width: int | None, where: str) -> Known:

@@ -83,6 +83,12 @@ def find_backbone(
             raise UserError(f"{where}: holds no backbone that fits; {near.near}") from None
         weights = dataclasses.replace(laid_out, arch=named, near=near.near if near else "")
     known = attention_heads.told(contents, weights.arch, weights.kind, weights.state, where)
+    if heads is None and known.number is None and fitting:
+        known = attention_heads.assumed(fitting[0].state, fitting[0].beside, fitting[0].translated and arch)
+        if known.number is not None:
+            said = f"{known.number} attention heads assumed ({known.by}): --heads says another number"
+            found = f"{weights.found}; {said}" if weights.found else f"weights: {said}"
+            weights = dataclasses.replace(weights, found=found)
     known = attention_heads.settled(known, heads, attention_heads.width_of(weights.state), where)
     return dataclasses.replace(weights, heads=known)
 

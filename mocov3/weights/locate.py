@@ -42,6 +42,8 @@ class Place(NamedTuple):
     wanted: int
     misfit: str
     """The first key that does not fit, and why; empty where all do."""
+    translated: bool
+    """Whether its keys are another library's."""
 
     def __str__(self) -> str:
         prefix = f"prefix {self.prefix}" if self.prefix else "no prefix"
@@ -181,7 +183,8 @@ def _try(
     strange = [key for key in within if not _BESIDE.match(key.removeprefix(prefix))]
     beside = {key: "head" if key in within else "not of this encoder" for key in tensors if key not in used}
     misfit = misfit or (f"this arch has no {strange[0]}" if strange else "")
-    return Place(entry, prefix, arch, state, beside, len(wanted), misfit)
+    translated = any(names[key] != (key,) for key in wanted)
+    return Place(entry, prefix, arch, state, beside, len(wanted), misfit, translated)
 
 
 def _agree(arch: str, key: str, stem: bool, have: torch.Size, wanted: torch.Size) -> bool:

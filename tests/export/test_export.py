@@ -274,7 +274,9 @@ def test_deit_and_safetensors(checkpoints, tmp_path, x):
     assert all(torch.equal(v, want[k]) for k, v in deit["model"].items())
     by_its_card(tmp_path / "d.pth", ours.features)
     # a file without arch is exported again once it is named
-    assert "--arch" in refused("export", tmp_path / "d.pth", "--to", "safetensors", "--output", tmp_path / "d.st")
+    assert "-a resnet10_w32 fits it" in refused(
+        "export", tmp_path / "d.pth", "--to", "safetensors", "--output", tmp_path / "d.st"
+    )
     exported(tmp_path / "d.pth", "safetensors", tmp_path / "s.safetensors", "-a", "resnet10_w32", "--image-size", "32")
     with safe_open(tmp_path / "s.safetensors", "pt") as file:
         assert sorted(file.keys()) == sorted(want)

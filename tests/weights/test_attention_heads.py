@@ -315,7 +315,9 @@ def loaded(monkeypatch):
         monkeypatch.setattr(module, "load_into", spy)
     # what compare would judge by at 224 px
     monkeypatch.setattr(
-        network_scores, "features_of_views", lambda _, s, *a, **k: (torch.randn(len(s), 4, 8), np.arange(len(s)))
+        network_scores,
+        "features_of_views",
+        lambda _, source, *a, **k: (torch.randn(len(source), 4, 8), np.arange(len(source))),
     )
     return found
 

@@ -181,6 +181,22 @@ def test_mae_beside_its_decoder(tmp_path):
         assert weights.sizes(arch, "f") == {"num_heads": heads}
 
 
+def test_heads_that_a_family_has_are_assumed_and_said(tmp_path, capsys):
+    torch.manual_seed(5)
+    network = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=SIZE, depth=1).eval()
+    torch.save({"model": {**network.state_dict(), "mask_token": torch.ones(1, 1, 384)}}, tmp_path / "mae.pth")
+    same(tmp_path / "mae.pth", network, "vit_small")  # of 6 heads, where our vit_small has 12
+    assert "6 attention heads assumed (64 channels each, as in MAE's networks)" in capsys.readouterr().err
+    theirs = torchvision.models.VisionTransformer(SIZE, 16, 1, 12, 384, 1536).eval()
+    torch.save(theirs.state_dict(), tmp_path / "tv.pth")
+    theirs.heads = torch.nn.Identity()
+    same(tmp_path / "tv.pth", theirs, "vit_small")
+    assert "12 attention heads assumed (vit_small's): --heads says another number" in capsys.readouterr().err
+    torch.save(network.state_dict(), tmp_path / "plain.pth")  # of no family that tells
+    with pytest.raises(UserError, match="give --heads 12"):
+        load_backbone(tmp_path / "plain.pth", arch="vit_small", image_size=SIZE)
+
+
 def test_patches_are_those_of_the_file(tmp_path):
     """As MAE's ViT-H/14."""
     network = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=28, depth=1, patch_size=14).eval()
@@ -206,9 +222,7 @@ def test_torchvisions_vits(width, heads, arch, tmp_path, images):
     flags = {"heads": heads} if width == 384 else {}
     same(file, network.eval(), arch, **flags)
     if flags:
-        assert "give --heads 12 (MoCo v3's) or --heads 6" in refused(
-            "embed", "--model", file, "-a", arch, "-o", tmp_path / "x.npy", images
-        )
+        assert "with --heads 12 (MoCo v3's) or --heads 6" in refused("embed", "--model", file, "-o", "x.npy", images)
 
 
 def test_vits_of_transformers(tmp_path):
@@ -243,7 +257,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("case", "door"), zip(REFUSED, ("embed", "export", "pretrain"), strict=True))
+@pytest.mark.parametrize(("case", "door"), list(zip(REFUSED, ("embed", "export", "pretrain"), strict=True)))
 def test_what_does_not_fit_is_named(case, door, tmp_path, images):
     change, reason = REFUSED[case]
     file = tmp_path / "w.pth"
@@ -358,7 +372,9 @@ class Calls:
 
 
 @pytest.mark.parametrize(
-    "function", [eval, print, getattr, __import__, torch._utils._rebuild_qtensor, __import__("os").system], ids=str
+    "function",
+    [eval, print, getattr, __import__, torch._utils._rebuild_qtensor, __import__("os").system],
+    ids=lambda f: f.__name__,
 )
 def test_what_could_run_is_refused(function, tmp_path, capsys):
     torch.save({"args": Calls(function, "1"), "state_dict": A}, tmp_path / "w.pth")
@@ -415,7 +431,11 @@ PROMISES = {"ours, grey": 4, "wrapped": 2, "a ViT of unknown heads": 2, "unfit":
 def test_what_inspect_promises_runs(kind, tmp_path, images, monkeypatch):
     file = written(kind, tmp_path, images)
     monkeypatch.setattr(speed, "epoch_seconds", lambda config, source, count: (1.0, 1.0, config.batch_size))
-    monkeypatch.setattr(network_scores, "features_of_views", lambda _, source, *a, **k: torch.randn(len(source), 4, 8))
+    monkeypatch.setattr(
+        network_scores,
+        "features_of_views",
+        lambda _, source, *a, **k: (torch.randn(len(source), 4, 8), np.arange(len(source))),
+    )
     facts = describe(str(file))
     assert len(facts["good_for"]) == PROMISES[kind]
     for promise in facts["good_for"]:
