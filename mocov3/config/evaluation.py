@@ -7,6 +7,7 @@ from typing import Any
 
 from mocov3.config.archs import BUILT_IN_ARCHS, check_arch, check_heads
 from mocov3.config.fields import check_bounds, flag, path
+from mocov3.config.own import ADAPTER_HELP
 from mocov3.config.presets import PRESETS
 from mocov3.config.running import DATA, DEVICES, MODEL, PRECISIONS, RUN
 from mocov3.errors import UserError, nearest
@@ -50,6 +51,7 @@ class FeatureConfig:
         kind=path,
         group=MODEL,
     )
+    adapter: str = flag("", ADAPTER_HELP, kind=path, group=MODEL, metavar="FILE")
     arch: str = flag("", "backbone of a file that does not name it", "-a", "--arch", group=MODEL)
     heads: int | None = flag(None, HEADS_HELP, kind=int, group=MODEL)
     encoder: str = flag("base", "which encoder of a pre-training checkpoint", choices=("base", "momentum"), group=MODEL)

@@ -12,6 +12,7 @@ from mocov3.config.evaluation import HEADS_HELP, check_model_flags
 from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
+from mocov3.config.own import ADAPTER_HELP
 from mocov3.config.presets import PRESETS
 from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RankFlags
 from mocov3.errors import UserError
@@ -96,6 +97,7 @@ class LinclsConfig(RankFlags):
         per_rank=True,
         group=MODEL,
     )
+    adapter: str = flag("", ADAPTER_HELP, kind=path, group=MODEL, metavar="FILE")
     # --- ours ------------------------------------------------------------------------------------------
     head: str = flag(
         "linear",

@@ -18,7 +18,8 @@ from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
-from mocov3.weights import Contents, attention_heads, checkpoint, our_entry
+from mocov3.weights import Contents, adapters, attention_heads, checkpoint, our_entry
+from mocov3.weights.adapters import with_adapter
 from mocov3.weights.convert import load_into, settings_of, views_of
 from mocov3.weights.find import find_backbone, hint
 
@@ -103,6 +104,7 @@ def open_frozen(
     untrained: bool = False,
     seed: int = 0,
     heads: int | None = None,
+    adapter: str = "",
 ) -> Frozen:
     """The backbone that ``model`` names.
 
@@ -118,12 +120,15 @@ def open_frozen(
         untrained: do not take timm's published weights.
         seed: of a fresh initialisation.
         heads: attention heads of a ViT, of a file that does not tell, or of a fresh one.
+        adapter: what a run with ``--lora`` trained on a file's weights; its views are then those of that run.
 
     Raises:
         UserError: if the file holds no backbone, or not of this arch (naming those that fit) or these heads.
     """
     if Path(model).is_file():
-        return _from_file(model, f"{flag} {model}", arch, encoder, image_size, view_preset, layer, heads)
+        return _from_file(model, f"{flag} {model}", arch, encoder, image_size, view_preset, layer, heads, adapter)
+    if adapter:
+        raise UserError(f"--adapter {adapter}: belongs to a file of weights; {flag} {model} names none")
     check_heads(heads, model)
     if encoder == "momentum" or layer == "projector":
         what = "momentum encoder" if encoder == "momentum" else "projector"
@@ -159,14 +164,25 @@ def open_configured(config: FeatureConfig) -> Frozen:
         untrained=config.untrained,
         seed=config.seed,
         heads=config.heads,
+        adapter=config.adapter,
     )
 
 
 def _from_file(
-    path: str, where: str, arch: str, encoder: str, image_size: int, view_preset: str, layer: str, heads: int | None
+    path: str,
+    where: str,
+    arch: str,
+    encoder: str,
+    image_size: int,
+    view_preset: str,
+    layer: str,
+    heads: int | None,
+    adapter: str,
 ) -> Frozen:
     contents = checkpoint.read(path)
     weights = find_backbone(contents, where, momentum=encoder == "momentum", heads=heads, arch=arch or None)
+    if adapter:
+        weights, contents = with_adapter(weights, adapter, where), adapters.trained_with(adapter)
     if arch and weights.arch and weights.arch != arch:
         raise UserError(f"{where}: is of arch {weights.arch}, not {arch}; give -a {weights.arch}")
     name = arch or weights.arch

@@ -15,6 +15,7 @@ from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import UserError
 from mocov3.models import MoCo, shapes_only
 from mocov3.models.compiled import pays
+from mocov3.models.lora import add_pairs
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.optim import build_optimizer
 from mocov3.output.log import warn
@@ -74,9 +75,11 @@ def build(
 def build_model(config: PretrainConfig, world: World) -> MoCo:
     """The model of a configuration on this rank's device, in training mode."""
     c = config
-    model = plain_model(c)
+    model = plain_model(dataclasses.replace(c, lora=0))
     if c.init:
-        load_start(c.init, [model.base_encoder, model.momentum_encoder], c.arch, c.heads)
+        load_start(c.init, [model.base_encoder, model.momentum_encoder], c.arch, c.heads, c.adapter)
+    if c.lora:
+        add_pairs(model.base_encoder, c.lora)
     if c.freeze_until:
         freeze_until(model.base_encoder, c.freeze_until)
     if c.grad_checkpoint:
@@ -123,7 +126,7 @@ def with_heads(
 
 def plain_model(c: PretrainConfig) -> MoCo:
     """The model of a configuration as it is initialised, on the current device."""
-    return models.build(
+    model = models.build(
         c.arch,
         image_size=c.image_size,
         patch_size=c.patch_size,
@@ -135,6 +138,9 @@ def plain_model(c: PretrainConfig) -> MoCo:
         small_stem=c.small_stem,
         **({"num_heads": c.heads} if c.heads is not None else {}),
     )
+    if c.lora:
+        add_pairs(model.base_encoder, c.lora)
+    return model
 
 
 def resolve_compile(

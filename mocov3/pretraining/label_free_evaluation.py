@@ -24,6 +24,7 @@ from mocov3.pretraining.inputs import unseen_images
 from mocov3.pretraining.log import PretrainingLog
 from mocov3.weights import checkpoint
 from mocov3.weights.checkpoint import Position
+from mocov3.weights.find import summed
 from mocov3.weights.origin import origin_of_run
 
 BEST = "best_unlabelled.pth.tar"
@@ -122,7 +123,7 @@ class LabelFreeEvaluation:
         contents = {
             "epoch": position.epoch,
             "arch": self.config.arch,
-            "state_dict": {checkpoint.PREFIX + k: v for k, v in state.items()},
+            "state_dict": {checkpoint.PREFIX + k: v for k, v in summed(state).items()},
             "mocov3": {
                 "format": checkpoint.FORMAT_VERSION,
                 "step": position.step,
