@@ -42,7 +42,7 @@ class LabelFreeQuality:
     alignment: float
     uniformity: float
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, float]:
         """Name → value, for JSON; there ``images`` has been called ``pictures`` from the first version."""
         values = asdict(self)
         return {"pictures": values.pop("images"), **values}

@@ -17,7 +17,7 @@ from mocov3.distributed import World
 from mocov3.distributed.sharding import whole
 from mocov3.errors import UserError
 from mocov3.evaluation.label_free import IMAGES, LabelFreeQuality, features_of_views, judge, pixel_features
-from mocov3.metrics import QUALITY
+from mocov3.metrics import QUALITY, JsonLine
 from mocov3.models import MoCo
 from mocov3.output.log import cut, warn
 from mocov3.pretraining.inputs import unseen_images
@@ -52,7 +52,7 @@ class LabelFreeEvaluation:
         if not config.quality_every:
             return
         self.images = unseen_images(config)
-        lines: list[dict[str, Any]] = world.broadcast(_reopened(self.file, start.step) if world.main else None)
+        lines = world.broadcast(_reopened(self.file, start.step) if world.main else [])
         self.base = {line["name"]: line["retrieval"] for line in lines if line["name"] != "epoch"}
         past = [line["retrieval"] for line in lines if line["name"] == "epoch"]
         self.best = max(past, default=-1.0)
@@ -138,6 +138,6 @@ class LabelFreeEvaluation:
             warn(f"{BEST} could not be written ({error.strerror or error}); the run continues")
 
 
-def _reopened(path: Path, first_step: int) -> list[dict[str, Any]]:
+def _reopened(path: Path, first_step: int) -> list[JsonLine]:
     """Lines of a former run up to where this one resumes; the rest is cut off."""
     return cut(path, lambda line: line["step"] <= first_step and {"name", "retrieval"} <= set(line))

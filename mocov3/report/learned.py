@@ -6,6 +6,7 @@ Needs a checkpoint in the run's folder and the images that its config.yaml names
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from mocov3.evaluation import quality
 from mocov3.evaluation.features import stream
 from mocov3.evaluation.frozen import Frozen, open_frozen
 from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
+from mocov3.metrics import JsonLine
 from mocov3.output.sheet import shown
 from mocov3.pretraining.assemble import build_model
 from mocov3.pretraining.inputs import open_images
@@ -85,7 +87,7 @@ class RunContents:
     learned: Learned | None = None
     source: Source | None = None
     """The images trained on."""
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    facts: JsonLine = dataclasses.field(default_factory=dict)
     """Of the checkpoint: file, step, digest, licence, origin."""
     remarks: list[str] = dataclasses.field(default_factory=list)
 
@@ -126,7 +128,7 @@ def look(run: Run, *, images: int, device: str) -> RunContents:
     return result
 
 
-def _checkpoint(run: Run) -> tuple[Any, dict[str, Any]]:
+def _checkpoint(run: Run) -> tuple[Path, Contents]:
     try:
         newest = checkpoint.newest(run.folder)
     except UserError as error:
@@ -139,7 +141,7 @@ def _checkpoint(run: Run) -> tuple[Any, dict[str, Any]]:
     raise UserError("there is no checkpoint in the run's folder yet")
 
 
-def _facts(name: str, contents: Contents) -> dict[str, Any]:
+def _facts(name: str, contents: Contents) -> JsonLine:
     entry = our_entry(contents)
     facts = {
         k: entry[k] for k in ("run", "step", "seed", "pictures", "data_digest") if isinstance(entry.get(k), str | int)
@@ -217,16 +219,7 @@ def _features(frozen: Frozen, source: Source, world: World, most: int | None) ->
     order = _shuffle(len(source))[:most]
     batches = [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
     parts, began, count = [], time.monotonic(), 0
-    for part in stream(
-        frozen.network,
-        frozen.features,
-        source,
-        frozen.view,
-        batches,
-        device=world.device,
-        mean=frozen.preset.mean,
-        std=frozen.preset.std,
-    ):
+    for part in stream(frozen.extractor, source, batches, device=world.device):
         parts.append(part.features.cpu())
         count += len(part.indices)
         if count >= FEWEST and time.monotonic() - began > SECONDS:

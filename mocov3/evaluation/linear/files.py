@@ -28,9 +28,7 @@ class Classifier(NamedTuple):
     bias: Tensor
 
 
-def pack(
-    frozen: Frozen, heads: Heads, best: int, *, position: Position, best_acc1: float, extra: dict[str, Any]
-) -> dict[str, Any]:
+def pack(frozen: Frozen, heads: Heads, best: int, *, position: Position, best_acc1: float, extra: Contents) -> Contents:
     """Contents of a file whose classifier is head number ``best``; ``extra`` joins the ``mocov3`` entry."""
     name = f"{frozen.head}."
     state = {k: v for k, v in frozen.network.state_dict().items() if not k.startswith(name)}
@@ -53,7 +51,7 @@ def pack(
     }
 
 
-def _one_head(heads: Heads, number: int) -> dict[str, Any]:
+def _one_head(heads: Heads, number: int) -> Contents:
     """The optimizer of one head, numbered as if it were the only one; without momentum if a norm was folded in."""
     group = {k: v for k, v in heads.optimizer.param_groups[number].items() if k != "params"}
     parameters = (heads.weights[number], heads.biases[number])
@@ -142,7 +140,7 @@ def check_shape(saved: Classifier, classes: int, width: int, where: str) -> None
         raise UserError(f"{where}: its classifier takes {saved.weight.shape[1]} features, the backbone gives {width}")
 
 
-def _momenta(optimizer: Any, saved: Classifier, where: str) -> list[Tensor]:
+def _momenta(optimizer: object, saved: Classifier, where: str) -> list[Tensor]:
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
         raise UserError(f"{where}: misses the entry 'optimizer' that a resume needs")
     if not optimizer["state"]:
