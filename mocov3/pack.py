@@ -30,9 +30,6 @@ from mocov3.output.log import warn, warn_left_out
 _LISTED = 10  # unreadable images named one by one
 _AHEAD = 8  # images a thread that are prepared ahead
 
-_Prepared = tuple[str, bytes] | Exception
-"""An image's ending and bytes, or the reason against it."""
-
 
 def main(argv: Sequence[str]) -> int:
     """Pack every part of DIR; returns the exit code."""
@@ -103,9 +100,9 @@ def _pack(source: Source, place: Path, args: argparse.Namespace) -> None:
     print(f"{printable(str(place))}: {written} images in {writer.number} archive(s), {writer.total / 1e6:.1f} MB")
 
 
-def _prepared(source: Source, args: argparse.Namespace) -> Iterator[tuple[int, _Prepared]]:
-    """Every image, in order; a bounded number is ahead."""
-    ahead: list[tuple[int, Future[_Prepared]]] = []
+def _prepared(source: Source, args: argparse.Namespace) -> Iterator[tuple[int, tuple[str, bytes] | Exception]]:
+    """Every image's ending and bytes, or the reason against it, in order; a bounded number is ahead."""
+    ahead: list[tuple[int, Future[tuple[str, bytes] | Exception]]] = []
     with ThreadPoolExecutor(args.workers) as pool:
         for index in range(len(source)):
             ahead.append((index, pool.submit(_prepare, source, index, args.resize, args.quality)))
@@ -116,7 +113,7 @@ def _prepared(source: Source, args: argparse.Namespace) -> Iterator[tuple[int, _
             yield first, future.result()
 
 
-def _prepare(source: Source, index: int, side: int, quality: int) -> _Prepared:
+def _prepare(source: Source, index: int, side: int, quality: int) -> tuple[str, bytes] | Exception:
     try:
         data = source.read(index)
         image = ImageBytes(data)

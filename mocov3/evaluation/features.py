@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mocov3.data import CentreView, Loader, Source, Work
+from mocov3.data import Loader, Source, Work
 from mocov3.data.device.pixels import normalise
+from mocov3.data.loading.filling import Transform
 from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.errors import UserError
@@ -29,7 +30,7 @@ class Extractor(NamedTuple):
 
     network: nn.Module
     features: Callable[[Tensor], Tensor]
-    view: CentreView
+    view: Transform
     mean: tuple[float, ...]
     """Of the normalisation, as ``std``."""
     std: tuple[float, ...]
@@ -128,14 +129,12 @@ def collect(
     """Features of every image of ``source``, and which could not be read, all on every rank; each computes a part.
 
     Args:
-        extractor: as of ``stream``.
+        extractor: as of ``stream``, as ``workers`` and ``autocast``.
         source: the images.
         world: this rank.
         batch_size: images a pass.
         check: refuse features that are not finite.
         title: of the source, for messages.
-        workers: loading processes.
-        autocast: context of the arithmetic.
 
     Raises:
         UserError: if features are not finite, or no image can be read, naming the images.

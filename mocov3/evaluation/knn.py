@@ -103,15 +103,8 @@ def measure(world: World, config: KnnConfig) -> int:
     if world.main:
         accuracy = dict(zip(voted, shares, strict=False))
         recall = dict(zip(recalls, shares[len(voted) :], strict=True))
-        _report(
-            config,
-            frozen,
-            (len(bank), len(asked), len(sources[0].classes)),
-            accuracy,
-            recall,
-            notes,
-            leave_one_out=sources[1] is None,
-        )
+        sizes = len(bank), len(asked), len(sources[0].classes)
+        _report(config, frozen, sizes, accuracy, recall, notes, leave_one_out=sources[1] is None)
     return 0
 
 

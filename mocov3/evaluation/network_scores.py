@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocov3.config import preset_of
 from mocov3.config.fields import Fields
@@ -19,6 +19,7 @@ from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.launch import pick_device
 from mocov3.errors import UserError
+from mocov3.evaluation.features import Extractor
 from mocov3.evaluation.intervals import interval
 from mocov3.evaluation.label_free import features_of_views, judge, pixel_features
 from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
@@ -139,17 +140,14 @@ def _row(
     whole: Source,
 ) -> JsonLine:
     preset = preset_of(config)
-    if encoder is not None:
-        encoder.to(world.device).eval()
+    network, made = (nn.Identity(), pixel_features) if encoder is None else (encoder.to(world.device), encoder.features)
 
     def features(source: Source, probes: int) -> tuple[torch.Tensor, np.ndarray]:
+        view = ProbeViews(size, preset.evaluation_zoom, probes, preset.reading)
         return features_of_views(
-            encoder.features if encoder is not None else pixel_features,
+            Extractor(network, made, view, preset.mean, preset.std),
             source,
-            ProbeViews(size, preset.evaluation_zoom, probes, preset.reading),
             world=world,
-            mean=preset.mean,
-            std=preset.std,
             workers=workers if len(source) * size**2 > 500 * 64 * 64 else 0,
         )
 

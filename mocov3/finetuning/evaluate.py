@@ -56,7 +56,7 @@ class Accuracy:
 def evaluate(
     classifier: Extractor, source: Source, *, world: World, precision: Precision, batch_size: int, workers: int
 ) -> Accuracy:
-    """Counts of a classifier, whose features are its scores, over a labelled source, in evaluation mode; the same on every rank.
+    """Counts over a labelled source, in evaluation mode, the same on every rank; the features are class scores.
 
     An image that cannot be read is left out of the counts.
     """

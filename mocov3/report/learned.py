@@ -5,14 +5,12 @@ Needs a checkpoint in the run's folder and the images that its config.yaml names
 
 import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mocov3.config import PretrainConfig
 from mocov3.config.presets import Reading
@@ -237,7 +235,7 @@ def _beginning(
     title = "at the start" if config.init else "untrained"
     try:
         torch.manual_seed(config.seed or 0)
-        encoder: Any = build_model(
+        encoder = build_model(
             dataclasses.replace(config, grad_checkpoint=False, heads=trained.heads), world
         ).base_encoder
         frozen = dataclasses.replace(trained, network=encoder.eval(), features=encoder.features)
@@ -274,12 +272,10 @@ def _choose(labels: np.ndarray | None, n: int) -> np.ndarray:
 
 def _attention(frozen: Frozen, source: Source, queries: np.ndarray, world: World) -> list[tuple[str, str, list[str]]]:
     """Attention of the cls token on some images; nothing for networks without one."""
-    view: Callable[..., Any] = frozen.view
     looked = queries[:_LOOKS].tolist()
-    pixels = np.stack([view(source.read(i))[0] for i in looked])
+    pixels = np.stack([frozen.view(source.read(i))[0] for i in looked])
     x = normalise(pixels, world.device, frozen.preset.mean, frozen.preset.std)
-    network: nn.Module = frozen.network
-    attention = cls_attention(network, x)
+    attention = cls_attention(frozen.network, x)
     if attention is None:
         return []
     heads = attention.cpu().numpy().astype(float)

@@ -190,15 +190,16 @@ def check_state(model: nn.Module, state: Contents, where: str) -> None:
         raise UserError(f"{where}: holds {unknown[0]}, which this model does not have")
 
 
-def check_entries(contents: Contents, path: Path) -> None:
-    kinds = {"epoch": int, "arch": str, "state_dict": dict, "optimizer": dict}
+def check_entries(contents: Contents, where: Path | str, *, optimizer: bool = True) -> None:
+    """Refuse contents that miss an entry of a checkpoint (with or without ``optimizer``) or are of a later format."""
+    kinds = {"epoch": int, "arch": str, "state_dict": dict, **({"optimizer": dict} if optimizer else {})}
     for entry, kind in kinds.items():
         if not isinstance(contents.get(entry), kind):
             have = ", ".join(map(str, list(contents)[:6]))
-            raise UserError(f"{path}: misses the entry {entry!r} that a resume needs (it has: {have})")
+            raise UserError(f"{where}: misses the entry {entry!r} of a checkpoint (it has: {have})")
     extra = contents.get("mocov3", {})
     if not isinstance(extra, dict) or int(extra.get("format", 0)) > FORMAT_VERSION:
-        raise UserError(f"{path}: was written by a newer mocov3; update this one")
+        raise UserError(f"{where}: was written by a newer mocov3; update this one")
 
 
 def _check_optimizer(saved: Contents, optimizer: torch.optim.Optimizer, path: Path) -> None:

@@ -145,7 +145,8 @@ def same_as_alone(world: World, folder: str) -> int:
 
 
 def views(source, world=ONE):
-    return features_of_views(flat, source, ProbeViews(SIZE, 1.0), world=world, batch_size=8, **NORMAL)
+    extractor = Extractor(torch.nn.Identity(), flat, ProbeViews(SIZE, 1.0), *NORMAL.values())
+    return features_of_views(extractor, source, world=world, batch_size=8)
 
 
 def counted(source, world=ONE):

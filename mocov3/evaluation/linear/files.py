@@ -69,16 +69,9 @@ def read(path: str | Path, where: str) -> Contents:
         UserError: if it is something else, or misses an entry.
     """
     contents = checkpoint.read(path)
-    kinds: dict[str, Any] = {"epoch": int, "arch": str, "state_dict": dict}
-    for entry, kind in kinds.items():
-        if not isinstance(contents.get(entry), kind):
-            have = ", ".join(map(str, list(contents)[:6]))
-            raise UserError(f"{where}: misses the entry {entry!r} of a linear file (it has: {have})")
+    checkpoint.check_entries(contents, where, optimizer=False)
     if any("base_encoder." in str(k) for k in contents["state_dict"]):
         raise UserError(f"{where}: is a pre-training checkpoint, not a linear file; give it by --pretrained")
-    extra = contents.get("mocov3", {})
-    if not isinstance(extra, dict) or int(extra.get("format", 0)) > FORMAT_VERSION:
-        raise UserError(f"{where}: was written by a newer mocov3; update this one")
     return contents
 
 

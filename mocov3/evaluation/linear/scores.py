@@ -1,6 +1,7 @@
 """Scores of linear classifiers on a validation set, exact over ranks; a linear file's, and a published one's."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 
@@ -89,10 +90,7 @@ def evaluate_file(world: World, job: Job[LinclsConfig]) -> int:
     source = open_source(job.config.data, "val")
     result, _, about = _score(world, job, source)
     if world.main:
-        style = "quiet" if job.config.quiet else "json" if job.config.json else "lines"
-        if style == "json":
-            import json
-
+        if job.config.json and not job.config.quiet:
             print(json.dumps({"file": job.config.resume, "backbone": about, **dataclasses.asdict(result)}))
         else:
             print(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}", flush=True)
