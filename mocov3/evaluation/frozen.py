@@ -17,7 +17,8 @@ from mocov3.config.evaluation import FeatureConfig
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.data import CentreView
 from mocov3.errors import UserError
-from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
+from mocov3.evaluation.features import Extractor
+from mocov3.models.backbones import Encoder, ResNet, Settings, TimmEncoder, build_backbone
 from mocov3.weights import Contents, adapters, attention_heads, checkpoint, our_entry
 from mocov3.weights.adapters import with_adapter
 from mocov3.weights.convert import load_into, settings_of, views_of
@@ -35,7 +36,7 @@ class Frozen:
     arch: str
     image_size: int
     preset: ViewPreset
-    settings: dict[str, Any]
+    settings: Settings
     """Of ``build_backbone``."""
     about: str
     """What it is, for people."""
@@ -59,6 +60,11 @@ class Frozen:
     def view(self) -> CentreView:
         """The evaluation view."""
         return CentreView(self.image_size, self.preset.evaluation_zoom, reading=self.preset.reading)
+
+    @property
+    def extractor(self) -> Extractor:
+        """What makes its features of images."""
+        return Extractor(self.network, self.features, self.view, self.preset.mean, self.preset.std)
 
     def to(self, device: torch.device) -> "Frozen":
         """The same on a device, in the layout that convolutions are fastest in."""
@@ -136,12 +142,11 @@ def open_frozen(
     torch.manual_seed(seed)
     preset = PRESETS[view_preset or "photos"]
     if model == PIXELS:
-        network: Any = Pixels(image_size or 224)
-        return _frozen(network, PIXELS, image_size or 224, preset, {}, "pixels, no network", layer)
+        return _frozen(Pixels(image_size or 224), PIXELS, image_size or 224, preset, {}, "pixels, no network", layer)
     if model.startswith("timm/") and not untrained:
         return _published(model, image_size, view_preset, layer)
     size = image_size or 224
-    settings: dict[str, Any] = {"image_size": size, **({"num_heads": heads} if heads else {})}
+    settings: Settings = {"image_size": size, **({"num_heads": heads} if heads else {})}
     return _frozen(
         build_backbone(model, **settings), model, size, preset, settings, f"{model}, untrained (seed {seed})", layer
     )
@@ -195,7 +200,7 @@ def _from_file(
         preset = PRESETS[view_preset] if view_preset else views_of(contents, where)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{where}: its entry 'mocov3' is damaged; give a whole file") from None
-    settings = {"image_size": size, **settings_of(weights.state, name), **weights.sizes(name, where)}
+    settings: Settings = {"image_size": size, **settings_of(weights.state, name), **weights.sizes(name, where)}
     if preset.reading.channels != 3:
         settings["in_chans"] = preset.reading.channels
     try:
@@ -212,7 +217,7 @@ def _from_file(
     return _frozen(network, name, size, preset, settings, about, layer)
 
 
-def _with_projector(contents: Contents, arch: str, encoder: str, settings: dict[str, Any], where: str) -> Encoder:
+def _with_projector(contents: Contents, arch: str, encoder: str, settings: Settings, where: str) -> Encoder:
     part = f"{encoder}_encoder."
     state = {k.removeprefix("module."): v for k, v in contents.get("state_dict", {}).items() if isinstance(v, Tensor)}
     part_state = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
@@ -260,7 +265,7 @@ def _published(model: str, image_size: int, view_preset: str, layer: str) -> Fro
 
 
 def _frozen(
-    network: Any, arch: str, size: int, preset: ViewPreset, settings: dict[str, Any], about: str, layer: str
+    network: nn.Module, arch: str, size: int, preset: ViewPreset, settings: Settings, about: str, layer: str
 ) -> Frozen:
     if is_vit(arch) and size % int(settings.get("patch_size", 16)):
         patch = int(settings.get("patch_size", 16))

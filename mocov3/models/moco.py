@@ -120,7 +120,7 @@ class MoCo(nn.Module):
             return features(x1), features(x2)
         return features(torch.cat([x1, x2])).chunk(2)
 
-    def compile_backbones(self, backend: str | Callable[..., Any] = "inductor", **settings: Any) -> None:
+    def compile_backbones(self, backend: str | Callable[..., object] = "inductor", **settings: Any) -> None:
         """Compile both backbones (``mocov3.models.compiled.compile_features``, whose ``settings`` these are)."""
         compile_features([self.base_encoder, self.momentum_encoder], backend, **settings)
 
@@ -144,7 +144,7 @@ def build(
     temperature: float = 1.0,
     stop_grad_conv1: bool = False,
     small_stem: bool = False,
-    **vit_dims: Any,
+    **vit_dims: float,
 ) -> MoCo:
     """A freshly initialised model.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from mocov3 import models
 from mocov3.config import PretrainConfig
@@ -160,7 +161,7 @@ def resolve_compile(
     return world.device.type == "cuda" and plain and pays(micro_batch or c.batch_size // world.size, c.image_size)
 
 
-def optimizer_of(model: MoCo, params: Any, config: PretrainConfig, world: World) -> torch.optim.Optimizer:
+def optimizer_of(model: MoCo, params: ParamsT, config: PretrainConfig, world: World) -> torch.optim.Optimizer:
     """The optimizer of a configuration over ``params`` of the model."""
     settings: dict[str, Any] = {"weight_decay": config.weight_decay, "momentum": config.momentum}
     if is_sharded(model):

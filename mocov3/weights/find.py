@@ -2,12 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from mocov3.config.archs import BUILT_IN_ARCHS, HEAD_KEYS
 from mocov3.errors import UserError
+from mocov3.models.backbones import Settings
 from mocov3.models.lora import DOWN, UP
 from mocov3.weights import Contents, attention_heads, our_entry
 from mocov3.weights.locate import Place, fitting_archs, places
@@ -37,7 +37,7 @@ class BackboneWeights:
     near: str = ""
     """What of the file is nearest to an arch, for people, where nothing fits in full."""
 
-    def sizes(self, arch: str, where: str) -> dict[str, Any]:
+    def sizes(self, arch: str, where: str) -> Settings:
         """What ``build_backbone`` needs to build ``arch`` for these weights beyond its name: ``num_heads`` of a ViT.
 
         Raises:

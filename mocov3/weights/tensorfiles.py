@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,11 +48,11 @@ def write(path: Path, contents: Contents) -> None:
 class _Target:
     """A file to write to that remembers why it refused."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: FileIO) -> None:
         self.file = file
         self.error: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Write all of ``data``."""
         view = memoryview(data)
         try:
@@ -88,28 +89,28 @@ def _safetensors(path: Path) -> Contents:
 class _Object:
     """In the place of an object of another program, and of its class: takes whatever it is given and does nothing."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         pass
 
-    def __new__(cls, *_: Any) -> "_Object":
+    def __new__(cls, *_: object) -> "_Object":
         return super().__new__(cls)
 
-    def __call__(self, *_: Any) -> "_Object":
+    def __call__(self, *_: object) -> "_Object":
         return self
 
-    def __setitem__(self, *_: Any) -> None:
+    def __setitem__(self, *_: object) -> None:
         pass
 
     __setstate__ = append = extend = __init__
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         """What tensors are made by, by its name; in any other's place nothing that it names."""
         return super().find_class(module, name) if is_plain(f"{module}.{name}") else _Object
 
 
-def _load(file: Any, **arguments: Any) -> Any:
+def _load(file: Any, **arguments: Any) -> object:
     return _Unpickler(file, **arguments).load()
 
 
@@ -117,18 +118,18 @@ _NOTHING_RUNS: Any = SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, lo
 """What torch unpickles by where a vetted file holds objects: it looks up nothing but what tensors are made by."""
 
 
-def _without_objects(value: Any) -> Any:
+def _without_objects(value: object) -> object:
     if isinstance(value, dict):
         pairs = ((k, _without_objects(v)) for k, v in value.items() if not _is_object(k))
         return {k: v for k, v in pairs if not _is_object(v)}
     return [_without_objects(v) for v in value if not _is_object(v)] if isinstance(value, list) else value
 
 
-def _is_object(value: Any) -> bool:
+def _is_object(value: object) -> bool:
     return isinstance(value, _Object) or value is _Object
 
 
-def _holds_tensors(value: Any) -> bool:
+def _holds_tensors(value: object) -> bool:
     if isinstance(value, dict | list):
         return any(map(_holds_tensors, value.values() if isinstance(value, dict) else value))
     return isinstance(value, torch.Tensor)

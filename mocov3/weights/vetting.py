@@ -183,8 +183,8 @@ class _Vetter:
             f"{self.path}: holds {what}, which could run code or is no tensor, number, string, list or dict; refused"
         )
 
-    def _since_mark(self) -> list[Any]:
-        values: list[Any] = []
+    def _since_mark(self) -> list[object]:
+        values: list[object] = []
         while (value := self.stack.pop()) is not _MARK:
             values.append(value)
         return values[::-1]
@@ -224,7 +224,7 @@ class _Vetter:
     def _setitems(self, _: _Argument) -> None:
         self._check_keys(self._since_mark()[::2])
 
-    def _check_keys(self, keys: list[Any]) -> None:
+    def _check_keys(self, keys: list[object]) -> None:
         for key in keys:  # hashing a deeply nested key would overflow the stack
             if not (key is None or key is _FOREIGN or isinstance(key, str | int | float)):
                 self.refuse("a dict whose keys are no strings or numbers")
@@ -279,7 +279,7 @@ class _Vetter:
             self.refuse("a call")
         self.stack.append(_CALLS[function.name](self, arguments))
 
-    def tensor(self, arguments: tuple[Any, ...]) -> Any:
+    def tensor(self, arguments: tuple[Any, ...]) -> object:
         """A tensor over a storage: must lie within it."""
         storage, offset, sizes, strides = arguments[:4]
         numbers = (offset, *sizes, *strides)

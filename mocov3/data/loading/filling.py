@@ -1,6 +1,8 @@
 """From images to views in a slot, and what becomes of images that cannot be read."""
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from mocov3.config.presets import RGB, Reading
 from mocov3.data.loading.slots import Corrupt, Slot
@@ -26,7 +28,9 @@ class Transform(Protocol):
     def image_size(self) -> int:
         """Side of the views in pixels."""
 
-    def __call__(self, data: Any, /, *, seed: int, epoch: int, index: int, out: Any = None) -> Any:
+    def __call__(
+        self, data: bytes | np.ndarray, /, *, seed: int, epoch: int, index: int, out: np.ndarray | None = None
+    ) -> object:
         """Make the views.
 
         A transform with an attribute ``colour_draws`` above 0 is also given ``colour_draws``, float32 (count, that

@@ -175,7 +175,7 @@ def _check_size(width: int, height: int) -> None:
         raise DecodeError(f"{width}×{height} pixels are more than {MAX_PIXELS}")
 
 
-def _rgb_of(image: Any, reading: Reading) -> np.ndarray:
+def _rgb_of(image: Image.Image, reading: Reading) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":  # I;16 in either byte order, 32 bits, or floats
         return _with_channels(bands.to_bytes(np.asarray(image), reading), 3)
     if image.has_transparency_data:
