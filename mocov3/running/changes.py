@@ -5,7 +5,7 @@ from typing import Any
 
 from mocov3.config import changed_fields
 from mocov3.errors import UserError
-from mocov3.weights import Contents, our_entry
+from mocov3.weights import Contents, trained_with
 
 
 def refuse_changes(
@@ -23,7 +23,7 @@ def refuse_changes(
     Raises:
         UserError: naming what differs.
     """
-    saved = our_entry(contents).get("config", {})
+    saved = trained_with(contents)
     left_out = {"heads", *left_out}  # heads are compared with the weights
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k not in left_out}
     changed = [*changed_fields(config, saved), *more]
