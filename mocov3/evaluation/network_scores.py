@@ -25,9 +25,9 @@ from mocov3.evaluation.label_free import features_of_views, judge, pixel_feature
 from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
 from mocov3.metrics import JsonLine
 from mocov3.models import Encoder, build_backbone
-from mocov3.weights import Contents, checkpoint, our_entry
+from mocov3.weights import Contents, checkpoint, trained_with
 from mocov3.weights.attention_heads import choices, width_of
-from mocov3.weights.convert import Built, build_from, trained_with
+from mocov3.weights.convert import Built, build_from
 from mocov3.weights.find import find_backbone, named_arch
 from mocov3.weights.start import load_start
 
@@ -45,13 +45,17 @@ def kept_back(files: Mapping[str, Contents], data: str, whole: Source) -> Source
     """The images that the runs of these files kept from training, if all did so on this very data."""
     settings = set()
     for contents in files.values():
-        config = our_entry(contents).get("config") or {}
+        config = trained_with(contents)
         same = bool(config.get("data")) and os.path.abspath(str(config["data"])) == os.path.abspath(data)
-        settings.add((same, int(config.get("hold_out") or 0), str(config.get("group_by") or "")))
+        settings.add((same, _count(config.get("hold_out")), str(config.get("group_by") or "")))
     if len(settings) != 1:
         return None
     same, count, group_by = settings.pop()
     return hold_out(whole, count, group_by)[1] if same and count and 2 * count <= len(whole) else None
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def judge_all(

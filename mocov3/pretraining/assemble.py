@@ -24,7 +24,7 @@ from mocov3.pretraining.footprint import Footprint, choose_micro_batch, footprin
 from mocov3.pretraining.groups import freeze_until, parameter_groups
 from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
 from mocov3.pretraining.step import Step
-from mocov3.weights import Contents, our_entry
+from mocov3.weights import Contents, our_entry, trained_with
 from mocov3.weights.find import BackboneWeights, find_backbone
 from mocov3.weights.start import load_start, starting_weights
 
@@ -156,7 +156,7 @@ def resolve_compile(
     if c.compile is not None:
         return c.compile
     if resume_from:
-        return bool(our_entry(resume_from[1]).get("config", {}).get("compile"))
+        return bool(trained_with(resume_from[1]).get("compile"))
     plain = not (c.fsdp or c.grad_checkpoint or c.deterministic)
     return world.device.type == "cuda" and plain and pays(micro_batch or c.batch_size // world.size, c.image_size)
 

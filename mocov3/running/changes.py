@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from mocov3.config import RunConfig, changed_fields
 from mocov3.errors import UserError
-from mocov3.weights import Contents, our_entry
+from mocov3.weights import Contents, trained_with
 
 
 def refuse_changes(
@@ -22,7 +22,7 @@ def refuse_changes(
     Raises:
         UserError: naming what differs.
     """
-    saved = our_entry(contents).get("config", {})
+    saved = trained_with(contents)
     left_out = {"heads", *left_out}  # heads are compared with the weights
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k not in left_out}
     changed = [*changed_fields(config, saved), *more]

@@ -12,7 +12,7 @@ from torch import Tensor
 from mocov3.config.archs import HEADS, OTHERS_HEADS, WIDTHS, is_vit, unlikely_heads
 from mocov3.errors import UserError
 from mocov3.models.positions import is_sincos_position_embedding
-from mocov3.weights import Contents, our_entry
+from mocov3.weights import Contents, our_entry, trained_with
 
 
 class Known(NamedTuple):
@@ -45,8 +45,7 @@ def told(contents: Contents, arch: str | None, kind: str, state: dict[str, Tenso
     if width is None or (arch or "").startswith("timm/"):
         return Known()  # the network of that name has its own
     if entry:
-        config = entry.get("config")
-        count = config.get("heads") if isinstance(config, dict) else None
+        count = trained_with(contents).get("heads")
         if count is None:  # as built unless told otherwise
             return Known(HEADS.get(width), "as mocov3 builds it")
         if isinstance(count, bool) or not isinstance(count, int) or count < 1 or width % count:

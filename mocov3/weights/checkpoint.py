@@ -24,6 +24,8 @@ PREFIX = "module."
 _NAME = re.compile(r"checkpoint_(\d{4,})(?:_step(\d{9,}))?\.pth\.tar")
 _SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
 _MID_EPOCH_KEPT = 2
+_OWN = {"config": dict, "format": int, "iteration": int, "step": int, "skipped": int, "resumed": int, "corrupt": list}
+"""What a resume needs of the entry ``mocov3``, where it is there."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,10 @@ def check_entries(contents: Contents, where: Path | str, *, optimizer: bool = Tr
             have = ", ".join(map(str, list(contents)[:6]))
             raise UserError(f"{where}: misses the entry {entry!r} of a checkpoint (it has: {have})")
     extra = contents.get("mocov3", {})
-    if not isinstance(extra, dict) or int(extra.get("format", 0)) > FORMAT_VERSION:
+    own = isinstance(extra, dict) and all(isinstance(extra.get(name, kind()), kind) for name, kind in _OWN.items())
+    if not own or not all(isinstance(index, int) for index in extra.get("corrupt", [])):
+        raise UserError(f"{where}: its entry 'mocov3' is damaged; use another checkpoint")
+    if extra.get("format", 0) > FORMAT_VERSION:
         raise UserError(f"{where}: was written by a newer mocov3; update this one")
 
 

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from mocov3.config import ViewPreset, preset_of
 from mocov3.config.archs import BUILT_IN_ARCHS, HEAD_KEYS, HEADS, RESNETS, check_heads, is_vit
-from mocov3.config.fields import Fields
 from mocov3.config.presets import Reading
 from mocov3.errors import UserError, printable
 from mocov3.models.backbones import Encoder, Settings, build_backbone
 from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
 from mocov3.output.log import warn
-from mocov3.weights import Contents, attention_heads, checkpoint, our_entry
+from mocov3.weights import Contents, attention_heads, checkpoint, our_entry, trained_with
 from mocov3.weights.find import BackboneWeights, find_backbone, hint
 
 
@@ -241,12 +240,6 @@ def settings_of(state: dict[str, Tensor], arch: str) -> Settings:
     if (stem := state.get("conv1.weight")) is not None and arch in [*RESNETS, "resnet10"]:
         settings["small_stem"] = stem.shape[-1] == 3
     return settings
-
-
-def trained_with(contents: Contents) -> Fields:
-    """The configuration that a checkpoint of ours was trained with; empty for others' files."""
-    config = our_entry(contents).get("config")
-    return config if isinstance(config, dict) else {}
 
 
 def views_of(contents: Contents, where: str) -> ViewPreset:

@@ -1,5 +1,6 @@
 """What a weights file is and is good for: ``mocov3 inspect FILE``. Nothing in it is run."""
 
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from mocov3.config.fields import Parser, path
 from mocov3.errors import UserError, printable
 from mocov3.metrics import JsonLine
-from mocov3.weights import Contents, our_entry
+from mocov3.weights import Contents, our_entry, trained_with
 
 if TYPE_CHECKING:
     from mocov3.weights.find import BackboneWeights
@@ -55,7 +56,7 @@ def describe(path: str) -> JsonLine:
     contents = checkpoint.read(path)
     weights = find_backbone(contents, path)
     entry = our_entry(contents) or None
-    config = (entry or {}).get("config") or {}
+    config = trained_with(contents)
     arch = weights.arch or guess_arch(weights.state)
     parameters = sum(v.numel() for v in weights.state.values() if v.is_floating_point())
     facts: JsonLine = {"file": path, "kind": _kind(path, weights.kind, contents, entry)}
@@ -105,7 +106,8 @@ def _kind(path: str, kind: str, contents: Contents, entry: Contents | None) -> s
     if kind.startswith("pre-training"):
         return "pre-training checkpoint of " + ("mocov3" if entry else "the reference, or a program of its layout")
     if kind == "linear evaluation" and "best_acc1" in contents:
-        return f"linear evaluation (best top-1 {float(contents['best_acc1']):.2f} %)"
+        with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):  # whatever a damaged file says
+            return f"linear evaluation (best top-1 {float(contents['best_acc1']):.2f} %)"
     deit = "model" in contents and not path.endswith(".safetensors")
     return f"{kind} weights" + (" in DeiT's format" if deit else "")
 

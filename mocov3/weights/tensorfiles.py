@@ -14,7 +14,8 @@ import torch
 
 from mocov3.errors import UserError, printable
 from mocov3.weights import Contents
-from mocov3.weights.vetting import is_plain, vet
+from mocov3.weights.vetting import vet
+from mocov3.weights.walk import is_plain
 
 
 def write(path: Path, contents: Contents) -> None:
@@ -118,21 +119,31 @@ _NOTHING_RUNS: Any = SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, lo
 """What torch unpickles by where a vetted file holds objects: it looks up nothing but what tensors are made by."""
 
 
-def _without_objects(value: object) -> object:
-    if isinstance(value, dict):
-        pairs = ((k, _without_objects(v)) for k, v in value.items() if not _is_object(k))
-        return {k: v for k, v in pairs if not _is_object(v)}
-    return [_without_objects(v) for v in value if not _is_object(v)] if isinstance(value, list) else value
+def _without_objects(value: Any, done: dict[int, Any]) -> Any:
+    """``value`` with the lists and dicts in it, each made once however often it is referred to."""
+    if isinstance(value, dict | list) and id(value) not in done:
+        if isinstance(value, dict):
+            items = [(k, v) for k, v in value.items() if not (_is_object(k) or _is_object(v))]
+            done[id(value)] = {k: _without_objects(v, done) for k, v in items}
+        else:
+            done[id(value)] = [_without_objects(v, done) for v in value if not _is_object(v)]
+    return done.get(id(value), value)
 
 
 def _is_object(value: object) -> bool:
     return isinstance(value, _Object) or value is _Object
 
 
-def _holds_tensors(value: object) -> bool:
-    if isinstance(value, dict | list):
-        return any(map(_holds_tensors, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, torch.Tensor)
+def _holds_tensors(value: Any) -> bool:
+    waiting, seen = [value], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            return True
+        if isinstance(value, dict | list) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+    return False
 
 
 def read(path: str | Path) -> Contents:
@@ -149,7 +160,7 @@ def read(path: str | Path) -> Contents:
             return _safetensors(path)
         foreign = vet(path)
         if foreign:
-            contents = _without_objects(torch.load(path, "cpu", _NOTHING_RUNS, weights_only=False))
+            contents = _without_objects(torch.load(path, "cpu", _NOTHING_RUNS, weights_only=False), {})
         else:
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:

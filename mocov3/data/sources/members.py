@@ -126,9 +126,10 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
                     else:
                         remarks.lines.append(f"{where}: {name}: is no number")
                 elif not path.name.startswith("."):
-                    remarks.left_out.add([os.fsencode(path.name)], f"{where}: {name.removesuffix(path.name)}")
-    except (tarfile.TarError, OSError, ValueError, RecursionError, OverflowError, MemoryError) as error:
-        remarks.lines.append(f"{where}: {error or type(error).__name__}; {len(members)} images before that are used")
+                    remarks.left_out.add([os.fsencode(path.name)], f"{where}: {info.name.removesuffix(path.name)}")
+    except Exception as error:  # a damaged header can make the reader stumble anywhere
+        reason = printable(str(error) or type(error).__name__)
+        remarks.lines.append(f"{where}: {reason}; {len(members)} images before that are used")
     return _samples(members, classes, where, remarks), remarks.all()
 
 
