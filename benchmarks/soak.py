@@ -21,7 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- table: make soak -->\n", "<!-- end of table -->"
-TESTS = ["tests/pretraining/test_killing.py", "tests/pretraining/test_faults.py", "tests/weights/test_fuzz.py"]
+TESTS = [
+    "tests/pretraining/test_killing.py",
+    "tests/pretraining/test_faults.py",
+    "tests/weights/test_fuzz.py",
+    "tests/test_fuzz_files.py",
+]
 
 
 def main() -> int:

@@ -7,6 +7,8 @@ import sys
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
+_LONGEST = 2000  # characters of a message; a file may have names and lines of any length
+
 
 class UserError(Exception):
     """Bad input. The message is one line that says what is wrong, where, and how to fix it."""
@@ -14,7 +16,7 @@ class UserError(Exception):
     exit_code: ClassVar[int] = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(" ".join(message.split())))
+        super().__init__(one_line(message))
 
 
 class RankLost(Exception):
@@ -37,6 +39,12 @@ def stop_signals() -> list[int]:
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         names.append("SIGHUP")
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+def one_line(text: str) -> str:
+    """``text`` as a line fit to print; of one that is too long to be read the middle is left out."""
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
 
 
 def printable(text: str) -> str:

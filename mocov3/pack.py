@@ -13,7 +13,6 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -102,9 +101,9 @@ def _pack(source: Source, place: Path, args: argparse.Namespace) -> None:
     print(f"{printable(str(place))}: {written} images in {writer.number} archive(s), {writer.total / 1e6:.1f} MB")
 
 
-def _prepared(source: Source, args: argparse.Namespace) -> Iterator[tuple[int, Any]]:
-    """Every image's (ending, bytes) or the reason against it, in order; a bounded number is ahead."""
-    ahead: list[tuple[int, Future[Any]]] = []
+def _prepared(source: Source, args: argparse.Namespace) -> Iterator[tuple[int, tuple[str, bytes] | Exception]]:
+    """Every image's ending and bytes, or the reason against it, in order; a bounded number is ahead."""
+    ahead: list[tuple[int, Future[tuple[str, bytes] | Exception]]] = []
     with ThreadPoolExecutor(args.workers) as pool:
         for index in range(len(source)):
             ahead.append((index, pool.submit(_prepare, source, index, args.resize, args.quality)))
@@ -138,7 +137,7 @@ def _ending(data: bytes) -> str:
         return f".{(image.format or 'png').lower()}".replace("jpeg", "jpg")
 
 
-def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+def _saved(image: Image.Image, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -21,6 +21,7 @@ from mocov3.data.sources.index import write_atomically
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.evaluation.neighbours import nearest
+from mocov3.metrics import JsonLine
 
 _FLUSH_SECONDS = 5.0
 _ROW_GROUP = 16384
@@ -40,7 +41,7 @@ class Spool:
     """
 
     def __init__(
-        self, output: Path, key: dict[str, Any], *, images: int, shape: tuple[int, ...], batch: int, world: World
+        self, output: Path, key: JsonLine, *, images: int, shape: tuple[int, ...], batch: int, world: World
     ) -> None:
         self.output, self.world, self.batch, self.images = output, world, batch, images
         self.batches = -(-images // batch)
@@ -57,7 +58,7 @@ class Spool:
         self._pending: list[int] = []
         self._flushed = time.monotonic()
 
-    def _prepare(self, key: dict[str, Any], shape: tuple[int, ...]) -> None:
+    def _prepare(self, key: JsonLine, shape: tuple[int, ...]) -> None:
         try:
             saved = json.loads(self._key_file.read_text())
         except (OSError, ValueError):

@@ -18,7 +18,7 @@ from mocov3.export.formats import WRITERS, Exported, Format, Unfit
 from mocov3.export.model_card import card
 from mocov3.export.places import FORMATS, Staged
 from mocov3.export.preprocessing import prepared, read_image
-from mocov3.weights import checkpoint, convert, our_entry
+from mocov3.weights import checkpoint, convert, our_entry, trained_with
 
 _REFERENCE = "not stated in the file; the public files of facebookresearch/moco-v3 are CC-BY-NC 4.0"
 _ORIGIN = "not stated in the file (the reference's files do not say)"
@@ -133,7 +133,6 @@ def load(
     encoder, settings = convert.build_from(
         contents, str(path), arch=arch, image_size=image_size, momentum=momentum, heads=heads
     )
-    settings.pop("num_heads", None)  # the encoder tells
     names: tuple[str, ...] = ()
     classes = 0
     if classifier:
@@ -142,12 +141,16 @@ def load(
         classes = head.out_features
         known = our_entry(contents).get("classes")
         names = tuple(map(str, known)) if isinstance(known, list) and len(known) == classes else ()
-    config = convert.trained_with(contents)
+    config = trained_with(contents)
     preset = convert.views_of(contents, str(path))
     entry = our_entry(contents)
     return Exported(
         encoder=encoder,
-        **settings,
+        arch=settings["arch"],
+        image_size=settings["image_size"],
+        patch_size=settings["patch_size"],
+        small_stem=settings["small_stem"],
+        in_chans=settings["in_chans"],
         mean=preset.mean,
         std=preset.std,
         zoom=preset.evaluation_zoom,

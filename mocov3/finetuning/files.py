@@ -19,7 +19,7 @@ from mocov3.errors import UserError, nearest
 from mocov3.models import Encoder
 from mocov3.running.changes import refuse_changes
 from mocov3.running.counters import Counters
-from mocov3.weights import Contents, checkpoint, convert, our_entry
+from mocov3.weights import Contents, checkpoint, convert, our_entry, trained_with
 from mocov3.weights.find import find_backbone, hint, named_arch
 
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
@@ -76,7 +76,7 @@ def find_start(config: FinetuneConfig, world: World) -> Start:
 
 
 def _completed(config: FinetuneConfig, contents: Contents | None, where: str) -> FinetuneConfig:
-    saved = dict(convert.trained_with(contents)) if contents else {}
+    saved = dict(trained_with(contents)) if contents else {}
     if contents and (named := named_arch(contents)):
         saved["arch"] = named
     values: Fields = {}
@@ -195,7 +195,7 @@ def contents(
     digest: str,
     images: int,
     classes: list[str],
-) -> dict[str, Any]:
+) -> Contents:
     """What is written: everything a resume needs, or for the ``best`` weights only what names them.
 
     Args:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mocov3.config import FinetuneConfig
 from mocov3.config.fields import check_writable
-from mocov3.config.presets import RGB
 from mocov3.data.loading.filling import check_readable
 from mocov3.data.sources.transfer import open_pair
 from mocov3.errors import UserError, no_file
@@ -32,7 +31,7 @@ def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:
         if file and not (name == "resume" and file == "auto") and not Path(file).is_file():
             raise UserError(f"--{name} {file}: {no_file(file)}")
     pair = open_pair(config.data_set, config.data_path)
-    check_readable(pair.test, RGB, f"--data-path {config.data_path} (test)")
+    check_readable(pair.test, None, f"--data-path {config.data_path} (test)")
     if config.eval:
         warn_left_out(pair.test)
         return config

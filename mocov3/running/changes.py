@@ -1,15 +1,14 @@
 """What must not change between a run and its resume."""
 
 from collections.abc import Iterable
-from typing import Any
 
-from mocov3.config import changed_fields
+from mocov3.config import RunConfig, changed_fields
 from mocov3.errors import UserError
-from mocov3.weights import Contents, our_entry
+from mocov3.weights import Contents, trained_with
 
 
 def refuse_changes(
-    where: str, config: Any, contents: Contents, *, left_out: Iterable[str] = (), more: Iterable[str] = ()
+    where: str, config: RunConfig, contents: Contents, *, left_out: Iterable[str] = (), more: Iterable[str] = ()
 ) -> None:
     """Refuse to resume with other result-changing flags, unless the configuration allows it.
 
@@ -23,7 +22,7 @@ def refuse_changes(
     Raises:
         UserError: naming what differs.
     """
-    saved = our_entry(contents).get("config", {})
+    saved = trained_with(contents)
     left_out = {"heads", *left_out}  # heads are compared with the weights
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k not in left_out}
     changed = [*changed_fields(config, saved), *more]

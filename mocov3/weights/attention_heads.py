@@ -5,14 +5,14 @@ Shapes do not tell. Any number of heads that divides the width fits the same wei
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from mocov3.config.archs import HEADS, OTHERS_HEADS, WIDTHS, is_vit, unlikely_heads
 from mocov3.errors import UserError
 from mocov3.models.positions import is_sincos_position_embedding
-from mocov3.weights import Contents, our_entry
+from mocov3.weights import Contents, our_entry, trained_with
 
 
 class Known(NamedTuple):
@@ -45,8 +45,7 @@ def told(contents: Contents, arch: str | None, kind: str, state: dict[str, Tenso
     if width is None or (arch or "").startswith("timm/"):
         return Known()  # the network of that name has its own
     if entry:
-        config = entry.get("config")
-        count = config.get("heads") if isinstance(config, dict) else None
+        count = trained_with(contents).get("heads")
         if count is None:  # as built unless told otherwise
             return Known(HEADS.get(width), "as mocov3 builds it")
         if isinstance(count, bool) or not isinstance(count, int) or count < 1 or width % count:
@@ -130,7 +129,7 @@ def _nobody_says(width: int | None, asked: str, where: str) -> UserError:
     return UserError(f"{where}: a ViT of width {width} that does not record its attention heads; give {asked}")
 
 
-def heads_of(network: Any) -> int | None:
+def heads_of(network: object) -> int | None:
     """Attention heads of a network that is built; ``None`` for networks without."""
     blocks = getattr(getattr(network, "backbone", network), "blocks", None)
     try:
@@ -140,7 +139,7 @@ def heads_of(network: Any) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def check_built(network: Any, known: Known, state: dict[str, Tensor], where: str) -> None:
+def check_built(network: object, known: Known, state: dict[str, Tensor], where: str) -> None:
     """Refuse weights of other attention heads than the network has that they are to be loaded into.
 
     Raises:

@@ -100,15 +100,19 @@ def guess_arch(state: dict[str, Tensor]) -> str | None:
 
 
 def _tables(
-    contents: Mapping[Any, Any], entry: str = "", depth: int = _DEPTH
+    contents: Mapping[Any, Any], entry: str = "", depth: int = _DEPTH, seen: set[tuple[int, int]] | None = None
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every dictionary with tensors in a file, with its entry, outermost first."""
+    """Every dictionary with tensors in a file, with its entry, outermost first; once at a depth."""
+    seen = set() if seen is None else seen
+    if (id(contents), depth) in seen:  # a few that hold each other many times would never end
+        return
+    seen.add((id(contents), depth))
     tensors = {str(key): value for key, value in contents.items() if isinstance(value, Tensor)}
     if any(value.ndim for value in tensors.values()):
         yield entry, tensors
     for name, value in contents.items():
         if depth and isinstance(value, dict) and isinstance(name, str) and not name.startswith("optimizer"):
-            yield from _tables(value, f"{entry}.{name}" if entry else name, depth - 1)
+            yield from _tables(value, f"{entry}.{name}" if entry else name, depth - 1, seen)
 
 
 def _plausible(tables: list[tuple[str, dict[str, Tensor]]]) -> list[str]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 
 from mocov3.errors import UserError, nature, no_file, printable
 from mocov3.weights import Contents
-from mocov3.weights.vetting import is_plain, vet
+from mocov3.weights.vetting import vet
+from mocov3.weights.walk import is_plain
 
 
 def write(path: Path, contents: Contents) -> None:
@@ -47,11 +49,11 @@ def write(path: Path, contents: Contents) -> None:
 class _Target:
     """A file to write to that remembers why it refused."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: FileIO) -> None:
         self.file = file
         self.error: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Write all of ``data``."""
         view = memoryview(data)
         try:
@@ -88,28 +90,28 @@ def _safetensors(path: Path) -> Contents:
 class _Object:
     """In the place of an object of another program, and of its class: takes whatever it is given and does nothing."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         pass
 
-    def __new__(cls, *_: Any) -> "_Object":
+    def __new__(cls, *_: object) -> "_Object":
         return super().__new__(cls)
 
-    def __call__(self, *_: Any) -> "_Object":
+    def __call__(self, *_: object) -> "_Object":
         return self
 
-    def __setitem__(self, *_: Any) -> None:
+    def __setitem__(self, *_: object) -> None:
         pass
 
     __setstate__ = append = extend = __init__
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         """What tensors are made by, by its name; in any other's place nothing that it names."""
         return super().find_class(module, name) if is_plain(f"{module}.{name}") else _Object
 
 
-def _load(file: Any, **arguments: Any) -> Any:
+def _load(file: Any, **arguments: Any) -> object:
     return _Unpickler(file, **arguments).load()
 
 
@@ -130,21 +132,31 @@ def _by_index(index: Path) -> Contents:
     return {"model": {key: value for part in parts for key, value in part.get("model", part).items()}}
 
 
-def _without_objects(value: Any) -> Any:
-    if isinstance(value, dict):
-        pairs = ((k, _without_objects(v)) for k, v in value.items() if not _is_object(k))
-        return {k: v for k, v in pairs if not _is_object(v)}
-    return [_without_objects(v) for v in value if not _is_object(v)] if isinstance(value, list) else value
+def _without_objects(value: Any, done: dict[int, Any]) -> Any:
+    """``value`` with the lists and dicts in it, each made once however often it is referred to."""
+    if isinstance(value, dict | list) and id(value) not in done:
+        if isinstance(value, dict):
+            items = [(k, v) for k, v in value.items() if not (_is_object(k) or _is_object(v))]
+            done[id(value)] = {k: _without_objects(v, done) for k, v in items}
+        else:
+            done[id(value)] = [_without_objects(v, done) for v in value if not _is_object(v)]
+    return done.get(id(value), value)
 
 
-def _is_object(value: Any) -> bool:
+def _is_object(value: object) -> bool:
     return isinstance(value, _Object) or value is _Object
 
 
 def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, dict | list):
-        return any(map(_holds_tensors, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, torch.Tensor)
+    waiting, seen = [value], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            return True
+        if isinstance(value, dict | list) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+    return False
 
 
 def read(path: str | Path) -> Contents:
@@ -163,7 +175,7 @@ def read(path: str | Path) -> Contents:
             return _safetensors(path)
         foreign = vet(path)
         if foreign:
-            contents = _without_objects(torch.load(path, "cpu", _NOTHING_RUNS, weights_only=False))
+            contents = _without_objects(torch.load(path, "cpu", _NOTHING_RUNS, weights_only=False), {})
         else:
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:

@@ -41,11 +41,11 @@ def test_output_that_is_the_result(stream, expected, said):
     assert go(STREAMS[stream], "--version", numbers=(1,)) == (expected, said)
 
 
-@pytest.mark.parametrize("stream", ["closed", "unread"])
-def test_training_goes_on(images, tmp_path, stream):
+def test_training_goes_on(images, tmp_path):
     argv = "pretrain --recipe defaults -a resnet10_w16 --image-size 16 -b 32 --epochs 1 --warmup-epochs 0 --moco-dim 8"
-    argv += f" --moco-mlp-dim 8 --logger none -j {int(stream == 'closed')} --device cpu --output-dir {tmp_path / 'o'}"
-    assert go(STREAMS[stream], *argv.split(), images) == (0, "")
+    argv += f" --moco-mlp-dim 8 --logger none -j 1 --device cpu --output-dir {tmp_path / 'o'}"
+    streams = f"os.close(0); {STREAMS['unread']}; numbers = (2,); {STREAMS['full']}"
+    assert go(streams, *argv.split(), images, numbers=(1,)) == (0, "")
     assert (tmp_path / "o" / "checkpoint_0000.pth.tar").exists()
 
 

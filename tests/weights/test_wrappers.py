@@ -26,7 +26,7 @@ from mocov3.evaluation import network_scores
 from mocov3.models import backbones, build_backbone
 from mocov3.planning import speed
 from mocov3.planning.choose import propose_settings
-from mocov3.weights import checkpoint, convert, find, start, tensorfiles, vetting
+from mocov3.weights import checkpoint, convert, find, start, tensorfiles, walk
 from mocov3.weights.find import find_backbone
 from mocov3.weights.inspect import describe
 
@@ -389,7 +389,7 @@ def test_a_pickled_network_is_refused_with_the_cure(tmp_path):
 
 
 def test_only_what_makes_tensors_is_looked_up():
-    plain = [name for name in vetting._CALLS if not name.startswith("torch.")]
+    plain = [name for name in walk._CALLS if not name.startswith("torch.")]
     assert sorted(plain) == ["_codecs.encode", "collections.OrderedDict"]
     for name in (
         "os.system",
@@ -399,7 +399,7 @@ def test_only_what_makes_tensors_is_looked_up():
         "torch.nn.modules.linear.Linear",
         "pickle.loads",
     ):
-        assert not vetting.is_plain(name)
+        assert not walk.is_plain(name)
     unpickler = tensorfiles._Unpickler(io.BytesIO())
     assert unpickler.find_class("shutil", "rmtree") is tensorfiles._Object
     assert unpickler.find_class("torch", "float32") is torch.float32

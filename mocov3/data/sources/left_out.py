@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mocov3.data.views import formats
+from mocov3.errors import printable
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 """Archives whose members cannot be reached one by one."""
@@ -112,7 +113,7 @@ def _line(cure: str, kinds: list[tuple[int, str, str]]) -> str:
     named = [f"{-number} {ending or 'without an ending'}" for number, ending, _ in kinds[:_NAMED]]
     if rest := -sum(number for number, _, _ in kinds[_NAMED:]):
         named.append(f"{rest} of other endings")
-    return f"left out {', '.join(named)}: {cure}; first: {kinds[0][2]}"
+    return f"left out {', '.join(named)}: {cure}; first: {printable(kinds[0][2])}"
 
 
 def _ending(end: str) -> str:

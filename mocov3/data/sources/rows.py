@@ -26,6 +26,7 @@ LABEL_COLUMNS = (
 )
 _NO_LABEL = ("nan", "null", "<na>")
 _PROBED = 50
+_MOST_COLUMNS = 1000  # that are tried: a damaged line may have a million
 _ODD = re.compile(r"^\s|\s$|[\"'\\]|^~", re.MULTILINE)  # what another spelling may mend
 _ENDING = "|".join(re.escape(ending) for ending in EXTENSIONS)
 _IMAGE = re.compile(rf".*({_ENDING})[\s\"']*", re.IGNORECASE)
@@ -207,7 +208,7 @@ def _choose(records: list[Record], first: Place, places: Iterator[Place], is_csv
 def _best_column(form: _Form, head: Record, rows: list[list[str]]) -> _Form:
     """The form with the column by which most rows name an image; those called so come first."""
     named = _columns(form.part(head), PATH_COLUMNS)
-    columns = named + [i for i in range(max(map(len, rows))) if i not in named]
+    columns = named + [i for i in range(min(max(map(len, rows)), _MOST_COLUMNS)) if i not in named]
     counts = [sum(i < len(row) and form.image(row[i]) is not None for row in rows) for i in columns]
     most = counts.index(max(counts))
     column = columns[most]

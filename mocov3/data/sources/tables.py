@@ -4,12 +4,15 @@ Needs pyarrow (``pip install mocov3[parquet]``). An image is reached by reading 
 training reads much more than it uses; for many epochs, ``mocov3 pack`` the tables into archives first.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,9 +22,14 @@ from mocov3.data.sources.rows import LABEL_COLUMNS
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.errors import UserError, printable
 
+if TYPE_CHECKING:
+    import pyarrow.parquet
+
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "picture", "bytes")
 _KEPT = 4  # row groups a process holds
 _MOST_NUMBERS = 100_000
+_MOST_ROWS = 100  # a byte of a file: of images that are all one, and packed
+_NUMBER = re.compile("0|-?[1-9][0-9]{0,17}")
 _TRIED = 8  # rows by which a column is told to hold images
 
 
@@ -40,23 +48,19 @@ class Parquet:
     def __init__(self, files: list[str]) -> None:
         self.files = files
         self.skipped: list[str] = []
-        pq = _pyarrow()
         self._groups: list[tuple[int, int]] = []
         ends, labels, name_hash = [], [], hashlib.sha256()
         for number, file in enumerate(files):
-            try:
-                with pq.ParquetFile(file) as table:
-                    if number == 0:
-                        self.column, self._label = _image_column(table, file, self.skipped), _label_column(table)
-                    elif not {self.column, self._label or self.column} <= set(table.schema_arrow.names):
-                        raise UserError(f"data {file}: has other columns than {files[0]}")
-                    for group in range(table.num_row_groups):
-                        self._groups.append((number, group))
-                        ends.append(table.metadata.row_group(group).num_rows)
-                    if self._label:
-                        labels.append(_read_labels(table, self._label))
-            except (OSError, ValueError) as error:
-                raise UserError(f"data {file}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+            with _opened(file) as table:
+                if number == 0:
+                    self.column, self._label = _image_column(table, file, self.skipped), _label_column(table)
+                elif not {self.column, self._label or self.column} <= set(table.schema_arrow.names):
+                    raise UserError(f"data {file}: has other columns than {files[0]}")
+                rows = _rows(table, file)
+                self._groups += [(number, group) for group in range(len(rows))]
+                ends += rows
+                if self._label:
+                    labels.append(_read_labels(table, self._label, sum(rows)))
             name_hash.update(f"{os.path.basename(file)}:{os.path.getsize(file)}\n".encode(errors="surrogateescape"))
         self.ends = np.cumsum(ends, dtype=np.int64)
         if not len(self):
@@ -101,14 +105,15 @@ class Parquet:
         if group not in self._kept:
             number, part = self._groups[group]
             try:
-                with _pyarrow().ParquetFile(self.files[number]) as table:
+                with _opened(self.files[number]) as table:
                     rows = table.read_row_group(part, [self.column]).column(self.column).combine_chunks()
-            except ValueError as error:
-                raise OSError(str(error).splitlines()[0]) from None
+            except UserError as error:
+                raise OSError(str(error)) from None
             while len(self._kept) >= _KEPT:
                 del self._kept[next(iter(self._kept))]
             self._kept[group] = rows
-        data = _bytes_of(self._kept[group][index - (int(self.ends[group - 1]) if group else 0)])
+        row = index - (int(self.ends[group - 1]) if group else 0)
+        data = _bytes_of(self._kept[group][row]) if row < len(self._kept[group]) else None
         if not isinstance(data, bytes) or not data:
             raise OSError("the row holds no bytes")
         return data
@@ -127,10 +132,31 @@ def _pyarrow() -> Any:
     return pq
 
 
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[Any]:
+    pq = _pyarrow()
+    try:
+        with pq.ParquetFile(file) as table:
+            yield table
+    except UserError:
+        raise
+    except Exception as error:  # damage makes pyarrow raise errors of many kinds
+        reason = str(error) or type(error).__name__
+        raise UserError(f"data {file}: cannot be read as Parquet ({reason.splitlines()[0]})") from None
+
+
+def _rows(table: Any, file: str) -> list[int]:
+    """Rows of each group, by the footer, which a damaged file may have claim any number."""
+    rows = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) > _MOST_ROWS * os.path.getsize(file):
+        raise UserError(f"data {file}: claims {sum(rows)} rows, more than it can hold; it is damaged")
+    return rows
+
+
 # --- columns ----------------------------------------------------------------------------------------------------
 
 
-def _image_column(table: Any, file: str, said: list[str]) -> str:
+def _image_column(table: "pyarrow.parquet.ParquetFile", file: str, said: list[str]) -> str:
     """The column of images: of those of file bytes the one whose first rows are images; one called so, if several."""
     names: list[str] = table.schema_arrow.names
     able = [name for name in names if _holds_bytes(table.schema_arrow.field(name).type)]
@@ -150,7 +176,7 @@ def _image_column(table: Any, file: str, said: list[str]) -> str:
     return best[0]
 
 
-def _holds_bytes(kind: Any) -> bool:
+def _holds_bytes(kind: "pyarrow.DataType") -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
@@ -158,7 +184,7 @@ def _holds_bytes(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _holds_images(table: Any, name: str) -> bool:
+def _holds_images(table: "pyarrow.parquet.ParquetFile", name: str) -> bool:
     """Whether one of the first rows is an image."""
     for batch in table.iter_batches(batch_size=_TRIED, columns=[name]):
         for value in batch.column(0):
@@ -171,7 +197,7 @@ def _holds_images(table: Any, name: str) -> bool:
     return False
 
 
-def _bytes_of(value: Any) -> Any:
+def _bytes_of(value: "pyarrow.Scalar") -> Any:
     value = value.as_py()
     return value.get("bytes") if isinstance(value, dict) else value
 
@@ -187,14 +213,14 @@ class _Labels:
     """Whether the file declares the names, those without images too."""
 
 
-def _label_column(table: Any) -> str | None:
+def _label_column(table: "pyarrow.parquet.ParquetFile") -> str | None:
     """The column of labels: called so, or the only one that Hugging Face's data sets library declares to be classes."""
     lower = {name.lower(): name for name in reversed(table.schema_arrow.names)}
     declared = list(_declared(table))
     return next((lower[n] for n in LABEL_COLUMNS if n in lower), declared[0] if len(declared) == 1 else None)
 
 
-def _declared(table: Any) -> dict[str, list[str]]:
+def _declared(table: "pyarrow.parquet.ParquetFile") -> dict[str, list[str]]:
     """Column → names of its classes, as the metadata of Hugging Face's data sets library have them (ClassLabel)."""
     try:
         features = json.loads(table.schema_arrow.metadata[b"huggingface"])["info"]["features"]
@@ -209,7 +235,7 @@ def _declared(table: Any) -> dict[str, list[str]]:
 
 def _names(used: set[str]) -> list[str]:
     """Classes of the labels of a column; whole numbers from 0 on stay what they are."""
-    if not all(name.removeprefix("-").isdecimal() for name in used):
+    if not all(map(_NUMBER.fullmatch, used)):
         return ordered(used)
     if used != {"-1", "1"}:
         used = used - {"-1"}  # the number for no label, unless it is one of a pair
@@ -217,11 +243,13 @@ def _names(used: set[str]) -> list[str]:
     return [str(i) for i in range(most + 1)] if least >= 0 and most < _MOST_NUMBERS else ordered(used)
 
 
-def _read_labels(table: Any, column: str) -> _Labels | None:
+def _read_labels(table: "pyarrow.parquet.ParquetFile", column: str, rows: int) -> _Labels | None:
     """The labels of a file; ``None`` if they are not one class a row."""
     import pyarrow as pa
 
     values = table.read([column]).column(0).combine_chunks()
+    if len(values) != rows:
+        raise ValueError(f"{len(values)} labels of {rows} rows")
     names = _declared(table).get(column)
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if names is not None and pa.types.is_integer(kind):
@@ -242,7 +270,7 @@ def _read_labels(table: Any, column: str) -> _Labels | None:
     return _Labels(np.where(np.array([*texts, ""])[numbers] == "", -1, numbers), texts, False)
 
 
-def _label_text(value: Any) -> str:
+def _label_text(value: object) -> str:
     if value is None or value != value:  # NaN: what is missing in a column of numbers
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
@@ -255,7 +283,7 @@ def used_rows(tables: Parquet) -> np.ndarray:
 
     passed, begin = [np.empty(0, np.int64)], 0
     for file in tables.files:
-        with _pyarrow().ParquetFile(file) as table:
+        with _opened(file) as table:
             kind = table.schema_arrow.field(tables.column).type
             if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
                 paths = table.read([f"{tables.column}.path"]).column(0).combine_chunks().field("path")
@@ -264,5 +292,5 @@ def used_rows(tables: Parquet) -> np.ndarray:
                     names = paths.take(pa.array(rows)).to_pylist()
                     out = [passed_over(PurePosixPath(name).parts) for name in names]
                     passed.append(begin + rows[np.array(out, bool)])
-            begin += table.metadata.num_rows
+            begin += sum(_rows(table, file))
     return np.delete(np.arange(len(tables)), np.concatenate(passed))

@@ -17,6 +17,8 @@ from mocov3.data.views.formats import opened
 
 TIFFS = (*TIFF, b"II+\0", b"MM\0+")
 _DEEP = b"\x10"
+_BYTES = 25
+"""Of samples, for every pixel that an image may have: a small file may claim any number of channels."""
 
 
 class Unfit(ValueError):
@@ -105,6 +107,8 @@ def _tiff(data: bytes, most: int, *, deep: bool = False) -> np.ndarray | None:
             if source.axes not in ("YX", "YXS", "SYX", "CYX"):
                 raise Unfit(f"has axes {source.axes}, not height, width and channels")
             _check(tuple(source.shape), most)
+            if source.nbytes > _BYTES * most:
+                raise Unfit(f"{source.nbytes} bytes of samples are more than {_BYTES * most}")
             if deep and source.dtype in (np.uint8, np.bool_):
                 return None
             values = source.asarray()

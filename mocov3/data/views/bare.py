@@ -51,7 +51,7 @@ class Png(NamedTuple):
 def png(data: bytes, beside: tuple[bytes, ...] = (b"tRNS", b"eXIf")) -> Png:
     """The critical chunks of a PNG and those ``beside``, transparency and EXIF; nothing after its end."""
     view, parts = memoryview(data), []
-    place, first, sound, plain = 8, 0, True, True
+    place, first, sound, plain = 8, 0, data[12:16] == b"IHDR", True
     kind = b""
     while kind != b"IEND":
         length, kind = _CHUNK.unpack_from(data, place) if place + 12 <= len(data) else (0, b"")

@@ -29,7 +29,9 @@ from mocov3.config.presets import RGB, Reading
 from mocov3.data.views import bands, jxl, remarks
 from mocov3.data.views.bare import APP1, EXIF, JPEG, PNG, png, segments
 from mocov3.data.views.formats import missing, opened
-from mocov3.errors import nature
+from mocov3.errors import nature, one_line
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it would print a line for each damaged PNG
 
 MAX_PIXELS = 178_956_970
 """Images of more pixels are refused, as by Pillow: a small file may claim any size."""
@@ -41,7 +43,10 @@ _ORIENTATION = 0x0112
 
 
 class DecodeError(Exception):
-    """An image that cannot be read; the message is the reason."""
+    """An image that cannot be read; the message is the reason, in one line."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(one_line(reason))
 
 
 class ImageBytes:
@@ -185,7 +190,7 @@ def _check_size(width: int, height: int) -> None:
         raise DecodeError(f"{width}×{height} pixels are more than {MAX_PIXELS}")
 
 
-def _rgb_of(image: Any, reading: Reading) -> np.ndarray:
+def _rgb_of(image: Image.Image, reading: Reading) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":  # I;16 in either byte order, 32 bits, or floats
         return _with_channels(bands.to_bytes(np.asarray(image), reading), 3)
     if image.has_transparency_data:

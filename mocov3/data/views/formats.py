@@ -59,6 +59,8 @@ def opened(data: bytes) -> Iterator[Image.Image]:
             _register()
             image = Image.open(io.BytesIO(data))
         with image:
+            if image.format == "EPS":  # Pillow has Ghostscript run it
+                raise ValueError("is PostScript, a program, which is not run")
             yield image
 
 
