@@ -67,7 +67,7 @@ def memory_on(device):
     def memory(values, batch):
         try:
             return footprint_of(device, tuple((n, values[n]) for n in names if n in values)).peak(batch)
-        except RuntimeError:  # the network cannot take such images
+        except UserError:  # the network cannot take such images
             return 0.0
 
     return memory

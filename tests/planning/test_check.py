@@ -171,8 +171,10 @@ def test_inspect_tells_files_apart(tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="names of Windows")
 def test_names_cannot_forge_lines_of_check(tmp_path, capsys):
+    data = tmp_path / "d"
+    data.mkdir()
     for i in range(12):
-        Image.new("RGB", (9, 9), (i * 20, 0, 0)).save(tmp_path / f"{i}.png")
-    (tmp_path / "x\n99 images.png").write_bytes(b"")
-    assert main(["check", str(tmp_path), "-j", "0", "--device", "cpu", "--sheet", str(tmp_path / "s.png")]) == 0
+        Image.new("RGB", (9, 9), (i * 20, 0, 0)).save(data / f"{i}.png")
+    (data / "x\n99 images.png").write_bytes(b"")
+    assert main(["check", str(data), "-j", "0", "--device", "cpu", "--sheet", str(tmp_path / "s.png")]) == 0
     assert "\n99 images" not in capsys.readouterr().out
