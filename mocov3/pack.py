@@ -6,6 +6,7 @@ them.
 """
 
 import argparse
+import contextlib
 import io
 import os
 import tarfile
@@ -24,7 +25,7 @@ from mocov3.data.sources.scan import EXTENSIONS
 from mocov3.data.sources.splits import parts_of
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.formats import opened
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError, printable, reason
 from mocov3.output.log import warn, warn_left_out
 
 _LISTED = 10  # unreadable images named one by one
@@ -78,7 +79,7 @@ def _pack(source: Source, place: Path, args: argparse.Namespace) -> None:
         place.mkdir(parents=True, exist_ok=True)
         for index, prepared in _prepared(source, args):
             if isinstance(prepared, Exception):
-                bad.append(f"{printable(source.name(index))}: {printable(str(prepared))}")
+                bad.append(f"{printable(source.name(index))}: {printable(reason(prepared))}")
                 continue
             ending, data = prepared
             label = None if labels is None or labels[index] < 0 else int(labels[index])
@@ -88,7 +89,7 @@ def _pack(source: Source, place: Path, args: argparse.Namespace) -> None:
         if source.classes:
             (place / CLASSES_FILE).write_text("".join(f"{printable(c)}\n" for c in source.classes), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out {place}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"--out {place}: cannot be written ({reason(error)})") from None
     finally:
         writer.abandon()
     for line in bad[:_LISTED]:
@@ -192,6 +193,7 @@ class _Writer:
     def abandon(self) -> None:
         """Leave nothing of an archive that was not completed."""
         if self._tar is not None:
-            self._tar.close()
+            with contextlib.suppress(OSError):  # the disk is full
+                self._tar.close()
             self._partial.unlink(missing_ok=True)
             self._tar = None

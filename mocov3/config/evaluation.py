@@ -11,7 +11,7 @@ from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.own import ADAPTER_HELP
 from mocov3.config.presets import PRESETS
 from mocov3.config.running import DATA, DEVICES, MODEL, PRECISIONS, RUN
-from mocov3.errors import UserError, nearest
+from mocov3.errors import UserError, nearest, no_file
 
 OUTPUT = "result"
 HEADS_HELP = (
@@ -101,8 +101,8 @@ class FeatureConfig:
             raise UserError("no model: give --model FILE, an arch, timm/NAME or pixels")
         names = ["pixels", *BUILT_IN_ARCHS]
         if not Path(self.model).is_file() and not self.model.startswith("timm/") and self.model not in names:
-            if "/" in self.model or "." in self.model:
-                raise UserError(f"--model {self.model}: there is no such file")
+            if "/" in self.model or "." in self.model or Path(self.model).exists():
+                raise UserError(f"--model {self.model}: {no_file(self.model)}")
             raise UserError(f"--model {self.model!r}: is neither a file nor an arch; {nearest(self.model, names)}")
         if self.arch:
             check_arch(self.arch)
@@ -195,9 +195,9 @@ def check_model_flags(config: object) -> None:
     """Refuse a missing weights file and unknown backends."""
     pretrained = getattr(config, "pretrained", "")
     if pretrained and not Path(pretrained).is_file():
-        raise UserError(f"--pretrained {pretrained}: there is no such file")
+        raise UserError(f"--pretrained {pretrained}: {no_file(pretrained)}")
     resume = getattr(config, "resume", "")
     if resume not in ("", "auto") and not Path(resume).is_file():
-        raise UserError(f"--resume {resume}: there is no such file")
+        raise UserError(f"--resume {resume}: {no_file(resume)}")
     if (backend := getattr(config, "dist_backend", "gloo")) not in ("nccl", "gloo"):
         raise UserError(f"--dist-backend {backend!r} is not known; use nccl or gloo")

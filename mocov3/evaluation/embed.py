@@ -37,7 +37,7 @@ def main(config: EmbedConfig) -> int:
     output = Path(config.output)
     if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UserError("--output: parquet needs pyarrow; pip install 'mocov3[parquet]', or name a .npy file")
-    if output.exists() and not config.overwrite:
+    if output.exists() and not (config.overwrite and output.is_file()):
         raise UserError(f"--output {output}: exists; name another, or give --overwrite")
     source = open_source(config.data)
     check_writable(output.parent, "--output")

@@ -18,7 +18,7 @@ from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.evaluation import quality
 from mocov3.evaluation.features import Extractor
-from mocov3.output.log import warn_once
+from mocov3.output.log import warn, warn_once
 
 IMAGES = 2000
 """More images are not used: a draw of this many tells networks apart."""
@@ -46,7 +46,14 @@ class LabelFreeQuality:
 
 
 def judge(views: Float[Tensor, "images views dim"]) -> LabelFreeQuality:
-    """Measures of features: view 0 is the evaluation view, the others its changed versions (three or more in all)."""
+    """Measures of features: view 0 is the evaluation view, the others its changed versions (three or more in all).
+
+    Where features are not finite, nothing counts as retrieved, and the other measures are NaN; a line says so.
+    """
+    if bad := int((~torch.isfinite(views).flatten(1).all(1)).sum()):
+        warn(f"features of {bad} of {len(views)} images are not finite: quality without labels is not measured")
+        nothing = float("nan")
+        return LabelFreeQuality(len(views), 0.0, nothing, nothing, nothing, nothing, nothing)
     return LabelFreeQuality(
         images=len(views),
         retrieval=quality.retrieval(views[:, 1], views[:, 2]),

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mocov3.config.fields import Parser, path
-from mocov3.errors import UserError
+from mocov3.errors import UserError, no_file
 from mocov3.export.places import FORMATS
 
 
@@ -71,7 +71,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before torch is imported."""
     if not Path(args.checkpoint).is_file():
-        raise UserError(f"{args.checkpoint}: there is no such file")
+        raise UserError(f"{args.checkpoint}: {no_file(args.checkpoint)}")
     from mocov3.config.archs import check_arch, check_heads
 
     if args.arch:

@@ -4,9 +4,11 @@ ResNets are torchvision's with zero-initialised last gains (Goyal et al. 2017); 
 timm. Names are listed in ``mocov3.config.archs``.
 """
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
 import torchvision.models as tv
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -110,7 +112,8 @@ class TimmEncoder(nn.Module):
         except TypeError:  # convolutional networks take any size and know no img_size
             self.backbone = timm.create_model(name, num_classes=0, **kwargs)
         except (AssertionError, ValueError) as error:
-            raise UserError(f"--arch timm/{name} at --image-size {image_size}: {error}") from None
+            raise _cannot_take(name, image_size, error) from None
+        _try(self.backbone, name, image_size, int(kwargs.get("in_chans", 3)))
         use_fast_products(self.backbone)
         self.num_features = int(getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features)
         self.projector: nn.Module = nn.Identity()
@@ -124,6 +127,27 @@ class TimmEncoder(nn.Module):
         """Features through the projector."""
         out: Tensor = self.projector(self.features(x))
         return out
+
+
+def _try(backbone: nn.Module, name: str, side: int, channels: int) -> None:
+    """Refuse a network of timm that stumbles over images of a size: on shapes only, which costs milliseconds."""
+    tensors = (*backbone.parameters(), *backbone.buffers())
+    # a copy: some networks keep what they computed last
+    shapes = copy.deepcopy(backbone, {id(tensor): tensor.to("meta") for tensor in tensors}).eval()
+    try:
+        with torch.no_grad():
+            shapes(torch.empty(1, channels, side, side, device="meta"))
+    except NotImplementedError:  # an operation without shapes: the first batch will tell
+        pass
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise _cannot_take(name, side, error) from None
+
+
+def _cannot_take(name: str, side: int, error: Exception) -> UserError:
+    return UserError(
+        f"--arch timm/{name}: cannot take images of {side} px ({str(error)[:100]}); give another --image-size, or "
+        "another network"
+    )
 
 
 if TYPE_CHECKING:

@@ -209,7 +209,8 @@ class Pretraining(Run):
         bad = len(self.counters.corrupt)
         if bad >= 10 and bad > c.max_corrupt * met:
             self._stop.refuse(
-                f"{self.data_title}: {bad} of {met} images met cannot be read, more than --max-corrupt {c.max_corrupt}"
+                f"{self.data_title}: {bad} images cannot be read where {met} were loaded, more than "
+                f"--max-corrupt {c.max_corrupt}"
             )
         if self.recorder.skips.in_a_row >= self.step.most_skips_in_a_row and not self._stop.refusal:
             self._stop.refuse(self.saver.diverged(self.recorder.skips.longest, self.step.diagnosis(), self._images))

@@ -117,6 +117,8 @@ def fitted(encoder: Encoder, weights: BackboneWeights, where: str) -> dict[str, 
             raise UserError(
                 f"{where}: {key} is {tuple(state[key].shape)} where this arch has {tuple(wanted[key].shape)}"
             )
+        if wanted[key].is_floating_point() and not state[key].is_floating_point():
+            raise UserError(f"{where}: {key} holds {str(state[key].dtype)[6:]}, not the floats that weights are")
     if unknown := [key for key in state if key not in wanted]:
         raise UserError(f"{where}: holds {unknown[0]}, which this arch does not have")
     return state

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mocov3.config.fields import Parser, path
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError, no_file, printable
 from mocov3.metrics import JsonLine
 from mocov3.weights import Contents, our_entry, trained_with
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(list(argv))
     if not Path(args.file).is_file():
-        raise UserError(f"{args.file}: there is no such file")
+        raise UserError(f"{args.file}: {no_file(args.file)}")
     facts = describe(args.file)
     if args.json:
         print(json.dumps(facts))

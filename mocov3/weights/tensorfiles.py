@@ -12,7 +12,7 @@ from typing import Any
 import safetensors
 import torch
 
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError, nature, no_file, printable
 from mocov3.weights import Contents
 from mocov3.weights.vetting import vet
 from mocov3.weights.walk import is_plain
@@ -119,6 +119,19 @@ _NOTHING_RUNS: Any = SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, lo
 """What torch unpickles by where a vetted file holds objects: it looks up nothing but what tensors are made by."""
 
 
+def _by_index(index: Path) -> Contents:
+    """The tensors of all parts that an index of Hugging Face's names; they lie beside it."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        beside = names and all(name == os.path.basename(name) for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        beside = False
+    if not beside:
+        raise UserError(f"{index}: is no index of weights beside it (weight_map: key → file)")
+    parts = [read(index.with_name(name)) for name in sorted(names)]
+    return {"model": {key: value for part in parts for key, value in part.get("model", part).items()}}
+
+
 def _without_objects(value: Any, done: dict[int, Any]) -> Any:
     """``value`` with the lists and dicts in it, each made once however often it is referred to."""
     if isinstance(value, dict | list) and id(value) not in done:
@@ -154,8 +167,10 @@ def read(path: str | Path) -> Contents:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path}: {no_file(path)}")
     try:
+        if path.name.endswith(".index.json"):
+            return _by_index(path)
         if path.suffix == ".safetensors":
             return _safetensors(path)
         foreign = vet(path)
@@ -170,7 +185,10 @@ def read(path: str | Path) -> Contents:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged file can make the readers stumble anywhere
-        raise UserError(f"{path}: is damaged or no file of tensors ({type(error).__name__}); use another") from None
+        with path.open("rb") as file:
+            known = nature(file.read(64))
+        reason = known or f"is damaged or no file of tensors ({type(error).__name__}); use another"
+        raise UserError(f"{path}: {reason}") from None
     if foreign and not _holds_tensors(contents):
         raise UserError(
             f"{path}: holds no tensors, only objects ({printable(foreign[0][:80])}), which could run code: refused; "

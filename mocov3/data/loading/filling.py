@@ -11,7 +11,7 @@ from mocov3.data.views import remarks
 from mocov3.data.views.bare import TIFF
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.draws import replacement
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError, printable, reason
 
 _ATTEMPTS = 20
 
@@ -81,9 +81,9 @@ class Filler(NamedTuple):
                 return corrupt
             except (DecodeError, OSError) as error:
                 remarks.taken()  # of the image that is given up
-                reason = printable(str(error))[:200]
+                why = printable(reason(error))[:200]
             following = replacement(seed, epoch, index, attempt, len(source)) if self.replace else index
-            corrupt.append(Corrupt(tried, printable(source.name(tried)), reason, following))
+            corrupt.append(Corrupt(tried, printable(source.name(tried)), why, following))
             if not self.replace:
                 out[:] = 0
                 return corrupt
@@ -104,7 +104,7 @@ def check_readable(source: Source, reading: Reading | None, title: str) -> None:
     Raises:
         UserError: naming the first and its reason.
     """
-    reason = ""
+    first = ""
     for index in range(len(source)):
         try:
             data = source.read(index)
@@ -113,5 +113,5 @@ def check_readable(source: Source, reading: Reading | None, title: str) -> None:
             ImageBytes(data, reading or RGB).pixels()
             return
         except (DecodeError, OSError) as error:
-            reason = reason or f"{source.name(index)}: {error}"
-    raise UserError(f"{title}: none of {len(source)} images can be read, first: {reason}")
+            first = first or f"{source.name(index)}: {reason(error)}"
+    raise UserError(f"{title}: none of {len(source)} images can be read, first: {first}")

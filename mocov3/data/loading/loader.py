@@ -23,7 +23,7 @@ from mocov3.data.loading.order import Order
 from mocov3.data.loading.slots import Batch, Corrupt, Layout, Work
 from mocov3.data.sources.opening import Source
 from mocov3.data.views import remarks
-from mocov3.errors import stop_signals
+from mocov3.errors import UserError, reason, stop_signals
 
 _LARGE_SLOT = 256 << 20  # bytes above which one batch less is prepared ahead
 _FEW = 2000  # images up to which starting processes takes longer than they save
@@ -93,7 +93,14 @@ class Loader:
             return
         context = multiprocessing.get_context("spawn")
         # an unlinked memory-mapped file: falls back from /dev/shm where that is small, leaves nothing when killed
-        memory: Any = context.RawArray(ctypes.c_uint8, (3 if layout.bytes < _LARGE_SLOT else 2) * layout.bytes)
+        size = (3 if layout.bytes < _LARGE_SLOT else 2) * layout.bytes
+        try:
+            memory: Any = context.RawArray(ctypes.c_uint8, size)
+        except OSError as error:
+            raise UserError(
+                f"--workers: no {size >> 20} MB of memory to share with loader processes ({reason(error)}); "
+                "give --workers 0, or set TMPDIR to a folder with room"
+            ) from None
         self._slots = layout.slots(memoryview(memory))
         for _ in range(workers):
             ours, theirs = context.Pipe()
