@@ -32,7 +32,7 @@ from mocov3.data import CentreView, FashionMnist, Loader, TwoViews
 from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
 from mocov3.data.loading.loader import batches
 from mocov3.distributed import World
-from mocov3.evaluation.features import extract
+from mocov3.evaluation.features import Extractor, extract
 from mocov3.evaluation.neighbours import knn_accuracy
 from mocov3.models.precision import Precision
 from mocov3.optim import build_optimizer
@@ -118,10 +118,8 @@ def judge(model: models.MoCo) -> float:
     """k-NN accuracy (k 20, τ .07) of 2,000 test images among the 8,000 of training, in %."""
     view = CentreView(28, PRESET.evaluation_zoom)
     sources = FashionMnist("train"), FashionMnist("val")
-    bank, queries = (
-        extract(model.base_encoder, model.features, s, view, world=CPU, mean=PRESET.mean, std=PRESET.std)
-        for s in sources
-    )
+    extractor = Extractor(model.base_encoder, model.features, view, PRESET.mean, PRESET.std)
+    bank, queries = (extract(extractor, s, CPU) for s in sources)
     labels = [torch.as_tensor(s.labels, dtype=torch.long) for s in sources]
     return knn_accuracy(bank, labels[0], queries, labels[1])
 

@@ -24,7 +24,7 @@ import torch
 from mocov3.config.command_lines import parse_pretrain
 from mocov3.data import CentreView, open_source
 from mocov3.distributed import World
-from mocov3.evaluation.features import extract
+from mocov3.evaluation.features import Extractor, extract
 from mocov3.evaluation.neighbours import knn_accuracy
 from mocov3.models import backbones
 from mocov3.pretraining.loop import Pretraining
@@ -94,9 +94,8 @@ def train(flags: list[str], epochs: int, seed: int) -> dict[str, float]:
         encoder, preset = run.model.base_encoder, config.preset
         sources = [open_source("fashion-mnist", part) for part in ("train", "val")]
         view = CentreView(config.image_size, preset.evaluation_zoom)
-        bank, queries = (
-            extract(encoder, encoder.features, s, view, world=world, mean=preset.mean, std=preset.std) for s in sources
-        )
+        extractor = Extractor(encoder, encoder.features, view, preset.mean, preset.std)
+        bank, queries = (extract(extractor, s, world) for s in sources)
         labels = [torch.as_tensor(s.labels, dtype=torch.long) for s in sources]
     return {"seconds": seconds, "knn": knn_accuracy(bank, labels[0], queries, labels[1])}
 

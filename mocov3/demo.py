@@ -11,14 +11,20 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mocov3.config import PretrainConfig
 from mocov3.config.fields import Parser, path
 from mocov3.config.recipes import RECIPES
+from mocov3.data import CentreView, FashionMnist
 from mocov3.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = object  # torch takes seconds to import
 
 RECIPE = "fashion_mnist"
 LABELS_PER_CLASS, LABEL_DRAWS = 10, 20
@@ -41,7 +47,6 @@ def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
     print(f"Pre-training on 8,000 images without labels, then comparing features; files in {folder}", flush=True)
     from mocov3.config.command_lines import parse_pretrain
-    from mocov3.data import FashionMnist
     from mocov3.pretraining.task import main as pretrain
 
     flags = ["fashion-mnist", "--recipe", RECIPE, "--output-dir", str(folder), "--seed", str(args.seed), "-p", "20"]
@@ -93,7 +98,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _epochs_in_time(config: PretrainConfig) -> int:
     """The recipe's epochs, or as many as 8 minutes hold on this machine; a resumed run keeps its own."""
-    from mocov3.data import FashionMnist
     from mocov3.planning.choose import saved_fields
     from mocov3.planning.speed import epoch_seconds
 
@@ -111,16 +115,21 @@ def _epochs_in_time(config: PretrainConfig) -> int:
     return epochs
 
 
-def compare(bank: Any, test: Any, folder: Path, config: Any) -> tuple[Rows, dict[str, np.ndarray]]:
+def compare(
+    bank: FashionMnist, test: FashionMnist, folder: Path, config: PretrainConfig
+) -> tuple[Rows, dict[str, np.ndarray]]:
     """Accuracies of all features, and the nearest bank images of the sheet's queries by network."""
     import torch
 
     from mocov3.distributed import World
-    from mocov3.evaluation.features import extract
+    from mocov3.evaluation.features import Extractor, extract
+    from mocov3.evaluation.neighbours import knn_accuracy
     from mocov3.pretraining.assemble import build_model
     from mocov3.weights import checkpoint, convert
 
     world = World(0, 1, torch.device("cpu"))
+    assert bank.labels is not None
+    assert test.labels is not None
     moved = move(test.images, _MOVE_SEED)
     torch.manual_seed(config.seed)
     untrained = build_model(config, world).base_encoder
@@ -128,18 +137,14 @@ def compare(bank: Any, test: Any, folder: Path, config: Any) -> tuple[Rows, dict
     assert newest is not None
     trained = convert.load_backbone(newest[0])
 
-    def network(encoder: Any, source: Any) -> Any:
-        from mocov3.data import CentreView
-
-        preset = config.preset
-        view = CentreView(config.image_size, preset.evaluation_zoom)
-        return extract(encoder, encoder.features, source, view, world=world, mean=preset.mean, std=preset.std)
-
+    view = CentreView(config.image_size, config.preset.evaluation_zoom)
+    mean, std = config.preset.mean, config.preset.std
+    before, after = (Extractor(encoder, encoder.features, view, mean, std) for encoder in (untrained, trained))
     described = {
         "raw pixels": lambda source: torch.from_numpy(source.images.reshape(len(source), -1) / 255.0).float(),
         "HOG": lambda source: torch.from_numpy(hog(source.images)),
-        "untrained network": lambda source: network(untrained, source),
-        "MoCo v3 (this run)": lambda source: network(trained, source),
+        "untrained network": lambda source: extract(before, source, world),
+        "MoCo v3 (this run)": lambda source: extract(after, source, world),
     }
     rows: Rows = {}
     nearest = {}
@@ -149,7 +154,7 @@ def compare(bank: Any, test: Any, folder: Path, config: Any) -> tuple[Rows, dict
         rows[name] = {}
         for suffix, images in (("", test), ("_moved", _Moved(moved))):
             queries, answers = describe(images), torch.from_numpy(test.labels).long()
-            rows[name]["knn" + suffix] = _knn(features, labels, queries, answers)
+            rows[name]["knn" + suffix] = knn_accuracy(features, labels, queries, answers)
             rows[name]["few" + suffix] = few_labels(features, labels, queries, answers)
             if suffix == "":
                 nearest[name] = _nearest(features, queries[_sheet_queries(test.labels)])
@@ -209,7 +214,7 @@ def hog(images: np.ndarray) -> np.ndarray:
     ).astype(np.float32)
 
 
-def few_labels(bank: Any, labels: Any, queries: Any, answers: Any) -> float:
+def few_labels(bank: Tensor, labels: Tensor, queries: Tensor, answers: Tensor) -> float:
     """Accuracy in % of the nearest centroid with ten labelled bank images a class, over twenty draws."""
     import torch
 
@@ -227,13 +232,7 @@ def few_labels(bank: Any, labels: Any, queries: Any, answers: Any) -> float:
     return 100 * hits / (LABEL_DRAWS * len(answers))
 
 
-def _knn(*args: Any) -> float:
-    from mocov3.evaluation.neighbours import knn_accuracy
-
-    return knn_accuracy(*args)
-
-
-def _nearest(bank: Any, queries: Any) -> np.ndarray:
+def _nearest(bank: Tensor, queries: Tensor) -> np.ndarray:
     from torch.nn.functional import normalize
 
     return (normalize(queries, dim=1) @ normalize(bank, dim=1).T).topk(_SHEET_NEIGHBOURS, dim=1).indices.numpy()
@@ -243,10 +242,12 @@ def _sheet_queries(labels: np.ndarray) -> np.ndarray:
     return np.array([np.flatnonzero(labels == c)[0] for c in range(_SHEET_QUERIES)])
 
 
-def _write_sheet(path: Path, bank: Any, test: Any, nearest: dict[str, np.ndarray]) -> None:
+def _write_sheet(path: Path, bank: FashionMnist, test: FashionMnist, nearest: dict[str, np.ndarray]) -> None:
     """An image: one query a class, its nearest bank images by the untrained and the trained network."""
     from PIL import Image, ImageDraw
 
+    assert bank.labels is not None
+    assert test.labels is not None
     side, gap, margin = _SHEET_SIDE, 4, 22
     cell = side + gap
     names = ["untrained network", "MoCo v3 (this run)"]

@@ -52,6 +52,36 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong, without the number and the file that Python puts beside it."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def no_file(path: str | os.PathLike[str]) -> str:
+    """Why a file that is named cannot be read, where it is not a plain file; to go behind its name."""
+    if os.path.isdir(path):
+        return "is a folder; name the file in it"
+    return "is a pipe, socket or device, not a plain file" if os.path.exists(path) else "there is no such file"
+
+
+_NATURES = (
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file: git lfs pull"),
+    (b"\x1f\x8b", "is compressed by gzip: unpack it"),
+    (b"BZh", "is compressed by bzip2: unpack it"),
+    (b"\xfd7zXZ\0", "is compressed by xz: unpack it"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by Zstandard: unpack it"),
+    (b"PK\3\4", "is a ZIP archive: unpack it"),
+    (b"<!doctype html", "is a web page: fetch it again"),
+    (b"<html", "is a web page: fetch it again"),
+    (b"%PDF", "is a PDF"),
+)
+
+
+def nature(head: bytes) -> str:
+    """What a file is, by its first bytes, where it is often met in another's place; else ''."""
+    return next((text for start, text in _NATURES if head[:32].lstrip().lower().startswith(start.lower())), "")
+
+
 class _Lenient(io.FileIO):
     """A standard stream whose reader, disk or terminal may be gone."""
 

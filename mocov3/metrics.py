@@ -2,10 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, Int
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = Any  # torch takes seconds to import
+
+JsonLine = dict[str, Any]
+"""An object of JSON: a line of a file of lines, or what is printed."""
 
 SCHEMA_VERSION = 1
 QUALITY = "quality.jsonl"
@@ -90,17 +98,17 @@ class MetricsLine:
     """k-NN accuracy in %, at the end of an epoch of ``--knn-every``."""
     version: int = SCHEMA_VERSION
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonLine:
         """Name → value, for JSON."""
         return plain(asdict(self))
 
 
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain(values: Mapping[str, object]) -> JsonLine:
     """The values with ``None`` for numbers that are not finite, which JSON does not have."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def measured(line: Any) -> dict[str, float]:
+def measured(line: object) -> dict[str, float]:
     """Every number of a line of metrics under its name, for loggers; without its place and what was not measured.
 
     The loss is left out as well: loggers are given that of every step.
@@ -108,15 +116,17 @@ def measured(line: Any) -> dict[str, float]:
     Args:
         line: an instance of ``MetricsLine`` or of another dataclass of numbers.
     """
-    values = {f.name: getattr(line, f.name) for f in fields(line) if f.name not in _NOT_MEASURED}
+    values = {name: value for name, value in vars(line).items() if name not in _NOT_MEASURED}
     return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
-def correct_at(scores: Float[Any, "batch classes"], target: Int[Any, "batch"], ks: Sequence[int]) -> Int[Any, "ks"]:
+def correct_at(
+    scores: Float[Tensor, "batch classes"], target: Int[Tensor, "batch"], ks: Sequence[int]
+) -> Int[Tensor, "ks"]:
     """How many rows have their target among the k highest scores, for every k: counts, to be summed over ranks.
 
     Exact where scores are equal: the class with the lower number comes first. A row whose target's score is NaN is
-    never correct. ``scores`` and ``target`` are torch tensors.
+    never correct.
     """
     target_score = scores.gather(1, target[:, None].long())
     number = scores.new_ones(scores.shape[1]).cumsum(0) - 1

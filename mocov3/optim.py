@@ -5,11 +5,15 @@ saved state, as in the reference's files, but never get state.
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+Group = dict[str, Any]
+"""Parameters of an optimizer and how they are updated, as torch has them."""
 
 
 class LARS(torch.optim.Optimizer):
@@ -35,7 +39,7 @@ class LARS(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float = 0.0,
         weight_decay: float = 0.0,
         momentum: float = 0.9,
@@ -71,15 +75,13 @@ class LARS(torch.optim.Optimizer):
                 self._update(params, group, scale, found_inf)
         return loss
 
-    def _update(
-        self, params: list[Tensor], group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def _update(self, params: list[Tensor], group: Group, scale: Tensor | None, found_inf: Tensor | None) -> None:
         if found_inf is None and scale is None and all(p.device.type == "cpu" for p in params):
             self._on_cpu(params, group)
         else:
             self._on_device(params, group, scale, found_inf)
 
-    def _on_cpu(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _on_cpu(self, params: list[Tensor], group: Group) -> None:
         # memory traffic is what an update costs: one scratch buffer for all, nothing allocated, the factor folded in
         for p in params:
             mu, grad, factor = self.state[p]["mu"], p.grad, 1.0
@@ -97,9 +99,7 @@ class LARS(torch.optim.Optimizer):
         # parameters are dense, so that their strides fit a buffer of their size (channels-last ones too)
         return self._scratch.as_strided(p.shape, p.stride())
 
-    def _on_device(
-        self, params: list[Tensor], group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def _on_device(self, params: list[Tensor], group: Group, scale: Tensor | None, found_inf: Tensor | None) -> None:
         """A few kernels for all parameters: about 25 for ResNet-50, momentum encoder not counted (docs/gpu.md)."""
         mus = [_flat(self.state[p]["mu"], p) for p in params]
         weights = [_flat(p, p) for p in params]
@@ -177,7 +177,7 @@ def _flat(x: Tensor, like: Tensor) -> Tensor:
     return in_memory_order(x, like).as_strided((x.numel(),), (1,))
 
 
-def build_optimizer(params: Iterable[Any], name: str, *, weight_decay: float, momentum: float) -> torch.optim.Optimizer:
+def build_optimizer(params: ParamsT, name: str, *, weight_decay: float, momentum: float) -> torch.optim.Optimizer:
     """``lars`` or ``adamw`` over all parameters in one group, as the reference builds it.
 
     AdamW decays every parameter (biases, norms and cls token too) and is torch's fused one, which reads memory once

@@ -6,13 +6,13 @@ them.
 """
 
 import argparse
+import contextlib
 import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,7 @@ from mocov3.data.sources.scan import EXTENSIONS
 from mocov3.data.sources.splits import parts_of
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.formats import opened
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError, printable, reason
 from mocov3.output.log import warn, warn_left_out
 
 _LISTED = 10  # unreadable images named one by one
@@ -79,7 +79,7 @@ def _pack(source: Source, place: Path, args: argparse.Namespace) -> None:
         place.mkdir(parents=True, exist_ok=True)
         for index, prepared in _prepared(source, args):
             if isinstance(prepared, Exception):
-                bad.append(f"{printable(source.name(index))}: {printable(str(prepared))}")
+                bad.append(f"{printable(source.name(index))}: {printable(reason(prepared))}")
                 continue
             ending, data = prepared
             label = None if labels is None or labels[index] < 0 else int(labels[index])
@@ -89,7 +89,7 @@ def _pack(source: Source, place: Path, args: argparse.Namespace) -> None:
         if source.classes:
             (place / CLASSES_FILE).write_text("".join(f"{printable(c)}\n" for c in source.classes), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out {place}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"--out {place}: cannot be written ({reason(error)})") from None
     finally:
         writer.abandon()
     for line in bad[:_LISTED]:
@@ -101,9 +101,9 @@ def _pack(source: Source, place: Path, args: argparse.Namespace) -> None:
     print(f"{printable(str(place))}: {written} images in {writer.number} archive(s), {writer.total / 1e6:.1f} MB")
 
 
-def _prepared(source: Source, args: argparse.Namespace) -> Iterator[tuple[int, Any]]:
-    """Every image's (ending, bytes) or the reason against it, in order; a bounded number is ahead."""
-    ahead: list[tuple[int, Future[Any]]] = []
+def _prepared(source: Source, args: argparse.Namespace) -> Iterator[tuple[int, tuple[str, bytes] | Exception]]:
+    """Every image's ending and bytes, or the reason against it, in order; a bounded number is ahead."""
+    ahead: list[tuple[int, Future[tuple[str, bytes] | Exception]]] = []
     with ThreadPoolExecutor(args.workers) as pool:
         for index in range(len(source)):
             ahead.append((index, pool.submit(_prepare, source, index, args.resize, args.quality)))
@@ -137,7 +137,7 @@ def _ending(data: bytes) -> str:
         return f".{(image.format or 'png').lower()}".replace("jpeg", "jpg")
 
 
-def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+def _saved(image: Image.Image, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -193,6 +193,7 @@ class _Writer:
     def abandon(self) -> None:
         """Leave nothing of an archive that was not completed."""
         if self._tar is not None:
-            self._tar.close()
+            with contextlib.suppress(OSError):  # the disk is full
+                self._tar.close()
             self._partial.unlink(missing_ok=True)
             self._tar = None

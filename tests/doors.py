@@ -1,5 +1,6 @@
 """What tests of the command line share: command lines in a text, and refusals of the program."""
 
+import contextlib
 import io
 import re
 import shlex
@@ -34,3 +35,16 @@ def refused(*argv):
     assert err.getvalue().count("\n") == 1, err.getvalue()
     assert "Traceback" not in err.getvalue()
     return err.getvalue()
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """No file grows beyond so many bytes, as on a full disk (another number of the error)."""
+    import resource  # which Windows lacks
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

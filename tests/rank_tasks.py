@@ -45,13 +45,18 @@ def few_steps(world, payload):
     """Three steps of a model (two in float32) on this rank's part of fixed batches; rank 0 saves what came of it."""
     from mocov3 import models
     from mocov3.distributed.sharding import is_sharded, whole
+    from mocov3.models.lora import add_pairs
     from mocov3.models.precision import Precision
     from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
     from mocov3.pretraining.step import Step
 
     arch, dims, optimizer, dtype, lr, mode, path = payload
     torch.manual_seed(3)
+    dims = dict(dims)
+    rank = dims.pop("lora", 0)
     model = models.build(arch, dim=16, mlp_dim=32, temperature=0.2, **dims).to(dtype)
+    if rank:
+        add_pairs(model.base_encoder, rank)
     if world.size > 1:
         synchronise_batch_norm(model)
     if "fsdp" in mode:

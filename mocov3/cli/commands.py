@@ -144,8 +144,8 @@ def convert(argv: list[str], prog: str = "mocov3 convert") -> int:
     output = Path(args.output)
     if output.exists() and output.resolve() == Path(args.input).resolve():
         raise UserError(f"--output {output}: is the checkpoint itself; name another file")
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a folder; name a file")
+    if output.exists() and not output.is_file():  # a device would be replaced
+        raise UserError(f"--output {output}: is no plain file; name one")
     converted = to_deit(checkpoint.read(args.input), args.input)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

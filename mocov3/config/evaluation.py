@@ -1,15 +1,17 @@
 """Configuration of k-NN evaluation and of embedding, and what the evaluation tasks share."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mocov3.config.archs import BUILT_IN_ARCHS, check_arch, check_heads
 from mocov3.config.fields import check_bounds, flag, path
+from mocov3.config.own import ADAPTER_HELP
 from mocov3.config.presets import PRESETS
 from mocov3.config.running import DATA, DEVICES, MODEL, PRECISIONS, RUN
-from mocov3.errors import UserError, nearest
+from mocov3.errors import UserError, nearest, no_file
 
 OUTPUT = "result"
 HEADS_HELP = (
@@ -19,16 +21,19 @@ LAYERS = ("", "cls", "mean", "patches", "projector")
 KS, TEMPERATURES, RECALLS = (1, 10, 20, 100, 200), (0.07,), (1, 5, 10)
 
 
-def integers(given: Any) -> tuple[int, ...]:
+def listed(given: Any) -> Sequence[Any]:
+    """The parts of a comma list or of a list; of anything else that alone."""
+    return given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else [given]
+
+
+def integers(given: object) -> tuple[int, ...]:
     """``1,10,20`` → several integers; raises ValueError for anything else."""
-    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else [given]
-    return tuple(int(part) for part in parts)
+    return tuple(int(part) for part in listed(given))
 
 
-def several(given: Any) -> tuple[float, ...]:
+def several(given: object) -> tuple[float, ...]:
     """``0.07,0.1`` → several numbers; raises ValueError for anything else."""
-    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else [given]
-    return tuple(float(part) for part in parts)
+    return tuple(float(part) for part in listed(given))
 
 
 integers.__name__, several.__name__ = "comma list of integers", "comma list of numbers"
@@ -50,6 +55,7 @@ class FeatureConfig:
         kind=path,
         group=MODEL,
     )
+    adapter: str = flag("", ADAPTER_HELP, kind=path, group=MODEL, metavar="FILE")
     arch: str = flag("", "backbone of a file that does not name it", "-a", "--arch", group=MODEL)
     heads: int | None = flag(None, HEADS_HELP, kind=int, group=MODEL)
     encoder: str = flag("base", "which encoder of a pre-training checkpoint", choices=("base", "momentum"), group=MODEL)
@@ -95,8 +101,8 @@ class FeatureConfig:
             raise UserError("no model: give --model FILE, an arch, timm/NAME or pixels")
         names = ["pixels", *BUILT_IN_ARCHS]
         if not Path(self.model).is_file() and not self.model.startswith("timm/") and self.model not in names:
-            if "/" in self.model or "." in self.model:
-                raise UserError(f"--model {self.model}: there is no such file")
+            if "/" in self.model or "." in self.model or Path(self.model).exists():
+                raise UserError(f"--model {self.model}: {no_file(self.model)}")
             raise UserError(f"--model {self.model!r}: is neither a file nor an arch; {nearest(self.model, names)}")
         if self.arch:
             check_arch(self.arch)
@@ -185,13 +191,13 @@ class EmbedConfig(FeatureConfig):
             raise UserError("--duplicates needs one feature an image; --layer patches gives many")
 
 
-def check_model_flags(config: Any) -> None:
+def check_model_flags(config: object) -> None:
     """Refuse a missing weights file and unknown backends."""
     pretrained = getattr(config, "pretrained", "")
     if pretrained and not Path(pretrained).is_file():
-        raise UserError(f"--pretrained {pretrained}: there is no such file")
+        raise UserError(f"--pretrained {pretrained}: {no_file(pretrained)}")
     resume = getattr(config, "resume", "")
     if resume not in ("", "auto") and not Path(resume).is_file():
-        raise UserError(f"--resume {resume}: there is no such file")
-    if getattr(config, "dist_backend", "gloo") not in ("nccl", "gloo"):
-        raise UserError(f"--dist-backend {config.dist_backend!r} is not known; use nccl or gloo")
+        raise UserError(f"--resume {resume}: {no_file(resume)}")
+    if (backend := getattr(config, "dist_backend", "gloo")) not in ("nccl", "gloo"):
+        raise UserError(f"--dist-backend {backend!r} is not known; use nccl or gloo")

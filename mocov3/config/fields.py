@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
 
 from mocov3.errors import UserError, nearest, printable
 
@@ -21,6 +21,13 @@ _LARGEST_CONFIG = 1 << 20  # bytes
 
 Fields = dict[str, Any]
 """Values of a configuration by the names of their fields: some of them, or all."""
+
+
+@runtime_checkable
+class Flags(Protocol):
+    """A configuration: a dataclass whose fields are flags."""
+
+    __dataclass_fields__: ClassVar[dict[str, "dataclasses.Field[Any]"]]
 
 
 class Bounds(NamedTuple):
@@ -38,9 +45,9 @@ class Bounds(NamedTuple):
         parts = [f"{word} {_short(value)}" for word, value in words if value is not None]
         return " and ".join(parts)
 
-    def hold(self, value: Any) -> bool:
+    def hold(self, value: object) -> bool:
         """Whether ``value`` lies within; NaN and infinities lie nowhere, words and ``None`` everywhere."""
-        if self == _ANYTHING or isinstance(value, str | bool | None):
+        if self == _ANYTHING or isinstance(value, bool) or not isinstance(value, int | float):
             return True
         return (
             math.isfinite(value)
@@ -75,7 +82,7 @@ def _usual(field: "dataclasses.Field[Any]") -> str:
     return f"--{field.name.replace('_', '-')}"
 
 
-def check_bounds(config: Any) -> None:
+def check_bounds(config: Flags) -> None:
     """Refuse numbers outside the bounds of their flags.
 
     Raises:
@@ -88,10 +95,10 @@ def check_bounds(config: Any) -> None:
 
 
 def flag(
-    default: Any,
+    default: object,
     help: str,
     *names: str,
-    kind: Callable[[Any], Any] | None = None,
+    kind: Callable[..., object] | None = None,
     choices: Sequence[str] | None = None,
     result: bool = True,
     per_rank: bool = False,
@@ -266,7 +273,7 @@ def parse(
     return config(**layers.merged())
 
 
-def write_yaml(config: Any, path: Path, header: str) -> None:
+def write_yaml(config: Flags, path: Path, header: str) -> None:
     """Write every field of ``config`` to ``path``: complete, re-runnable by ``--config``."""
     import yaml
 
@@ -307,7 +314,7 @@ def read_yaml(path: Path, config: type) -> Fields:
     return values
 
 
-def _typed(value: Any, field: "dataclasses.Field[Any]", where: str) -> Any:
+def _typed(value: object, field: "dataclasses.Field[Any]", where: str) -> Any:
     kind = field.metadata["kind"]
     if field.metadata["many"] and isinstance(value, list):
         return "\n".join(_typed(v, field, where) for v in value)
@@ -336,7 +343,7 @@ def _typed(value: Any, field: "dataclasses.Field[Any]", where: str) -> Any:
     return value
 
 
-def changed_fields(config: Any, saved: Fields) -> list[str]:
+def changed_fields(config: Flags, saved: Fields) -> list[str]:
     """'name (saved → now)' for every result-changing field of ``config`` that differs from ``saved``."""
     return [
         f"{f.name} ({saved[f.name]!r} → {getattr(config, f.name)!r})"

@@ -5,13 +5,13 @@ Defaults of the reference are recorded in ``tests/golden/f_sched.json``; a test 
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from mocov3.config.archs import check_arch, check_heads
-from mocov3.config.evaluation import HEADS_HELP, check_model_flags
+from mocov3.config.evaluation import HEADS_HELP, check_model_flags, several
 from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
+from mocov3.config.own import ADAPTER_HELP
 from mocov3.config.presets import PRESETS
 from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RankFlags
 from mocov3.errors import UserError
@@ -19,10 +19,9 @@ from mocov3.errors import UserError
 KINDS = ("linear", "bn-linear")
 
 
-def numbers(given: Any) -> float | tuple[float, ...]:
+def numbers(given: object) -> float | tuple[float, ...]:
     """``0.1`` or ``0.1,0.3,1`` → a number or several; raises ValueError for anything else."""
-    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else [given]
-    values = tuple(float(part) for part in parts)
+    values = several(given)
     if not values:
         raise ValueError("no number")
     return values[0] if len(values) == 1 else values
@@ -96,6 +95,7 @@ class LinclsConfig(RankFlags):
         per_rank=True,
         group=MODEL,
     )
+    adapter: str = flag("", ADAPTER_HELP, kind=path, group=MODEL, metavar="FILE")
     # --- ours ------------------------------------------------------------------------------------------
     head: str = flag(
         "linear",

@@ -1,12 +1,14 @@
 """Flags for own images: a budget of time, judging without labels, groups, and training on from existing weights."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from mocov3.config.fields import flag
+from mocov3.config.fields import flag, path
 from mocov3.config.views import ViewFlags
 from mocov3.errors import UserError
 
 OWN = "own images"
+ADAPTER_HELP = "adapter that a run with --lora trained on the same weights (mocov3 export CKPT --adapter)"
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,28 @@ class OwnFlags(ViewFlags):
         1.0, "factor of the learning rate from each block of the backbone to the one below", group=OWN, above=0, high=1
     )
 
+    lora: int = flag(
+        0,
+        "train pairs of this rank beside the matrices of a ViT's blocks, and norms; all else stays as --init",
+        group=OWN,
+        metavar="RANK",
+        low=0,
+    )
+    adapter: str = flag("", ADAPTER_HELP, kind=path, group=OWN, metavar="FILE")
+
     def check_own(self) -> None:
         """Refuse values that make no sense.
 
         Raises:
             UserError: naming the first.
         """
+        given = vars(self)
+        if (self.lora or self.adapter) and not given["init"]:
+            raise UserError("--lora and --adapter go beside existing weights: give --init")
+        if self.adapter and not Path(self.adapter).is_file():
+            raise UserError(f"--adapter {self.adapter}: there is no such file")
+        if self.lora and (given["fsdp"] or self.freeze_until):
+            raise UserError("--lora holds the backbone still itself: leave out --fsdp and --freeze-until")
         if self.patience and not self.quality_every:
             raise UserError("--patience counts judgements of --quality-every; give both")
         if self.budget and getattr(self, "recipe", "") not in ("auto", "adapt"):

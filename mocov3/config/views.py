@@ -2,11 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mocov3.config.fields import flag
+from mocov3.config.fields import Fields, flag
 from mocov3.config.presets import PRESETS, Reading, ViewPreset
 from mocov3.errors import UserError
 
@@ -110,7 +109,7 @@ class ViewFlags:
         preset_of(dataclasses.asdict(self))
 
 
-def preset_of(values: Mapping[str, Any]) -> ViewPreset:
+def preset_of(values: Fields) -> ViewPreset:
     """The views of a configuration, given as its fields by name (as a checkpoint stores them).
 
     Raises:

@@ -6,7 +6,6 @@ gradients of different trainings.
 
 import dataclasses
 import hashlib
-from typing import Any
 
 from mocov3.config import RunConfig
 from mocov3.distributed import World
@@ -56,5 +55,5 @@ def _ranks(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return repr(value)[:100]

@@ -14,7 +14,9 @@ class _SynchronisedNorm(torch.autograd.Function):
     """Batch norm over the batch of all ranks (Ioffe & Szegedy 2015), forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # torch's own kernels for the statistics and for x·a + b a channel: each reads memory once
         mean, variance = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
         count = torch.full((1,), x.numel() // x.shape[1], dtype=x.dtype, device=x.device)
@@ -30,7 +32,7 @@ class _SynchronisedNorm(torch.autograd.Function):
         return out, mean, variance, total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         x, weight, mean, inverse, total = ctx.saved_tensors
         # Σ g·x̂ and Σ g over this rank's images, with the statistics of all
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
@@ -65,8 +67,8 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     follow it where it stands for one of timm's norms with activation.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, features: int, eps: float, momentum: float | None, affine: bool, track: bool) -> None:
+        super().__init__(features, eps, momentum, affine, track)
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
 

@@ -7,9 +7,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -19,13 +21,14 @@ from mocov3.distributed.world import World, start
 from mocov3.errors import RankLost, UserError, lenient_output, stop_signals
 from mocov3.output.log import warn
 
-Task = Callable[["World", Any], int]
+P = TypeVar("P")
+Task = Callable[[World, P], int]
 """What ``launch`` runs on every rank: (world, payload) → exit code."""
 
 
 def launch(
-    task: Task,
-    payload: Any,
+    task: Task[P],
+    payload: P,
     *,
     device: str = "auto",
     gpu: int | None = None,
@@ -86,7 +89,7 @@ def launch(
     return _spawn(task, payload, ranks, device, meet._replace(address=address))
 
 
-def launch_as(config: RankFlags, task: Task, payload: Any, **more: Any) -> int:
+def launch_as(config: RankFlags, task: Task[P], payload: P, *, timeout_minutes: float = 30, batch: int = 0) -> int:
     """``launch`` by the reference's flags for ranks, as ``PretrainConfig`` and ``LinclsConfig`` hold them."""
     return launch(
         task,
@@ -99,7 +102,8 @@ def launch_as(config: RankFlags, task: Task, payload: Any, **more: Any) -> int:
         node_rank=config.rank,
         address="" if config.dist_url == type(config).dist_url else config.dist_url,
         backend=config.dist_backend,
-        **more,
+        timeout_minutes=timeout_minutes,
+        batch=batch,
     )
 
 
@@ -116,7 +120,7 @@ class Meeting(NamedTuple):
         return timedelta(minutes=self.timeout_minutes)
 
 
-def _run(task: Task, payload: Any, rank: int, size: int, here: int, device: torch.device, meet: Meeting) -> int:
+def _run(task: Task[P], payload: P, rank: int, size: int, here: int, device: torch.device, meet: Meeting) -> int:
     if here > 1 and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max((os.cpu_count() or 1) // here, 1))  # ranks would fight over the cores
     world = start(rank, size, device, local_size=here, **meet._asdict())
@@ -136,12 +140,11 @@ def _run(task: Task, payload: Any, rank: int, size: int, here: int, device: torc
         world.finish(reason)
 
 
-def _spawn(task: Task, payload: Any, ranks: list[tuple[int, int, int]], device: str, meet: Meeting) -> int:
+def _spawn(task: Task[P], payload: P, ranks: list[tuple[int, int, int]], device: str, meet: Meeting) -> int:
     context = multiprocessing.get_context("spawn")
     messages = context.SimpleQueue()
     children = [
-        context.Process(target=_child, args=(messages, task, payload, *rank, len(ranks), device, meet))
-        for rank in ranks
+        context.Process(target=_child, args=(messages, task, payload, rank, len(ranks), device, meet)) for rank in ranks
     ]
     handlers = {}
     try:
@@ -166,7 +169,7 @@ def _spawn(task: Task, payload: Any, ranks: list[tuple[int, int, int]], device: 
     return max((code if code > 0 else 1 for _, code in failed), default=0)
 
 
-def _wait(children: list[Any], grace: float = 20.0) -> None:
+def _wait(children: Sequence[BaseProcess], grace: float = 20.0) -> None:
     """Wait for all; once one failed, the others get ``grace`` seconds (they may hang in a collective call)."""
     deadline = None
     while any(child.is_alive() for child in children):
@@ -177,20 +180,21 @@ def _wait(children: list[Any], grace: float = 20.0) -> None:
             return
 
 
-def _pass_on(children: list[Any], number: int) -> None:
+def _pass_on(children: Sequence[BaseProcess], number: int) -> None:
     for child in children:
         if child.pid and child.is_alive():
             os.kill(child.pid, number)
 
 
 def _child(
-    messages: Any, task: Task, payload: Any, rank: int, size: int, local: int, here: int, device: str, meet: Meeting
+    queue: SimpleQueue[str], task: Task[P], payload: P, at: tuple[int, int, int], here: int, device: str, meet: Meeting
 ) -> None:
+    rank, size, local = at
     lenient_output()
     try:
         code = _run(task, payload, rank, size, here, pick_device(device, local), meet)
     except UserError as error:
-        messages.put(str(error))
+        queue.put(str(error))
         code = error.exit_code
     except RankLost as error:
         print(f"mocov3: error: {error}", file=sys.stderr, flush=True)

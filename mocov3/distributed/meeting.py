@@ -9,7 +9,6 @@ import secrets
 import signal
 import time
 from datetime import timedelta
-from typing import Any
 from urllib.parse import urlparse
 
 import torch.distributed as dist
@@ -17,7 +16,7 @@ import torch.distributed as dist
 _DONE = "mocov3/done"
 
 
-def open_store(address: str, rank: int, timeout: timedelta) -> Any:
+def open_store(address: str, rank: int, timeout: timedelta) -> dist.TCPStore:
     """The store at ``tcp://HOST:PORT`` or, as the environment says, ``env://``; rank 0 keeps it, unless torchrun does.
 
     It does not wait for the others: the roll call does, and can name them.
@@ -46,7 +45,7 @@ def open_store(address: str, rank: int, timeout: timedelta) -> Any:
         raise RuntimeError(f"rank 0 did not connect within {waited} (no answer at {host}:{number})") from None
 
 
-def name_group(store: Any, rank: int, size: int, seconds: float) -> str:
+def name_group(store: dist.Store, rank: int, size: int, seconds: float) -> str:
     """A name for this start of the ranks that no earlier one in the same store has.
 
     torchrun keeps its store when it starts a group again, and what the former group left there makes the new one wait

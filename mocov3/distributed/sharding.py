@@ -84,7 +84,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
-def whole(values: Any, *, keep: bool = True) -> Any:
+def whole(values: object, *, keep: bool = True) -> Any:
     """``values`` with every sharded tensor gathered, on the CPU; dicts and lists are traversed.
 
     Every rank must call it; those that do not ``keep`` the result get empty tensors, one gathered tensor after the

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from mocov3.distributed.heartbeat import Heartbeat
 from mocov3.distributed.meeting import name_group, open_store
 from mocov3.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class World:
             parts = flat.split([t.numel() for t in bucket])
             torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: T) -> T:
         """Rank 0's ``value`` on every rank."""
         if self.size == 1:
             return value
@@ -76,7 +78,7 @@ class World:
         dist.broadcast_object_list(box, src=0, group=_control_group())
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's ``value``, in rank order, on every rank."""
         if self.size == 1:
             return [value]
@@ -154,8 +156,8 @@ def start(
         try:
             store = open_store(address, rank, timeout)
             name = name_group(store, rank, size, 60 * timeout_minutes)
-            store = dist.PrefixStore(name, store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            prefixed = dist.PrefixStore(name, store)
+            dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=timeout)
         except (ValueError, RuntimeError) as error:
             reason = str(error).split("\n")[0][:200]
             raise UserError(f"rank {rank} of {size} could not connect to the others at {address}: {reason}") from None

@@ -8,7 +8,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mocov3.config.archs import check_arch, check_heads
 from mocov3.config.fields import Parser, path
@@ -18,6 +17,7 @@ from mocov3.data.sources.labels import Labelled, Labels, own_labels, read_labels
 from mocov3.data.sources.opening import has_unseen
 from mocov3.errors import UserError, printable
 from mocov3.evaluation.intervals import rank_correlation
+from mocov3.metrics import JsonLine
 from mocov3.output.log import warn_left_out
 
 _CORRELATE_FROM = 8
@@ -105,7 +105,7 @@ _COLUMNS = {
 _NAME = 34
 
 
-def _print(rows: list[dict[str, Any]], labels: Labels | None, file: str, *, held_out: bool, left_out: int) -> None:
+def _print(rows: list[JsonLine], labels: Labels | None, file: str, *, held_out: bool, left_out: int) -> None:
     trained = [row for row in rows if row["kind"] == "checkpoint"]
     best = max(row["retrieval"] for row in trained)
     which = " that these runs kept back (--hold-out)" if held_out else ""

@@ -10,13 +10,21 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mocov3.config import EmbedConfig
+from mocov3.config.fields import check_writable
 from mocov3.data import Source, open_source
 from mocov3.data.sources.opening import has_unseen
 from mocov3.errors import UserError, printable
+from mocov3.metrics import JsonLine
 from mocov3.output.log import warn, warn_left_out
+
+if TYPE_CHECKING:
+    from mocov3.distributed import World
+    from mocov3.evaluation.frozen import Frozen
+else:
+    World = Frozen = object  # with torch, which takes seconds to import
 
 
 def main(config: EmbedConfig) -> int:
@@ -29,16 +37,10 @@ def main(config: EmbedConfig) -> int:
     output = Path(config.output)
     if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UserError("--output: parquet needs pyarrow; pip install 'mocov3[parquet]', or name a .npy file")
-    if output.exists() and not config.overwrite:
+    if output.exists() and not (config.overwrite and output.is_file()):
         raise UserError(f"--output {output}: exists; name another, or give --overwrite")
     source = open_source(config.data)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        probe = output.parent / f".mocov3-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output {output}: its folder cannot be written ({error.strerror})") from None
+    check_writable(output.parent, "--output")
     # remarks come last: a refusal is one line
     warn_left_out(source)
     from mocov3.distributed import launch
@@ -51,32 +53,19 @@ def other_part(data: str) -> str:
     return "; its training part, the validation part is not in it" if os.path.isdir(data) and has_unseen(data) else ""
 
 
-def embed(world: Any, config: EmbedConfig) -> int:
+def embed(world: World, config: EmbedConfig) -> int:
     """Embed this rank's batches; the main rank finishes the files."""
     import torch
 
     from mocov3.data.loading.loader import loader_workers
     from mocov3.evaluation.embeddings import Spool
-    from mocov3.evaluation.features import first_of, refuse_not_finite, refuse_unreadable, stream
+    from mocov3.evaluation.features import refuse_not_finite, refuse_unreadable, stream
     from mocov3.evaluation.frozen import open_configured
     from mocov3.models.precision import precision_of
 
     frozen = open_configured(config)
-    source, preset = open_source(config.data), frozen.preset
-    # what makes the features; a pass with other settings is not resumed
-    key = {
-        "pictures": source.digest,
-        "backbone": frozen.digest(),
-        "arch": frozen.arch,
-        "heads": frozen.heads,
-        "layer": config.layer,
-        "image_size": frozen.image_size,
-        "mean": list(preset.mean),
-        "std": list(preset.std),
-        "zoom": preset.evaluation_zoom,
-        "precision": config.precision,
-        "batch": config.batch_size,
-    }
+    source = open_source(config.data)
+    key = _key(config, source, frozen)
     frozen.to(world.device)
     precision = precision_of(config.precision, world.device)
     side = frozen.image_size
@@ -88,14 +77,10 @@ def embed(world: Any, config: EmbedConfig) -> int:
     mine = spool.todo()
     began, done = time.perf_counter(), 0
     for part in stream(
-        frozen.network,
-        frozen.features,
+        frozen.extractor,
         source,
-        frozen.view,
         mine,
         device=world.device,
-        mean=preset.mean,
-        std=preset.std,
         workers=loader_workers(config.workers, world.local_size, sum(map(len, mine))),
         autocast=precision.autocast,
     ):
@@ -111,18 +96,37 @@ def embed(world: Any, config: EmbedConfig) -> int:
     if world.main:
         rate = world.size * done / max(time.perf_counter() - began, 1e-9)
         spool.finish(source, frozen.about, errors)
-        where = printable(config.output)
-        _say(
-            f"{where}: {len(source)} images × {'×'.join(map(str, shape))} of {frozen.about}"
-            + (f"; {rate:.0f} images/s" if done else "")
-            + other_part(config.data)
-        )
-        if errors:
-            warn(f"{len(errors)} unreadable images have NaN features, first: {first_of(errors, source)}")
-        if config.duplicates:
-            _duplicates(config, source, errors)
+        speed = f"; {rate:.0f} images/s" if done else ""
+        _tell(config, source, f"images × {'×'.join(map(str, shape))} of {frozen.about}{speed}", errors)
     world.barrier()
     return 0
+
+
+def _key(config: EmbedConfig, source: Source, frozen: Frozen) -> JsonLine:
+    """What makes the features; a pass with other settings is not resumed."""
+    return {
+        "pictures": source.digest,
+        "backbone": frozen.digest(),
+        "arch": frozen.arch,
+        "heads": frozen.heads,
+        "layer": config.layer,
+        "image_size": frozen.image_size,
+        "mean": list(frozen.preset.mean),
+        "std": list(frozen.preset.std),
+        "zoom": frozen.preset.evaluation_zoom,
+        "precision": config.precision,
+        "batch": config.batch_size,
+    }
+
+
+def _tell(config: EmbedConfig, source: Source, made: str, errors: dict[int, str]) -> None:
+    from mocov3.evaluation.features import first_of
+
+    _say(f"{printable(config.output)}: {len(source)} {made}{other_part(config.data)}")
+    if errors:
+        warn(f"{len(errors)} unreadable images have NaN features, first: {first_of(errors, source)}")
+    if config.duplicates:
+        _duplicates(config, source, errors)
 
 
 def _duplicates(config: EmbedConfig, source: Source, errors: dict[int, str]) -> None:

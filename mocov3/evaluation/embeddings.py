@@ -4,9 +4,12 @@ The spool lies beside the output: ``.NAME.spool.npy`` (features), ``.NAME.done``
 (what made them) and ``.NAME.errors.jsonl`` (unreadable images).
 """
 
+import contextlib
+import errno
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,9 +17,11 @@ import numpy as np
 import torch
 
 from mocov3.data import Source
+from mocov3.data.sources.index import write_atomically
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.evaluation.neighbours import nearest
+from mocov3.metrics import JsonLine
 
 _FLUSH_SECONDS = 5.0
 _ROW_GROUP = 16384
@@ -36,7 +41,7 @@ class Spool:
     """
 
     def __init__(
-        self, output: Path, key: dict[str, Any], *, images: int, shape: tuple[int, ...], batch: int, world: World
+        self, output: Path, key: JsonLine, *, images: int, shape: tuple[int, ...], batch: int, world: World
     ) -> None:
         self.output, self.world, self.batch, self.images = output, world, batch, images
         self.batches = -(-images // batch)
@@ -53,7 +58,7 @@ class Spool:
         self._pending: list[int] = []
         self._flushed = time.monotonic()
 
-    def _prepare(self, key: dict[str, Any], shape: tuple[int, ...]) -> None:
+    def _prepare(self, key: JsonLine, shape: tuple[int, ...]) -> None:
         try:
             saved = json.loads(self._key_file.read_text())
         except (OSError, ValueError):
@@ -62,13 +67,20 @@ class Spool:
         if saved == key and whole and self._done_file.stat().st_size == self.batches:
             return
         self.remove()
+        with self._writing():
+            try:
+                np.lib.format.open_memmap(self._features_file, mode="w+", dtype=np.float32, shape=(self.images, *shape))
+                _reserve(self._features_file)
+                self._done_file.write_bytes(bytes(self.batches))
+                self._key_file.write_text(json.dumps(key))  # last: without it the others do not count
+            except OSError:
+                self.remove()
+                raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            array = np.lib.format.open_memmap(
-                self._features_file, mode="w+", dtype=np.float32, shape=(self.images, *shape)
-            )
-            del array
-            self._done_file.write_bytes(bytes(self.batches))
-            self._key_file.write_text(json.dumps(key))  # last: without it the others do not count
+            yield
         except OSError as error:
             raise UserError(f"--output {self.output}: cannot be written ({error.strerror or error})") from None
 
@@ -84,7 +96,7 @@ class Spool:
         first = int(indices[0])
         self._features[first : first + len(indices)] = features
         if errors:
-            with self._errors_file.open("a", encoding="utf-8") as file:
+            with self._writing(), self._errors_file.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps([i, reason]) + "\n" for i, reason in errors.items()))
         self._pending.append(first // self.batch)
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
@@ -92,27 +104,26 @@ class Spool:
 
     def flush(self) -> None:
         """Features reach the disk before their batches count as done."""
-        self._features.flush()
-        self._done[self._pending] = 1
-        self._done.flush()
+        with self._writing():
+            self._features.flush()
+            self._done[self._pending] = 1
+            self._done.flush()
         self._pending.clear()
         self._flushed = time.monotonic()
 
     def finish(self, source: Source, about: str, errors: dict[int, str]) -> None:
         """Make the output, remove the spool."""
         del self._features, self._done
-        if self.output.suffix == ".parquet":
-            _write_parquet(self.output, self._features_file, source, about, errors)
-        else:
-            rows = self.output.with_suffix(".jsonl")
-            partial, classes = rows.with_name(f".{rows.name}.partial"), class_names(source)
-            with partial.open("w", encoding="utf-8") as table:
-                for i in range(len(source)):
-                    error = {"error": errors[i]} if i in errors else {}
-                    table.write(json.dumps({"path": source.name(i), "class": classes[i], **error}) + "\n")
-            os.replace(partial, rows)
-            os.replace(self._features_file, self.output)
-        self.remove()
+        with self._writing():
+            if self.output.suffix == ".parquet":
+                write_atomically(
+                    self.output, lambda sink: _write_parquet(sink, self._features_file, source, about, errors)
+                )
+            else:
+                lines = _lines(source, errors)
+                write_atomically(self.output.with_suffix(".jsonl"), lambda file: file.writelines(lines))
+                os.replace(self._features_file, self.output)
+            self.remove()
 
     def remove(self) -> None:
         """Remove the spool."""
@@ -133,6 +144,24 @@ class Spool:
         return reasons
 
 
+def _reserve(file: Path) -> None:
+    """Take the space of a file that is written through memory, where a full disk would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as target:
+            try:
+                os.posix_fallocate(target.fileno(), 0, file.stat().st_size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # it cannot be asked for there
+                    raise
+
+
+def _lines(source: Source, errors: dict[int, str]) -> Iterator[bytes]:
+    """A JSON line an image: what its row is of."""
+    for i, name in enumerate(class_names(source)):
+        error = {"error": errors[i]} if i in errors else {}
+        yield json.dumps({"path": source.name(i), "class": name, **error}).encode() + b"\n"
+
+
 def class_names(source: Source) -> list[str]:
     """Name of every image's class, empty where it has none; without classes that of the folder it lies in."""
     if source.labels is not None:
@@ -144,7 +173,7 @@ def class_names(source: Source) -> list[str]:
     ]
 
 
-def _write_parquet(output: Path, spool: Path, source: Source, about: str, errors: dict[int, str]) -> None:
+def _write_parquet(sink: Any, spool: Path, source: Source, about: str, errors: dict[int, str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -159,9 +188,7 @@ def _write_parquet(output: Path, spool: Path, source: Source, about: str, errors
         ],
         metadata={"backbone": _utf8(about), "shape": json.dumps(list(features.shape[1:])), "made_by": "mocov3 embed"},
     )
-    partial = output.with_name(f".{output.name}.partial")
-    # pyarrow refuses names that are not UTF-8, so it gets open files
-    with partial.open("wb") as sink, pq.ParquetWriter(sink, schema) as writer:
+    with pq.ParquetWriter(sink, schema) as writer:
         for start in range(0, len(features), _ROW_GROUP):
             numbers = range(start, min(start + _ROW_GROUP, len(features)))
             values = pa.array(np.ascontiguousarray(features[start : numbers.stop]).reshape(-1))
@@ -172,8 +199,6 @@ def _write_parquet(output: Path, spool: Path, source: Source, about: str, errors
                 pa.FixedSizeListArray.from_arrays(values, width),
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-    del features
-    os.replace(partial, output)
 
 
 def _utf8(name: str) -> str:

@@ -6,19 +6,34 @@ ranks, nor on where a stopped pass is resumed.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mocov3.data import CentreView, Loader, Source, Work
+from mocov3.data import Loader, Source, Work
 from mocov3.data.device.pixels import normalise
+from mocov3.data.loading.filling import Transform
 from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.errors import UserError
 from mocov3.losses import at_least_float32
 from mocov3.output.log import warn_once
+
+Context = Callable[[], AbstractContextManager[object]]
+"""The arithmetic that a network is run in."""
+
+
+class Extractor(NamedTuple):
+    """A network, its call for features, and how images are prepared for it."""
+
+    network: nn.Module
+    features: Callable[[Tensor], Tensor]
+    view: Transform
+    mean: tuple[float, ...]
+    """Of the normalisation, as ``std``."""
+    std: tuple[float, ...]
 
 
 class Part(NamedTuple):
@@ -61,32 +76,25 @@ def grid(n: int, batch_size: int, world: World) -> list[np.ndarray]:
 
 @torch.no_grad()
 def stream(
-    network: nn.Module,
-    features: Callable[[Tensor], Tensor],
+    extractor: Extractor,
     source: Source,
-    view: CentreView,
     batches: Sequence[np.ndarray],
     *,
     device: torch.device,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
     workers: int = 0,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    autocast: Context = nullcontext,
 ) -> Iterator[Part]:
     """Features of ``batches`` of images, one batch after the other.
 
     Args:
-        network: put in evaluation mode for the time and back.
-        features: its call for features.
+        extractor: its network is put in evaluation mode for the time and back.
         source: the images.
-        view: the evaluation view.
         batches: indices of the images of each batch.
         device: where the network is.
-        mean: of the normalisation.
-        std: of the normalisation.
         workers: loading processes.
         autocast: context of the arithmetic.
     """
+    network, features, view, mean, std = extractor
     works = [Work(0, i, indices) for i, indices in enumerate(batches)]
     largest = max((len(b) for b in batches), default=1)
     training = network.training
@@ -108,29 +116,25 @@ def stream(
 
 
 def collect(
-    network: nn.Module,
-    features: Callable[[Tensor], Tensor],
+    extractor: Extractor,
     source: Source,
-    view: CentreView,
     *,
     world: World,
     batch_size: int = 256,
     check: bool = True,
     title: str = "",
-    **settings: Any,
+    workers: int = 0,
+    autocast: Context = nullcontext,
 ) -> Collected:
     """Features of every image of ``source``, and which could not be read, all on every rank; each computes a part.
 
     Args:
-        network: see ``stream``, as the other settings.
-        features: its call for features.
+        extractor: as of ``stream``, as ``workers`` and ``autocast``.
         source: the images.
-        view: the evaluation view.
         world: this rank.
         batch_size: images a pass.
         check: refuse features that are not finite.
         title: of the source, for messages.
-        **settings: of ``stream``.
 
     Raises:
         UserError: if features are not finite, or no image can be read, naming the images.
@@ -138,7 +142,7 @@ def collect(
     mine = grid(len(source), batch_size, world)
     local, filled = torch.empty(0), 0
     corrupt: dict[int, str] = {}
-    for part in stream(network, features, source, view, mine, device=world.device, **settings):
+    for part in stream(extractor, source, mine, device=world.device, workers=workers, autocast=autocast):
         if check:
             refuse_not_finite(part, source)
         if not filled:
@@ -154,14 +158,12 @@ def collect(
     return Collected(local, corrupt)
 
 
-def extract(
-    network: nn.Module, features: Callable[[Tensor], Tensor], source: Source, view: CentreView, **settings: Any
-) -> Tensor:
+def extract(extractor: Extractor, source: Source, world: World) -> Tensor:
     """Features of every image of ``source``, in order, on the CPU of every rank, as float32 (images, width).
 
-    An unreadable image has NaN. Settings are those of ``collect``.
+    An unreadable image has NaN.
     """
-    return collect(network, features, source, view, check=False, **settings).features
+    return collect(extractor, source, world=world, check=False).features
 
 
 def refuse_not_finite(part: Part, source: Source) -> None:

@@ -17,8 +17,10 @@ from mocov3.config.evaluation import FeatureConfig
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.data import CentreView
 from mocov3.errors import UserError
-from mocov3.models.backbones import Encoder, ResNet, TimmEncoder, build_backbone
-from mocov3.weights import Contents, attention_heads, checkpoint, our_entry
+from mocov3.evaluation.features import Extractor
+from mocov3.models.backbones import Encoder, ResNet, Settings, TimmEncoder, build_backbone
+from mocov3.weights import Contents, adapters, attention_heads, checkpoint, our_entry
+from mocov3.weights.adapters import with_adapter
 from mocov3.weights.convert import load_into, settings_of, views_of
 from mocov3.weights.find import find_backbone, hint
 
@@ -34,7 +36,7 @@ class Frozen:
     arch: str
     image_size: int
     preset: ViewPreset
-    settings: dict[str, Any]
+    settings: Settings
     """Of ``build_backbone``."""
     about: str
     """What it is, for people."""
@@ -58,6 +60,11 @@ class Frozen:
     def view(self) -> CentreView:
         """The evaluation view."""
         return CentreView(self.image_size, self.preset.evaluation_zoom, reading=self.preset.reading)
+
+    @property
+    def extractor(self) -> Extractor:
+        """What makes its features of images."""
+        return Extractor(self.network, self.features, self.view, self.preset.mean, self.preset.std)
 
     def to(self, device: torch.device) -> "Frozen":
         """The same on a device, in the layout that convolutions are fastest in."""
@@ -103,6 +110,7 @@ def open_frozen(
     untrained: bool = False,
     seed: int = 0,
     heads: int | None = None,
+    adapter: str = "",
 ) -> Frozen:
     """The backbone that ``model`` names.
 
@@ -118,12 +126,15 @@ def open_frozen(
         untrained: do not take timm's published weights.
         seed: of a fresh initialisation.
         heads: attention heads of a ViT, of a file that does not tell, or of a fresh one.
+        adapter: what a run with ``--lora`` trained on a file's weights; its views are then those of that run.
 
     Raises:
         UserError: if the file holds no backbone, or not of this arch (naming those that fit) or these heads.
     """
     if Path(model).is_file():
-        return _from_file(model, f"{flag} {model}", arch, encoder, image_size, view_preset, layer, heads)
+        return _from_file(model, f"{flag} {model}", arch, encoder, image_size, view_preset, layer, heads, adapter)
+    if adapter:
+        raise UserError(f"--adapter {adapter}: belongs to a file of weights; {flag} {model} names none")
     check_heads(heads, model)
     if encoder == "momentum" or layer == "projector":
         what = "momentum encoder" if encoder == "momentum" else "projector"
@@ -131,12 +142,11 @@ def open_frozen(
     torch.manual_seed(seed)
     preset = PRESETS[view_preset or "photos"]
     if model == PIXELS:
-        network: Any = Pixels(image_size or 224)
-        return _frozen(network, PIXELS, image_size or 224, preset, {}, "pixels, no network", layer)
+        return _frozen(Pixels(image_size or 224), PIXELS, image_size or 224, preset, {}, "pixels, no network", layer)
     if model.startswith("timm/") and not untrained:
         return _published(model, image_size, view_preset, layer)
     size = image_size or 224
-    settings: dict[str, Any] = {"image_size": size, **({"num_heads": heads} if heads else {})}
+    settings: Settings = {"image_size": size, **({"num_heads": heads} if heads else {})}
     return _frozen(
         build_backbone(model, **settings), model, size, preset, settings, f"{model}, untrained (seed {seed})", layer
     )
@@ -159,14 +169,25 @@ def open_configured(config: FeatureConfig) -> Frozen:
         untrained=config.untrained,
         seed=config.seed,
         heads=config.heads,
+        adapter=config.adapter,
     )
 
 
 def _from_file(
-    path: str, where: str, arch: str, encoder: str, image_size: int, view_preset: str, layer: str, heads: int | None
+    path: str,
+    where: str,
+    arch: str,
+    encoder: str,
+    image_size: int,
+    view_preset: str,
+    layer: str,
+    heads: int | None,
+    adapter: str,
 ) -> Frozen:
     contents = checkpoint.read(path)
     weights = find_backbone(contents, where, momentum=encoder == "momentum", heads=heads, arch=arch or None)
+    if adapter:
+        weights, contents = with_adapter(weights, adapter, where), adapters.trained_with(adapter)
     if arch and weights.arch and weights.arch != arch:
         raise UserError(f"{where}: is of arch {weights.arch}, not {arch}; give -a {weights.arch}")
     name = arch or weights.arch
@@ -179,7 +200,7 @@ def _from_file(
         preset = PRESETS[view_preset] if view_preset else views_of(contents, where)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         raise UserError(f"{where}: its entry 'mocov3' is damaged; give a whole file") from None
-    settings = {"image_size": size, **settings_of(weights.state, name), **weights.sizes(name, where)}
+    settings: Settings = {"image_size": size, **settings_of(weights.state, name), **weights.sizes(name, where)}
     if preset.reading.channels != 3:
         settings["in_chans"] = preset.reading.channels
     try:
@@ -196,7 +217,7 @@ def _from_file(
     return _frozen(network, name, size, preset, settings, about, layer)
 
 
-def _with_projector(contents: Contents, arch: str, encoder: str, settings: dict[str, Any], where: str) -> Encoder:
+def _with_projector(contents: Contents, arch: str, encoder: str, settings: Settings, where: str) -> Encoder:
     part = f"{encoder}_encoder."
     state = {k.removeprefix("module."): v for k, v in contents.get("state_dict", {}).items() if isinstance(v, Tensor)}
     part_state = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
@@ -244,7 +265,7 @@ def _published(model: str, image_size: int, view_preset: str, layer: str) -> Fro
 
 
 def _frozen(
-    network: Any, arch: str, size: int, preset: ViewPreset, settings: dict[str, Any], about: str, layer: str
+    network: nn.Module, arch: str, size: int, preset: ViewPreset, settings: Settings, about: str, layer: str
 ) -> Frozen:
     if is_vit(arch) and size % int(settings.get("patch_size", 16)):
         patch = int(settings.get("patch_size", 16))

@@ -11,7 +11,7 @@ def interval(hits: int, n: int) -> tuple[float, float]:
     z = 1.959964
     centre = (hits + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
-    return 100 * (centre - half), 100 * (centre + half)
+    return max(100 * (centre - half), 0.0), min(100 * (centre + half), 100.0)
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:

@@ -6,7 +6,7 @@ classes is its own bank, each image left out in turn; so are the few that ``--la
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mocov3.config import KnnConfig
 from mocov3.config.evaluation import KS, RECALLS
@@ -16,6 +16,14 @@ from mocov3.data.sources.opening import has_unseen
 from mocov3.errors import UserError
 from mocov3.evaluation.intervals import interval
 from mocov3.output.log import warn_left_out
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mocov3.distributed import World
+    from mocov3.evaluation.frozen import Frozen
+else:
+    Tensor = World = Frozen = object  # with torch, which takes seconds to import
 
 
 def main(config: KnnConfig) -> int:
@@ -70,7 +78,7 @@ def limits(config: KnnConfig, available: int) -> tuple[tuple[int, ...], tuple[in
     return allowed[0], allowed[1], notes
 
 
-def measure(world: Any, config: KnnConfig) -> int:
+def measure(world: World, config: KnnConfig) -> int:
     """Measure on this rank's part of the queries; the main rank prints the sums."""
     import numpy as np
     import torch
@@ -95,19 +103,12 @@ def measure(world: Any, config: KnnConfig) -> int:
     if world.main:
         accuracy = dict(zip(voted, shares, strict=False))
         recall = dict(zip(recalls, shares[len(voted) :], strict=True))
-        _report(
-            config,
-            frozen,
-            (len(bank), len(asked), len(sources[0].classes)),
-            accuracy,
-            recall,
-            notes,
-            leave_one_out=sources[1] is None,
-        )
+        sizes = len(bank), len(asked), len(sources[0].classes)
+        _report(config, frozen, sizes, accuracy, recall, notes, leave_one_out=sources[1] is None)
     return 0
 
 
-def _features(world: Any, frozen: Any, config: KnnConfig, source: Source, part: str) -> tuple[Any, Any]:
+def _features(world: World, frozen: Frozen, config: KnnConfig, source: Source, part: str) -> tuple[Tensor, Tensor]:
     """Features and classes of the readable images of a source, on the CPU."""
     import torch
 
@@ -118,14 +119,10 @@ def _features(world: Any, frozen: Any, config: KnnConfig, source: Source, part: 
 
     precision = precision_of(config.precision, world.device)
     collected = collect(
-        frozen.network,
-        frozen.features,
+        frozen.extractor,
         source,
-        frozen.view,
         world=world,
         batch_size=config.batch_size,
-        mean=frozen.preset.mean,
-        std=frozen.preset.std,
         workers=loader_workers(config.workers, world.local_size, len(source)),
         autocast=precision.autocast,
         title=f"data {config.data} ({part})",
@@ -143,7 +140,7 @@ def _features(world: Any, frozen: Any, config: KnnConfig, source: Source, part: 
 
 def _report(
     config: KnnConfig,
-    frozen: Any,
+    frozen: Frozen,
     sizes: tuple[int, int, int],
     accuracy: dict[tuple[int, float], float],
     recall: dict[int, float],
@@ -182,6 +179,15 @@ def _report(
         f"{how}, {classes} classes; cosine, vote exp(similarity/τ); shorter side to {settings['resize']} px, "
         f"centre {view.image_size}; {settings['layer']}"
     )
+    _print_accuracy(accuracy, asked)
+    if recall:
+        print("recall  " + "  ".join(f"@{k} {value:.3f}" for k, value in recall.items()))
+    for note in notes:
+        print(f"note: {note}")
+
+
+def _print_accuracy(accuracy: dict[tuple[int, float], float], asked: int) -> None:
+    """A row a k, a column a temperature."""
     temperatures = list(dict.fromkeys(t for _, t in accuracy))
     best = max(accuracy, key=lambda key: accuracy[key])
     print("     k" + "".join(f"  τ {t:<7g}" for t in temperatures))
@@ -190,7 +196,3 @@ def _report(
         print(f"{k:6d}" + "".join(cells).rstrip())
     low, high = interval(round(accuracy[best] * asked / 100), asked)
     print(f"*: the best; 95 % interval {low:.1f}–{high:.1f}, for the choice of these {asked} images")
-    if recall:
-        print("recall  " + "  ".join(f"@{k} {value:.3f}" for k, value in recall.items()))
-    for note in notes:
-        print(f"note: {note}")

@@ -4,10 +4,7 @@ Sources of the measures: ``mocov3.evaluation.quality``. How each correlates with
 ``docs/own-images.md``.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +14,11 @@ from torch import Tensor, nn
 from mocov3.data import Loader, Source, Work
 from mocov3.data.device.pixels import normalise
 from mocov3.data.sources.survey import scattered
-from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.evaluation import quality
-from mocov3.output.log import warn_once
+from mocov3.evaluation.features import Extractor
+from mocov3.output.log import warn, warn_once
 
 IMAGES = 2000
 """More images are not used: a draw of this many tells networks apart."""
@@ -42,14 +39,21 @@ class LabelFreeQuality:
     alignment: float
     uniformity: float
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, float]:
         """Name → value, for JSON; there ``images`` has been called ``pictures`` from the first version."""
         values = asdict(self)
         return {"pictures": values.pop("images"), **values}
 
 
 def judge(views: Float[Tensor, "images views dim"]) -> LabelFreeQuality:
-    """Measures of features: view 0 is the evaluation view, the others its changed versions (three or more in all)."""
+    """Measures of features: view 0 is the evaluation view, the others its changed versions (three or more in all).
+
+    Where features are not finite, nothing counts as retrieved, and the other measures are NaN; a line says so.
+    """
+    if bad := int((~torch.isfinite(views).flatten(1).all(1)).sum()):
+        warn(f"features of {bad} of {len(views)} images are not finite: quality without labels is not measured")
+        nothing = float("nan")
+        return LabelFreeQuality(len(views), 0.0, nothing, nothing, nothing, nothing, nothing)
     return LabelFreeQuality(
         images=len(views),
         retrieval=quality.retrieval(views[:, 1], views[:, 2]),
@@ -62,39 +66,28 @@ def judge(views: Float[Tensor, "images views dim"]) -> LabelFreeQuality:
 
 
 def features_of_views(
-    features: Callable[[Tensor], Tensor],
-    source: Source,
-    transform: ProbeViews,
-    *,
-    world: World,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    workers: int = 0,
-    network: nn.Module | None = None,
-    batch_size: int = 64,
+    extractor: Extractor, source: Source, *, world: World, workers: int = 0, batch_size: int = 64
 ) -> tuple[Float[Tensor, "images views dim"], np.ndarray]:
     """Features of at most ``IMAGES`` images, all views of each, on every rank's CPU as float32, and the images'
-    indices; unreadable images are left out. ``network`` is temporarily in evaluation mode.
+    indices; unreadable images are left out. The network is temporarily in evaluation mode.
     """
     chosen = scattered(len(source), IMAGES)
     mine = np.array_split(chosen, world.size)[world.rank]
     works = [Work(0, i, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-    training = network.training if network is not None else False
-    if network is not None:
-        network.eval()
+    network, features, view, mean, std = extractor
+    training = network.training
+    network.eval()
     parts, read = [torch.empty(0)], [mine[:0]]
     try:
-        given: dict[str, Any] = {"replace": False, "say": warn_once}
-        loader = Loader(source, transform, batch_size=batch_size, seed=_SEED, workers=workers, **given)
-        with torch.no_grad(), nullcontext() if network is None else gathered(network), loader:
+        loader = Loader(source, view, batch_size=batch_size, seed=_SEED, workers=workers, replace=False, say=warn_once)
+        with torch.no_grad(), gathered(network), loader:
             for batch in loader.run(works):
                 keep = ~np.isin(batch.work.indices, [bad.index for bad in batch.corrupt])
                 rows = [features(normalise(p, world.device, mean, std)).float().cpu() for p in batch.pixels]
                 parts.append(torch.stack(rows, 1)[torch.from_numpy(keep)])
                 read.append(batch.work.indices[keep])
     finally:
-        if network is not None:
-            network.train(training)
+        network.train(training)
     everyone = world.gather((_joined(parts), np.concatenate(read)))
     return _joined([features for features, _ in everyone]), np.concatenate([indices for _, indices in everyone])
 

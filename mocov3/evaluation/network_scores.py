@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocov3.config import preset_of
 from mocov3.config.fields import Fields
@@ -19,17 +19,17 @@ from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.launch import pick_device
 from mocov3.errors import UserError
+from mocov3.evaluation.features import Extractor
 from mocov3.evaluation.intervals import interval
 from mocov3.evaluation.label_free import features_of_views, judge, pixel_features
 from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
-from mocov3.models import build_backbone
+from mocov3.metrics import JsonLine
+from mocov3.models import Encoder, build_backbone
 from mocov3.weights import Contents, checkpoint, trained_with
 from mocov3.weights.attention_heads import choices, width_of
-from mocov3.weights.convert import build_from
+from mocov3.weights.convert import Built, build_from
 from mocov3.weights.find import find_backbone, named_arch
 from mocov3.weights.start import load_start
-
-Row = dict[str, Any]
 
 
 def read_all(files: Sequence[str]) -> dict[str, Contents]:
@@ -68,7 +68,7 @@ def judge_all(
     workers: int,
     arch: str | None = None,
     heads: int | None = None,
-) -> list[Row]:
+) -> list[JsonLine]:
     """A row of measures for pixels, for the untrained and starting networks, and for each file.
 
     Args:
@@ -86,7 +86,7 @@ def judge_all(
         files
     )
     world = World(0, 1, pick_device(device, None))
-    rows: list[Row] = []
+    rows: list[JsonLine] = []
     beside: set[str] = set()
     for file, contents in files.items():
         config = trained_with(contents)
@@ -108,7 +108,7 @@ def judge_all(
         if start and start not in beside:
             beside.add(start)
             try:
-                before: Any = _beginning(start, settings)
+                before: Encoder | None = _beginning(start, settings)
             except UserError:  # elsewhere by now
                 before = None
             if before is not None:
@@ -123,7 +123,7 @@ def _asks(contents: Contents, file: str, arch: str | None) -> bool:
     return weights.heads.number is None and bool(choices(width_of(weights.state)))
 
 
-def _beginning(start: str, settings: dict[str, Any]) -> Any:
+def _beginning(start: str, settings: Built) -> Encoder:
     """The network of a run's ``--init`` as the run began: a file's weights, or those that timm publishes."""
     encoder = build_backbone(**settings)
     load_start(start, [encoder], settings["arch"], settings.get("num_heads"))
@@ -133,7 +133,7 @@ def _beginning(start: str, settings: dict[str, Any]) -> Any:
 def _row(
     name: str,
     kind: str,
-    encoder: Any,
+    encoder: Encoder | None,
     images: Source,
     labels: Labels | None,
     *,
@@ -142,19 +142,16 @@ def _row(
     size: int,
     workers: int,
     whole: Source,
-) -> Row:
+) -> JsonLine:
     preset = preset_of(config)
-    if encoder is not None:
-        encoder.to(world.device).eval()
+    network, made = (nn.Identity(), pixel_features) if encoder is None else (encoder.to(world.device), encoder.features)
 
     def features(source: Source, probes: int) -> tuple[torch.Tensor, np.ndarray]:
+        view = ProbeViews(size, preset.evaluation_zoom, probes, preset.reading)
         return features_of_views(
-            encoder.features if encoder is not None else pixel_features,
+            Extractor(network, made, view, preset.mean, preset.std),
             source,
-            ProbeViews(size, preset.evaluation_zoom, probes, preset.reading),
             world=world,
-            mean=preset.mean,
-            std=preset.std,
             workers=workers if len(source) * size**2 > 500 * 64 * 64 else 0,
         )
 

@@ -55,7 +55,12 @@ def lidar(views: Float[Tensor, "images views dim"], delta: float = 1e-4) -> floa
     within = (x - means[:, None]).flatten(0, 1)
     covariance = within.T @ within / len(within) + delta * torch.eye(x.shape[2], dtype=torch.float64)
     # whitening by the Cholesky factor: the eigenvalues are those of the symmetric form
-    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), between.T, upper=False)
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:  # features so large that δ is lost beside them
+        values, vectors = torch.linalg.eigh(covariance)
+        whitened = (between @ vectors / values.clamp(min=delta).sqrt()).T
+    else:
+        whitened = torch.linalg.solve_triangular(factor, between.T, upper=False)
     return _effective_rank(torch.linalg.svdvals(whitened) ** 2)
 
 

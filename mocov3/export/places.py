@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError, reason
 
 
 class Place(NamedTuple):
@@ -52,12 +52,11 @@ class Staged:
             raise UserError(f"--output {self.output}: cannot be written ({error.strerror or error})") from None
         return self.place
 
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if kind is not None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
             self._clear()
-            if isinstance(error, OSError):
-                reason = printable(error.strerror or str(error))
-                raise UserError(f"--output {self.output}: cannot be written ({reason})") from None
+            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+                raise UserError(f"--output {self.output}: cannot be written ({reason(error)})") from None
             return
         if self.output.is_dir():
             self.output.rmdir()  # empty: checked

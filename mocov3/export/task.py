@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mocov3.config.fields import Parser, path
-from mocov3.errors import UserError
+from mocov3.errors import UserError, no_file
 from mocov3.export.places import FORMATS
 
 
@@ -19,6 +19,11 @@ def main(argv: Sequence[str]) -> int:
     """Export; returns 0 only after the features agreed."""
     args = _parse(argv)
     _check(args)
+    if args.adapter:
+        from mocov3.weights.adapters import write_adapter
+
+        print(write_adapter(Path(args.checkpoint), Path(args.output)))
+        return 0
     from mocov3.export.write import export
 
     report = export(
@@ -48,7 +53,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "checkpoint", type=path, help="ours, the reference's, DeiT's or a fine-tuned one", metavar="CKPT"
     )
-    parser.add_argument("--to", required=True, choices=tuple(FORMATS), help="format", metavar="FORMAT")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--to", choices=tuple(FORMATS), help="format", metavar="FORMAT")
+    target.add_argument("--adapter", action="store_true", help="only what --lora trained, as safetensors")
     parser.add_argument("--output", type=path, required=True, help="file, or folder for timm and transformers")
     parser.add_argument("-a", "--arch", default="", help="arch of a file that does not say it")
     parser.add_argument(
@@ -64,7 +71,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before torch is imported."""
     if not Path(args.checkpoint).is_file():
-        raise UserError(f"{args.checkpoint}: there is no such file")
+        raise UserError(f"{args.checkpoint}: {no_file(args.checkpoint)}")
     from mocov3.config.archs import check_arch, check_heads
 
     if args.arch:
@@ -72,13 +79,13 @@ def _check(args: argparse.Namespace) -> None:
     check_heads(args.heads, args.arch)
     if args.image_size is not None and args.image_size < 1:
         raise UserError(f"--image-size must be at least 1, not {args.image_size}")
-    missing = [name for name in FORMATS[args.to].needs if find_spec(name) is None]
+    missing = [name for name in (FORMATS[args.to].needs if args.to else ()) if find_spec(name) is None]
     if missing:
         raise UserError(f"--to {args.to} needs {', '.join(missing)}: pip install 'mocov3[{args.to}]'")
     output = Path(args.output)
     if output.exists() and output.resolve() == Path(args.checkpoint).resolve():
         raise UserError(f"--output {output}: is the checkpoint itself; name another file")
-    if FORMATS[args.to].is_folder:
+    if args.to and FORMATS[args.to].is_folder:
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {output}: is a file; {args.to} needs a folder")
         if output.is_dir() and any(output.iterdir()):

@@ -133,7 +133,6 @@ def load(
     encoder, settings = convert.build_from(
         contents, str(path), arch=arch, image_size=image_size, momentum=momentum, heads=heads
     )
-    settings.pop("num_heads", None)  # the encoder tells
     names: tuple[str, ...] = ()
     classes = 0
     if classifier:
@@ -147,7 +146,11 @@ def load(
     entry = our_entry(contents)
     return Exported(
         encoder=encoder,
-        **settings,
+        arch=settings["arch"],
+        image_size=settings["image_size"],
+        patch_size=settings["patch_size"],
+        small_stem=settings["small_stem"],
+        in_chans=settings["in_chans"],
         mean=preset.mean,
         std=preset.std,
         zoom=preset.evaluation_zoom,

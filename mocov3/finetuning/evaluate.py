@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mocov3.data import CentreView, Source
+from mocov3.data import Source
 from mocov3.distributed import World
-from mocov3.evaluation.features import first_of, stream
+from mocov3.evaluation.features import Extractor, first_of, stream
 from mocov3.models.precision import Precision
 
 
@@ -54,18 +54,9 @@ class Accuracy:
 
 
 def evaluate(
-    model: nn.Module,
-    source: Source,
-    view: CentreView,
-    *,
-    world: World,
-    precision: Precision,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    batch_size: int,
-    workers: int,
+    classifier: Extractor, source: Source, *, world: World, precision: Precision, batch_size: int, workers: int
 ) -> Accuracy:
-    """Counts of a classifier over a labelled source, in evaluation mode; the same on every rank.
+    """Counts over a labelled source, in evaluation mode, the same on every rank; the features are class scores.
 
     An image that cannot be read is left out of the counts.
     """
@@ -76,18 +67,7 @@ def evaluate(
     corrupt: dict[int, str] = {}
     mine = np.array_split(np.arange(len(source)), world.size)[world.rank]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    scored = stream(
-        model,
-        model,
-        source,
-        view,
-        batches,
-        device=world.device,
-        mean=mean,
-        std=std,
-        workers=workers,
-        autocast=precision.autocast,
-    )
+    scored = stream(classifier, source, batches, device=world.device, workers=workers, autocast=precision.autocast)
     for part in scored:
         corrupt |= part.corrupt
         target = torch.from_numpy(labels[part.indices[part.readable]].astype(np.int64))

@@ -195,7 +195,7 @@ def contents(
     digest: str,
     images: int,
     classes: list[str],
-) -> dict[str, Any]:
+) -> Contents:
     """What is written: everything a resume needs, or for the ``best`` weights only what names them.
 
     Args:

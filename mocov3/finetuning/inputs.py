@@ -7,10 +7,9 @@ from pathlib import Path
 
 from mocov3.config import FinetuneConfig
 from mocov3.config.fields import check_writable
-from mocov3.config.presets import RGB
 from mocov3.data.loading.filling import check_readable
 from mocov3.data.sources.transfer import open_pair
-from mocov3.errors import UserError
+from mocov3.errors import UserError, no_file
 from mocov3.output.log import warn_left_out
 
 LAST = "checkpoint.pth"
@@ -30,9 +29,9 @@ def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:
     for name in ("resume", "finetune"):
         file = getattr(config, name)
         if file and not (name == "resume" and file == "auto") and not Path(file).is_file():
-            raise UserError(f"--{name} {file}: there is no such file")
+            raise UserError(f"--{name} {file}: {no_file(file)}")
     pair = open_pair(config.data_set, config.data_path)
-    check_readable(pair.test, RGB, f"--data-path {config.data_path} (test)")
+    check_readable(pair.test, None, f"--data-path {config.data_path} (test)")
     if config.eval:
         warn_left_out(pair.test)
         return config

@@ -2,10 +2,9 @@
 
 import dataclasses
 from collections.abc import Container
-from typing import Any
 
 from mocov3.config import FinetuneConfig
-from mocov3.metrics import measured
+from mocov3.metrics import JsonLine, measured
 from mocov3.output.log import Session, TrainingLog
 
 DEIT_LOG = "log.txt"
@@ -71,7 +70,7 @@ class TuneLog(TrainingLog):
         self._accuracy = line.acc1
         self.line(line)
 
-    def epoch(self, entry: dict[str, Any]) -> None:
+    def epoch(self, entry: JsonLine) -> None:
         """A line of DeiT's ``log.txt``."""
         self._deit.write(entry)
 

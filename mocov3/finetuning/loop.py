@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from mocov3.data.sources.labels import matched
 from mocov3.data.sources.transfer import Pair, open_pair
 from mocov3.distributed import World
 from mocov3.errors import UserError
+from mocov3.evaluation.features import Extractor
 from mocov3.finetuning import files, setup
 from mocov3.finetuning.batches import batches, images_shown, iterations
 from mocov3.finetuning.evaluate import Accuracy, evaluate
@@ -201,14 +201,12 @@ class Tuning(Run):
         bicubic = not c.transfer
         kind = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
         view = CentreView(c.image_size, self.preset.evaluation_zoom, kind)
+        model = self.parts.model
         return evaluate(
-            self.parts.model,
+            Extractor(model, model, view, self.preset.mean, self.preset.std),
             self.pair.test,
-            view,
             world=self.world,
             precision=self.parts.precision,
-            mean=self.preset.mean,
-            std=self.preset.std,
             batch_size=max(3 * c.batch_size // 2, 1),
             workers=self.workers(len(self.pair.test)),
         )
@@ -229,7 +227,7 @@ class Tuning(Run):
         last = {files.LAST: self._contents()}
         return {files.BEST: self._contents(best=True), **last} if self._better else last
 
-    def _contents(self, *, best: bool = False) -> dict[str, Any]:
+    def _contents(self, *, best: bool = False) -> Contents:
         return files.contents(
             self.start,
             self.parts,

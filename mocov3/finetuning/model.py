@@ -11,6 +11,8 @@ from torch import nn
 
 from mocov3.config.archs import is_resnet, is_vit
 from mocov3.models import Encoder, build_encoder
+from mocov3.models.backbones import Settings
+from mocov3.optim import Group
 
 _NOT_DECAYED = ("cls_token", "pos_embed", "dist_token")
 _RESNET_LAYERS = {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)\.(\d+)"}
@@ -37,7 +39,7 @@ def build_classifier(
         nn.init.zeros_(layer.bias)
         return layer
 
-    sizes: dict[str, Any] = {"image_size": image_size, "patch_size": patch_size, "small_stem": small_stem}
+    sizes: Settings = {"image_size": image_size, "patch_size": patch_size, "small_stem": small_stem}
     if heads is not None:
         sizes["num_heads"] = heads
     dims = {"drop_path_rate": drop_path} if not is_resnet(arch) and drop_path else {}
@@ -50,7 +52,7 @@ def build_classifier(
     return model
 
 
-def parameter_groups(model: Encoder, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: Encoder, *, weight_decay: float, layer_decay: float) -> list[Group]:
     """Groups with and without weight decay, one pair a layer where the learning rate decays by layer.
 
     Not decayed: biases, norms, cls token, position table. With ``layer_decay`` below 1, a layer's ``lr_scale`` is
@@ -71,7 +73,7 @@ def parameter_groups(model: Encoder, *, weight_decay: float, layer_decay: float)
     return groups
 
 
-def build_optimizer(groups: list[dict[str, Any]], *, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[Group], *, lr: float) -> torch.optim.Optimizer:
     """AdamW, β .9 and .999, ε 1e-8."""
     return create_optimizer_v2(groups, opt="adamw", lr=lr, eps=1e-8)
 

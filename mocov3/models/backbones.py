@@ -4,9 +4,11 @@ ResNets are torchvision's with zero-initialised last gains (Goyal et al. 2017); 
 timm. Names are listed in ``mocov3.config.archs``.
 """
 
+import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
 import torchvision.models as tv
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -41,20 +43,14 @@ class ResNet(tv.ResNet):
         stem: str = "imagenet",
         zero_init_residual: bool = True,
         in_chans: int = 3,
-        **kwargs: Any,
+        groups: int = 1,
+        width_per_group: int = 64,
     ) -> None:
-        super().__init__(block, layers, zero_init_residual=zero_init_residual, **kwargs)
+        super().__init__(block, layers, 1000, zero_init_residual, groups, width_per_group)
         if width != 64:
             self._narrow(block, layers, width)
-        if in_chans != 3 and stem == "imagenet":
-            self.conv1 = nn.Conv2d(in_chans, self.conv1.out_channels, 7, stride=2, padding=3, bias=False)
-            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        if stem != "imagenet":
-            # CIFAR's stem (He et al. 2016, §4.2): 3×3, no pooling; stride 2 halves the cost of 28 px images again
-            stride = {"small": 1, "small_stride2": 2}[stem]
-            self.conv1 = nn.Conv2d(in_chans, self.conv1.out_channels, 3, stride=stride, padding=1, bias=False)
-            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-            self.maxpool = nn.Identity()
+        if in_chans != 3 or stem != "imagenet":
+            self._replace_stem(stem, in_chans)
         use_whole_maps(self)
         self.num_features: int = width * 2 ** (len(layers) - 1) * block.expansion
 
@@ -69,6 +65,15 @@ class ResNet(tv.ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _replace_stem(self, stem: str, in_chans: int) -> None:
+        # CIFAR's stems (He et al. 2016, §4.2): 3×3, no pooling; stride 2 halves the cost of 28 px images again
+        kernel, stride = {"imagenet": (7, 2), "small": (3, 1), "small_stride2": (3, 2)}[stem]
+        width = self.conv1.out_channels
+        self.conv1 = nn.Conv2d(in_chans, width, kernel, stride=stride, padding=kernel // 2, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if stem != "imagenet":
+            self.maxpool = nn.Identity()
 
     def feature_map(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim rows columns"]:
         """Output of the last stage."""
@@ -107,7 +112,8 @@ class TimmEncoder(nn.Module):
         except TypeError:  # convolutional networks take any size and know no img_size
             self.backbone = timm.create_model(name, num_classes=0, **kwargs)
         except (AssertionError, ValueError) as error:
-            raise UserError(f"--arch timm/{name} at --image-size {image_size}: {error}") from None
+            raise _cannot_take(name, image_size, error) from None
+        _try(self.backbone, name, image_size, int(kwargs.get("in_chans", 3)))
         use_fast_products(self.backbone)
         self.num_features = int(getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features)
         self.projector: nn.Module = nn.Identity()
@@ -121,6 +127,27 @@ class TimmEncoder(nn.Module):
         """Features through the projector."""
         out: Tensor = self.projector(self.features(x))
         return out
+
+
+def _try(backbone: nn.Module, name: str, side: int, channels: int) -> None:
+    """Refuse a network of timm that stumbles over images of a size: on shapes only, which costs milliseconds."""
+    tensors = (*backbone.parameters(), *backbone.buffers())
+    # a copy: some networks keep what they computed last
+    shapes = copy.deepcopy(backbone, {id(tensor): tensor.to("meta") for tensor in tensors}).eval()
+    try:
+        with torch.no_grad():
+            shapes(torch.empty(1, channels, side, side, device="meta"))
+    except NotImplementedError:  # an operation without shapes: the first batch will tell
+        pass
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise _cannot_take(name, side, error) from None
+
+
+def _cannot_take(name: str, side: int, error: Exception) -> UserError:
+    return UserError(
+        f"--arch timm/{name}: cannot take images of {side} px ({str(error)[:100]}); give another --image-size, or "
+        "another network"
+    )
 
 
 if TYPE_CHECKING:
@@ -156,6 +183,16 @@ _VITS: dict[str, dict[str, Any]] = {
 }
 
 
+class Settings(TypedDict, total=False):
+    """What a file or a user says of a backbone besides its arch: arguments of ``build_backbone``."""
+
+    image_size: int
+    patch_size: int
+    small_stem: bool
+    in_chans: int
+    num_heads: int
+
+
 def blocks_of_third_stage(arch: str) -> int:
     """Blocks of a ResNet's third stage, in which ResNets of different depths differ."""
     return int({**_TORCHVISION, **_SMALL}[arch]["layers"][2])
@@ -169,7 +206,7 @@ def build_backbone(
     stop_grad_conv1: bool = False,
     small_stem: bool = False,
     in_chans: int = 3,
-    **dims: Any,
+    **dims: float,
 ) -> Encoder:
     """A freshly initialised backbone whose last layer is still to be replaced.
 
@@ -197,7 +234,7 @@ def build_backbone(
         return VisionTransformer(
             img_size=image_size, patch_size=patch_size, stop_grad_conv1=stop_grad_conv1, **settings
         )
-    settings = {**_TORCHVISION, **_SMALL}[arch] | dims
+    settings = {**{**_TORCHVISION, **_SMALL}[arch], **dims}
     if small_stem:
         settings["stem"] = "small"
     return ResNet(**settings)

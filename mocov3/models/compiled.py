@@ -30,13 +30,13 @@ class CompiledFeatures:
         say: told, once, when nothing can be compiled here.
     """
 
-    def __init__(self, encoder: Any, backend: str | Callable[..., Any], say: Callable[[str], None]) -> None:
+    def __init__(self, encoder: Any, backend: str | Callable[..., object], say: Callable[[str], None]) -> None:
         self._encoder, self._say = encoder, say
         self._eager: Callable[..., Tensor] = encoder.features
         # symbolic sizes would be slower: a run has few, and they are known from its start
         self._compiled: Callable[..., Tensor] | None = torch.compile(self._eager, backend=backend, dynamic=False)
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: object) -> Tensor:
         """Features of images, as the encoder's own."""
         if not self._encoder.training or self._compiled is None:
             return self._eager(*args)
@@ -50,7 +50,7 @@ class CompiledFeatures:
 
 def compile_features(
     encoders: Iterable[Any],
-    backend: str | Callable[..., Any] = "inductor",
+    backend: str | Callable[..., object] = "inductor",
     *,
     say: Callable[[str], None] = warnings.warn,
 ) -> None:

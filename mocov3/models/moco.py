@@ -18,6 +18,7 @@ from mocov3.distributed import gather_keys
 from mocov3.distributed.sharding import local, reshard
 from mocov3.models.backbones import Encoder, build_encoder
 from mocov3.models.compiled import compile_features
+from mocov3.models.lora import summed_parameters
 
 
 class Statistics(NamedTuple):
@@ -74,9 +75,9 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_momentum_encoder(self, m: float) -> None:
-        """k ← m·k + (1 − m)·q for every parameter, frozen ones included. Buffers are not averaged."""
+        """k ← m·k + (1 − m)·q for every parameter, frozen ones included, pairs summed. Buffers are not averaged."""
         reshard([self.base_encoder, self.momentum_encoder])
-        keys, queries = local(self.momentum_encoder.parameters()), local(self.base_encoder.parameters())
+        keys, queries = local(self.momentum_encoder.parameters()), local(summed_parameters(self.base_encoder))
         # k + (1 − m)·(q − k): one pass over memory, a few kernels on a GPU, and frozen parameters stay bit-equal
         torch._foreach_lerp_(keys, queries, 1.0 - m)
 
@@ -119,7 +120,7 @@ class MoCo(nn.Module):
             return features(x1), features(x2)
         return features(torch.cat([x1, x2])).chunk(2)
 
-    def compile_backbones(self, backend: str | Callable[..., Any] = "inductor", **settings: Any) -> None:
+    def compile_backbones(self, backend: str | Callable[..., object] = "inductor", **settings: Any) -> None:
         """Compile both backbones (``mocov3.models.compiled.compile_features``, whose ``settings`` these are)."""
         compile_features([self.base_encoder, self.momentum_encoder], backend, **settings)
 
@@ -143,7 +144,7 @@ def build(
     temperature: float = 1.0,
     stop_grad_conv1: bool = False,
     small_stem: bool = False,
-    **vit_dims: Any,
+    **vit_dims: float,
 ) -> MoCo:
     """A freshly initialised model.
 

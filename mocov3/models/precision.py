@@ -1,7 +1,6 @@
 """Arithmetic of the networks: float32, or 16 bits by autocast, with a loss scaler for fp16."""
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ class Precision:
         self.name, self.device = name, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context in which networks are run."""
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.name, torch.float32)
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")

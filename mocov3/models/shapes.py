@@ -1,7 +1,7 @@
 """Networks that have shapes but no numbers, for counting and comparing."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ def shapes_only() -> Iterator[None]:
 
 class _Readable(TorchFunctionMode):
     # timm 1.0.20 asks torch for the rates of stochastic depth and reads them, which have no numbers on "meta" either
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Callable[..., object], types: object, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.linspace:
             return func(*args, **{"device": "cpu", **(kwargs or {})})
         return func(*args, **(kwargs or {}))

@@ -26,7 +26,7 @@ class ConvStem(nn.Module):
     """Four 3×3 stride-2 convolutions with batch norm and ReLU (widths D/8 … D), then 1×1: patches of 16 pixels."""
 
     def __init__(
-        self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768, **_: Any
+        self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768, **_: object
     ) -> None:
         super().__init__()
         if patch_size != 16:

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from mocov3.config import RunConfig, logger_names
 from mocov3.data.loading.slots import Corrupt
 from mocov3.errors import printable
-from mocov3.metrics import Meter, Progress, plain
+from mocov3.metrics import JsonLine, Meter, Progress, plain
 from mocov3.output.loggers import Loggers
 from mocov3.output.terminal import Terminal, style_of
 
@@ -91,7 +91,7 @@ class Log:
         quiet = style == "quiet"
         self.loggers = Loggers(names, self.folder, config=vars(config), first_step=first_step, quiet=quiet, warn=warn)
 
-    def open(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> tuple["LineFile", list[dict[str, Any]]]:
+    def open(self, name: str, keep: Callable[[JsonLine], bool]) -> tuple["LineFile", list[JsonLine]]:
         """A file of the run's folder to write lines to, and the lines of a former run, those to keep."""
         lines = cut(self.folder / name, keep) if self.writes else []
         self._files.append(LineFile(self.folder / name if self.writes else None))
@@ -146,7 +146,7 @@ class Log:
             file.close()
         self.loggers.close()
 
-    def _write(self, file: "LineFile", values: Mapping[str, Any]) -> None:
+    def _write(self, file: "LineFile", values: Mapping[str, object]) -> None:
         """A line for a file and for who reads JSON on standard output."""
         file.write(values)
         self.terminal.json(plain(values))
@@ -196,7 +196,7 @@ class LineFile:
         self._warned = False
         self._file: BinaryIO | None = None
 
-    def write(self, values: Mapping[str, Any]) -> None:
+    def write(self, values: Mapping[str, object]) -> None:
         """Append a line, handed to the system at once."""
         if self.path is None:
             return
@@ -225,7 +225,7 @@ class LineFile:
                 self._file.close()
 
 
-def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+def cut(path: Path, keep: Callable[[JsonLine], bool]) -> list[JsonLine]:
     """Rewrite a file of JSON lines with the entries to keep, and return them."""
     if not path.exists():
         return []

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import UInt8
 
+from mocov3.config.fields import Fields
 from mocov3.errors import UserError, printable
 
 PROJECT = "mocov3"
@@ -60,7 +61,7 @@ class Loggers:
         names: Sequence[str],
         folder: Path,
         *,
-        config: Mapping[str, Any],
+        config: Fields,
         first_step: int,
         quiet: bool,
         warn: Callable[[str], None],
@@ -105,7 +106,7 @@ class Loggers:
 class TensorBoardLogger:
     """Event files in the run's folder ``tensorboard``."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], first_step: int, quiet: bool) -> None:
+    def __init__(self, folder: Path, config: Fields, first_step: int, quiet: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         _hush_event_threads()
@@ -131,7 +132,7 @@ class TensorBoardLogger:
 class WandbLogger:
     """A run of Weights & Biases; its files are in the run's folder ``wandb``. A resumed run continues in it."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], first_step: int, quiet: bool) -> None:
+    def __init__(self, folder: Path, config: Fields, first_step: int, quiet: bool) -> None:
         import wandb
 
         self._wandb = wandb
@@ -163,32 +164,37 @@ class WandbLogger:
 class MlflowLogger:
     """A run of MLflow; calls wait in a queue for a thread, so that training never waits for a server."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], first_step: int, quiet: bool) -> None:
+    def __init__(self, folder: Path, config: Fields, first_step: int, quiet: bool) -> None:
         # a server that is not there is said within seconds, where MLflow itself tries for minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Metric
 
         self._metric = Metric
         self._client: Any = MlflowClient()
+        self._id = self._open_run(folder, config, first_step)
+        self._queue: queue.Queue[Any] = queue.Queue()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._serve, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def _open_run(self, folder: Path, config: Fields, first_step: int) -> str:
+        """The run's identifier: of a resumed run its own, else of a new one, which is told the configuration."""
+        from mlflow.entities import Param
+
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name)
         run = _run_id(folder, first_step)
         runs = self._client.search_runs([experiment], f"tags.mocov3_run = '{run}'", max_results=1)
         if runs:
-            self._id = runs[0].info.run_id
-            self._client.update_run(self._id, status="RUNNING")
-        else:
-            created = self._client.create_run(experiment, tags={"mocov3_run": run}, run_name=folder.resolve().name)
-            self._id = created.info.run_id
-            params = [Param(key, str(value)[:500]) for key, value in config.items()]
-            for i in range(0, len(params), _PARAMS):
-                self._client.log_batch(self._id, params=params[i : i + _PARAMS])
-        self._queue: queue.Queue[Any] = queue.Queue()
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._serve, name="mlflow", daemon=True)
-        self._thread.start()
+            self._client.update_run(runs[0].info.run_id, status="RUNNING")
+            return str(runs[0].info.run_id)
+        created = self._client.create_run(experiment, tags={"mocov3_run": run}, run_name=folder.resolve().name)
+        params = [Param(key, str(value)[:500]) for key, value in config.items()]
+        for i in range(0, len(params), _PARAMS):
+            self._client.log_batch(created.info.run_id, params=params[i : i + _PARAMS])
+        return str(created.info.run_id)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """See ``Logger``."""
@@ -229,7 +235,7 @@ class MlflowLogger:
                 self._error = error
                 return
 
-    def _send(self, items: list[Any]) -> None:
+    def _send(self, items: Sequence[object]) -> None:
         metrics = [item for item in items if not isinstance(item, tuple)]
         if metrics:
             self._client.log_batch(self._id, metrics=metrics)
@@ -246,7 +252,7 @@ def _hush_event_threads() -> None:
     if getattr(former, "hushed", False):
         return
 
-    def hook(args: Any) -> None:
+    def hook(args: threading.ExceptHookArgs) -> None:
         if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
             former(args)
 

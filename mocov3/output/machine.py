@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mocov3.data.loading.loader import usable_cores
+from mocov3.metrics import JsonLine
 from mocov3.output.log import warn
 from mocov3.version import __version__
 
@@ -15,7 +16,7 @@ MACHINE = "machine.jsonl"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "Pillow")
 
 
-def facts(*, step: int, ranks: int, cores: int, device: str, precision: str) -> dict[str, Any]:
+def facts(*, step: int, ranks: int, cores: int, device: str, precision: str) -> JsonLine:
     """One start of a run.
 
     Args:
@@ -39,7 +40,7 @@ def facts(*, step: int, ranks: int, cores: int, device: str, precision: str) -> 
     }
 
 
-def note(folder: Path, entry: dict[str, Any]) -> None:
+def note(folder: Path, entry: JsonLine) -> None:
     """Add ``entry`` to the folder's file; a warning where the disk refuses."""
     try:
         with (folder / MACHINE).open("a", encoding="utf-8") as file:

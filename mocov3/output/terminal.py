@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mocov3.errors import lenient_output
+from mocov3.metrics import JsonLine
 
 STYLES = ("bar", "lines", "json", "quiet")
 WIDTH = 80
@@ -56,7 +57,7 @@ class Terminal:
         if self.active and self.style == "lines":
             print(text, flush=True)
 
-    def json(self, values: dict[str, Any]) -> None:
+    def json(self, values: JsonLine) -> None:
         """A line of metrics as JSON."""
         if self.active and self.style == "json":
             print(json.dumps(values), flush=True)
@@ -183,7 +184,7 @@ class _Bar:
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal
 
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+    def __rich_console__(self, console: object, options: Any) -> Iterator[Any]:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text

@@ -61,7 +61,7 @@ class Choice:
     """One setting and why."""
 
     name: str
-    value: Any
+    value: object
     reason: str
 
 
@@ -109,7 +109,7 @@ class _Settings:
         self.given, self.values = given, dict(given)
         self.choices: list[Choice] = []
 
-    def choose(self, name: str, value: Any, reason: str) -> Any:
+    def choose(self, name: str, value: object, reason: str) -> Any:
         """The user's value, else ``value``, noted with its reason."""
         if name not in self.given:
             self.values[name] = value
@@ -291,5 +291,5 @@ def block(choices: list[Choice], recipe: Fields, given: Fields) -> str:
     return "\n".join(f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {reason}" for name, value, reason in rows)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)

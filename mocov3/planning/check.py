@@ -5,6 +5,7 @@ Takes the flags of ``mocov3 pretrain`` too, so that what is shown is what that c
 
 import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from mocov3.config.fields import Fields, Layers, Parser, path
 from mocov3.config.views import preset_of
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
+from mocov3.data.sources.opening import SEPARATOR
 from mocov3.data.sources.survey import Survey, sample, survey
 from mocov3.errors import UserError, printable
 from mocov3.output.sheet import write_sheet
@@ -44,7 +46,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(args: argparse.Namespace, layers: Layers) -> int:
     """Examine, measure, print; returns the exit code."""
     values = layers.merged()
-    source = open_source(values.get("data") or "")
+    data = values.get("data") or ""
+    for name in data.split(SEPARATOR):
+        folder = name if os.path.isdir(name) else name.rpartition(":")[0]
+        if os.path.isdir(folder) and Path(args.sheet).resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(
+                f"--sheet {args.sheet}: lies in {folder}, where it would be taken for an image; name a file outside"
+            )
+    source = open_source(data)
     n = len(source)
     indices = np.arange(n) if args.all else sample(n, args.sample)
     facts = survey(source, indices, workers=max(usable_cores(), 1), reading=preset_of(values).reading)

@@ -13,7 +13,7 @@ from mocov3.config import PretrainConfig, read_yaml
 from mocov3.config.fields import Fields, Layers
 from mocov3.data import Source
 from mocov3.data.sources.survey import Survey, propose, scattered, survey
-from mocov3.errors import UserError
+from mocov3.errors import UserError, no_file
 from mocov3.planning.auto import Choice, Images, Machine, block, choose_settings, parse_budget
 from mocov3.pretraining.inputs import open_images
 
@@ -91,13 +91,7 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
 
     def counted(values: Fields, batch: int) -> float:
         config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})
-        try:
-            return count(config).peak(batch)
-        except RuntimeError as error:
-            raise UserError(
-                f"--arch {config.arch}: cannot take images of {config.image_size} px ({str(error)[:100]}); give a "
-                "larger --image-size, or another network"
-            ) from None
+        return count(config).peak(batch)
 
     choices = choose_settings(images, machine, hours, fixed, measured, counted)
     settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}
@@ -139,7 +133,7 @@ def _check_start(config: PretrainConfig) -> None:
     if config.recipe == "adapt" and not config.init:
         raise UserError("--recipe adapt starts from existing weights: give --init FILE or --init timm/NAME")
     if config.init and not config.init.startswith("timm/") and not Path(config.init).is_file():
-        raise UserError(f"--init {config.init}: there is no such file; give a weights file, or timm/NAME")
+        raise UserError(f"--init {config.init}: {no_file(config.init)}; give a weights file, or timm/NAME")
 
 
 def budget(config: PretrainConfig) -> float | None:

@@ -9,12 +9,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from mocov3.config import PretrainConfig
 from mocov3.config.archs import CONV_VITS, is_resnet
 from mocov3.config.fields import Parser
 from mocov3.errors import UserError
+from mocov3.metrics import JsonLine
 from mocov3.pretraining.inputs import check_divides
 
 GIB = 1 << 30
@@ -120,7 +120,7 @@ def main(args: argparse.Namespace, config: PretrainConfig) -> int:
     return 0
 
 
-def plan_run(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]:
+def plan_run(args: argparse.Namespace, config: PretrainConfig) -> JsonLine:
     """Everything that is printed, as values.
 
     Raises:
@@ -155,7 +155,7 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]
     )
     speed = args.images_per_second or _measured(config, size)
     steps = args.pictures // config.batch_size * config.epochs
-    result: dict[str, Any] = {
+    result: JsonLine = {
         "arch": config.arch,
         "batch_size": config.batch_size,
         "pictures_per_gpu": local,
@@ -193,7 +193,7 @@ def _measured(config: PretrainConfig, images: int) -> float:
     return images_per_second(config, min(images, 256))
 
 
-def _lines(figures: dict[str, Any], args: argparse.Namespace, config: PretrainConfig) -> list[str]:
+def _lines(figures: JsonLine, args: argparse.Namespace, config: PretrainConfig) -> list[str]:
     parts, sent = figures["memory_parts"], figures["bytes_per_step"]
     shared = f" / {args.gpus}" if config.fsdp else ""
     in_passes = f"{figures['passes']} passes of {figures['micro_batch']}" if figures["micro_batch"] else "one pass"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from mocov3 import models
 from mocov3.config import PretrainConfig
@@ -15,6 +16,7 @@ from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import UserError
 from mocov3.models import MoCo, shapes_only
 from mocov3.models.compiled import pays
+from mocov3.models.lora import add_pairs
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.optim import build_optimizer
 from mocov3.output.log import warn
@@ -74,9 +76,11 @@ def build(
 def build_model(config: PretrainConfig, world: World) -> MoCo:
     """The model of a configuration on this rank's device, in training mode."""
     c = config
-    model = plain_model(c)
+    model = plain_model(dataclasses.replace(c, lora=0))
     if c.init:
-        load_start(c.init, [model.base_encoder, model.momentum_encoder], c.arch, c.heads)
+        load_start(c.init, [model.base_encoder, model.momentum_encoder], c.arch, c.heads, c.adapter)
+    if c.lora:
+        add_pairs(model.base_encoder, c.lora)
     if c.freeze_until:
         freeze_until(model.base_encoder, c.freeze_until)
     if c.grad_checkpoint:
@@ -123,7 +127,7 @@ def with_heads(
 
 def plain_model(c: PretrainConfig) -> MoCo:
     """The model of a configuration as it is initialised, on the current device."""
-    return models.build(
+    model = models.build(
         c.arch,
         image_size=c.image_size,
         patch_size=c.patch_size,
@@ -135,6 +139,9 @@ def plain_model(c: PretrainConfig) -> MoCo:
         small_stem=c.small_stem,
         **({"num_heads": c.heads} if c.heads is not None else {}),
     )
+    if c.lora:
+        add_pairs(model.base_encoder, c.lora)
+    return model
 
 
 def resolve_compile(
@@ -154,7 +161,7 @@ def resolve_compile(
     return world.device.type == "cuda" and plain and pays(micro_batch or c.batch_size // world.size, c.image_size)
 
 
-def optimizer_of(model: MoCo, params: Any, config: PretrainConfig, world: World) -> torch.optim.Optimizer:
+def optimizer_of(model: MoCo, params: ParamsT, config: PretrainConfig, world: World) -> torch.optim.Optimizer:
     """The optimizer of a configuration over ``params`` of the model."""
     settings: dict[str, Any] = {"weight_decay": config.weight_decay, "momentum": config.momentum}
     if is_sharded(model):

@@ -5,7 +5,7 @@ what autograd would keep is summed by its saved-tensor hooks. ``benchmarks/footp
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +160,7 @@ def _with_recomputed_blocks(encoder: Encoder, for_backward: float) -> float:
     return for_backward / count + count * tokens * encoder.num_features * 4.0
 
 
-def _bytes(tensors: list[Any]) -> int:
+def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.nbytes for t in tensors)
 
 

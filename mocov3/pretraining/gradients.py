@@ -11,7 +11,7 @@ forward pass of the query backbone, about a quarter of a step.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,13 @@ from mocov3.distributed import World
 from mocov3.distributed.sharding import is_sharded, reduce_now
 from mocov3.models import Encoder, MoCo, Statistics
 from mocov3.models.precision import Precision
+
+if TYPE_CHECKING:
+    from mocov3.models.depth import MaskedDropPath, Masks
+else:
+    Masks = MaskedDropPath = object  # with timm, which runs of ResNets need not import
+
+_Norm = nn.modules.batchnorm._BatchNorm
 
 
 class WholeBatch:
@@ -81,10 +88,10 @@ class MicroBatches:
             raise ValueError(f"a micro-batch holds 1 image or more, not {size}")
         self.model, self.world, self.precision, self.size = model, world, precision, size
         self._norms = [_norms(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
-        from mocov3.models.depth import Masks, mask_paths  # with timm, which other runs of ResNets need not import
+        from mocov3.models import depth
 
-        self._masks = Masks
-        self._paths = [mask_paths(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
+        self._masks = depth.Masks
+        self._paths = [depth.mask_paths(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._sharded = is_sharded(model)
 
@@ -122,7 +129,7 @@ class MicroBatches:
 
     @torch.no_grad()
     def _without_graph(
-        self, features: Callable[[Tensor], Tensor], x: ViewBatch, encoder: int, mask: Any
+        self, features: Callable[[Tensor], Tensor], x: ViewBatch, encoder: int, mask: Masks
     ) -> tuple[Float[Tensor, "batch features"], list[Tensor]]:
         """Features of all micro-batches, and the state of the generator before each."""
         whole: Tensor | None = None
@@ -140,7 +147,7 @@ class MicroBatches:
         assert whole is not None
         return whole, draws
 
-    def _backward(self, x: ViewBatch, gradient: Tensor, mask: Any, draws: list[Tensor], *, last: bool) -> None:
+    def _backward(self, x: ViewBatch, gradient: Tensor, mask: Masks, draws: list[Tensor], *, last: bool) -> None:
         """The backbone again, with graph and the same draws, from the gradients of the features."""
         after = _generator_state(self.world.device)
         parts = self._parts(len(x))
@@ -156,7 +163,7 @@ class MicroBatches:
         mask.take(None)
         _set_generator_state(self.world.device, after)
 
-    def _draw_paths(self, paths: Sequence[Any], images: int) -> list[Any]:
+    def _draw_paths(self, paths: Sequence[MaskedDropPath], images: int) -> list[Masks]:
         """What stochastic depth drops in both views, drawn as one pass over the whole batch would."""
         device = self.world.device
         if self.model.views_meet:
@@ -165,22 +172,28 @@ class MicroBatches:
         return [self._masks(paths, [drawn[view] for drawn in both]) for view in (0, 1)]
 
 
-def _norms(encoder: Encoder) -> list[Any]:
+def gradients_of(model: MoCo, *, world: World, precision: Precision, micro_batch: int) -> WholeBatch | MicroBatches:
+    """How ``model`` is trained: in passes of ``micro_batch`` images, or, of 0, in one."""
+    if micro_batch:
+        return MicroBatches(model, world=world, precision=precision, size=micro_batch)
+    return WholeBatch(model, world=world, precision=precision)
+
+
+def _norms(encoder: Encoder) -> list[_Norm]:
     """Batch norms of the backbone; those of the projector see the whole batch."""
     heads = set(getattr(encoder, encoder.projector_name).modules())
-    kind = nn.modules.batchnorm._BatchNorm
-    return [m for m in encoder.modules() if isinstance(m, kind) and m.running_mean is not None and m not in heads]
+    return [m for m in encoder.modules() if isinstance(m, _Norm) and m.running_mean is not None and m not in heads]
 
 
 @contextmanager
-def _averaged(norms: list[Any], parts: int) -> Iterator[Callable[[], None]]:
+def _averaged(norms: list[_Norm], parts: int) -> Iterator[Callable[[], None]]:
     """Make ``parts`` passes count as one for running statistics: r ← (1−a)·r + a·(mean of the parts' statistics).
 
     Yields what must be called after each part.
     """
     averaged = [norm for norm in norms if norm.momentum is not None]
-    statistics = [buffer for norm in averaged for buffer in (norm.running_mean, norm.running_var)]
-    rates = [norm.momentum for norm in averaged for _ in range(2)]
+    statistics = [buffer for norm in averaged for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
+    rates = [norm.momentum or 0.0 for norm in averaged for _ in range(2)]
     total = [torch.zeros_like(s) for s in statistics]
 
     def add() -> None:
@@ -197,7 +210,7 @@ def _averaged(norms: list[Any], parts: int) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _held(norms: list[Any]) -> Iterator[None]:
+def _held(norms: list[_Norm]) -> Iterator[None]:
     """Normalise by the batch as in training, and leave the running statistics alone.
 
     All passes over parts run at one rate, 1: for another a compiled network would be compiled again.

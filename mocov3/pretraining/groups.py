@@ -4,7 +4,6 @@ Groups are runs of the model's parameters in their order, so that the optimizer 
 """
 
 import re
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,13 +11,14 @@ from torch import nn
 from mocov3.config.archs import HEAD_KEYS
 from mocov3.errors import UserError
 from mocov3.models import Encoder, MoCo
+from mocov3.optim import Group
 
 _BLOCK = re.compile(
     r"^(?:backbone\.)?((?:[A-Za-z_]+\d*\.)*?(?:blocks|layer\d|layers|stages)(?:\.\d+)?(?:\.blocks\.\d+)?)\."
 )
 
 
-def parameter_groups(model: MoCo, layer_decay: float, *, staged: bool) -> list[nn.Parameter] | list[dict[str, Any]]:
+def parameter_groups(model: MoCo, layer_decay: float, *, staged: bool) -> list[nn.Parameter] | list[Group]:
     """Parameters for the optimizer: all in one, or runs with ``lr_scale`` = layer_decay^(blocks above) (Clark et al.
     2020, as BEiT and MAE fine-tune). Heads have scale 1.
 
@@ -31,7 +31,7 @@ def parameter_groups(model: MoCo, layer_decay: float, *, staged: bool) -> list[n
         return list(model.parameters())
     depth = block_numbers(model.base_encoder)
     top = max(depth.values(), default=0) + 1
-    groups: list[dict[str, Any]] = []
+    groups: list[Group] = []
     for name, parameter in model.named_parameters():
         inner = name.removeprefix("base_encoder.")
         backbone = name.startswith("base_encoder.") and not inner.startswith(HEAD_KEYS)

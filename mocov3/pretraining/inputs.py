@@ -14,7 +14,7 @@ from mocov3.data.loading.order import Order, group_numbers, hold_out
 from mocov3.data.sources.labels import matched, with_labels
 from mocov3.data.sources.opening import fractions, open_unseen
 from mocov3.data.views import native
-from mocov3.errors import UserError
+from mocov3.errors import UserError, no_file
 from mocov3.output.log import warn, warn_left_out
 
 
@@ -41,9 +41,9 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
             "--report-every draws its charts by plotly, which is not installed; pip install 'mocov3[report]'"
         )
     if config.resume not in ("", "auto") and not Path(config.resume).is_file():
-        raise UserError(f"--resume {config.resume}: there is no such file")
+        raise UserError(f"--resume {config.resume}: {no_file(config.resume)}")
     if config.init and not config.init.startswith("timm/") and not Path(config.init).is_file():
-        raise UserError(f"--init {config.init}: there is no such file; give a weights file, or timm/NAME")
+        raise UserError(f"--init {config.init}: {no_file(config.init)}; give a weights file, or timm/NAME")
     folder = Path(config.output_dir)
     check_writable(folder, "--output-dir")
     if not (script_door or config.resume or restarted_by_torchrun()) and any(folder.glob("checkpoint_*")):

@@ -6,7 +6,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -16,14 +15,16 @@ from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.sharding import whole
 from mocov3.errors import UserError
+from mocov3.evaluation.features import Extractor
 from mocov3.evaluation.label_free import IMAGES, LabelFreeQuality, features_of_views, judge, pixel_features
-from mocov3.metrics import QUALITY
-from mocov3.models import MoCo
+from mocov3.metrics import QUALITY, JsonLine
+from mocov3.models import Encoder, MoCo
 from mocov3.output.log import cut, warn
 from mocov3.pretraining.inputs import unseen_images
 from mocov3.pretraining.log import PretrainingLog
 from mocov3.weights import checkpoint
 from mocov3.weights.checkpoint import Position
+from mocov3.weights.find import summed
 from mocov3.weights.origin import origin_of_run
 
 BEST = "best_unlabelled.pth.tar"
@@ -52,7 +53,7 @@ class LabelFreeEvaluation:
         if not config.quality_every:
             return
         self.images = unseen_images(config)
-        lines: list[dict[str, Any]] = world.broadcast(_reopened(self.file, start.step) if world.main else None)
+        lines = world.broadcast(_reopened(self.file, start.step) if world.main else [])
         self.base = {line["name"]: line["retrieval"] for line in lines if line["name"] != "epoch"}
         past = [line["retrieval"] for line in lines if line["name"] == "epoch"]
         self.best = max(past, default=-1.0)
@@ -89,19 +90,17 @@ class LabelFreeEvaluation:
             self.log.say(f"no improvement in {c.patience} judgements: stopping (--patience)")
         return stop
 
-    def _judge(self, network: Any) -> LabelFreeQuality:
+    def _judge(self, network: Encoder | None) -> LabelFreeQuality:
         c, preset = self.config, self.config.preset
         images = min(len(self.images), IMAGES)
         parallel = images * c.image_size**2 > _SMALL
+        view = ProbeViews(c.image_size, preset.evaluation_zoom, reading=preset.reading)
+        module, features = (nn.Identity(), pixel_features) if network is None else (network, network.features)
         views, _ = features_of_views(
-            network.features if network is not None else pixel_features,
+            Extractor(module, features, view, preset.mean, preset.std),
             self.images,
-            ProbeViews(c.image_size, preset.evaluation_zoom, reading=preset.reading),
             world=self.world,
-            mean=preset.mean,
-            std=preset.std,
             workers=loader_workers(c.workers, self.world.local_size) if parallel else 0,
-            network=network if isinstance(network, nn.Module) else None,
         )
         if len(views) < 2:
             raise UserError("the quality without labels needs two or more readable images that are not trained on")
@@ -122,7 +121,7 @@ class LabelFreeEvaluation:
         contents = {
             "epoch": position.epoch,
             "arch": self.config.arch,
-            "state_dict": {checkpoint.PREFIX + k: v for k, v in state.items()},
+            "state_dict": {checkpoint.PREFIX + k: v for k, v in summed(state).items()},
             "mocov3": {
                 "format": checkpoint.FORMAT_VERSION,
                 "step": position.step,
@@ -138,6 +137,6 @@ class LabelFreeEvaluation:
             warn(f"{BEST} could not be written ({error.strerror or error}); the run continues")
 
 
-def _reopened(path: Path, first_step: int) -> list[dict[str, Any]]:
+def _reopened(path: Path, first_step: int) -> list[JsonLine]:
     """Lines of a former run up to where this one resumes; the rest is cut off."""
     return cut(path, lambda line: line["step"] <= first_step and {"name", "retrieval"} <= set(line))

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from typing import Any
 
 from mocov3 import losses
 from mocov3.config import PretrainConfig
-from mocov3.metrics import MetricsLine, measured
+from mocov3.metrics import JsonLine, MetricsLine, measured
 from mocov3.output.log import SKIPPED, Session, TrainingLog, warn
 from mocov3.output.loggers import ImageBytes
 
@@ -96,7 +95,7 @@ class PretrainingLog(TrainingLog):
         ]
 
 
-def _parsed(entry: dict[str, Any]) -> MetricsLine | None:
+def _parsed(entry: JsonLine) -> MetricsLine | None:
     try:
         return MetricsLine(**{**entry, "knn": None})
     except TypeError:  # of another version

@@ -77,13 +77,17 @@ class Pretraining(Run):
         self.position = self._start(resume_from)
         self.counters = resume.counters(resume_from, self.source)
         self.log = self._open_log()
-        complete = dataclasses.replace(c, compile=self.parts.compiled)
-        self.saver = Saver(world, complete, self._name_run(resume_from), self.source)
+        self._watch(dataclasses.replace(c, compile=self.parts.compiled), self._name_run(resume_from))
+
+    def _watch(self, c: PretrainConfig, name: str) -> None:
+        """Open what saves, records and judges the run."""
+        world = self.world
+        self.saver = Saver(world, c, name, self.source)
         self.recorder = Recorder(
             world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq, images=self._images
         )
         self.online_knn = OnlineKnn(c, world, self.model, self.source, self.log)
-        self.label_free = LabelFreeEvaluation(complete, world, self.model, self.log, start=self.position)
+        self.label_free = LabelFreeEvaluation(c, world, self.model, self.log, start=self.position)
         self.report = ReportProcess(self.folder, c.report_every, self.log, active=world.main)
 
     def _start(self, resume_from: resume.ResumeFrom | None) -> Position:
@@ -205,7 +209,8 @@ class Pretraining(Run):
         bad = len(self.counters.corrupt)
         if bad >= 10 and bad > c.max_corrupt * met:
             self._stop.refuse(
-                f"{self.data_title}: {bad} of {met} images met cannot be read, more than --max-corrupt {c.max_corrupt}"
+                f"{self.data_title}: {bad} images cannot be read where {met} were loaded, more than "
+                f"--max-corrupt {c.max_corrupt}"
             )
         if self.recorder.skips.in_a_row >= self.step.most_skips_in_a_row and not self._stop.refusal:
             self._stop.refuse(self.saver.diverged(self.recorder.skips.longest, self.step.diagnosis(), self._images))

@@ -8,7 +8,7 @@ from mocov3.data import CentreView, Source
 from mocov3.data.loading.loader import loader_workers
 from mocov3.data.sources.survey import scattered
 from mocov3.distributed import World
-from mocov3.evaluation.features import collect
+from mocov3.evaluation.features import Extractor, collect
 from mocov3.evaluation.neighbours import knn_accuracy, nearest
 from mocov3.models import MoCo
 from mocov3.output.sheet import draw_neighbours, draw_views
@@ -53,14 +53,11 @@ class OnlineKnn:
     def _features(self, source: Source) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """Features, classes and indices of the readable images."""
         c, preset = self.config, self.config.preset
+        view = CentreView(c.image_size, preset.evaluation_zoom, reading=preset.reading)
         collected = collect(
-            self.model.base_encoder,
-            self.model.features,
+            Extractor(self.model.base_encoder, self.model.features, view, preset.mean, preset.std),
             source,
-            CentreView(c.image_size, preset.evaluation_zoom, reading=preset.reading),
             world=self.world,
-            mean=preset.mean,
-            std=preset.std,
             workers=loader_workers(c.workers, self.world.local_size, len(source)),
             check=False,
             title=f"data {c.data_title}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mocov3.config import PretrainConfig
 from mocov3.data import Source, TwoViews
@@ -47,7 +48,7 @@ class Saver:
         self._digest = source.digest
 
     def files(
-        self, position: Position, model: MoCo, optimizer: Any, step: Step, counters: Counters
+        self, position: Position, model: MoCo, optimizer: torch.optim.Optimizer, step: Step, counters: Counters
     ) -> dict[str, Contents]:
         """The checkpoint of the present position by its name, on the main rank. Every rank must call it."""
         if not self.world.main and not is_sharded(model):

@@ -1,15 +1,15 @@
 """``--fsdp``: a model whose weights, gradients and optimizer states are sharded over ranks, and its optimizer."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from mocov3.distributed import World
 from mocov3.distributed.sharding import local, norms, shard
 from mocov3.models import MoCo
-from mocov3.optim import LARS, build_optimizer
+from mocov3.optim import LARS, Group, build_optimizer
 
 
 def shard_model(model: MoCo, world: World) -> None:
@@ -41,16 +41,15 @@ class ShardedLARS(LARS):
     Args:
         params: parameters or groups of them.
         world: this rank.
-        **settings: of ``LARS``.
+        weight_decay: as of ``LARS``.
+        momentum: as of ``LARS``.
     """
 
-    def __init__(self, params: Iterable[Any], *, world: World, **settings: Any) -> None:
-        super().__init__(params, **settings)
+    def __init__(self, params: ParamsT, *, world: World, weight_decay: float, momentum: float) -> None:
+        super().__init__(params, weight_decay=weight_decay, momentum=momentum)
         self.world = world
 
-    def _update(
-        self, params: list[Tensor], group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def _update(self, params: list[Tensor], group: Group, scale: Tensor | None, found_inf: Tensor | None) -> None:
         # gradients were unscaled before: ``scale`` says nothing here
         weights, mus = local(params), local(self.state[p]["mu"] for p in params)
         grads = local(p.grad for p in params if p.grad is not None)
@@ -73,7 +72,7 @@ class ShardedLARS(LARS):
 
 
 def sharded_optimizer(
-    params: Iterable[Any], name: str, *, world: World, weight_decay: float, momentum: float
+    params: ParamsT, name: str, *, world: World, weight_decay: float, momentum: float
 ) -> torch.optim.Optimizer:
     """``build_optimizer`` for shared parameters."""
     if name == "lars":

@@ -17,7 +17,7 @@ from mocov3.distributed.sharding import is_sharded, local, norms
 from mocov3.models import MoCo, Statistics
 from mocov3.models.precision import Precision
 from mocov3.optim import set_learning_rate
-from mocov3.pretraining.gradients import MicroBatches, WholeBatch
+from mocov3.pretraining.gradients import gradients_of
 
 
 class Outcome(NamedTuple):
@@ -55,11 +55,7 @@ class Step:
     ) -> None:
         self.model, self.optimizer, self.world, self.precision = model, optimizer, world, precision
         self.spikes = SpikeGuard(spike_factor, world.device) if spike_factor else None
-        self.gradients: WholeBatch | MicroBatches = (
-            MicroBatches(model, world=world, precision=precision, size=micro_batch)
-            if micro_batch
-            else WholeBatch(model, world=world, precision=precision)
-        )
+        self.gradients = gradients_of(model, world=world, precision=precision, micro_batch=micro_batch)
         self.skipped = torch.zeros((), dtype=torch.long, device=world.device)
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
         weights = [p for n, p in model.base_encoder.named_parameters() if _is_backbone_weight(n, p)]

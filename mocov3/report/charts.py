@@ -8,7 +8,7 @@ numbers to read). Texts that come from files are escaped by ``plain``, for plotl
 import html
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def numbers(values: Numbers, digits: int = 5) -> list[float | None]:
 
 
 def line(
-    x: Numbers, y: Numbers, name: str, colour: int, *, epochs: Numbers | None = None, unit: str = "", **more: Any
+    x: Numbers, y: Numbers, name: str, colour: int, *, epochs: Numbers | None = None, unit: str = "", **more: object
 ) -> Chart:
     """A curve; hovering shows step, epoch and value."""
     where = "epoch %{customdata:.2f}, step %{x}" if epochs is not None else "%{x}"
@@ -55,9 +55,19 @@ def marks(x: Numbers, y: Numbers, name: str, colour: int, **more: Any) -> Chart:
     return line(x, y, name, colour, mode="markers", **more)
 
 
-def level(y: float, text: str, *, below: bool = False) -> dict[str, Any]:
+class Level(NamedTuple):
     """A dashed line across the chart, with its name."""
-    return {"y": y, "text": plain(text), "below": below}
+
+    y: float
+    text: str
+    below: bool = False
+
+
+class Table(TypedDict):
+    """The same numbers to read."""
+
+    head: list[str]
+    rows: list[list[str]]
 
 
 def chart(
@@ -68,14 +78,14 @@ def chart(
     *,
     x: str = "step",
     y: str = "",
-    table: dict[str, Any] | None = None,
-    levels: Sequence[dict[str, Any]] = (),
+    table: Table | None = None,
+    levels: Sequence[Level] = (),
     height: int = 300,
     **layout: Any,
 ) -> Chart:
     """A chart; ``layout`` goes to plotly."""
     shapes, notes = list(layout.pop("shapes", [])), list(layout.pop("annotations", []))
-    for at in (at for at in levels if math.isfinite(at["y"])):
+    for at in (at for at in levels if math.isfinite(at.y)):
         log = layout.get("yaxis", {}).get("type") == "log"
         shapes.append(
             {
@@ -83,8 +93,8 @@ def chart(
                 "xref": "paper",
                 "x0": 0,
                 "x1": 1,
-                "y0": at["y"],
-                "y1": at["y"],
+                "y0": at.y,
+                "y1": at.y,
                 "line": {"dash": "dash", "width": 1},
             }
         )
@@ -93,9 +103,9 @@ def chart(
                 "xref": "paper",
                 "x": 1,
                 "xanchor": "right",
-                "y": math.log10(at["y"]) if log else at["y"],
-                "yanchor": "top" if at["below"] else "bottom",
-                "text": at["text"],
+                "y": math.log10(at.y) if log else at.y,
+                "yanchor": "top" if at.below else "bottom",
+                "text": plain(at.text),
                 "showarrow": False,
             }
         )
@@ -111,7 +121,7 @@ def chart(
     }
 
 
-def sampled(head: Sequence[str], columns: Sequence[np.ndarray]) -> dict[str, Any]:
+def sampled(head: Sequence[str], columns: Sequence[np.ndarray]) -> Table:
     """A table of a few evenly spaced rows of ``columns``."""
     n = min((len(c) for c in columns), default=0)
     rows = np.unique(np.linspace(0, n - 1, min(n, _ROWS)).round().astype(int)) if n else np.empty(0, int)
@@ -176,7 +186,7 @@ class Curves:
             **more,
         )
 
-    def table(self, name: str, label: str, scale: float = 1.0) -> dict[str, Any]:
+    def table(self, name: str, label: str, scale: float = 1.0) -> Table:
         """Some values of a column, of the first run where there are several."""
         run = self.runs[0]
         head = ["step", "epoch", label if self.alone else f"{label}, {printable(run.name)}"]

@@ -35,7 +35,7 @@ def _centred(features: Tensor) -> Tensor:
     return x - x.mean(0)
 
 
-def attention_block(network: Any) -> Any:
+def attention_block(network: nn.Module) -> Any:
     """The last block's attention of a Vision Transformer with a cls token (timm's interface), or ``None``."""
     body = getattr(network, "backbone", network)
     blocks = getattr(body, "blocks", None)

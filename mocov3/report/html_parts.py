@@ -2,17 +2,17 @@
 
 import html
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from mocov3.errors import printable
+from mocov3.report.charts import Chart
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
     """``value`` as text of a page."""
     return html.escape(printable(str(value)))
 
 
-def table(rows: Iterable[Sequence[Any]], head: Sequence[Any] = (), *, kind: str = "") -> str:
+def table(rows: Iterable[Sequence[object]], head: Sequence[object] = (), *, kind: str = "") -> str:
     """A table of texts; the first cell of each row names it."""
     top = f"<thead><tr>{''.join(f'<th scope=col>{text(h)}</th>' for h in head)}</tr></thead>" if head else ""
     body = "".join(
@@ -33,7 +33,7 @@ def tiles(items: Iterable[tuple[str, str, str]]) -> str:
     return f'<dl class="tiles">{"".join(parts)}</dl>'
 
 
-def figure(chart: dict[str, Any], *, wide: bool = False) -> str:
+def figure(chart: Chart, *, wide: bool = False) -> str:
     """A chart's place: title, how to read it, the plot, its numbers."""
     numbers = chart.get("table")
     below = ""
@@ -49,7 +49,7 @@ def figure(chart: dict[str, Any], *, wide: bool = False) -> str:
     )
 
 
-def figures(charts: Sequence[dict[str, Any]], wide: Sequence[str] = ()) -> str:
+def figures(charts: Sequence[Chart], wide: Sequence[str] = ()) -> str:
     """Charts side by side where there is room."""
     return f'<div class="charts">{"".join(figure(c, wide=c["id"] in wide) for c in charts)}</div>'
 

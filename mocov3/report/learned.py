@@ -5,13 +5,12 @@ Needs a checkpoint in the run's folder and the images that its config.yaml names
 
 import dataclasses
 import time
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mocov3.config import PretrainConfig
 from mocov3.config.presets import Reading
@@ -28,6 +27,7 @@ from mocov3.evaluation import quality
 from mocov3.evaluation.features import stream
 from mocov3.evaluation.frozen import Frozen, open_frozen
 from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
+from mocov3.metrics import JsonLine
 from mocov3.output.sheet import shown
 from mocov3.pretraining.assemble import build_model
 from mocov3.pretraining.inputs import open_images
@@ -85,7 +85,7 @@ class RunContents:
     learned: Learned | None = None
     source: Source | None = None
     """The images trained on."""
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    facts: JsonLine = dataclasses.field(default_factory=dict)
     """Of the checkpoint: file, step, digest, licence, origin."""
     remarks: list[str] = dataclasses.field(default_factory=list)
 
@@ -126,7 +126,7 @@ def look(run: Run, *, images: int, device: str) -> RunContents:
     return result
 
 
-def _checkpoint(run: Run) -> tuple[Any, dict[str, Any]]:
+def _checkpoint(run: Run) -> tuple[Path, Contents]:
     try:
         newest = checkpoint.newest(run.folder)
     except UserError as error:
@@ -139,7 +139,7 @@ def _checkpoint(run: Run) -> tuple[Any, dict[str, Any]]:
     raise UserError("there is no checkpoint in the run's folder yet")
 
 
-def _facts(name: str, contents: Contents) -> dict[str, Any]:
+def _facts(name: str, contents: Contents) -> JsonLine:
     entry = our_entry(contents)
     facts = {
         k: entry[k] for k in ("run", "step", "seed", "pictures", "data_digest") if isinstance(entry.get(k), str | int)
@@ -217,16 +217,7 @@ def _features(frozen: Frozen, source: Source, world: World, most: int | None) ->
     order = _shuffle(len(source))[:most]
     batches = [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
     parts, began, count = [], time.monotonic(), 0
-    for part in stream(
-        frozen.network,
-        frozen.features,
-        source,
-        frozen.view,
-        batches,
-        device=world.device,
-        mean=frozen.preset.mean,
-        std=frozen.preset.std,
-    ):
+    for part in stream(frozen.extractor, source, batches, device=world.device):
         parts.append(part.features.cpu())
         count += len(part.indices)
         if count >= FEWEST and time.monotonic() - began > SECONDS:
@@ -244,7 +235,7 @@ def _beginning(
     title = "at the start" if config.init else "untrained"
     try:
         torch.manual_seed(config.seed or 0)
-        encoder: Any = build_model(
+        encoder = build_model(
             dataclasses.replace(config, grad_checkpoint=False, heads=trained.heads), world
         ).base_encoder
         frozen = dataclasses.replace(trained, network=encoder.eval(), features=encoder.features)
@@ -281,12 +272,10 @@ def _choose(labels: np.ndarray | None, n: int) -> np.ndarray:
 
 def _attention(frozen: Frozen, source: Source, queries: np.ndarray, world: World) -> list[tuple[str, str, list[str]]]:
     """Attention of the cls token on some images; nothing for networks without one."""
-    view: Callable[..., Any] = frozen.view
     looked = queries[:_LOOKS].tolist()
-    pixels = np.stack([view(source.read(i))[0] for i in looked])
+    pixels = np.stack([frozen.view(source.read(i))[0] for i in looked])
     x = normalise(pixels, world.device, frozen.preset.mean, frozen.preset.std)
-    network: nn.Module = frozen.network
-    attention = cls_attention(network, x)
+    attention = cls_attention(frozen.network, x)
     if attention is None:
         return []
     heads = attention.cpu().numpy().astype(float)

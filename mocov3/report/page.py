@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from string import Template
-from typing import Any
 
 import numpy as np
 
 from mocov3.config import PretrainConfig
 from mocov3.config.recipes import RECIPES
 from mocov3.errors import UserError
+from mocov3.metrics import JsonLine
 from mocov3.report import sections
 from mocov3.report.charts import Chart
 from mocov3.report.curves import BUCKETS, spikes
@@ -43,7 +43,7 @@ class Shown:
     """Section 5 as HTML."""
     panel: Panel | None = None
     spectra: list[tuple[str, np.ndarray]] = dataclasses.field(default_factory=list)
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    facts: JsonLine = dataclasses.field(default_factory=dict)
     remarks: list[str] = dataclasses.field(default_factory=list)
 
     @cached_property
@@ -125,7 +125,7 @@ def _asset(name: str) -> str:
     return files("mocov3.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _finite(data: Any) -> Any:
+def _finite(data: object) -> object:
     """``data`` with ``None`` for numbers that JSON does not have."""
     if isinstance(data, dict):
         return {k: _finite(v) for k, v in data.items()}
@@ -134,7 +134,7 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _json(data: Any) -> str:
+def _json(data: object) -> str:
     """JSON that can stand in a script element: nothing in it can end the element."""
     written = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
     return written.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
@@ -278,7 +278,7 @@ def _one_run(s: Shown) -> str:
     return "".join(parts) + notes(s.run.remarks)
 
 
-def _facts(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+def _facts(facts: JsonLine) -> list[tuple[str, object]]:
     names = {
         "checkpoint": "checkpoint",
         "epochs": "epochs in it",
@@ -293,7 +293,7 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(title, facts[key]) for key, title in names.items() if facts.get(key) is not None]
 
 
-def _machines(machines: Sequence[dict[str, Any]]) -> str:
+def _machines(machines: Sequence[JsonLine]) -> str:
     """Starts, newest last; columns in the order in which they were written."""
     names = list(dict.fromkeys(k for m in machines for k in m))
     rows = [(name, *(m.get(name, "–") for m in machines[-6:])) for name in names]

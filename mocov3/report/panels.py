@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -12,9 +12,14 @@ from mocov3.config import PretrainConfig
 from mocov3.data import Source
 from mocov3.data.views.draws import Draw, pad_pixels
 from mocov3.output.sheet import Seen, seen
-from mocov3.report.charts import Chart, chart, numbers, plain
+from mocov3.report.charts import Chart, Table, chart, numbers, plain
 from mocov3.report.html_parts import figures, notes, text, thumb
 from mocov3.report.images import THUMB, boxed, encoded
+
+if TYPE_CHECKING:
+    from mocov3.report.learned import Learned
+else:
+    Learned = object  # with torch, which takes seconds to import
 
 _IMAGES, _EPOCHS, _SIDE = 6, 2, 128
 _BOXES = ("#e07b00", "#00a3c4")
@@ -89,11 +94,11 @@ class Panel:
     style: str
 
 
-def learned(content: Any, key: str) -> Panel:
+def learned(content: Learned, key: str) -> Panel:
     """What a run has learned.
 
     Args:
-        content: a ``mocov3.report.learned.Learned``.
+        content: of its checkpoint and images.
         key: of this run on the page, for names.
     """
     sheet = f"sheet-{key}"
@@ -102,8 +107,9 @@ def learned(content: Any, key: str) -> Panel:
     charts = [*maps]
     parts = [f'<p class="lead">Looked at: {text(content.pool)}.</p>', _neighbours(content, sheet)]
     parts.append("<h4>A map of the features</h4>" + figures(maps, wide=[maps[0]["id"]] if len(maps) == 1 else []))
-    if content.labels is not None and content.networks[-1].correct is not None:
-        bars = _classes(content, f"classes-{key}")
+    correct = [n.correct for n in content.networks if n.correct is not None]
+    if content.labels is not None and correct:
+        bars = _classes(content, content.labels, correct, f"classes-{key}")
         charts.append(bars)
         parts.append("<h4>Class by class</h4>" + figures([bars], wide=[bars["id"]]))
     if content.attention:
@@ -122,7 +128,7 @@ def learned(content: Any, key: str) -> Panel:
     return Panel("".join(parts), charts, thumbs, style)
 
 
-def _neighbours(content: Any, sheet: str) -> str:
+def _neighbours(content: Learned, sheet: str) -> str:
     rows = []
     for row, query in enumerate(content.queries.tolist()):
         name = content.names[query]
@@ -151,7 +157,7 @@ def _neighbours(content: Any, sheet: str) -> str:
     )
 
 
-def _map(content: Any, which: int, id: str, key: str) -> Chart:
+def _map(content: Learned, which: int, id: str, key: str) -> Chart:
     network = content.networks[which]
     groups: list[tuple[str, np.ndarray]] = [("images", np.arange(len(content.names)))]
     if content.labels is not None and len(np.unique(content.labels)) <= _MOST_COLOURED:
@@ -189,30 +195,33 @@ def _map(content: Any, which: int, id: str, key: str) -> Chart:
     return scatter | {"map": key}
 
 
-def _classes(content: Any, id: str) -> Chart:
-    present = np.unique(content.labels)
+def _classes(content: Learned, labels: np.ndarray, correct: Sequence[np.ndarray], id: str) -> Chart:
+    """Which images of each class their nearest others vote for, by network."""
+    present = np.unique(labels)
     data, rows = [], []
-    last = [100 * content.networks[-1].correct[content.labels == c].mean() for c in present]
+    last = [100 * correct[-1][labels == c].mean() for c in present]
     order = np.argsort(last)
     shown = order if len(order) <= 40 else np.concatenate([order[:20], order[-20:]])
-    labels = [plain(f"{content.classes[present[i]]} ({int((content.labels == present[i]).sum())})") for i in shown]
-    for i, network in enumerate(content.networks):
-        share = [100 * float(network.correct[content.labels == present[j]].mean()) for j in shown]
+    names = [plain(f"{content.classes[present[i]]} ({int((labels == present[i]).sum())})") for i in shown]
+    for i, (network, right) in enumerate(zip(content.networks, correct, strict=True)):
+        share = [100 * float(right[labels == present[j]].mean()) for j in shown]
         data.append(
             {
                 "type": "bar",
                 "orientation": "h",
                 "name": plain(network.title),
                 "x": numbers(share, 4),
-                "y": labels,
+                "y": names,
                 "meta": {"colour": 8 if i + 1 < len(content.networks) else 0},
                 "hovertemplate": "%{x:.1f} %<extra></extra>",
             }
         )
         rows.append(share)
-    overall = "; ".join(f"{n.title} {100 * n.correct.mean():.1f} %" for n in content.networks)
+    overall = "; ".join(
+        f"{n.title} {100 * right.mean():.1f} %" for n, right in zip(content.networks, correct, strict=True)
+    )
     more = "" if len(shown) == len(order) else f" Of {len(order)} classes, the twenty worst and the twenty best."
-    table = {
+    table: Table = {
         "head": ["class (images)", *(n.title for n in content.networks)],
         "rows": [[content.classes[present[j]], *(f"{r[i]:.1f}" for r in rows)] for i, j in enumerate(shown)],
     }
@@ -236,7 +245,7 @@ def _classes(content: Any, id: str) -> Chart:
     )
 
 
-def _attention(content: Any) -> str:
+def _attention(content: Learned) -> str:
     cells = []
     for name, mean, heads in content.attention:
         each = "".join(f'<img src="{h}" alt="head {i + 1}" width="56" height="56">' for i, h in enumerate(heads))

@@ -5,14 +5,13 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mocov3.config import PretrainConfig
 from mocov3.config.fields import read_yaml
 from mocov3.errors import UserError
-from mocov3.metrics import QUALITY, MetricsLine
+from mocov3.metrics import QUALITY, JsonLine, MetricsLine
 from mocov3.output.log import CORRUPT, METRICS, SKIPPED
 from mocov3.output.machine import MACHINE
 
@@ -31,13 +30,13 @@ class Run:
     """A field of ``MetricsLine`` → its values by print step, float64, NaN where there is none."""
     knn: np.ndarray
     """(evaluations, 3): step, epochs done, accuracy in %."""
-    quality: list[dict[str, Any]]
+    quality: list[JsonLine]
     """Lines of ``quality.jsonl``."""
-    skipped: list[dict[str, Any]]
+    skipped: list[JsonLine]
     """Lines of ``skipped.jsonl``."""
-    corrupt: list[dict[str, Any]]
+    corrupt: list[JsonLine]
     """Lines of ``corrupt.jsonl``."""
-    machines: list[dict[str, Any]]
+    machines: list[JsonLine]
     """Lines of ``machine.jsonl``: one a start."""
     config: PretrainConfig | None
     """Of ``config.yaml``, if that can be read."""
@@ -90,7 +89,7 @@ def read_run(folder: Path, name: str = "") -> Run:
     )
 
 
-def _lines(path: Path, remarks: list[str]) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, remarks: list[str]) -> Iterator[JsonLine]:
     bad = 0
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -112,18 +111,18 @@ def _lines(path: Path, remarks: list[str]) -> Iterator[dict[str, Any]]:
         remarks.append(f"{bad} lines of {path.name} could not be read")
 
 
-def _judged(line: dict[str, Any]) -> dict[str, Any]:
+def _judged(line: JsonLine) -> JsonLine:
     """A line of ``quality.jsonl`` with numbers where numbers belong, NaN for others."""
     return {k: v if _is_number(v) else math.nan for k, v in line.items() if k != "name"} | {
         "name": str(line.get("name"))
     }
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _column(lines: list[dict[str, Any]], name: str) -> np.ndarray:
+def _column(lines: list[JsonLine], name: str) -> np.ndarray:
     return np.array([v if _is_number(v := line.get(name)) else math.nan for line in lines], np.float64)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mocov3.report.charts import Chart, Curves, chart, level, line, sampled
+from mocov3.report.charts import Chart, Curves, Level, chart, line, sampled
 from mocov3.report.curves import smooth, thin
 from mocov3.report.runs import Run
 
@@ -51,7 +51,7 @@ def learning(runs: Sequence[Run]) -> list[Chart]:
             scale=100,
             smoothed=True,
             yaxis={"rangemode": "tozero", "range": [0, 100]},
-            levels=[level(30, "starved above 30 %")],
+            levels=[Level(30, "starved above 30 %")],
         ),
     ]
     return charts + _faults(runs, curves)
@@ -97,7 +97,7 @@ def _loss(runs: Sequence[Run], curves: Curves) -> Chart:
         curves.of("loss", "loss", smoothed=True),
         y="loss",
         table=curves.table("loss", "loss"),
-        levels=[level(start, f"start {start:.2f}"), level(floor, f"floor {floor:.2f}", below=True)],
+        levels=[Level(start, f"start {start:.2f}"), Level(floor, f"floor {floor:.2f}", below=True)],
         yaxis={"range": _range(run.columns["loss"], start, floor)},
         shapes=_resumes(run),
     )
@@ -180,7 +180,7 @@ def _quality(runs: Sequence[Run]) -> list[Chart]:
                 x, y = [q["epoch"] for q in lines], [float(q.get(key, np.nan)) for q in lines]
                 data.append(line(x, y, title if len(runs) == 1 else run.name, i, mode="lines+markers"))
             if len(runs) == 1 and key == "retrieval":
-                levels = [level(q[key], q["name"]) for q in run.quality if q.get("name") in ("start", "pixels")]
+                levels = [Level(q[key], q["name"]) for q in run.quality if q.get("name") in ("start", "pixels")]
         if data:
             table = sampled(["epoch", key], [np.array(data[0]["x"], float), np.array(data[0]["y"], float)])
             charts.append(chart(id, title, about, data, x="epoch", levels=levels, table=table))
@@ -270,7 +270,7 @@ def collapse(runs: Sequence[Run], spectra: Sequence[tuple[str, np.ndarray]]) -> 
             "feature_std",
             y="spread",
             yaxis={"range": [0, 1.1]},
-            levels=[level(1, "even", below=True)],
+            levels=[Level(1, "even", below=True)],
         )
     ]
     if any(np.isfinite(run.columns["effective_rank"]).any() for run in runs):

@@ -1,15 +1,14 @@
 """What must not change between a run and its resume."""
 
 from collections.abc import Iterable
-from typing import Any
 
-from mocov3.config import changed_fields
+from mocov3.config import RunConfig, changed_fields
 from mocov3.errors import UserError
 from mocov3.weights import Contents, trained_with
 
 
 def refuse_changes(
-    where: str, config: Any, contents: Contents, *, left_out: Iterable[str] = (), more: Iterable[str] = ()
+    where: str, config: RunConfig, contents: Contents, *, left_out: Iterable[str] = (), more: Iterable[str] = ()
 ) -> None:
     """Refuse to resume with other result-changing flags, unless the configuration allows it.
 

@@ -15,10 +15,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mocov3.distributed import World
 from mocov3.errors import UserError
+from mocov3.metrics import JsonLine
 from mocov3.output.log import warn
 
 try:
@@ -178,11 +178,11 @@ class _Lease(Owner):
                     self._path.unlink()
 
 
-def _about() -> dict[str, Any]:
+def _about() -> JsonLine:
     return {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonLine:
     try:
         about = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError):
@@ -210,7 +210,7 @@ def _age(path: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _is_dead(about: dict[str, Any]) -> bool:
+def _is_dead(about: JsonLine) -> bool:
     """Whether the owner was a process of this machine that is gone."""
     if about.get("host") != socket.gethostname() or not isinstance(about.get("process"), int):
         return False

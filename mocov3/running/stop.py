@@ -31,7 +31,7 @@ class Stop:
             except ValueError:  # not in the main thread: the caller handles signals
                 break
 
-    def _signalled(self, number: int, _: Any) -> None:
+    def _signalled(self, number: int, _: object) -> None:
         if self._reason != number:
             self._reason, self._asked = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._asked > _AGAIN:

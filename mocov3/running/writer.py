@@ -131,7 +131,7 @@ class Writer:
         buffers: list[Tensor] = []
         old, self._buffers[_slot(name)] = self._buffers.get(_slot(name), [])[::-1], buffers
 
-        def copied(value: Any) -> Any:
+        def copied(value: object) -> Any:
             if isinstance(value, Tensor):
                 buffer = old.pop() if old else None
                 if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:

@@ -5,7 +5,7 @@ Shapes do not tell. Any number of heads that divides the width fits the same wei
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -129,7 +129,7 @@ def _nobody_says(width: int | None, asked: str, where: str) -> UserError:
     return UserError(f"{where}: a ViT of width {width} that does not record its attention heads; give {asked}")
 
 
-def heads_of(network: Any) -> int | None:
+def heads_of(network: object) -> int | None:
     """Attention heads of a network that is built; ``None`` for networks without."""
     blocks = getattr(getattr(network, "backbone", network), "blocks", None)
     try:
@@ -139,7 +139,7 @@ def heads_of(network: Any) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def check_built(network: Any, known: Known, state: dict[str, Tensor], where: str) -> None:
+def check_built(network: object, known: Known, state: dict[str, Tensor], where: str) -> None:
     """Refuse weights of other attention heads than the network has that they are to be loaded into.
 
     Raises:

@@ -7,7 +7,6 @@ more, ``mocov3``. Keys of ``state_dict`` begin with ``module.``, in the referenc
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +42,11 @@ def pack(
     arch: str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scaler: dict[str, Any],
+    scaler: Contents,
     position: Position,
-    extra: dict[str, Any],
+    extra: Contents,
     keep: bool = True,
-) -> dict[str, Any]:
+) -> Contents:
     """Contents of a checkpoint; ``extra`` is what ``mocov3`` holds besides format version and position.
 
     Of weights that ranks share (``--fsdp``) it holds the whole; all ranks call it then, and one has ``keep``.
@@ -156,7 +155,7 @@ def restore(
     return Position(epoch, int(entry.get("iteration", 0)), int(entry.get("step", epoch * iterations)))
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Contents) -> None:
     """Load an optimizer's state, sharded and laid out in memory as the parameters are.
 
     Files of the reference and of sharded runs hold contiguous tensors, ours those of channels-last weights; torch
@@ -164,7 +163,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def placed(value: Any, parameter: Tensor) -> Any:
+    def placed(value: object, parameter: Tensor) -> object:
         if not isinstance(value, Tensor) or value.shape != parameter.shape:
             return value  # a number, or the count of steps
         # shared parameters are contiguous, and so is the shard of a contiguous tensor
@@ -177,7 +176,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     optimizer.load_state_dict({**saved, "state": state})
 
 
-def check_state(model: nn.Module, state: dict[str, Any], where: str) -> None:
+def check_state(model: nn.Module, state: Contents, where: str) -> None:
     """Refuse a state dict whose keys or shapes are not the model's, naming the first difference."""
     wanted = model.state_dict()
     for key, value in wanted.items():
@@ -193,21 +192,22 @@ def check_state(model: nn.Module, state: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: holds {unknown[0]}, which this model does not have")
 
 
-def check_entries(contents: Contents, path: Path) -> None:
-    kinds = {"epoch": int, "arch": str, "state_dict": dict, "optimizer": dict}
+def check_entries(contents: Contents, where: Path | str, *, optimizer: bool = True) -> None:
+    """Refuse contents that miss an entry of a checkpoint (with or without ``optimizer``) or are of a later format."""
+    kinds = {"epoch": int, "arch": str, "state_dict": dict, **({"optimizer": dict} if optimizer else {})}
     for entry, kind in kinds.items():
         if not isinstance(contents.get(entry), kind):
             have = ", ".join(map(str, list(contents)[:6]))
-            raise UserError(f"{path}: misses the entry {entry!r} that a resume needs (it has: {have})")
+            raise UserError(f"{where}: misses the entry {entry!r} of a checkpoint (it has: {have})")
     extra = contents.get("mocov3", {})
     own = isinstance(extra, dict) and all(isinstance(extra.get(name, kind()), kind) for name, kind in _OWN.items())
     if not own or not all(isinstance(index, int) for index in extra.get("corrupt", [])):
-        raise UserError(f"{path}: its entry 'mocov3' is damaged; use another checkpoint")
+        raise UserError(f"{where}: its entry 'mocov3' is damaged; use another checkpoint")
     if extra.get("format", 0) > FORMAT_VERSION:
-        raise UserError(f"{path}: was written by a newer mocov3; update this one")
+        raise UserError(f"{where}: was written by a newer mocov3; update this one")
 
 
-def _check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer, path: Path) -> None:
+def _check_optimizer(saved: Contents, optimizer: torch.optim.Optimizer, path: Path) -> None:
     try:
         counts = [len(group["params"]) for group in saved["param_groups"]]
         states = saved["state"]

@@ -5,7 +5,6 @@ import functools
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,11 +12,17 @@ from mocov3.config import ViewPreset, preset_of
 from mocov3.config.archs import BUILT_IN_ARCHS, HEAD_KEYS, HEADS, RESNETS, check_heads, is_vit
 from mocov3.config.presets import Reading
 from mocov3.errors import UserError, printable
-from mocov3.models.backbones import Encoder, build_backbone
+from mocov3.models.backbones import Encoder, Settings, build_backbone
 from mocov3.models.positions import is_sincos_position_embedding, sincos_position_embedding
 from mocov3.output.log import warn
 from mocov3.weights import Contents, attention_heads, checkpoint, our_entry, trained_with
 from mocov3.weights.find import BackboneWeights, find_backbone, hint
+
+
+class Built(Settings):
+    """All that a backbone was built with."""
+
+    arch: str
 
 
 def find_classifier(contents: Contents, encoder: Encoder, where: str, *, momentum: bool = False) -> nn.Linear:
@@ -41,7 +46,7 @@ def find_classifier(contents: Contents, encoder: Encoder, where: str, *, momentu
     raise UserError(f"{where}: has no classifier; fine-tune it first, or export the backbone without --classifier")
 
 
-def to_deit(contents: Contents, where: str) -> dict[str, dict[str, Any]]:
+def to_deit(contents: Contents, where: str) -> Contents:
     """``{"model": encoder without head}``, as DeiT's ``--resume`` reads it; ResNets without ``fc.*``.
 
     A ViT of other attention heads than MoCo v3's says so in an entry more, since its position table says the opposite.
@@ -55,7 +60,7 @@ def to_deit(contents: Contents, where: str) -> dict[str, dict[str, Any]]:
     return {"model": weights.state, **heads_entry(weights.heads.number, weights.state)}
 
 
-def heads_entry(heads: int | None, state: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+def heads_entry(heads: int | None, state: dict[str, Tensor]) -> Contents:
     """What a file in DeiT's format holds beside the weights: attention heads that are not MoCo v3's."""
     width = attention_heads.width_of(state)
     usual = heads is None or width is None or heads == HEADS.get(width)
@@ -112,6 +117,8 @@ def fitted(encoder: Encoder, weights: BackboneWeights, where: str) -> dict[str, 
             raise UserError(
                 f"{where}: {key} is {tuple(state[key].shape)} where this arch has {tuple(wanted[key].shape)}"
             )
+        if wanted[key].is_floating_point() and not state[key].is_floating_point():
+            raise UserError(f"{where}: {key} holds {str(state[key].dtype)[6:]}, not the floats that weights are")
     if unknown := [key for key in state if key not in wanted]:
         raise UserError(f"{where}: holds {unknown[0]}, which this arch does not have")
     return state
@@ -163,8 +170,8 @@ def load_backbone(
     name = str(path_or_name)
     if name in BUILT_IN_ARCHS or name.startswith("timm/"):
         check_heads(heads, name)
-        dims: dict[str, Any] = {"num_heads": heads} if heads else {}
-        return _bare(build_backbone(name, image_size=image_size or 224, **dims))
+        settings: Settings = {"image_size": image_size or 224, **({"num_heads": heads} if heads else {})}
+        return _bare(build_backbone(name, **settings))
     contents = checkpoint.read(path_or_name)
     return build_from(contents, name, arch=arch, momentum=momentum, image_size=image_size, heads=heads)[0]
 
@@ -177,7 +184,7 @@ def build_from(
     momentum: bool = False,
     image_size: int | None = None,
     heads: int | None = None,
-) -> tuple[Encoder, dict[str, Any]]:
+) -> tuple[Encoder, Built]:
     """The backbone of a file's contents, and the settings it was built with (those of ``build_backbone``).
 
     Args:
@@ -203,7 +210,7 @@ def build_from(
 
 def settings_to_build(
     contents: Contents, weights: BackboneWeights, where: str, *, arch: str | None = None, image_size: int | None = None
-) -> dict[str, Any]:
+) -> Built:
     """The settings of ``build_backbone`` for a file's backbone; arguments and errors as of ``build_from``."""
     if arch and weights.arch and arch != weights.arch:
         raise UserError(f"{where}: is of arch {weights.arch}, not {arch}; leave --arch out")
@@ -211,7 +218,7 @@ def settings_to_build(
     if name is None:
         raise UserError(f"{where}: does not say which arch it is; {hint(weights)}")
     config = trained_with(contents)
-    settings: dict[str, Any] = {
+    settings: Built = {
         "arch": name,
         "image_size": image_size or _number(config.get("image_size"), 224, where),
         "patch_size": 16,
@@ -227,9 +234,9 @@ def settings_to_build(
     return settings
 
 
-def settings_of(state: dict[str, Tensor], arch: str) -> dict[str, Any]:
+def settings_of(state: dict[str, Tensor], arch: str) -> Settings:
     """The settings of ``build_backbone`` that the shapes of a backbone's weights tell: patch size, small stem."""
-    settings: dict[str, Any] = {}
+    settings: Settings = {}
     if (patches := state.get("patch_embed.proj.weight")) is not None and patches.ndim == 4 and patches.shape[-1] > 1:
         settings["patch_size"] = int(patches.shape[-1])
     if (stem := state.get("conv1.weight")) is not None and arch in [*RESNETS, "resnet10"]:
@@ -260,7 +267,7 @@ def views_of(contents: Contents, where: str) -> ViewPreset:
         raise UserError(f"{where}: its configuration is damaged ({printable(str(error))})") from None
 
 
-def _number(value: Any, default: int, where: str) -> int:
+def _number(value: object, default: int, where: str) -> int:
     if value is None:
         return default
     if not isinstance(value, int) or not 0 <= value < 1 << 16:

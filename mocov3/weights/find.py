@@ -2,12 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from mocov3.config.archs import BUILT_IN_ARCHS, HEAD_KEYS
 from mocov3.errors import UserError
+from mocov3.models.backbones import Settings
+from mocov3.models.lora import DOWN, UP
 from mocov3.weights import Contents, attention_heads, our_entry
 from mocov3.weights.locate import Place, fitting_archs, places
 
@@ -36,7 +37,7 @@ class BackboneWeights:
     near: str = ""
     """What of the file is nearest to an arch, for people, where nothing fits in full."""
 
-    def sizes(self, arch: str, where: str) -> dict[str, Any]:
+    def sizes(self, arch: str, where: str) -> Settings:
         """What ``build_backbone`` needs to build ``arch`` for these weights beyond its name: ``num_heads`` of a ViT.
 
         Raises:
@@ -134,9 +135,19 @@ def _as_laid_out(contents: Contents, where: str, momentum: bool) -> BackboneWeig
             dropped[key] = "head"
         else:
             weights[name] = value
+    weights = summed(weights)
     if not weights:
         raise UserError(f"{where}: holds no backbone, only {', '.join(list(state)[:3])} …")
     return BackboneWeights(kind, None, weights, dropped)
+
+
+def summed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with the low-rank pairs of ``--lora`` added to their matrices: a network without pairs."""
+    whole = {key: value for key, value in state.items() if not key.endswith((DOWN, UP))}
+    for key in (key for key in state if key.endswith(UP)):
+        name = key.removesuffix(UP)
+        whole[f"{name}weight"] = state[f"{name}weight"] + state[key] @ state[f"{name}{DOWN}"]
+    return whole
 
 
 def hint(weights: BackboneWeights) -> str:

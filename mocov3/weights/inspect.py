@@ -6,11 +6,17 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mocov3.config.fields import Parser, path
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError, no_file, printable
+from mocov3.metrics import JsonLine
 from mocov3.weights import Contents, our_entry, trained_with
+
+if TYPE_CHECKING:
+    from mocov3.weights.find import BackboneWeights
+else:
+    BackboneWeights = object  # with torch, which takes seconds to import
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(list(argv))
     if not Path(args.file).is_file():
-        raise UserError(f"{args.file}: there is no such file")
+        raise UserError(f"{args.file}: {no_file(args.file)}")
     facts = describe(args.file)
     if args.json:
         print(json.dumps(facts))
@@ -36,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def describe(path: str) -> dict[str, Any]:
+def describe(path: str) -> JsonLine:
     """Facts of a weights file, in the order they are shown.
 
     Raises:
@@ -53,7 +59,7 @@ def describe(path: str) -> dict[str, Any]:
     config = trained_with(contents)
     arch = weights.arch or guess_arch(weights.state)
     parameters = sum(v.numel() for v in weights.state.values() if v.is_floating_point())
-    facts: dict[str, Any] = {"file": path, "kind": _kind(path, weights.kind, contents, entry)}
+    facts: JsonLine = {"file": path, "kind": _kind(path, weights.kind, contents, entry)}
     facts["arch"] = arch or "not one of ours by its keys and shapes"
     if arch and not weights.arch:
         facts["arch"] += " (by its keys and shapes)"
@@ -82,7 +88,7 @@ def describe(path: str) -> dict[str, Any]:
     return facts
 
 
-def _heads(weights: Any, arch: str | None) -> tuple[str, bool]:
+def _heads(weights: BackboneWeights, arch: str | None) -> tuple[str, bool]:
     """Attention heads and what tells them; whether the user must."""
     from mocov3.weights.attention_heads import choices, to_build, width_of
 
@@ -96,7 +102,7 @@ def _heads(weights: Any, arch: str | None) -> tuple[str, bool]:
     return f"{to_build(weights.heads, arch, weights.state, '')} (as all ViTs of width {width})", False
 
 
-def _kind(path: str, kind: str, contents: Contents, entry: dict[str, Any] | None) -> str:
+def _kind(path: str, kind: str, contents: Contents, entry: Contents | None) -> str:
     if kind.startswith("pre-training"):
         return "pre-training checkpoint of " + ("mocov3" if entry else "the reference, or a program of its layout")
     if kind == "linear evaluation" and "best_acc1" in contents:
@@ -106,7 +112,9 @@ def _kind(path: str, kind: str, contents: Contents, entry: dict[str, Any] | None
     return f"{kind} weights" + (" in DeiT's format" if deit else "")
 
 
-def _uses(path: str, contents: Contents, weights: Any, arch: str | None, asked: bool) -> tuple[list[str], list[str]]:
+def _uses(
+    path: str, contents: Contents, weights: BackboneWeights, arch: str | None, asked: bool
+) -> tuple[list[str], list[str]]:
     """What the file can be used for, with the command, and what it cannot: each tried on shapes."""
     file, uses, missing = shlex.quote(path), [], []
     if reason := _not_resumable(path, contents, weights):
@@ -135,7 +143,7 @@ def _uses(path: str, contents: Contents, weights: Any, arch: str | None, asked: 
     return uses, missing
 
 
-def _not_resumable(path: str, contents: Contents, weights: Any) -> str:
+def _not_resumable(path: str, contents: Contents, weights: BackboneWeights) -> str:
     """Why no run can go on from the file; empty where it has all that one needs."""
     from mocov3.weights.checkpoint import check_entries
     from mocov3.weights.find import find_backbone
@@ -153,7 +161,7 @@ def _not_resumable(path: str, contents: Contents, weights: Any) -> str:
     return "" if shapes[0] == shapes[1] else "its two encoders are not alike"
 
 
-def _refusal(contents: Contents, weights: Any, path: str, arch: str) -> tuple[str, int]:
+def _refusal(contents: Contents, weights: BackboneWeights, path: str, arch: str) -> tuple[str, int]:
     """Why the network cannot be built and filled, empty where it can, and its channels; only shapes are built."""
     from mocov3.config.archs import HEADS
     from mocov3.models import build_backbone, shapes_only

@@ -14,19 +14,20 @@ from mocov3.errors import UserError, nearest
 from mocov3.models import Encoder
 from mocov3.output.log import warn
 from mocov3.weights import attention_heads, checkpoint
+from mocov3.weights.adapters import with_adapter
 from mocov3.weights.convert import load_into
 from mocov3.weights.find import BackboneWeights, find_backbone, hint
 
 
-def load_start(init: str, encoders: list[Encoder], arch: str, heads: int | None = None) -> None:
-    """Load the weights of ``--init`` into encoders, their projectors left alone.
+def load_start(init: str, encoders: list[Encoder], arch: str, heads: int | None = None, adapter: str = "") -> None:
+    """Load the weights of ``--init``, as ``--adapter`` says, into encoders, their projectors left alone.
 
     Raises:
         UserError: if they cannot be had, are not of this arch (naming the arch they fit, if it is one of ours), or not
             of the encoders' attention heads (``heads``: those of a file that does not tell).
     """
     where = f"--init {init}"
-    weights = starting_weights(init, heads, arch)
+    weights = with_adapter(starting_weights(init, heads, arch), adapter, where)
     weights = _for_channels(weights, encoders[0], where)
     try:
         for encoder in encoders:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import safetensors
 import torch
 
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError, nature, no_file, printable
 from mocov3.weights import Contents
 from mocov3.weights.vetting import vet
 from mocov3.weights.walk import is_plain
@@ -48,11 +49,11 @@ def write(path: Path, contents: Contents) -> None:
 class _Target:
     """A file to write to that remembers why it refused."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: FileIO) -> None:
         self.file = file
         self.error: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Write all of ``data``."""
         view = memoryview(data)
         try:
@@ -89,33 +90,46 @@ def _safetensors(path: Path) -> Contents:
 class _Object:
     """In the place of an object of another program, and of its class: takes whatever it is given and does nothing."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         pass
 
-    def __new__(cls, *_: Any) -> "_Object":
+    def __new__(cls, *_: object) -> "_Object":
         return super().__new__(cls)
 
-    def __call__(self, *_: Any) -> "_Object":
+    def __call__(self, *_: object) -> "_Object":
         return self
 
-    def __setitem__(self, *_: Any) -> None:
+    def __setitem__(self, *_: object) -> None:
         pass
 
     __setstate__ = append = extend = __init__
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         """What tensors are made by, by its name; in any other's place nothing that it names."""
         return super().find_class(module, name) if is_plain(f"{module}.{name}") else _Object
 
 
-def _load(file: Any, **arguments: Any) -> Any:
+def _load(file: Any, **arguments: Any) -> object:
     return _Unpickler(file, **arguments).load()
 
 
 _NOTHING_RUNS: Any = SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, load=_load)
 """What torch unpickles by where a vetted file holds objects: it looks up nothing but what tensors are made by."""
+
+
+def _by_index(index: Path) -> Contents:
+    """The tensors of all parts that an index of Hugging Face's names; they lie beside it."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        beside = names and all(name == os.path.basename(name) for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        beside = False
+    if not beside:
+        raise UserError(f"{index}: is no index of weights beside it (weight_map: key → file)")
+    parts = [read(index.with_name(name)) for name in sorted(names)]
+    return {"model": {key: value for part in parts for key, value in part.get("model", part).items()}}
 
 
 def _without_objects(value: Any, done: dict[int, Any]) -> Any:
@@ -129,7 +143,7 @@ def _without_objects(value: Any, done: dict[int, Any]) -> Any:
     return done.get(id(value), value)
 
 
-def _is_object(value: Any) -> bool:
+def _is_object(value: object) -> bool:
     return isinstance(value, _Object) or value is _Object
 
 
@@ -153,8 +167,10 @@ def read(path: str | Path) -> Contents:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path}: {no_file(path)}")
     try:
+        if path.name.endswith(".index.json"):
+            return _by_index(path)
         if path.suffix == ".safetensors":
             return _safetensors(path)
         foreign = vet(path)
@@ -169,7 +185,10 @@ def read(path: str | Path) -> Contents:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged file can make the readers stumble anywhere
-        raise UserError(f"{path}: is damaged or no file of tensors ({type(error).__name__}); use another") from None
+        with path.open("rb") as file:
+            known = nature(file.read(64))
+        reason = known or f"is damaged or no file of tensors ({type(error).__name__}); use another"
+        raise UserError(f"{path}: {reason}") from None
     if foreign and not _holds_tensors(contents):
         raise UserError(
             f"{path}: holds no tensors, only objects ({printable(foreign[0][:80])}), which could run code: refused; "

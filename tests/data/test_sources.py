@@ -149,7 +149,7 @@ def test_bad_lists(name, content, message, tmp_path):
         (["DIR", "gone"], "no such folder"),
         (["DIR", "DIR/empty"], "holds no image"),
         (["DIR", "DIR\n"], "line break"),
-        (["x" * 5000], "no such folder"),
+        (["x" * 5000], "File name too long"),
         (["DIR", "--group-by", "["], "regular expression"),
         (["DIR", "--group-by", "^"], "one group"),
         (["DIR", "--group-by", "^(.)", "-b", "3"], "2 groups"),

@@ -193,7 +193,7 @@ def test_the_sbatch_file():
     assert options["ntasks-per-node"] == "1"
     assert options["signal"].startswith("USR1@")
     command = text[text.index("srun ") :].split("\ncode=")[0].replace("$SLURM_NNODES", options["nodes"])
-    words = shlex.split(command.replace("\\\n", " "))
+    words = shlex.split(re.sub(r"\$\{?\w+\}?", "x", command.replace("\\\n", " ")))  # as the shell puts values there
     config = parse_script("main_moco.py", words[words.index("start") + 1 :])
     config.check()
     assert (config.multiprocessing_distributed, config.world_size) == (True, int(options["nodes"]))

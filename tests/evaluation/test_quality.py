@@ -256,3 +256,30 @@ def test_the_row_of_the_start_has_the_published_weights(name, monkeypatch):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(before.features(x), published(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e7, 1e12, 1e18])
+def test_lidar_where_delta_is_lost(scale):
+    views = torch.randn(20, 3, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    views = views.mean(1, keepdim=True) + 0.1 * views  # a rank below the dimension, within and between
+    views[..., 30:] = views[..., :10]
+    value = quality.lidar(views * scale)
+    assert 1 <= value <= 40
+    assert quality.lidar(views * scale, delta=1e-4 * scale**2) == pytest.approx(quality.lidar(views), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_features_that_are_not_finite_are_not_measured(bad, capsys):
+    views = torch.randn(12, 4, 8, generator=torch.Generator().manual_seed(0))
+    views[3, 2, 5] = views[7, 0, 0] = bad
+    judged = judge(views)
+    assert (judged.images, judged.retrieval) == (12, 0.0)
+    assert all(math.isnan(value) for name, value in judged.as_dict().items() if name not in ("pictures", "retrieval"))
+    assert "features of 2 of 12 images are not finite" in capsys.readouterr().err
+
+
+def test_an_interval_stays_within_percents():
+    for hits, n in ((0, 2), (2, 2), (0, 7), (44, 44)):
+        low, high = interval(hits, n)
+        assert 0 <= low <= 100 * hits / n <= high <= 100
+        assert not str(low).startswith("-")

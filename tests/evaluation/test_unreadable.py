@@ -19,7 +19,7 @@ from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.evaluation.embed import embed
-from mocov3.evaluation.features import collect
+from mocov3.evaluation.features import Extractor, collect
 from mocov3.evaluation.label_free import features_of_views
 from mocov3.evaluation.neighbours import knn_accuracy
 from mocov3.finetuning.evaluate import evaluate
@@ -62,9 +62,8 @@ def flat(x):
 
 
 def features(source, world=ONE, batch=5, workers=0):
-    net = torch.nn.Identity()
-    view = CentreView(SIZE)
-    return collect(net, flat, source, view, world=world, batch_size=batch, workers=workers, title="these", **NORMAL)
+    extractor = Extractor(torch.nn.Identity(), flat, CentreView(SIZE), *NORMAL.values())
+    return collect(extractor, source, world=world, batch_size=batch, workers=workers, title="these")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -101,10 +100,8 @@ def test_online_knn_is_that_of_the_readable(sets):
     online = OnlineKnn(config, ONE, model, open_source(config.data, "train"), log)
     clean = [open_source(str(sets[1]), part) for part in ("train", "val")]
     view, preset = CentreView(32, config.preset.evaluation_zoom), config.preset
-    bank, asked = (
-        collect(model.base_encoder, model.features, s, view, world=ONE, mean=preset.mean, std=preset.std).features
-        for s in clean
-    )
+    extractor = Extractor(model.base_encoder, model.features, view, preset.mean, preset.std)
+    bank, asked = (collect(extractor, s, world=ONE).features for s in clean)
     labels = [torch.as_tensor(s.labels, dtype=torch.long) for s in clean]
     assert online.knn(0) == knn_accuracy(bank, labels[0], asked, labels[1])
     assert log.image.call_args.args[0] == "neighbours"
@@ -148,15 +145,16 @@ def same_as_alone(world: World, folder: str) -> int:
 
 
 def views(source, world=ONE):
-    return features_of_views(flat, source, ProbeViews(SIZE, 1.0), world=world, batch_size=8, **NORMAL)
+    extractor = Extractor(torch.nn.Identity(), flat, ProbeViews(SIZE, 1.0), *NORMAL.values())
+    return features_of_views(extractor, source, world=world, batch_size=8)
 
 
 def counted(source, world=ONE):
     head = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 4))
     torch.nn.init.eye_(head[2].weight)
     torch.nn.init.zeros_(head[2].bias)
-    settings = {"precision": Precision("fp32", torch.device("cpu")), "batch_size": 7, "workers": 0, **NORMAL}
-    return evaluate(head.eval(), source, CentreView(SIZE), world=world, **settings)
+    settings = {"precision": Precision("fp32", torch.device("cpu")), "batch_size": 7, "workers": 0}
+    return evaluate(Extractor(head.eval(), head, CentreView(SIZE), *NORMAL.values()), source, world=world, **settings)
 
 
 def test_a_rank_with_nothing_readable(images, tmp_path):

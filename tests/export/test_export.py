@@ -1,6 +1,7 @@
 """Exports: tables account for every key, the libraries' own classes load strictly, features agree; bad input."""
 
 import json
+import sys
 
 import cards
 import pytest
@@ -8,7 +9,7 @@ import timm
 import torch
 import torchvision.models as tv
 from conftest import ROOT
-from doors import refused
+from doors import no_file_above, refused
 
 from mocov3 import load_backbone, models
 from mocov3.cli import main
@@ -481,3 +482,14 @@ def test_grey_networks(to, tmp_path):
     if to == "safetensors":
         x = torch.rand(2, 1, 32, 32)
         torch.testing.assert_close(load_backbone(out)(x), model.eval().base_encoder.features(x))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+@pytest.mark.parametrize("to", ["safetensors", "deit", "transformers", "torch-export"])
+def test_a_full_disk_is_one_line(checkpoints, tmp_path, to):
+    path, _ = checkpoints("resnet18")
+    with no_file_above(8000):
+        said = refused("export", path, "--to", to, "--output", tmp_path / "x")
+    assert "--output" in said
+    assert "cannot be written" in said
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import argparse
 import collections
 import contextlib
 import io
+import json
 import shlex
 from pathlib import Path
 
@@ -471,3 +472,67 @@ def test_inspect_promises_no_resume_of_half_a_checkpoint(tmp_path):
         assert not any("resuming" in text for text in facts["good_for"])
     safetensors.torch.save_file(A, tmp_path / "a.safetensors")
     assert describe(str(tmp_path / "a.safetensors"))["not_for"] == ["resuming: is a backbone file"]
+
+
+# --- parts, and what is none ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ending", "parts"), [("safetensors", 2), ("safetensors", 3), ("bin", 2)])
+def test_parts_with_an_index(tmp_path, ending, parts):
+    state = resnet()
+    names = {key: f"m-{i % parts}.{ending}" for i, key in enumerate(state)}
+    for name in set(names.values()):
+        part = {key: value for key, value in state.items() if names[key] == name}
+        (safetensors.torch.save_file if ending == "safetensors" else torch.save)(part, tmp_path / name)
+    index = tmp_path / f"m.{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    encoder = load_backbone(index, arch="resnet10_w16")
+    assert all(torch.equal(value, encoder.state_dict()[key]) for key, value in state.items() if "fc" not in key)
+    assert "is a folder; name the file in it" in refused("inspect", tmp_path)
+    (tmp_path / f"m-1.{ending}").unlink()
+    assert f"m-1.{ending}: there is no such file" in refused("inspect", index)
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "no", '{"weight_map": {}}', '{"weight_map": {"a": "../a"}}'])
+def test_an_index_of_something_else(tmp_path, text):
+    (tmp_path / "x.index.json").write_text(text)
+    assert "is no index of weights beside it" in refused("inspect", tmp_path / "x.index.json")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+def test_weights_that_are_no_floats(tmp_path, dtype):
+    state = resnet()
+    torch.save({**state, "conv1.weight": state["conv1.weight"].to(dtype)}, tmp_path / "w.pth")
+    name = str(dtype)[6:]
+    with pytest.raises(UserError, match=f"conv1.weight holds {name}, not the floats"):
+        load_backbone(tmp_path / "w.pth", arch="resnet10_w16")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_floats(tmp_path, dtype):
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in resnet().items()}
+    torch.save(state, tmp_path / "w.pth")
+    loaded = load_backbone(tmp_path / "w.pth", arch="resnet10_w16").state_dict()
+    assert all(torch.equal(loaded[key], state[key].to(loaded[key].dtype)) for key in loaded if "fc" not in key)
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [(b"\x1f\x8b\x08", "gzip"), (b"<html>", "web page"), (b"version https://git-lfs.github.com", "git lfs pull")],
+)
+def test_what_a_file_of_weights_is_instead(tmp_path, words, head):
+    (tmp_path / "w.pth").write_bytes(head + b"x" * 300)
+    assert words in refused("inspect", tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("arch", "side", "fits"),
+    [("convnext_atto", 16, 32), ("xcit_nano_12_p16_224", 40, 48), ("maxvit_pico_rw_256", 100, 64)],
+)
+def test_networks_of_timm_and_sizes_they_cannot_take(arch, side, fits):
+    torch.manual_seed(0)
+    encoder = build_backbone(f"timm/{arch}", image_size=fits).eval()
+    with torch.no_grad():
+        assert encoder.features(torch.zeros(1, 3, fits, fits)).shape == (1, encoder.num_features)
+    with pytest.raises(UserError, match=f"--arch timm/{arch}: cannot take images of {side} px"):
+        build_backbone(f"timm/{arch}", image_size=side)

@@ -1,14 +1,17 @@
 """From images to views in a slot, and what becomes of images that cannot be read."""
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from mocov3.config.presets import Reading
+import numpy as np
+
+from mocov3.config.presets import RGB, Reading
 from mocov3.data.loading.slots import Corrupt, Slot
 from mocov3.data.sources.opening import Source
 from mocov3.data.views import remarks
+from mocov3.data.views.bare import TIFF
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.draws import replacement
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError, printable, reason
 
 _ATTEMPTS = 20
 
@@ -25,7 +28,9 @@ class Transform(Protocol):
     def image_size(self) -> int:
         """Side of the views in pixels."""
 
-    def __call__(self, data: Any, /, *, seed: int, epoch: int, index: int, out: Any = None) -> Any:
+    def __call__(
+        self, data: bytes | np.ndarray, /, *, seed: int, epoch: int, index: int, out: np.ndarray | None = None
+    ) -> object:
         """Make the views.
 
         A transform with an attribute ``colour_draws`` above 0 is also given ``colour_draws``, float32 (count, that
@@ -76,9 +81,9 @@ class Filler(NamedTuple):
                 return corrupt
             except (DecodeError, OSError) as error:
                 remarks.taken()  # of the image that is given up
-                reason = printable(str(error))[:200]
+                why = printable(reason(error))[:200]
             following = replacement(seed, epoch, index, attempt, len(source)) if self.replace else index
-            corrupt.append(Corrupt(tried, printable(source.name(tried)), reason, following))
+            corrupt.append(Corrupt(tried, printable(source.name(tried)), why, following))
             if not self.replace:
                 out[:] = 0
                 return corrupt
@@ -88,17 +93,25 @@ class Filler(NamedTuple):
         )
 
 
-def check_readable(source: Source, reading: Reading, title: str) -> None:
+def check_readable(source: Source, reading: Reading | None, title: str) -> None:
     """Refuse images to evaluate on of which none can be read, before a run starts; as a rule one is looked at.
 
+    Args:
+        source: the images.
+        reading: which channels; ``None`` where weights say so that are not read yet, and any TIFF may do.
+        title: of the source, for the message.
+
     Raises:
-        UserError: naming the first and its reason, after the source's ``title``.
+        UserError: naming the first and its reason.
     """
-    reason = ""
+    first = ""
     for index in range(len(source)):
         try:
-            ImageBytes(source.read(index), reading).pixels()
+            data = source.read(index)
+            if reading is None and isinstance(data, bytes) and data.startswith(TIFF):
+                return
+            ImageBytes(data, reading or RGB).pixels()
             return
         except (DecodeError, OSError) as error:
-            reason = reason or f"{source.name(index)}: {error}"
-    raise UserError(f"{title}: none of {len(source)} images can be read, first: {reason}")
+            first = first or f"{source.name(index)}: {reason(error)}"
+    raise UserError(f"{title}: none of {len(source)} images can be read, first: {first}")

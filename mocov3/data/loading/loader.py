@@ -23,7 +23,7 @@ from mocov3.data.loading.order import Order
 from mocov3.data.loading.slots import Batch, Corrupt, Layout, Work
 from mocov3.data.sources.opening import Source
 from mocov3.data.views import remarks
-from mocov3.errors import stop_signals
+from mocov3.errors import UserError, reason, stop_signals
 
 _LARGE_SLOT = 256 << 20  # bytes above which one batch less is prepared ahead
 _FEW = 2000  # images up to which starting processes takes longer than they save
@@ -85,16 +85,23 @@ class Loader:
         layout = Layout(transform.count, batch_size, transform.image_size, beside, channels)
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
-        if workers == 0:
-            self._slots = layout.slots(bytearray(layout.bytes))
-        else:
-            self._start(min(workers, batch_size), layout)
+        self._start(min(workers, batch_size), layout)
 
     def _start(self, workers: int, layout: Layout) -> None:
+        if not workers:
+            self._slots = layout.slots(memoryview(bytearray(layout.bytes)))
+            return
         context = multiprocessing.get_context("spawn")
         # an unlinked memory-mapped file: falls back from /dev/shm where that is small, leaves nothing when killed
-        memory: Any = context.RawArray(ctypes.c_uint8, (3 if layout.bytes < _LARGE_SLOT else 2) * layout.bytes)
-        self._slots = layout.slots(memory)
+        size = (3 if layout.bytes < _LARGE_SLOT else 2) * layout.bytes
+        try:
+            memory: Any = context.RawArray(ctypes.c_uint8, size)
+        except OSError as error:
+            raise UserError(
+                f"--workers: no {size >> 20} MB of memory to share with loader processes ({reason(error)}); "
+                "give --workers 0, or set TMPDIR to a folder with room"
+            ) from None
+        self._slots = layout.slots(memoryview(memory))
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, memory, layout, self._filler), daemon=True)
@@ -198,14 +205,16 @@ class Loader:
         raise RuntimeError(f"loader process {number} (pid {process.pid}) {how}")
 
 
-def _serve(pipe: multiprocessing.connection.Connection, memory: Any, layout: Layout, filler: Filler) -> None:
+def _serve(
+    pipe: multiprocessing.connection.Connection, memory: "ctypes.Array[ctypes.c_uint8]", layout: Layout, filler: Filler
+) -> None:
     """Body of a loader process: fills parts of slots until the pipe closes."""
     for number in stop_signals():  # the main process decides when to stop
         signal.signal(number, signal.SIG_IGN)
     import cv2
 
     cv2.setNumThreads(0)  # one process a core already
-    slots = layout.slots(memory)
+    slots = layout.slots(memoryview(memory))
     while True:
         try:
             slot, epoch, first, indices = pipe.recv()

@@ -1,7 +1,6 @@
 """Batches between loader processes and training: what is to be made, what was made, and its memory."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -68,7 +67,7 @@ class Layout:
         """Bytes of a slot."""
         return -(-self.count * self.batch_size * (4 * self.colour_draws + self.channels * self.side**2) // 64) * 64
 
-    def slots(self, memory: Any) -> list[Slot]:
+    def slots(self, memory: memoryview) -> list[Slot]:
         """The slots in ``memory``."""
         slots = []
         images = self.count * self.batch_size

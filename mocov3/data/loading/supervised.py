@@ -215,7 +215,7 @@ def _pipeline(of: DeitAugment, padded: bool) -> Any:
     return pipeline
 
 
-def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     # timm's ranges reach 0 bits, which Pillow refuses since 12; before, and in DeiT's runs, such an image went black
     if bits < 1:
         return Image.new(image.mode, image.size)

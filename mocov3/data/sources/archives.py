@@ -22,14 +22,14 @@ from mocov3.data.sources.index import cache_folder
 from mocov3.data.sources.left_out import COMPRESSED
 from mocov3.data.sources.members import Remarks, read_members
 from mocov3.data.sources.scan import EXTENSIONS
-from mocov3.errors import UserError
+from mocov3.errors import UserError, no_file
 
 CLASSES_FILE = "classes.txt"
 """Beside the archives: names of the classes, a line each."""
 
 _ENDINGS = (".tar",)
 _MOST_FILES = 100_000
-_VERSION = "3"  # of the index: it grows when other members or classes are found in the same archives
+_VERSION = "4"  # of the index: it grows when other members or classes are found in the same archives
 _SHARE_FROM = 8 << 20  # bytes of index from which processes share memory-mapped files
 _RECORD = np.dtype([("archive", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("name_end", "<i8")])
 
@@ -55,7 +55,7 @@ def expand(pattern: str) -> list[str]:
             raise UserError(f"data {pattern}: means more than {_MOST_FILES} files")
     for name in files:
         if not os.path.isfile(name):
-            raise UserError(f"data {pattern}: there is no file {name}")
+            raise UserError(f"data {pattern}: {name}: {no_file(name)}")
     return files
 
 
@@ -157,7 +157,7 @@ def open_shards(files: list[str]) -> Shards:
         _keep(base, records, names, skipped)
     if not len(records):
         why = f" ({skipped[0]})" if skipped else ""
-        raise UserError(f"data {files[0]}: holds no image ({', '.join(EXTENSIONS)}){why}")
+        raise UserError(f"data {files[0]}: holds no image ({', '.join(EXTENSIONS[:10])} …){why}")
     skipped = [*skipped, *remarks_on_missing(files[0], records["label"])]
     shared = records.nbytes + names.nbytes >= _SHARE_FROM and os.path.exists(base + ".json")
     if not shared:

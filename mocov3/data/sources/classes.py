@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from unicodedata import normalize
 
 import numpy as np
 
@@ -40,6 +41,8 @@ def renumbered(labels: np.ndarray | None, names: Sequence[str], others: Sequence
     """int32 labels as numbers of ``others`` instead of ``names``; −1 for those that have none there."""
     if labels is None:
         return np.full(images, -1, np.int32)
-    number = {name: i for i, name in enumerate(others)}
-    numbers: np.ndarray = np.array([*(number.get(name, -1) for name in names), -1], np.int32)[labels]
+    # as they stand, else in one form of Unicode: macOS and others write é in different ones
+    number = {normalize("NFC", name): i for i, name in enumerate(others)} | {name: i for i, name in enumerate(others)}
+    known = (number.get(name, number.get(normalize("NFC", name), -1)) for name in names)
+    numbers: np.ndarray = np.array([*known, -1], np.int32)[labels]
     return numbers

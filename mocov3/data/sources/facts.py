@@ -18,7 +18,7 @@ from mocov3.data.views import remarks
 from mocov3.data.views.bands import Unfit, deep_samples
 from mocov3.data.views.decode import MAX_PIXELS, DecodeError, ImageBytes
 from mocov3.data.views.formats import opened
-from mocov3.errors import printable
+from mocov3.errors import printable, reason
 
 THUMB = 16
 """Side of the thumbnails that fingerprints are made of."""
@@ -91,10 +91,7 @@ def _fact(source: Source, index: int, reading: Reading) -> Fact:
         pixels = ImageBytes(data, reading).pixels()[0]
         remark = remarks.taken()
     except (DecodeError, OSError) as error:
-        return Fact(
-            index,
-            error=printable(str(error.strerror if isinstance(error, OSError) and error.strerror else error))[:200],
-        )
+        return Fact(index, error=printable(reason(error))[:200])
     height, width, count = pixels.shape
     kind, mode, turned, size, deep = "pixels", f"{count} × 8 bits", False, height * width, None
     if isinstance(data, bytes):

@@ -72,10 +72,13 @@ class Index:
         return index.shared() if array.nbytes >= _SHARE_FROM else index
 
     def shared(self) -> "Index":
-        """The same index as a memory-mapped file, which pickles to its name."""
-        file = cache_folder() / f"index-{self.digest[:32]}.npy"
-        if not file.exists():
-            write_atomically(file, lambda f: np.save(f, self.array))
+        """The same index as a memory-mapped file, which pickles to its name; itself where that cannot be written."""
+        try:
+            file = cache_folder() / f"index-{self.digest[:32]}.npy"
+            if not file.exists():
+                write_atomically(file, lambda f: np.save(f, self.array))
+        except (OSError, UserError):  # no room: every process holds its own
+            return self
         return Index(np.load(file, mmap_mode="r"), str(file), self.digest)
 
     def __getstate__(self) -> dict[str, object]:

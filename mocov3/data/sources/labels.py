@@ -12,7 +12,7 @@ from mocov3.data.sources.classes import numbered, remarks_on_missing, renumbered
 from mocov3.data.sources.opening import Roots, Source, Subset
 from mocov3.data.sources.rows import Place, read_rows
 from mocov3.data.sources.survey import scattered
-from mocov3.errors import UserError, printable
+from mocov3.errors import UserError, no_file, printable
 
 _MOST = 2000
 
@@ -78,7 +78,7 @@ def matched(classes: list[str], val: Source, where: str) -> Source:
             f"{where}: {int((numbers < 0).sum())} validation images are of classes that training lacks, first "
             f"{unknown[0]!r}; classes are matched by name: add training images of it, or leave it out of validation"
         )
-    left = sorted(set(classes) - {val.classes[i] for i in np.unique(labels).tolist()})
+    left = [classes[i] for i in np.setdiff1d(np.arange(len(classes)), numbers).tolist()]
     said = (
         (f"{where}: {len(left)} of {len(classes)} classes have no validation image, first {left[0]!r}",) if left else ()
     )
@@ -92,7 +92,7 @@ def read_labels(file: Path, images: Source) -> Labels:
         UserError: if an image is not there, is named twice, or there are fewer than two classes.
     """
     if not file.is_file():
-        raise UserError(f"--labels {file}: there is no such file; give a CSV of path,label")
+        raise UserError(f"--labels {file}: {no_file(file)}; give a CSV of path,label")
     names = _Names(images)
     rows = read_rows(file, names.places(), "--labels")
     label_of: dict[int, str] = {}

@@ -29,6 +29,7 @@ _CURES = (
         ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .dcm .dicom .nii .nii.gz .svs .ndpi .mrxs .czi .nd2 .lif "
         ".svg .pdf .eps .psd .xcf .exr .hdr .jxr .fits",
     ),
+    ("weights", ".pth.tar .pt.tar"),
     ("save their frames as images", ".mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg .wmv"),
 )
 """What to do about files that may hold images, and their endings; ``formats`` knows of those that need its extra."""
@@ -49,7 +50,7 @@ MAY_BE_PASSED_OVER = f"(?i)(^|/)(\\.|{'|'.join(map(re.escape, sorted(_PASSED_OVE
 """An expression that every path matches which is passed over: quicker to ask for many."""
 _SYSTEM_FILES = {b"Thumbs.db", b"thumbs.db", b"Desktop.ini", b"desktop.ini"}
 _USUAL = re.compile("[0-9]*[a-z][0-9a-z_~-]{0,11}")
-_DOUBLE = {case for ending in (b".gz", b".bz2", b".xz", b".zst", b".lz4") for case in (ending, ending.upper())}
+_DOUBLE = {case for ending in (b".tar", b".gz", b".bz2", b".xz", b".zst", b".lz4") for case in (ending, ending.upper())}
 _NAMED = 5
 PASSED_OVER = "{} in hidden folders, or added by macOS or NAS systems, are passed over"
 """What is said of members and rows; {} stands for how many of which."""

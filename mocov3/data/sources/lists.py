@@ -9,6 +9,7 @@ is read.
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unicodedata import normalize
 
 from mocov3.data.sources.classes import numbered, remarks_on_missing
 from mocov3.data.sources.index import Index
@@ -48,7 +49,17 @@ def _places(file: Path) -> Iterator[Place]:
 
 
 def _below(root: bytes, said: str = "") -> Place:
-    return Place(lambda path: path if os.path.isfile(os.path.join(root, path)) else None, root, said=said)
+    def find(path: bytes) -> bytes | None:
+        return next((p for p in _spellings(path) if os.path.isfile(os.path.join(root, p))), None)
+
+    return Place(find, root, said=said)
+
+
+def _spellings(path: bytes) -> Iterator[bytes]:
+    """The path as it stands, then in the forms of Unicode: macOS and others write é in different ones."""
+    yield path
+    if not path.isascii():
+        yield from (os.fsencode(normalize(form, os.fsdecode(path))) for form in ("NFC", "NFD"))
 
 
 def _by_name(folder: bytes, first: bytes) -> dict[bytes, bytes | None]:

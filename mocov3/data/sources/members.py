@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from mocov3.data.sources.left_out import PASSED_OVER, LeftOut, passed_over
 from mocov3.data.sources.scan import EXTENSIONS
 from mocov3.data.sources.splits import split_of_folder
-from mocov3.errors import printable
+from mocov3.errors import nature, printable
 
 _LABEL_BYTES = 20
 _ANNOTATIONS = {
@@ -111,9 +111,9 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
                 if passed_over(path.parts):
                     remarks.count(PASSED_OVER.format("{} members"), f"{where}: {name}")
                 elif not info.isreg() or info.issparse():
-                    remarks.lines.append(f"{where}: {name}: is no plain file")
+                    remarks.count("{} links, devices or sparse files are left out", f"{where}: {name}")
                 elif ".." in path.parts or info.name.startswith(("/", "\\")):
-                    remarks.lines.append(f"{where}: {name}: its name leads out of the archive")
+                    remarks.count("{} files are left out, as their names lead out of the archive", f"{where}: {name}")
                 elif info.offset_data + info.size > length:
                     remarks.lines.append(f"{where}: {name}: is cut off")
                 elif ending in EXTENSIONS:
@@ -124,24 +124,58 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
                     if text.isdigit() and int(text) < 2**31:
                         classes.append((info.name, int(text)))
                     else:
-                        remarks.lines.append(f"{where}: {name}: is no number")
+                        remarks.count("{} .cls files hold no number, which is all they may", f"{where}: {name}")
                 elif not path.name.startswith("."):
-                    remarks.left_out.add([os.fsencode(path.name)], f"{where}: {info.name.removesuffix(path.name)}")
+                    remarks.left_out.add([os.fsencode(path.name)], f"{where}: {name.removesuffix(path.name)}")
+            if members and archive.offset >= length:
+                remarks.count("{} archives end without an end mark: were they cut short?", where)
     except Exception as error:  # a damaged header can make the reader stumble anywhere
-        reason = printable(str(error) or type(error).__name__)
-        remarks.lines.append(f"{where}: {reason}; {len(members)} images before that are used")
+        why = (
+            _nature(file)
+            or f"{printable(str(error) or type(error).__name__)}; {len(members)} images before that are used"
+        )
+        remarks.lines.append(f"{where}: {why}")
     return _samples(members, classes, where, remarks), remarks.all()
 
 
+def _nature(file: str) -> str:
+    with open(file, "rb") as raw:
+        return nature(raw.read(64))
+
+
 def _members(archive: Any) -> Iterator[tarfile.TarInfo]:
-    """Members in order; a header that leads backwards ends it (older Pythons go round for ever)."""
+    """Members in order, those of archives that were joined by ``cat`` too.
+
+    Raises:
+        tarfile.ReadError: at a damaged header, and at one that leads backwards (older Pythons go round for ever).
+    """
     place = -1
-    while (info := archive.next()) is not None:
+    while True:
+        info = archive.next()
+        if info is None:
+            following = _after_zeros(archive.fileobj, archive.offset)
+            if following is None:
+                return
+            if following == archive.offset:
+                raise tarfile.ReadError("a header is damaged")
+            archive.offset = following
+            continue
         archive.members = []  # all of them would be kept
         if archive.offset <= place or info.size < 0:
             raise tarfile.ReadError(f"the header of {printable(info.name)} leads backwards")
         place = archive.offset
         yield info
+
+
+def _after_zeros(raw: IO[bytes], place: int) -> int | None:
+    """Where the next block that is not zero begins, from ``place`` on; ``None`` where there is none."""
+    raw.seek(place)
+    while chunk := raw.read(1 << 16):
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        if zeros < len(chunk):
+            return place + zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        place += zeros
+    return None
 
 
 # --- members → samples ----------------------------------------------------------------------------------------

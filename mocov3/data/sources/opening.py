@@ -23,7 +23,7 @@ from mocov3.data.sources.left_out import PASSED_OVER, cure
 from mocov3.data.sources.lists import ENDINGS, read_list
 from mocov3.data.sources.scan import EXTENSIONS, scan_tree
 from mocov3.data.sources.splits import apart, choose, no_part, remark_on_mix
-from mocov3.errors import UserError
+from mocov3.errors import UserError, no_file
 
 SEPARATOR = "\n"
 """Between several sources in one text."""
@@ -131,6 +131,8 @@ def _open_one(data: str, split: str) -> Source:
         return packed
     if not is_folder:
         if os.path.exists(data):
+            if not os.path.isfile(data):
+                raise UserError(f"data {data}: {no_file(data)}")
             image = place.suffix.lower() in EXTENSIONS
             lists = f"a list ends in {', '.join(ENDINGS)}"
             hint = "name the folder that holds the images" if image else cure(place.name) or lists

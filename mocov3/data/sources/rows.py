@@ -128,8 +128,11 @@ def _paths(form: "_Form", cells: list[list[str]], numbers: list[int], where: str
         raise UserError(f"{where}: line {line} holds no path (column {form.column + 1}); write one, or remove the line")
     if "://" in spelled[0]:
         raise UserError(f"{where}: line {numbers[0]} names an address ({spelled[0]}); fetch the images first")
-    paths = list(map(_encoded, spelled))
-    return [form.place.find(path) or path for path in paths] if form.place.looked_up else paths
+    paths, find = list(map(_encoded, spelled)), form.place.find
+    accented = islice((path for path in paths if not path.isascii()), _PROBED)
+    if form.place.looked_up or any(find(path) not in (None, path) for path in accented):
+        return [find(path) or path for path in paths]
+    return paths
 
 
 def _text(file: Path, where: str) -> str:

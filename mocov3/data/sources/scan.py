@@ -45,6 +45,7 @@ EXTENSIONS = (
 )
 """Endings taken for images; what is in a file is decided by its content. ``formats.cure`` knows of further ones."""
 _ENDINGS = tuple(e.encode() for e in EXTENSIONS)
+_WEIGHTS = (b".pth.tar", b".pt.tar")  # torch's: no archives of images
 _SETTINGS = " ".join(EXTENSIONS)
 _THREADS = 16  # waiting for disks or the network, not computing
 _AT_ONCE = 64 * _THREADS  # folders
@@ -68,6 +69,8 @@ class Listing:
     """Links to a folder that they lie in."""
     broken: list[bytes] = field(default_factory=list)
     """Links that lead nowhere."""
+    special: list[bytes] = field(default_factory=list)
+    """Pipes, sockets, devices, and links to them."""
     others: list[bytes] = field(default_factory=list)
     """Files of further endings that were asked for."""
     left_out: LeftOut = field(default_factory=LeftOut)
@@ -126,6 +129,8 @@ def _remarks(
         lines.append(f"{len(failed)} folders cannot be read ({error.strerror}); first: {os.fsdecode(first)}")
     if broken:
         lines.append(f"{len(broken)} links lead nowhere; first: {os.fsdecode(min(broken))}")
+    if special := [_join(path, name) for path, listing in listings.items() for name in listing.special]:
+        lines.append(f"{len(special)} pipes, sockets or devices are left out; first: {os.fsdecode(min(special))}")
     if again:
         lines.append(
             f"{len(again)} links to folders are not followed: these are read by another path, or hold the link; "
@@ -183,7 +188,12 @@ def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = ()
                 name = entry.name
                 try:
                     lower = name.lower()
-                    if lower.endswith(endings) and not name.startswith(b"._") and entry.is_file():
+                    if (
+                        lower.endswith(endings)
+                        and not lower.endswith(_WEIGHTS)
+                        and not name.startswith(b"._")
+                        and entry.is_file()
+                    ):
                         (listing.images if lower.endswith(_ENDINGS) else listing.others).append(name)
                         if first:
                             break
@@ -194,8 +204,10 @@ def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = ()
                     elif entry.is_dir():
                         if not hidden(name):
                             _add_folder(listing, entry, place)
-                    elif entry.is_symlink():
+                    elif entry.is_symlink() and not os.path.exists(entry.path):
                         listing.broken.append(name)
+                    else:
+                        listing.special.append(name)
                 except OSError:  # a link to itself, or to where nothing may be read
                     listing.broken.append(name)
     except OSError as error:

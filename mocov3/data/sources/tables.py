@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from mocov3.data.sources.left_out import MAY_BE_PASSED_OVER, passed_over
 from mocov3.data.sources.rows import LABEL_COLUMNS
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.errors import UserError, printable
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "picture", "bytes")
 _KEPT = 4  # row groups a process holds
@@ -153,7 +156,7 @@ def _rows(table: Any, file: str) -> list[int]:
 # --- columns ----------------------------------------------------------------------------------------------------
 
 
-def _image_column(table: Any, file: str, said: list[str]) -> str:
+def _image_column(table: "pyarrow.parquet.ParquetFile", file: str, said: list[str]) -> str:
     """The column of images: of those of file bytes the one whose first rows are images; one called so, if several."""
     names: list[str] = table.schema_arrow.names
     able = [name for name in names if _holds_bytes(table.schema_arrow.field(name).type)]
@@ -173,7 +176,7 @@ def _image_column(table: Any, file: str, said: list[str]) -> str:
     return best[0]
 
 
-def _holds_bytes(kind: Any) -> bool:
+def _holds_bytes(kind: "pyarrow.DataType") -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
@@ -181,7 +184,7 @@ def _holds_bytes(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _holds_images(table: Any, name: str) -> bool:
+def _holds_images(table: "pyarrow.parquet.ParquetFile", name: str) -> bool:
     """Whether one of the first rows is an image."""
     for batch in table.iter_batches(batch_size=_TRIED, columns=[name]):
         for value in batch.column(0):
@@ -194,7 +197,7 @@ def _holds_images(table: Any, name: str) -> bool:
     return False
 
 
-def _bytes_of(value: Any) -> Any:
+def _bytes_of(value: "pyarrow.Scalar") -> Any:
     value = value.as_py()
     return value.get("bytes") if isinstance(value, dict) else value
 
@@ -210,14 +213,14 @@ class _Labels:
     """Whether the file declares the names, those without images too."""
 
 
-def _label_column(table: Any) -> str | None:
+def _label_column(table: "pyarrow.parquet.ParquetFile") -> str | None:
     """The column of labels: called so, or the only one that Hugging Face's data sets library declares to be classes."""
     lower = {name.lower(): name for name in reversed(table.schema_arrow.names)}
     declared = list(_declared(table))
     return next((lower[n] for n in LABEL_COLUMNS if n in lower), declared[0] if len(declared) == 1 else None)
 
 
-def _declared(table: Any) -> dict[str, list[str]]:
+def _declared(table: "pyarrow.parquet.ParquetFile") -> dict[str, list[str]]:
     """Column → names of its classes, as the metadata of Hugging Face's data sets library have them (ClassLabel)."""
     try:
         features = json.loads(table.schema_arrow.metadata[b"huggingface"])["info"]["features"]
@@ -240,7 +243,7 @@ def _names(used: set[str]) -> list[str]:
     return [str(i) for i in range(most + 1)] if least >= 0 and most < _MOST_NUMBERS else ordered(used)
 
 
-def _read_labels(table: Any, column: str, rows: int) -> _Labels | None:
+def _read_labels(table: "pyarrow.parquet.ParquetFile", column: str, rows: int) -> _Labels | None:
     """The labels of a file; ``None`` if they are not one class a row."""
     import pyarrow as pa
 
@@ -267,7 +270,7 @@ def _read_labels(table: Any, column: str, rows: int) -> _Labels | None:
     return _Labels(np.where(np.array([*texts, ""])[numbers] == "", -1, numbers), texts, False)
 
 
-def _label_text(value: Any) -> str:
+def _label_text(value: object) -> str:
     if value is None or value != value:  # NaN: what is missing in a column of numbers
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()

@@ -127,7 +127,7 @@ class Cifar:
 class _Arrays(pickle.Unpickler):
     """Only numpy arrays may be rebuilt: a file of CIFAR needs nothing else, and nothing in it can run."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) in {
             ("numpy.core.multiarray", "_reconstruct"),
             ("numpy._core.multiarray", "_reconstruct"),

@@ -15,7 +15,7 @@ from mocov3.data.views import jxl, remarks
 from mocov3.data.views.bare import PNG, TIFF, png
 from mocov3.data.views.formats import opened
 
-_TIFF = (*TIFF, b"II+\0", b"MM\0+")
+TIFFS = (*TIFF, b"II+\0", b"MM\0+")
 _DEEP = b"\x10"
 _BYTES = 25
 """Of samples, for every pixel that an image may have: a small file may claim any number of channels."""
@@ -36,7 +36,7 @@ def deep_samples(data: bytes, most: int) -> np.ndarray | None:
         Unfit: for a damaged file, or one of more pixels.
     """
     values: np.ndarray | None = None
-    if data[:4] in _TIFF:
+    if data[:4] in TIFFS:
         values = _tiff(data, most, deep=True)
     elif data[:8] == PNG and data[24:25] == _DEEP:
         _check((int.from_bytes(data[20:24]), int.from_bytes(data[16:20])), most)
@@ -57,7 +57,7 @@ def samples(data: bytes, channels: int, most: int) -> np.ndarray:
     Raises:
         Unfit: for a file of another number of channels, or a damaged one.
     """
-    values = _tiff(data, most) if data[:4] in _TIFF else deep_samples(data, most)
+    values = _tiff(data, most) if data[:4] in TIFFS else deep_samples(data, most)
     if values is None:
         if data.startswith(jxl.SIGNATURES):
             _check(jxl.size(data)[::-1], most)

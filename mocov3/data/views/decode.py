@@ -29,7 +29,7 @@ from mocov3.config.presets import RGB, Reading
 from mocov3.data.views import bands, jxl, remarks
 from mocov3.data.views.bare import APP1, EXIF, JPEG, PNG, png, segments
 from mocov3.data.views.formats import missing, opened
-from mocov3.errors import one_line
+from mocov3.errors import nature, one_line
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it would print a line for each damaged PNG
 
@@ -136,7 +136,7 @@ def _by_reading(data: bytes, reading: Reading) -> np.ndarray:
     except bands.Unfit as error:
         raise DecodeError(str(error)) from None
     except UnidentifiedImageError:
-        raise DecodeError("is not an image") from None
+        raise DecodeError(_unknown(data)) from None
     except Exception as error:  # as in _by_pillow
         raise DecodeError(f"{type(error).__name__}: {error}") from None
     if reading.window and data[:3] != JPEG:
@@ -158,9 +158,18 @@ def _by_pillow(data: bytes, reading: Reading = RGB) -> np.ndarray:
     except DecodeError:
         raise
     except UnidentifiedImageError:
-        raise DecodeError(f"is {name}" if (name := missing(data)) else "is not an image") from None
+        raise DecodeError(_unknown(data)) from None
     except Exception as error:  # Pillow's plugins raise whatever a malformed file makes them stumble over
         raise DecodeError(f"{type(error).__name__}: {error}") from None
+
+
+def _unknown(data: bytes) -> str:
+    """What a file is that Pillow cannot open."""
+    if name := missing(data):
+        return f"is {name}"
+    if data[:4] in bands.TIFFS:  # Pillow knows no TIFF of 64-bit floats, for instance
+        return "is a TIFF of a kind that is not read: save it as 8 or 16 bits"
+    return nature(data) or "is not an image"
 
 
 def _turn(image: Image.Image) -> None:
@@ -181,7 +190,7 @@ def _check_size(width: int, height: int) -> None:
         raise DecodeError(f"{width}×{height} pixels are more than {MAX_PIXELS}")
 
 
-def _rgb_of(image: Any, reading: Reading) -> np.ndarray:
+def _rgb_of(image: Image.Image, reading: Reading) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":  # I;16 in either byte order, 32 bits, or floats
         return _with_channels(bands.to_bytes(np.asarray(image), reading), 3)
     if image.has_transparency_data:

@@ -68,7 +68,7 @@ class Tally:
         self._seen = bytearray()
 
 
-def _show(message: Warning | str, *where: Any, **more: Any) -> None:
+def _show(message: Warning | str, *where: object, **more: object) -> None:
     if getattr(_of_thread, "listens", False):
         note(str(message))
     else:

@@ -28,9 +28,7 @@ class Classifier(NamedTuple):
     bias: Tensor
 
 
-def pack(
-    frozen: Frozen, heads: Heads, best: int, *, position: Position, best_acc1: float, extra: dict[str, Any]
-) -> dict[str, Any]:
+def pack(frozen: Frozen, heads: Heads, best: int, *, position: Position, best_acc1: float, extra: Contents) -> Contents:
     """Contents of a file whose classifier is head number ``best``; ``extra`` joins the ``mocov3`` entry."""
     name = f"{frozen.head}."
     state = {k: v for k, v in frozen.network.state_dict().items() if not k.startswith(name)}
@@ -53,7 +51,7 @@ def pack(
     }
 
 
-def _one_head(heads: Heads, number: int) -> dict[str, Any]:
+def _one_head(heads: Heads, number: int) -> Contents:
     """The optimizer of one head, numbered as if it were the only one; without momentum if a norm was folded in."""
     group = {k: v for k, v in heads.optimizer.param_groups[number].items() if k != "params"}
     parameters = (heads.weights[number], heads.biases[number])
@@ -71,16 +69,9 @@ def read(path: str | Path, where: str) -> Contents:
         UserError: if it is something else, or misses an entry.
     """
     contents = checkpoint.read(path)
-    kinds: dict[str, Any] = {"epoch": int, "arch": str, "state_dict": dict}
-    for entry, kind in kinds.items():
-        if not isinstance(contents.get(entry), kind):
-            have = ", ".join(map(str, list(contents)[:6]))
-            raise UserError(f"{where}: misses the entry {entry!r} of a linear file (it has: {have})")
+    checkpoint.check_entries(contents, where, optimizer=False)
     if any("base_encoder." in str(k) for k in contents["state_dict"]):
         raise UserError(f"{where}: is a pre-training checkpoint, not a linear file; give it by --pretrained")
-    extra = contents.get("mocov3", {})
-    if not isinstance(extra, dict) or int(extra.get("format", 0)) > FORMAT_VERSION:
-        raise UserError(f"{where}: was written by a newer mocov3; update this one")
     return contents
 
 
@@ -142,7 +133,7 @@ def check_shape(saved: Classifier, classes: int, width: int, where: str) -> None
         raise UserError(f"{where}: its classifier takes {saved.weight.shape[1]} features, the backbone gives {width}")
 
 
-def _momenta(optimizer: Any, saved: Classifier, where: str) -> list[Tensor]:
+def _momenta(optimizer: object, saved: Classifier, where: str) -> list[Tensor]:
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
         raise UserError(f"{where}: misses the entry 'optimizer' that a resume needs")
     if not optimizer["state"]:

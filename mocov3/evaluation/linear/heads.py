@@ -7,7 +7,6 @@ arithmetic is that of its own separate run, matrix product by matrix product: on
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,13 +106,16 @@ class Heads:
         first = torch.empty(classes, width).normal_(0.0, 0.01, generator=generator)
         self.weights = [first.to(world.device, dtype, copy=True).requires_grad_() for _ in specs]
         self.biases = [torch.zeros(classes, device=world.device, dtype=dtype).requires_grad_() for _ in specs]
-        groups = [
-            {"params": [w, b], "lr": 0.0, "weight_decay": s.weight_decay}
-            for w, b, s in zip(self.weights, self.biases, specs, strict=True)
-        ]
-        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum)
+        self.optimizer = self._sgd(momentum)
         self.norm = FeatureNorm(width, world.device)
         self._normed = any(s.kind == "bn-linear" for s in specs)
+
+    def _sgd(self, momentum: float) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [w, b], "lr": 0.0, "weight_decay": s.weight_decay}
+            for w, b, s in zip(self.weights, self.biases, self.specs, strict=True)
+        ]
+        return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
 
     def scores(self, x: Float[Tensor, "batch width"]) -> list[Float[Tensor, "batch classes"]]:
         """Scores of every head, in evaluation."""
@@ -180,7 +182,7 @@ class Heads:
         self.weights[head].copy_(weight)
         self.biases[head].copy_(bias)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, list[Tensor]]:
         """Everything that training changes, as tensors on the CPU."""
         momenta = [
             self.optimizer.state[p].get("momentum_buffer")
@@ -195,7 +197,7 @@ class Heads:
         }
 
     @torch.no_grad()
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, list[Tensor]]) -> None:
         """Take over a ``state`` of the same heads."""
         for ours, saved in ((self.weights, state["weights"]), (self.biases, state["biases"])):
             for p, value in zip(ours, saved, strict=True):

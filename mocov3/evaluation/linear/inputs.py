@@ -4,7 +4,6 @@ from pathlib import Path
 
 from mocov3.config import LinclsConfig
 from mocov3.config.fields import check_writable
-from mocov3.config.presets import RGB
 from mocov3.data import open_source
 from mocov3.data.loading.filling import check_readable
 from mocov3.data.loading.labelled import open_labelled
@@ -32,7 +31,7 @@ def check(config: LinclsConfig, *, script_door: bool) -> None:
         warn_left_out(open_source(config.data, "val"))
         return
     train, val = open_labelled(config.data)
-    check_readable(val, RGB, f"data {config.data} (val)")
+    check_readable(val, None, f"data {config.data} (val)")
     if not (config.arch or config.pretrained or config.resume):
         raise UserError("no backbone: give --pretrained FILE, or -a ARCH for an untrained one")
     check_writable(folder, "--output-dir")

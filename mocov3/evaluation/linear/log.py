@@ -4,10 +4,9 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from mocov3.config import LinclsConfig
-from mocov3.metrics import Meter, plain
+from mocov3.metrics import JsonLine, Meter, plain
 from mocov3.output.log import Log, Session, warn
 
 LINES, RESULT = "lincls.jsonl", "lincls.json"
@@ -122,7 +121,7 @@ class EvaluationLog(Log):
             left = "" if self.terminal.moves or epoch + 1 == epochs else f"  {self.terminal.clock.left} left"
             self.say(f"epoch {epoch + 1}/{epochs}: Acc@1 {best.acc1:.2f} Acc@5 {best.acc5:.2f}{name}{left}")
 
-    def write(self, lines: Sequence[dict[str, Any]]) -> None:
+    def write(self, lines: Sequence[JsonLine]) -> None:
         """Lines of ``lincls.jsonl``."""
         for line in lines:
             self._write(self._lines, line)
@@ -131,7 +130,7 @@ class EvaluationLog(Log):
         every = {f"acc1/{line['head']} lr {line['lr']:g} wd {line['weight_decay']:g}": line["acc1"] for line in lines}
         self.loggers.scalars({**numbers, **every}, best["epoch"])
 
-    def summary(self, results: Sequence[HeadResult], about: dict[str, Any]) -> None:
+    def summary(self, results: Sequence[HeadResult], about: JsonLine) -> None:
         """The table of heads, its warnings, and ``lincls.json``."""
         if not self.writes:
             return

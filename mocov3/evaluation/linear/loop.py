@@ -6,7 +6,6 @@ learning rate a half cosine that changes once an epoch, the backbone in evaluati
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,12 +59,7 @@ class Evaluation(Run):
 
     def __init__(self, world: World, job: Job[LinclsConfig], owner: Owner) -> None:
         super().__init__(world, job, owner)
-        self.source, self.val_source = open_labelled(job.config.data)
-        self.agree({"images": self.source.digest, "validation images": self.val_source.digest})
-        self.labels, self.val_labels = (
-            torch.as_tensor(s.labels, dtype=torch.long, device=world.device) for s in (self.source, self.val_source)
-        )
-        self.iterations = -(-len(self.source) // job.config.batch_size)
+        self._open_images(job.config)
         where, contents = find(job.config)
         self.frozen, self.config = open_backbone(job.config, world, where, contents)
         self.digest = self.frozen.digest()
@@ -81,6 +75,15 @@ class Evaluation(Run):
         self.frozen.to(world.device)
         self.precision = precision_of(self.config.precision, world.device, script_door=job.script_door)
         self.log = self._open_log(resumed=contents is not None)
+
+    def _open_images(self, config: LinclsConfig) -> None:
+        self.source, self.val_source = open_labelled(config.data)
+        self.agree({"images": self.source.digest, "validation images": self.val_source.digest})
+        self.labels, self.val_labels = (
+            torch.as_tensor(s.labels, dtype=torch.long, device=self.world.device)
+            for s in (self.source, self.val_source)
+        )
+        self.iterations = -(-len(self.source) // config.batch_size)
 
     def _open_log(self, *, resumed: bool) -> EvaluationLog:
         c, world, frozen = self.config, self.world, self.frozen
@@ -115,10 +118,6 @@ class Evaluation(Run):
             self.counts += entry["counts"].to(self.counts)
         return position
 
-    def _settings(self) -> dict[str, Any]:
-        preset = self.frozen.preset
-        return {"mean": preset.mean, "std": preset.std, "workers": self.workers(), "autocast": self.precision.autocast}
-
     def batches(self) -> Iterator[tuple[Work, Batch | None]]:
         """This rank's batches from the present position to the end; without pixels where features are cached."""
         c, world, p = self.config, self.world, self.position
@@ -149,13 +148,12 @@ class Evaluation(Run):
     def _collect_train(self) -> Collected:
         if self._train is None:
             self._train = collect(
-                self.frozen.network,
-                self.frozen.features,
+                self.frozen.extractor,
                 self.source,
-                self.frozen.view,
                 world=self.world,
                 title=f"{self.data_title} (train)",
-                **self._settings(),
+                workers=self.workers(),
+                autocast=self.precision.autocast,
             )
             self._note_unreadable("train", self._train.corrupt)
         return self._train
@@ -242,7 +240,13 @@ class Evaluation(Run):
         """Loss, top-1 and top-5 in % of every head on the whole validation set, exact over ranks."""
         if self._val is None:  # the backbone does not change, so one pass does for all epochs
             self._val, bad = validation_features(
-                self.frozen, self.val_source, self.val_labels, self.world, f"{self.data_title} (val)", self._settings()
+                self.frozen,
+                self.val_source,
+                self.val_labels,
+                self.world,
+                f"{self.data_title} (val)",
+                workers=self.workers(),
+                autocast=self.precision.autocast,
             )
             self._note_unreadable("val", bad)
         return evaluated(self.heads, self._val, self.world, self.log.terminal, self.config.print_freq)

@@ -1,9 +1,9 @@
 """Scores of linear classifiers on a validation set, exact over ranks; a linear file's, and a published one's."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from mocov3.data.loading.loader import loader_workers
 from mocov3.data.sources.labels import matched, with_labels
 from mocov3.distributed import World
 from mocov3.errors import UserError
-from mocov3.evaluation.features import first_of, grid, refuse_not_finite, refuse_unreadable, stream
+from mocov3.evaluation.features import Context, first_of, grid, refuse_not_finite, refuse_unreadable, stream
 from mocov3.evaluation.frozen import Frozen, open_frozen
 from mocov3.evaluation.linear import files
 from mocov3.evaluation.linear.heads import Heads, HeadSpec
@@ -27,7 +27,7 @@ from mocov3.models.precision import precision_of
 from mocov3.output.log import warn
 from mocov3.output.terminal import Terminal
 from mocov3.running.job import Job
-from mocov3.weights import our_entry
+from mocov3.weights import Contents, our_entry
 
 Batches = list[tuple[Tensor, Tensor]]
 """This rank's features and classes, batch by batch."""
@@ -36,7 +36,7 @@ _AGREE = 0.15  # points: the published figures are rounded to 0.1
 
 
 def validation_features(
-    frozen: Frozen, source: Source, labels: Tensor, world: World, title: str, settings: dict[str, Any]
+    frozen: Frozen, source: Source, labels: Tensor, world: World, title: str, *, workers: int, autocast: Context
 ) -> tuple[Batches, dict[int, str]]:
     """Features and classes of this rank's part of the validation set, and the unreadable images of all, left out.
 
@@ -46,7 +46,7 @@ def validation_features(
     batches: Batches = []
     unreadable: dict[int, str] = {}
     mine = grid(len(source), 256, world)
-    for part in stream(frozen.network, frozen.features, source, frozen.view, mine, device=world.device, **settings):
+    for part in stream(frozen.extractor, source, mine, device=world.device, workers=workers, autocast=autocast):
         refuse_not_finite(part, source)
         unreadable |= part.corrupt
         x, index = part.features, torch.from_numpy(part.indices).to(world.device)
@@ -90,10 +90,7 @@ def evaluate_file(world: World, job: Job[LinclsConfig]) -> int:
     source = open_source(job.config.data, "val")
     result, _, about = _score(world, job, source)
     if world.main:
-        style = "quiet" if job.config.quiet else "json" if job.config.json else "lines"
-        if style == "json":
-            import json
-
+        if job.config.json and not job.config.quiet:
             print(json.dumps({"file": job.config.resume, "backbone": about, **dataclasses.asdict(result)}))
         else:
             print(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}", flush=True)
@@ -120,7 +117,7 @@ def verify_file(world: World, job: Job[LinclsConfig]) -> int:
     return 0 if agree else 1
 
 
-def _score(world: World, job: Job[LinclsConfig], source: Source) -> tuple[HeadResult, dict[str, Any], str]:
+def _score(world: World, job: Job[LinclsConfig], source: Source) -> tuple[HeadResult, Contents, str]:
     c = job.config
     path, contents = find(c)
     assert contents is not None
@@ -140,16 +137,12 @@ def _score(world: World, job: Job[LinclsConfig], source: Source) -> tuple[HeadRe
     )
     heads.set(0, saved_classifier.weight, saved_classifier.bias)
     frozen.to(world.device)
-    precision = precision_of(c.precision, world.device, script_door=job.script_door)
-    workers = loader_workers(c.workers, world.local_size)
-    settings = {
-        "mean": frozen.preset.mean,
-        "std": frozen.preset.std,
-        "workers": workers,
-        "autocast": precision.autocast,
-    }
     labels = torch.as_tensor(source.labels, dtype=torch.long, device=world.device)
-    batches, bad = validation_features(frozen, source, labels, world, f"data {c.data} (val)", settings)
+    precision = precision_of(c.precision, world.device, script_door=job.script_door)
+    title, workers = f"data {c.data} (val)", loader_workers(c.workers, world.local_size)
+    batches, bad = validation_features(
+        frozen, source, labels, world, title, workers=workers, autocast=precision.autocast
+    )
     if bad and world.main:
         warn(f"{len(bad)} unreadable images left out, first: {first_of(bad, source)}")
     style = "quiet" if c.quiet or c.json else "lines"

@@ -58,7 +58,9 @@ def open_backbone(
     common: dict[str, Any] = {"image_size": c.image_size, "view_preset": c.view_preset, "seed": seed, "heads": c.heads}
     pretrained = None
     if c.pretrained:
-        pretrained = open_frozen(c.pretrained, flag="--pretrained", arch=c.arch, encoder=c.encoder, **common)
+        pretrained = open_frozen(
+            c.pretrained, flag="--pretrained", arch=c.arch, encoder=c.encoder, adapter=c.adapter, **common
+        )
     if contents is not None and c.arch != "pixels":
         frozen = open_frozen(path, flag="--resume", arch=c.arch, **common)
         if isinstance(saved.get("origin"), str):  # what it was before it was frozen into this file

@@ -3,8 +3,6 @@
 What can be checked without torch is checked first; then the ranks are started, and ``loop`` beside this file trains.
 """
 
-from typing import Any
-
 from mocov3.config import LinclsConfig
 from mocov3.data.loading.labelled import open_evaluated
 from mocov3.evaluation.linear.inputs import check
@@ -26,13 +24,13 @@ def main(config: LinclsConfig, *, script_door: bool) -> int:
     return launch_as(config, evaluate_file if config.evaluate else train, Job(config, script_door))
 
 
-def verify(file: str, folder: str, **settings: Any) -> int:
+def verify(file: str, folder: str, *, workers: int, device: str) -> int:
     """The accuracy of a published linear file on ImageNet's validation set, beside the published figure.
 
     Returns:
         0 if it agrees within 0.15 points (or there is no published figure), else 1.
     """
-    config = LinclsConfig(data=folder, resume=file, evaluate=True, arch="", **settings)
+    config = LinclsConfig(data=folder, resume=file, evaluate=True, arch="", workers=workers, device=device)
     config.check()
     warn_left_out(open_evaluated(folder))
     from mocov3.distributed import launch_as

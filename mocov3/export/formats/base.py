@@ -84,7 +84,7 @@ class Exported:
         return int(cast(Any, self.encoder).blocks[0].attn.num_heads)
 
     @property
-    def dims(self) -> dict[str, Any]:
+    def dims(self) -> Fields:
         """What one of our ViTs is built with besides its sizes."""
         return {"num_heads": self.heads} if is_vit(self.arch) else {}
 

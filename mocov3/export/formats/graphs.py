@@ -102,8 +102,9 @@ class TorchExport(Format):
         """One ``.pt2`` file."""
         with _quiet():
             program = torch.export.export(_Network(model).eval(), (_example(model),), dynamic_shapes=_BATCH)
-            with place.open("wb") as file:
-                torch.export.save(program, file, extra_files=model.about())
+            file = io.BytesIO()  # torch's writer ends the process where a disk is full
+            torch.export.save(program, file, extra_files=model.about())
+        place.write_bytes(file.getbuffer())
 
     def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """By ``torch.export.load``, the batch in two uneven parts."""

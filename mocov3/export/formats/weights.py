@@ -91,7 +91,7 @@ def _our_usage(model: Exported, name: str, options: str = "") -> str:
     return f'features = mocov3.load_backbone("{name}"{options})(images){scores}'
 
 
-def _ours(model: Exported, state: dict[str, Any], x: Tensor) -> Tensor:
+def _ours(model: Exported, state: dict[str, Tensor], x: Tensor) -> Tensor:
     encoder = build_backbone(
         model.arch,
         image_size=model.image_size,
