@@ -126,15 +126,13 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
                     else:
                         remarks.count("{} .cls files hold no number, which is all they may", f"{where}: {name}")
                 elif not path.name.startswith("."):
-                    remarks.left_out.add([os.fsencode(path.name)], f"{where}: {name.removesuffix(path.name)}")
+                    folder = printable(info.name.removesuffix(path.name))
+                    remarks.left_out.add([os.fsencode(path.name)], f"{where}: {folder}")
             if members and archive.offset >= length:
                 remarks.count("{} archives end without an end mark: were they cut short?", where)
     except Exception as error:  # a damaged header can make the reader stumble anywhere
-        why = (
-            _nature(file)
-            or f"{printable(str(error) or type(error).__name__)}; {len(members)} images before that are used"
-        )
-        remarks.lines.append(f"{where}: {why}")
+        reason = printable(str(error) or type(error).__name__)
+        remarks.lines.append(f"{where}: {_nature(file) or f'{reason}; {len(members)} images before that are used'}")
     return _samples(members, classes, where, remarks), remarks.all()
 
 
