@@ -263,16 +263,16 @@ def views_of(contents: Contents, where: str) -> ViewPreset:
             evaluation_zoom=float(view["zoom"]),
             reading=Reading(int(view.get("channels", 3)), tuple(view.get("window", ())) or None),
         )
-    except (UserError, KeyError, TypeError, ValueError) as error:
+    except (UserError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"{where}: its configuration is damaged ({printable(str(error))})") from None
 
 
 def _number(value: object, default: int, where: str) -> int:
-    if value is None or value == 0:
+    if value is None:
         return default
-    if not isinstance(value, int) or not 0 < value < 1 << 16:
+    if not isinstance(value, int) or not 0 <= value < 1 << 16:
         raise UserError(f"{where}: its configuration is damaged ({value!r} where a size in pixels should be)")
-    return value
+    return value or default
 
 
 def _bare(encoder: Encoder) -> Encoder:

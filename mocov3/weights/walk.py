@@ -99,7 +99,10 @@ class Walk:
             elif name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[name])
             elif name in _PUTS:
-                self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
+                place = len(self.memo) if argument is None else argument
+                if isinstance(place, int) and place > 2 * len(self.memo) + _SPARE:
+                    raise UserError(f"{self.path}: is damaged (its pickle skips {place} numbers); use another")
+                self.memo[place] = self.stack[-1]
             elif name in _GETS:
                 self.stack.append(self.memo[argument])
             elif name not in _SILENT:
@@ -285,6 +288,8 @@ _SCALARS = (
     "SHORT_BINBYTES",
     "BINBYTES",
 )
+_SPARE = 1000
+"""Numbers that a memo may skip: Python's unpickler makes an array of as many as the largest."""
 _PUTS = ("BINPUT", "LONG_BINPUT", "MEMOIZE")
 _GETS = ("BINGET", "LONG_BINGET")
 _SILENT = ("PROTO", "STOP", "FRAME")

@@ -1,6 +1,7 @@
 """Forged files of weights: what two readers would read differently, what grows without end, what claims too much."""
 
 import collections
+import functools
 import io
 import pickle
 import struct
@@ -12,12 +13,18 @@ import pytest
 import torch
 
 from mocov3.errors import UserError
-from mocov3.weights import checkpoint, tensorfiles
+from mocov3.models import build_backbone
+from mocov3.weights import checkpoint, convert, tensorfiles
 from mocov3.weights.find import find_backbone
 from mocov3.weights.locate import places
 from mocov3.weights.vetting import vet
 
 WEIGHTS = torch.arange(4.0)
+
+
+@functools.cache
+def resnet():
+    return {k: v for k, v in build_backbone("resnet10_w16").state_dict().items() if not k.startswith("fc.")}
 
 
 class Trainer:
@@ -249,6 +256,16 @@ def test_a_name_made_of_tuples_takes_no_memory(tmp_path):
     refused(tmp_path / "a.pth", with_pickle(dict_of(tensor_of(tuples, "ByteStorage", 1))), "outside")
 
 
+@pytest.mark.parametrize("index", [5000, 2**30 + 571, 2**32 - 1])
+def test_a_memo_that_skips_takes_no_memory(index, tmp_path):
+    trainer = b"cargparse\nNamespace\n)\x81"
+    put = b"r" + struct.pack("<I", index)
+    refused(tmp_path / "a.pth", with_pickle(dict_of(trainer + put)), "damaged")
+    few = dict_of(trainer + b"r" + struct.pack("<I", 900), tensor_of(text("0"), "FloatStorage", 1))
+    (tmp_path / "a.pth").write_bytes(with_pickle(few, **{"0": bytes(4)}))
+    assert tensorfiles.read(tmp_path / "a.pth").keys() == {"k1"}
+
+
 @pytest.mark.parametrize("codec", ["zip", "idna", "hex", "no such codec"])
 def test_text_is_encoded_as_bytes_only(codec, tmp_path):
     call = b"c_codecs\nencode\n" + text("é") + text(codec) + b"\x86R"
@@ -271,3 +288,12 @@ def test_an_entry_of_other_kinds_is_damaged(wrong, tmp_path):
         checkpoint.check_entries(contents, tmp_path)
     with pytest.raises(UserError):
         find_backbone(contents, "here")
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(2), torch.ones(0, 3), 10**400, float("nan"), [[1]], "x" * 9])
+@pytest.mark.parametrize("name", ["view_preset", "image_size", "mean_std"])
+def test_a_configuration_of_other_kinds_is_refused_in_a_line(wrong, name):
+    contents = {"mocov3": {"config": {name: wrong}}, "model": resnet()}
+    with pytest.raises(UserError) as error:
+        convert.build_from(contents, "here", arch="resnet10_w16")
+    assert "\n" not in str(error.value)

@@ -126,7 +126,8 @@ def read_members(file: str, remarks: Remarks | None = None) -> tuple[list[Member
                     else:
                         remarks.count("{} .cls files hold no number, which is all they may", f"{where}: {name}")
                 elif not path.name.startswith("."):
-                    remarks.left_out.add([os.fsencode(path.name)], f"{where}: {info.name.removesuffix(path.name)}")
+                    folder = printable(info.name.removesuffix(path.name))
+                    remarks.left_out.add([os.fsencode(path.name)], f"{where}: {folder}")
             if members and archive.offset >= length:
                 remarks.count("{} archives end without an end mark: were they cut short?", where)
     except Exception as error:  # a damaged header can make the reader stumble anywhere
