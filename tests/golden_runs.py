@@ -524,13 +524,10 @@ def _fine_tuning_agrees(got, run, val, exact):
         patch.object(features, "normalise", lambda *args: _as_it_is(*args).to(run.heads.weights[0].dtype)),
     ):
         found = evaluate(
-            network,
+            features.Extractor(network, network, run.frozen.view, (0.0,), (1.0,)),
             val,
-            run.frozen.view,
             world=HERE,
             precision=run.precision,
-            mean=(0.0,),
-            std=(1.0,),
             batch_size=int(val.starts[1]),
             workers=0,
         )
