@@ -19,8 +19,8 @@ from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.evaluation.features import Extractor
 from mocov3.models.backbones import Encoder, ResNet, Settings, TimmEncoder, build_backbone
-from mocov3.weights import Contents, adapters, attention_heads, checkpoint, our_entry
-from mocov3.weights.adapters import with_adapter
+from mocov3.weights import Contents, attention_heads, checkpoint, our_entry
+from mocov3.weights.adapters import read_adapter, with_adapter
 from mocov3.weights.convert import load_into, settings_of, views_of
 from mocov3.weights.find import find_backbone, hint
 
@@ -187,7 +187,8 @@ def _from_file(
     contents = checkpoint.read(path)
     weights = find_backbone(contents, where, momentum=encoder == "momentum", heads=heads, arch=arch or None)
     if adapter:
-        weights, contents = with_adapter(weights, adapter, where), adapters.trained_with(adapter)
+        trained = read_adapter(adapter)
+        weights, contents = with_adapter(weights, trained, where), trained.contents
     if arch and weights.arch and weights.arch != arch:
         raise UserError(f"{where}: is of arch {weights.arch}, not {arch}; give -a {weights.arch}")
     name = arch or weights.arch

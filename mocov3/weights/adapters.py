@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -19,7 +20,7 @@ from mocov3 import models
 from mocov3.config.archs import HEAD_KEYS, HEADS
 from mocov3.errors import UserError, printable
 from mocov3.models.lora import DOWN, UP, add_pairs
-from mocov3.weights import Contents, attention_heads, checkpoint, our_entry
+from mocov3.weights import Contents, attention_heads, checkpoint, trained_with
 from mocov3.weights.find import BackboneWeights, summed
 from mocov3.weights.origin import origin_of
 
@@ -33,10 +34,9 @@ def write_adapter(file: Path, output: Path) -> str:
         UserError: if it is no such checkpoint, or its starting weights were changed for other channels.
     """
     contents = checkpoint.read(file)
-    entry, where = our_entry(contents), str(file)
-    config = entry.get("config")
-    rank = config.get("lora") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not isinstance(rank, int) or not rank:
+    config, where = trained_with(contents), str(file)
+    rank = config.get("lora")
+    if not isinstance(rank, int) or not rank:
         raise UserError(f"{where}: was not trained with --lora, so it has no adapter; export it --to a format")
     if config.get("channels", 3) != 3:
         raise UserError(f"{where}: --channels changed the first weights of its start; export it --to a format")
@@ -60,50 +60,60 @@ def write_adapter(file: Path, output: Path) -> str:
     return f"{output}: adapter of rank {rank} for {arch}, {size / 1e6:.1f} MB; use it beside the starting weights"
 
 
-def with_adapter(weights: BackboneWeights, file: str, where: str) -> BackboneWeights:
+class Adapter(NamedTuple):
+    """What an adapter's file holds."""
+
+    file: str
+    about: dict[str, str]
+    tensors: dict[str, Tensor]
+
+    @property
+    def contents(self) -> Contents:
+        """The settings of the run that trained it, as a checkpoint's contents hold them."""
+        return {"mocov3": {"config": json.loads(self.about["config"])}}
+
+
+def with_adapter(weights: BackboneWeights, adapter: Adapter, where: str) -> BackboneWeights:
     """Starting weights as an adapter's run trained them.
 
     Args:
         weights: those that the run started from.
-        file: the adapter; '' for none.
+        adapter: what that run trained.
         where: the weights, for messages.
 
     Raises:
-        UserError: if it is no adapter, or one of other weights.
+        UserError: if the adapter is one of other weights.
     """
-    if not file:
-        return weights
-    about, adapter = _read(file)
+    file, about, tensors = adapter
     state = {_plain(key): value for key, value in weights.state.items()}
-    if any(key.endswith((DOWN, UP)) for key in state) or _digest(state, adapter) != about.get("base"):
+    if any(key.endswith((DOWN, UP)) for key in state) or _digest(state, tensors) != about.get("base"):
         raise UserError(
             f"--adapter {file}: was trained on other weights ({about['arch']}) than {where}; give its start"
         )
     prefix = next(iter(weights.state)).removesuffix(next(iter(state)))
-    merged = {prefix + key: value for key, value in summed({**state, **adapter}).items()}
+    merged = {prefix + key: value for key, value in summed({**state, **tensors}).items()}
     heads = weights.heads
     if heads.number is None:
-        stated = json.loads(about["config"]).get("heads")
+        stated = trained_with(adapter.contents).get("heads")
         heads = attention_heads.Known(stated or HEADS.get(attention_heads.width_of(state) or 0), "the adapter's")
     return dataclasses.replace(weights, state=merged, arch=weights.arch or about["arch"], heads=heads)
 
 
-def trained_with(file: str) -> Contents:
-    """The settings of the run that trained an adapter, as a checkpoint's contents hold them."""
-    about, _ = _read(file)
-    return {"mocov3": {"config": json.loads(about["config"])}}
+def read_adapter(file: str) -> Adapter:
+    """The adapter in a file.
 
-
-def _read(file: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    Raises:
+        UserError: if there is none.
+    """
     try:
         with safetensors.safe_open(file, "pt") as opened:
             about = opened.metadata() or {}
-            adapter = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except Exception as error:  # whatever the reader raises on other bytes
         raise UserError(f"--adapter {file}: cannot be read as safetensors ({printable(str(error))[:100]})") from None
     if about.get("format") != _FORMAT:
         raise UserError(f"--adapter {file}: is no adapter of mocov3; make one by mocov3 export CKPT --adapter")
-    return about, adapter
+    return Adapter(file, about, tensors)
 
 
 def _plain(key: str) -> str:

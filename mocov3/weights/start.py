@@ -14,7 +14,7 @@ from mocov3.errors import UserError, nearest
 from mocov3.models import Encoder
 from mocov3.output.log import warn
 from mocov3.weights import attention_heads, checkpoint
-from mocov3.weights.adapters import with_adapter
+from mocov3.weights.adapters import read_adapter, with_adapter
 from mocov3.weights.convert import load_into
 from mocov3.weights.find import BackboneWeights, find_backbone, hint
 
@@ -27,7 +27,9 @@ def load_start(init: str, encoders: list[Encoder], arch: str, heads: int | None 
             of the encoders' attention heads (``heads``: those of a file that does not tell).
     """
     where = f"--init {init}"
-    weights = with_adapter(starting_weights(init, heads, arch), adapter, where)
+    weights = starting_weights(init, heads, arch)
+    if adapter:
+        weights = with_adapter(weights, read_adapter(adapter), where)
     weights = _for_channels(weights, encoders[0], where)
     try:
         for encoder in encoders:
