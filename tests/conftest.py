@@ -84,6 +84,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+def tree(root, *names):
+    """Files of these names below a folder."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return root
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import tree
 from doors import refused
 from PIL import Image
 
@@ -24,14 +25,6 @@ from mocov3.errors import UserError
 from mocov3.planning.check import _facts
 
 links = pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
-
-
-def tree(root, *names):
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-    return root
 
 
 def link(root, **targets):

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import tree
 from doors import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,14 +24,6 @@ from mocov3.data.sources.opening import Roots, Subset, fractions, scan
 from mocov3.data.views.draws import draw, permutation
 from mocov3.errors import UserError
 from mocov3.pretraining.inputs import open_images
-
-
-def tree(root, *names):
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-    return root
 
 
 def names(source):
