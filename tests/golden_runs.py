@@ -341,6 +341,7 @@ class Fed:
 
     def __init__(self, source, transform, **_):
         self.source = getattr(source, "source", source)  # within Repeated
+        self.memory = np.empty(0, np.uint8)
 
     def run(self, works):
         for work in works:
