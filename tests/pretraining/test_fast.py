@@ -409,9 +409,7 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    ("arch", "optimizer", "late"), [("resnet10_w32", "lars", False), ("vit_small", "adamw", True)]
-)
+@pytest.mark.parametrize(("arch", "optimizer", "late"), [("resnet10_w32", "lars", False), ("vit_small", "adamw", True)])
 def test_nothing_is_read_between_print_steps(arch, optimizer, late, tmp_path):
     dims = VIT if arch == "vit_small" else {"dim": 8, "mlp_dim": 16}
     world = World(0, 1, CPU)
