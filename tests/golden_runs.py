@@ -602,7 +602,7 @@ def fine_tuning(name, dtype):
 
         def advance(self, batch, outcome, lr):
             super().advance(batch, outcome, lr)
-            seen["loss"].append(outcome.loss)
+            seen["loss"].append(float(outcome.loss))
             seen["lr"].append(lr)
             assert {g["lr"] for g in self.parts.optimizer.param_groups} == {lr}
 
