@@ -1,4 +1,4 @@
-"""What evaluation costs beside its bare arithmetic: ``python benchmarks/evaluation.py [heads|knn|embed]``.
+"""What evaluation costs beside its bare arithmetic: ``python benchmarks/evaluation.py [heads|knn|embed|views]``.
 
 Both sides of every ratio run in this process, in turn; the best of several rounds counts.
 
@@ -6,6 +6,7 @@ Both sides of every ratio run in this process, in turn; the best of several roun
   forward and heads are timed apart and added, so that a disturbed forward does not decide.
 - knn: exact search for 200 neighbours against the bare matrix product and topk; and its memory beside the features.
 - embed: ``mocov3 embed`` of JPEG files against the bare forward pass on prepared batches.
+- views: JPEGs of 500×375 → the evaluation view of 224 px, resized by Pillow and by the compiled kernel.
 """
 
 import argparse
@@ -15,12 +16,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import images
 from mocov3.config import EmbedConfig
+from mocov3.data import CentreView
+from mocov3.data.views import native
 from mocov3.distributed import World
 from mocov3.evaluation.embed import embed as run_embed
 from mocov3.evaluation.frozen import open_frozen
@@ -120,15 +127,33 @@ def embed(rounds: int) -> None:
     )
 
 
+def views(rounds: int) -> None:
+    """The evaluation view by both ways."""
+    files = [images.jpeg(image) for image in images.several(500, 375, 24)]
+    view = CentreView(224)
+
+    def make(compiled: bool) -> None:
+        with patch.object(native, "available", lambda: compiled):
+            for data in files:
+                view(data)
+
+    got = best({"Pillow": lambda: make(False), "compiled": lambda: make(True)}, 4 * rounds)
+    each = {name: 1e3 * seconds / len(files) for name, seconds in got.items()}
+    print(
+        f"views: JPEG of 500×375 to 224 px: by Pillow {each['Pillow']:.2f} ms, compiled {each['compiled']:.2f} ms "
+        f"an image, decoding included; ratio {each['Pillow'] / each['compiled']:.2f}"
+    )
+
+
 def main() -> int:
     """Run the named benchmarks, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", choices=["heads", "knn", "embed", []], help="all unless named")
+    parser.add_argument("which", nargs="*", choices=["heads", "knn", "embed", "views", []], help="all unless named")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
-    for name, task in (("heads", heads), ("knn", knn), ("embed", embed)):
+    for name, task in (("heads", heads), ("knn", knn), ("embed", embed), ("views", views)):
         if not args.which or name in args.which:
             task(args.rounds)
     return 0
