@@ -53,10 +53,10 @@ def few_steps(world, payload):
     arch, dims, optimizer, dtype, lr, mode, path = payload
     torch.manual_seed(3)
     dims = dict(dims)
-    rank = dims.pop("lora", 0)
+    rank, whole_blocks = dims.pop("lora", 0), dims.pop("unfreeze_last", 0)
     model = models.build(arch, dim=16, mlp_dim=32, temperature=0.2, **dims).to(dtype)
     if rank:
-        add_pairs(model.base_encoder, rank)
+        add_pairs(model.base_encoder, rank, whole_blocks)
     if world.size > 1:
         synchronise_batch_norm(model)
     if "fsdp" in mode:

@@ -68,6 +68,9 @@ class OwnFlags(ViewFlags):
         metavar="RANK",
         low=0,
     )
+    unfreeze_last: int = flag(
+        0, "with --lora, train the last N blocks whole, without pairs", group=OWN, metavar="N", low=0
+    )
     adapter: str = flag("", ADAPTER_HELP, kind=path, group=OWN, metavar="FILE")
 
     def check_own(self) -> None:
@@ -83,6 +86,8 @@ class OwnFlags(ViewFlags):
             raise UserError(f"--adapter {self.adapter}: there is no such file")
         if self.lora and (given["fsdp"] or self.freeze_until):
             raise UserError("--lora holds the backbone still itself: leave out --fsdp and --freeze-until")
+        if self.unfreeze_last and not self.lora:
+            raise UserError("--unfreeze-last goes beside --lora; without pairs it is --freeze-until BLOCK that does it")
         if self.patience and not self.quality_every:
             raise UserError("--patience counts judgements of --quality-every; give both")
         if self.budget and getattr(self, "recipe", "") not in ("auto", "adapt"):

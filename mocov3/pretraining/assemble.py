@@ -80,7 +80,7 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
     if c.init:
         load_start(c.init, [model.base_encoder, model.momentum_encoder], c.arch, c.heads, c.adapter)
     if c.lora:
-        add_pairs(model.base_encoder, c.lora)
+        add_pairs(model.base_encoder, c.lora, c.unfreeze_last)
     if c.freeze_until:
         freeze_until(model.base_encoder, c.freeze_until)
     if c.grad_checkpoint:
@@ -140,7 +140,7 @@ def plain_model(c: PretrainConfig) -> MoCo:
         **({"num_heads": c.heads} if c.heads is not None else {}),
     )
     if c.lora:
-        add_pairs(model.base_encoder, c.lora)
+        add_pairs(model.base_encoder, c.lora, c.unfreeze_last)
     return model
 
 

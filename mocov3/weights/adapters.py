@@ -1,6 +1,6 @@
 """Low-rank pairs in files: added to their matrices where weights are read, or kept apart in an adapter's file.
 
-An adapter holds what a run with ``--lora`` trained of a backbone (pairs, norms) and its buffers, under the backbone's
+An adapter holds what a run with ``--lora`` trained of a backbone (pairs, norms, ``--unfreeze-last``) and its buffers, under the backbone's
 names, and the digest of the weights that stood still: those it belongs to.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mocov3 import models
 from mocov3.config.archs import HEAD_KEYS, HEADS
+from mocov3.config.fields import Fields
 from mocov3.errors import UserError, printable
 from mocov3.models.lora import DOWN, UP, add_pairs
 from mocov3.weights import Contents, attention_heads, checkpoint, trained_with
@@ -46,7 +47,7 @@ def write_adapter(file: Path, output: Path) -> str:
     arch = str(contents["arch"])
     with models.shapes_only():
         network = models.build_backbone(arch)
-        add_pairs(network, rank)
+        add_pairs(network, rank, _whole_blocks(config))
     trained = {name for name, p in network.named_parameters() if p.requires_grad}
     trained |= {name for name, _ in network.named_buffers()}
     adapter = {_plain(k): v.contiguous() for k, v in state.items() if k in trained}
@@ -114,6 +115,12 @@ def read_adapter(file: str) -> Adapter:
     if about.get("format") != _FORMAT:
         raise UserError(f"--adapter {file}: is no adapter of mocov3; make one by mocov3 export CKPT --adapter")
     return Adapter(file, about, tensors)
+
+
+def _whole_blocks(config: Fields) -> int:
+    """Blocks that a run trained whole (``--unfreeze-last``)."""
+    value = config.get("unfreeze_last")
+    return value if isinstance(value, int) else 0
 
 
 def _plain(key: str) -> str:

@@ -20,7 +20,7 @@ CASES = {
     "vit-adamw": ("vit_small", VIT, "adamw", 1e-3),
     "vit-lars": ("vit_small", {**VIT, "stop_grad_conv1": True}, "lars", 0.3),
     "conv-vit-lars": ("vit_conv_small", VIT, "lars", 0.3),
-    "vit-lora": ("vit_small", {**VIT, "lora": 2}, "adamw", 1e-3),
+    "vit-lora": ("vit_small", {**VIT, "lora": 2, "unfreeze_last": 1}, "adamw", 1e-3),
 }
 MODES = ("one pass", "micro", *(("fsdp", "fsdp and micro") if ON_CPU else ()))
 MODES_OF = {
