@@ -96,6 +96,8 @@ class MetricsLine:
     """Directions that the batch's queries use: exp of the entropy of their normalised singular values, 1 to dim."""
     knn: float | None = None
     """k-NN accuracy in %, at the end of an epoch of ``--knn-every``."""
+    drift: float | None = None
+    """Mean cosine distance of the batch's features to the starting network's, of ``--preserve``: 0 (none) to 2."""
     version: int = SCHEMA_VERSION
 
     def as_dict(self) -> JsonLine:

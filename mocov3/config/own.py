@@ -73,6 +73,14 @@ class OwnFlags(ViewFlags):
     )
     adapter: str = flag("", ADAPTER_HELP, kind=path, group=OWN, metavar="FILE")
 
+    preserve: float = flag(
+        0.0,
+        "weight of the cosine distance to the features of the --init network, one forward pass more (0: none)",
+        group=OWN,
+        metavar="W",
+        low=0,
+    )
+
     def check_own(self) -> None:
         """Refuse values that make no sense.
 
@@ -86,6 +94,8 @@ class OwnFlags(ViewFlags):
             raise UserError(f"--adapter {self.adapter}: there is no such file")
         if self.lora and (given["fsdp"] or self.freeze_until):
             raise UserError("--lora holds the backbone still itself: leave out --fsdp and --freeze-until")
+        if self.preserve and (given["fsdp"] or not given["init"]):
+            raise UserError("--preserve holds the network of --init on every process: give --init, without --fsdp")
         if self.unfreeze_last and not self.lora:
             raise UserError("--unfreeze-last goes beside --lora; without pairs it is --freeze-until BLOCK that does it")
         if self.patience and not self.quality_every:

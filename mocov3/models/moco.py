@@ -32,6 +32,8 @@ class Statistics(NamedTuple):
     """√dim times the mean standard deviation of the normalised queries: 1 when spread evenly, 0 when collapsed."""
     embeddings: Tensor | None = None
     """The normalised queries of both directions, (queries, dim): what the effective rank is computed from."""
+    drift: Tensor | None = None
+    """Mean distance of the features to those of the starting network, where it was measured (``--preserve``)."""
 
 
 class MoCo(nn.Module):
@@ -110,7 +112,13 @@ class MoCo(nn.Module):
         then the momentum update, then the keys in training mode. A backbone without batch norm takes both views in
         one pass, which changes nothing but the speed.
         """
-        queries = [self.queries(f) for f in self._of_both(self.features, x1, x2)]
+        return self.contrast_features(self._of_both(self.features, x1, x2), x1, x2, m)
+
+    def contrast_features(
+        self, features: Sequence[Tensor], x1: Tensor, x2: Tensor, m: float
+    ) -> tuple[Float[Tensor, ""], Statistics]:
+        """``contrast``, of query features that are there already."""
+        queries = [self.queries(f) for f in features]
         self.update_momentum_encoder(m)
         keys = [self.keys(f) for f in self._of_both(self.key_features, x1, x2)]
         return self.loss(queries, keys)

@@ -82,7 +82,7 @@ class Pretraining(Run):
     def _watch(self, c: PretrainConfig, name: str) -> None:
         """Open what saves, records and judges the run."""
         world = self.world
-        self.saver = Saver(world, c, name, self.source)
+        self.saver = Saver(world, c, name, self.source, self.parts.start)
         self.recorder = Recorder(
             world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq, images=self._images
         )

@@ -84,7 +84,8 @@ class Recorder:
             return
         # the device is read before the clock is: it may have steps left to do
         extra = [statistics.retrieved.float() / statistics.queries, statistics.feature_std.float()]
-        losses, (retrieval_accuracy, feature_std) = self._read(extra)
+        extra += [statistics.drift.float()] if statistics.drift is not None else []
+        losses, (retrieval_accuracy, feature_std, *drift) = self._read(extra)
         first, last = outcome.grad_norms.tolist()
         rank = self._effective_rank(statistics.embeddings)
         self.log.step_ended(work.epoch, step, self.batch_size)
@@ -109,6 +110,7 @@ class Recorder:
             resumed=self.counters.resumed,
             corrupt=len(self.counters.corrupt),
             effective_rank=rank,
+            drift=drift[0] if drift else None,
         )
         self.log.metrics(self._last)
 
