@@ -18,6 +18,8 @@ JsonLine = dict[str, Any]
 SCHEMA_VERSION = 1
 QUALITY = "quality.jsonl"
 """Judgements without labels of a run, by epoch (``mocov3.pretraining.label_free_evaluation``)."""
+GUARD = "guard.jsonl"
+"""Judgements of a run's network against its start, by epoch (``mocov3.pretraining.against_start``)."""
 _NOT_MEASURED = ("step", "epoch", "iteration", "loss", "task", "version")
 
 

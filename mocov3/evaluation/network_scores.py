@@ -22,7 +22,7 @@ from mocov3.errors import UserError
 from mocov3.evaluation.features import Extractor
 from mocov3.evaluation.intervals import interval
 from mocov3.evaluation.label_free import features_of_views, judge, pixel_features
-from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
+from mocov3.evaluation.neighbours import right_among
 from mocov3.metrics import JsonLine
 from mocov3.models import Encoder, build_backbone
 from mocov3.weights import Contents, checkpoint, trained_with
@@ -173,8 +173,4 @@ def _row(
 
 def leave_one_out(features: Float[Tensor, "images dim"], labels: Int[Tensor, "images"]) -> tuple[int, int]:
     """Images whose class the k nearest others vote for (weights as in ``neighbours``), and all images."""
-    n = len(features)
-    k = min(K, n - 1)
-    neighbours = nearest(features, features, k, self_index=torch.arange(n))
-    voted = vote(neighbours, labels, [k], [TEMPERATURE], classes=int(labels.max()) + 1)[k, TEMPERATURE]
-    return int((voted == labels).sum()), n
+    return int(right_among(features, labels).sum()), len(features)

@@ -110,10 +110,12 @@ class VisionTransformer(TimmVisionTransformer):
         tokens = self.norm_pre(tokens)
         blocks = self.blocks[:-1]
         if self.grad_checkpointing:
-            return checkpoint_seq(blocks, tokens)  # type: ignore[no-any-return]
-        for block in blocks:
-            tokens = block(tokens)
-        return tokens
+            tokens = checkpoint_seq(blocks, tokens)
+        else:
+            for block in blocks:
+                tokens = block(tokens)
+        before: Tensor = tokens
+        return before
 
     def _is_strip(self, x: Tensor) -> bool:
         projection = self.patch_embed.proj

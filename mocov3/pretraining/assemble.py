@@ -67,7 +67,7 @@ def build(
     torch.manual_seed(int(c.seed or 0))
     model = build_model(c, world)
     check_micro_batch(micro_batch, c, world, model)
-    preservation, start = _preservation(c, world, resume_from)
+    preservation, start = _start(c, world, resume_from)
     compiled = resolve_compile(c, world, micro_batch, resume_from)
     if compiled:
         model.compile_backbones(say=warn)
@@ -88,14 +88,16 @@ def build(
     return Parts(model, optimizer, step, micro_batch, compiled, start)
 
 
-def _preservation(
+def _start(
     config: PretrainConfig, world: World, resume_from: tuple[Path, Contents] | None
 ) -> tuple[Preservation | None, str]:
     """What ``--preserve`` asks for, and the digest of the starting network."""
-    if not config.preserve:
+    if not config.compares_with_start:
         return None, ""
     start = start_network(config)
     digest = check_start(start, config, resume_from)
+    if not config.preserve:
+        return None, digest
     if world.size > 1:
         synchronise_batch_norm(start)
     start.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -185,7 +187,7 @@ def with_heads(
 
 def plain_model(c: PretrainConfig) -> MoCo:
     """The model of a configuration as it is initialised, on the current device."""
-    heads = {"dim": c.moco_dim, "mlp_dim": c.moco_mlp_dim, "temperature": c.moco_t}
+    heads: dict[str, Any] = {"dim": c.moco_dim, "mlp_dim": c.moco_mlp_dim, "temperature": c.moco_t}
     model = models.build(c.arch, **heads, stop_grad_conv1=c.stop_grad_conv1, **_backbone_settings(c))
     if c.lora:
         add_pairs(model.base_encoder, c.lora, c.unfreeze_last)
