@@ -1,12 +1,12 @@
 """Networks of files, judged on the same images: what ``mocov3 compare`` prints."""
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mocov3.config import preset_of
@@ -23,6 +23,7 @@ from mocov3.evaluation.features import Extractor
 from mocov3.evaluation.intervals import interval
 from mocov3.evaluation.label_free import features_of_views, judge, pixel_features
 from mocov3.evaluation.neighbours import right_among
+from mocov3.evaluation.paired import Paired
 from mocov3.metrics import JsonLine
 from mocov3.models import Encoder, build_backbone
 from mocov3.weights import Contents, checkpoint, trained_with
@@ -68,8 +69,11 @@ def judge_all(
     workers: int,
     arch: str | None = None,
     heads: int | None = None,
+    blend: Sequence[float] = (),
 ) -> list[JsonLine]:
-    """A row of measures for pixels, for the untrained and starting networks, and for each file.
+    """A row of measures for pixels, for the untrained and starting networks, for each file and its blends.
+
+    With labels a file's row holds the paired comparison with the network it started from, where that is to be had.
 
     Args:
         files: checkpoints, as ``read_all`` gives them.
@@ -80,6 +84,10 @@ def judge_all(
         workers: loading processes.
         arch: of files that do not say it.
         heads: attention heads of ViTs, of files that do not tell.
+        blend: fractions of the way from the start's weights to the file's, to be judged as well.
+
+    Raises:
+        UserError: if something cannot be read, or a blend is wanted with a start that is not here.
     """
     # --heads is for files that ask for it, or for all
     asking = [file for file, contents in files.items() if heads is not None and _asks(contents, file, arch)] or list(
@@ -88,6 +96,7 @@ def judge_all(
     world = World(0, 1, pick_device(device, None))
     rows: list[JsonLine] = []
     beside: set[str] = set()
+    starts: dict[str, tuple[Encoder, Tensor | None]] = {}
     for file, contents in files.items():
         config = trained_with(contents)
         named = named_arch(contents) is not None
@@ -98,23 +107,46 @@ def judge_all(
         setting: dict[str, Any] = {"world": world, "config": config, "size": size, "workers": workers, "whole": whole}
         if f"pixels {size}" not in beside:
             beside.add(f"pixels {size}")
-            rows.append(_row("pixels", "pixels", None, images, labels, **setting))
+            rows.append(_row("pixels", "pixels", None, images, labels, **setting)[0])
         if (built := str(settings)) not in beside:
             beside.add(built)
             torch.manual_seed(0)
             untrained = build_backbone(**settings)
-            rows.append(_row(f"untrained {settings['arch']}", "untrained", untrained, images, labels, **setting))
-        start = str(config.get("init") or "")
+            name = f"untrained {settings['arch']}"
+            rows.append(_row(name, "untrained", untrained, images, labels, **setting)[0])
+        start = " + ".join(str(config[name]) for name in ("init", "adapter") if config.get(name))
         if start and start not in beside:
             beside.add(start)
-            try:
-                before: Encoder | None = _beginning(start, settings)
-            except UserError:  # elsewhere by now
-                before = None
-            if before is not None:
-                rows.append(_row(f"start: {start}", "start", before, images, labels, **setting))
-        rows.append(_row(file, "checkpoint", encoder, images, labels, **setting))
+            if (before := _beginning(config, settings)) is not None:
+                row, right = _row(f"start: {start}", "start", before, images, labels, **setting)
+                rows.append(row)
+                starts[start] = before, right
+        networks = [(file, "checkpoint", encoder)]
+        if blend and start not in starts:
+            raise UserError(f"--blend: {file} names no --init that is here and fits it, to be blended with")
+        networks += [(f"{file} blend {f:g}", "blend", blended(starts[start][0], encoder, f)) for f in blend]
+        for name, kind, network in networks:
+            row, right = _row(name, kind, network, images, labels, **setting)
+            first = starts[start][1] if start in starts else None
+            if first is not None and right is not None and len(first) == len(right):
+                row["against_start"] = Paired.of(first, right).as_dict()
+            rows.append(row)
     return rows
+
+
+@torch.no_grad()
+def blended(start: Encoder, adapted: Encoder, fraction: float) -> Encoder:
+    """A network with weights ``fraction`` of the way from one network's to another's (Wortsman et al. 2022, WiSE-FT).
+
+    Running statistics of batch norms are blended too, although those of the blend are others. At 0 and 1 it is exactly
+    one of the two.
+    """
+    network = copy.deepcopy(adapted)
+    before = start.state_dict()
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.lerp(before[name].to(value), value, fraction))
+    return network
 
 
 def _asks(contents: Contents, file: str, arch: str | None) -> bool:
@@ -123,11 +155,18 @@ def _asks(contents: Contents, file: str, arch: str | None) -> bool:
     return weights.heads.number is None and bool(choices(width_of(weights.state)))
 
 
-def _beginning(start: str, settings: Built) -> Encoder:
-    """The network of a run's ``--init`` as the run began: a file's weights, or those that timm publishes."""
+def _beginning(config: Fields, settings: Built) -> Encoder | None:
+    """The network of a run's ``--init`` as the run began: a file's weights, or those that timm publishes; ``None``
+    where they are elsewhere by now.
+    """
     encoder = build_backbone(**settings)
-    load_start(start, [encoder], settings["arch"], settings.get("num_heads"))
-    return encoder
+    setattr(encoder, encoder.projector_name, nn.Identity())
+    heads, adapter = settings.get("num_heads"), str(config.get("adapter") or "")
+    try:
+        load_start(str(config["init"]), [encoder], settings["arch"], heads, adapter)
+    except UserError:
+        return None
+    return encoder.eval()
 
 
 def _row(
@@ -142,7 +181,8 @@ def _row(
     size: int,
     workers: int,
     whole: Source,
-) -> JsonLine:
+) -> tuple[JsonLine, Tensor | None]:
+    """The measures, and with labels which labelled images are answered rightly."""
     preset = preset_of(config)
     network, made = (nn.Identity(), pixel_features) if encoder is None else (encoder.to(world.device), encoder.features)
 
@@ -161,16 +201,13 @@ def _row(
             f"data: only {len(views)} of {len(images)} images can be read; 10 or more are needed to judge by"
         )
     row = {"name": name, "kind": kind, **judge(views).as_dict()}
+    right = None
     if labels is not None:
         labelled, read = features(Subset(whole, labels.indices), 0)
         if len(read) < 2:
             raise UserError(f"only {len(read)} of {len(labels.numbers)} labelled images can be read; label others")
-        hits, n = leave_one_out(labelled[:, 0], torch.as_tensor(labels.numbers[read]))
+        right = right_among(labelled[:, 0], torch.as_tensor(labels.numbers[read]))
+        hits, n = int(right.sum()), len(right)
         low, high = interval(hits, n)
         row |= {"knn": 100 * hits / n, "knn_low": low, "knn_high": high, "labelled": n}
-    return row
-
-
-def leave_one_out(features: Float[Tensor, "images dim"], labels: Int[Tensor, "images"]) -> tuple[int, int]:
-    """Images whose class the k nearest others vote for (weights as in ``neighbours``), and all images."""
-    return int(right_among(features, labels).sum()), len(features)
+    return row, right

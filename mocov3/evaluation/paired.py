@@ -7,11 +7,16 @@ few images too, and where no image has changed. Answers of neighbours depend on 
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool
-from torch import Tensor
 
 from mocov3.metrics import JsonLine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = Any  # torch takes seconds to import
 
 _Z = 1.6448536
 """One-sided 95 % of the normal distribution."""
@@ -136,6 +141,17 @@ def conclude(network: str, old: Paired | None, new: Paired | None, limit: float)
         reason = "cannot be told" if old else "was not asked (--guard)"
         sentences.append(f"Use {network} for the new kind only: whether it still serves the old {reason}.")
     return Conclusion(sentences, keep)
+
+
+def against_start(network: str, pair: Paired) -> str:
+    """What labelled images of one kind say of a network and of the one it started from, in a line."""
+    if pair.most < 0:
+        verdict, advice = "better", "on images like these, use it"
+    elif pair.least > 0:
+        verdict, advice = "worse", "keep your weights"
+    else:
+        verdict, advice = "not told apart", "keep your weights, or label more images"
+    return f"{network} against its start: {verdict}: {_shown(pair)}; {advice}."
 
 
 def _shown(pair: Paired) -> str:

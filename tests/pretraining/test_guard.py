@@ -120,6 +120,28 @@ def test_guard_start_only_measures(run, base, tmp_path, capsys):
     assert "Keep your weights" not in capsys.readouterr().out
 
 
+def test_blends_of_start_and_end(run, base, images, tmp_path, capsys):
+    assert run(tmp_path, "--epochs", "1", "--lr", ".01", "--quiet", old=None) == 0
+    capsys.readouterr()
+    file = tmp_path / "checkpoint_0000.pth.tar"
+    assert main(["compare", str(file), str(images), "--blend", "0,.5,1", "--json", "-j", "0"]) == 0
+    rows = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    measures = ("retrieval", "rankme", "alignment", "knn")
+    for end, same in (("0", f"start: {base}"), ("1", str(file))):
+        assert [rows[f"{file} blend {end}"][m] for m in measures] == [rows[same][m] for m in measures]
+    middle = rows[f"{file} blend 0.5"]
+    assert middle["rankme"] not in (rows[str(file)]["rankme"], rows[f"start: {base}"]["rankme"])
+    assert rows[f"{file} blend 0"]["against_start"]["lost"] == rows[f"{file} blend 0"]["against_start"]["gained"] == 0
+    start, pair = rows[f"start: {base}"], rows[str(file)]["against_start"]
+    assert start["knn"] == pytest.approx(100 * pair["right"] / pair["images"])
+    assert rows[str(file)]["knn"] == pytest.approx(start["knn"] - pair["drop"])
+    assert main(["compare", str(file), str(images), "--blend", ".5", "-j", "0"]) == 0
+    assert f"{file} blend 0.5 against its start: " in capsys.readouterr().out
+    assert "no --init that is here" in refused("compare", base, images, "--blend", ".5", "-j", "0")
+    assert "--blend" in refused("compare", file, images, "--blend", "2")
+    assert "--blend" in refused("compare", file, images, "--blend", "a")
+
+
 def test_refusals(images, base, tmp_path):
     command = ["pretrain", images, *FLAGS, "--output-dir", tmp_path / "r"]
     started = [*command, "--init", base]
