@@ -1,15 +1,15 @@
-"""Adapting existing weights: what is gained on a new kind of images, what is lost on the old, by way and number of images.
+"""Adapting existing weights: what a new kind of images gains, what the old kind loses, by way and number of images.
 
-    python benchmarks/adapt.py --old CIFAR10 --out runs/adapt               # every run that is missing, one after the other
-    python benchmarks/adapt.py --out runs/adapt --tables                    # the tables, of what is there
-    python benchmarks/adapt.py --rehearse                                   # everything at toy size, without data
+    python benchmarks/adapt.py --old CIFAR10 --out runs/adapt    # every run that is missing, one after the other
+    python benchmarks/adapt.py --out runs/adapt --tables         # the tables, of what is there
+    python benchmarks/adapt.py --rehearse                        # everything at toy size, without data
 
-Old kind: labelled colour photographs with a train and a validation or test part (``--old``: anything that mocov3 takes, as
-the two Parquet files of CIFAR-10). New kind: embedded Fashion-MNIST images, 28 px and grey, as a camera mounted askew might
-see them: turned, shifted, scaled, darker, noisy. A base is trained on the old kind, then trained on 200, 1,000 and 5,000 of
-the new in each of ``WAYS``: 29 trainings with the base. All k-NN is leave-one-out on images that neither a training nor a
-guard has seen; blends of start and end are judged as well and cost no training. A result is written when its run ends
-(OUT/results.jsonl), and a run that was stopped resumes. ``--device cuda`` where there is a GPU.
+Old kind: labelled colour photographs with a train and a validation or test part (``--old``: anything that mocov3 takes,
+as the two Parquet files of CIFAR-10). New kind: embedded Fashion-MNIST images, 28 px and grey, as a camera mounted
+askew might see them: turned, shifted, scaled, darker, noisy. A base is trained on the old kind, then on 200, 1,000 and
+5,000 of the new in the ways of ``WAYS``: 29 trainings with the base. All k-NN is leave-one-out on images that neither a
+training nor a guard has seen; blends of start and end are judged as well and cost no training. A result is written when
+its run ends (OUT/results.jsonl), and a run that was stopped resumes. ``--device cuda`` where there is a GPU.
 """
 
 import argparse

@@ -112,21 +112,22 @@ class MoCo(nn.Module):
         then the momentum update, then the keys in training mode. A backbone without batch norm takes both views in
         one pass, which changes nothing but the speed.
         """
-        return self.contrast_features(self._of_both(self.features, x1, x2), x1, x2, m)
+        passes = self.passes(x1, x2)
+        features = [f for x in passes for f in self.features(x).chunk(2 // len(passes))]
+        return self.contrast_features(features, passes, m)
+
+    def passes(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
+        """Views as the backbones take them: each its own pass, or both in one."""
+        return (x1, x2) if self.views_meet else (torch.cat([x1, x2]),)
 
     def contrast_features(
-        self, features: Sequence[Tensor], x1: Tensor, x2: Tensor, m: float
+        self, features: Sequence[Tensor], passes: tuple[Tensor, ...], m: float
     ) -> tuple[Float[Tensor, ""], Statistics]:
-        """``contrast``, of query features that are there already."""
+        """``contrast``, of query features of both views that are there already."""
         queries = [self.queries(f) for f in features]
         self.update_momentum_encoder(m)
-        keys = [self.keys(f) for f in self._of_both(self.key_features, x1, x2)]
+        keys = [self.keys(f) for x in passes for f in self.key_features(x).chunk(2 // len(passes))]
         return self.loss(queries, keys)
-
-    def _of_both(self, features: Callable[[Tensor], Tensor], x1: Tensor, x2: Tensor) -> Sequence[Tensor]:
-        if self.views_meet:
-            return features(x1), features(x2)
-        return features(torch.cat([x1, x2])).chunk(2)
 
     def compile_backbones(self, backend: str | Callable[..., object] = "inductor", **settings: Any) -> None:
         """Compile both backbones (``mocov3.models.compiled.compile_features``, whose ``settings`` these are)."""

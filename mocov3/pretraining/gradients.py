@@ -48,7 +48,7 @@ class WholeBatch:
         self.precision, self.weight = precision, preservation.weight if preservation else 0.0
         contrast = _Contrast(model, preservation)
         self._contrast: Any = (
-            contrast if is_sharded(model) else world.wrap(contrast)
+            contrast if is_sharded(model) else world.wrap(contrast, static=True)
         )  # shared weights reduce by themselves
 
     def __call__(self, x1: ViewBatch, x2: ViewBatch, m: float) -> tuple[Float[Tensor, ""], Statistics]:
@@ -71,7 +71,8 @@ class _Contrast(nn.Module):
         if self.preservation is None:
             return *self.model.contrast(x1, x2, m), None
         features, patches = self.model.base_encoder.features_and_mean(x1)
-        loss, statistics = self.model.contrast_features([features, self.model.features(x2)], x1, x2, m)
+        both = [features, self.model.features(x2)]
+        loss, statistics = self.model.contrast_features(both, self.model.passes(x1, x2), m)
         return loss, statistics, self.preservation.distances(x1, features, patches).mean()
 
 

@@ -83,13 +83,16 @@ class Loader:
         self._say, self._tally = say, remarks.Tally()
         beside, channels = getattr(transform, "colour_draws", 0), getattr(transform, "reading", RGB).channels
         layout = Layout(transform.count, batch_size, transform.image_size, beside, channels)
+        self.memory: np.ndarray
+        """Bytes of all slots."""
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
         self._start(min(workers, batch_size), layout)
 
     def _start(self, workers: int, layout: Layout) -> None:
         if not workers:
-            self._slots = layout.slots(memoryview(bytearray(layout.bytes)))
+            self.memory = np.zeros(layout.bytes, dtype=np.uint8)
+            self._slots = layout.slots(self.memory)
             return
         context = multiprocessing.get_context("spawn")
         # an unlinked memory-mapped file: falls back from /dev/shm where that is small, leaves nothing when killed
@@ -101,7 +104,8 @@ class Loader:
                 f"--workers: no {size >> 20} MB of memory to share with loader processes ({reason(error)}); "
                 "give --workers 0, or set TMPDIR to a folder with room"
             ) from None
-        self._slots = layout.slots(memoryview(memory))
+        self.memory = np.frombuffer(memoryview(memory), dtype=np.uint8)
+        self._slots = layout.slots(self.memory)
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, memory, layout, self._filler), daemon=True)
@@ -214,7 +218,7 @@ def _serve(
     import cv2
 
     cv2.setNumThreads(0)  # one process a core already
-    slots = layout.slots(memoryview(memory))
+    slots = layout.slots(np.frombuffer(memoryview(memory), dtype=np.uint8))
     while True:
         try:
             slot, epoch, first, indices = pipe.recv()

@@ -67,12 +67,12 @@ class Layout:
         """Bytes of a slot."""
         return -(-self.count * self.batch_size * (4 * self.colour_draws + self.channels * self.side**2) // 64) * 64
 
-    def slots(self, memory: memoryview) -> list[Slot]:
-        """The slots in ``memory``."""
+    def slots(self, memory: np.ndarray) -> list[Slot]:
+        """The slots in ``memory``, uint8."""
         slots = []
         images = self.count * self.batch_size
         head = 4 * images * self.colour_draws  # parameters first, so that they are aligned
-        for part in np.frombuffer(memory, dtype=np.uint8).reshape(-1, self.bytes):
+        for part in memory.reshape(-1, self.bytes):
             colour_draws = part[:head].view(np.float32).reshape(self.count, self.batch_size, self.colour_draws)
             pixels = part[head : head + self.channels * images * self.side**2]
             shape = (self.count, self.batch_size, self.side, self.side, self.channels)
