@@ -14,7 +14,7 @@ from mocov3.config.archs import is_vit, stored_heads
 from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import UserError
-from mocov3.models import Encoder, MoCo, shapes_only
+from mocov3.models import MoCo, shapes_only
 from mocov3.models.compiled import compile_features, pays
 from mocov3.models.lora import add_pairs
 from mocov3.models.precision import Precision, resolve_precision
@@ -24,9 +24,9 @@ from mocov3.pretraining.footprint import Footprint, choose_micro_batch, footprin
 from mocov3.pretraining.groups import freeze_until, parameter_groups
 from mocov3.pretraining.preserve import Preservation
 from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
+from mocov3.pretraining.starting_network import backbone_settings, check_start, start_network
 from mocov3.pretraining.step import Step
 from mocov3.weights import Contents, our_entry, trained_with
-from mocov3.weights.adapters import digest_of
 from mocov3.weights.find import BackboneWeights, find_backbone
 from mocov3.weights.start import load_start, starting_weights
 
@@ -104,35 +104,6 @@ def _start(
     return Preservation(start, config.preserve), digest
 
 
-def start_network(config: PretrainConfig) -> Encoder:
-    """The backbone as a run with ``--init`` begins, without heads, on the CPU.
-
-    Raises:
-        UserError: if the weights cannot be had, or do not fit.
-    """
-    c = config
-    encoder = models.build_backbone(c.arch, **_backbone_settings(c))
-    setattr(encoder, encoder.projector_name, torch.nn.Identity())
-    load_start(c.init, [encoder], c.arch, c.heads, c.adapter)
-    return encoder
-
-
-def check_start(start: Encoder, config: PretrainConfig, resume_from: tuple[Path, Contents] | None) -> str:
-    """Digest of the starting network.
-
-    Raises:
-        UserError: if the run to resume began with other weights.
-    """
-    digest = digest_of(start.state_dict())
-    saved = our_entry(resume_from[1]).get("start") if resume_from else None
-    if saved and saved != digest:
-        raise UserError(
-            f"--init {config.init}: holds other weights than when this run began, which compares with them: give the "
-            "file as it was, or begin a new run"
-        )
-    return digest
-
-
 def build_model(config: PretrainConfig, world: World) -> MoCo:
     """The model of a configuration on this rank's device, in training mode."""
     c = config
@@ -188,21 +159,10 @@ def with_heads(
 def plain_model(c: PretrainConfig) -> MoCo:
     """The model of a configuration as it is initialised, on the current device."""
     heads: dict[str, Any] = {"dim": c.moco_dim, "mlp_dim": c.moco_mlp_dim, "temperature": c.moco_t}
-    model = models.build(c.arch, **heads, stop_grad_conv1=c.stop_grad_conv1, **_backbone_settings(c))
+    model = models.build(c.arch, **heads, stop_grad_conv1=c.stop_grad_conv1, **backbone_settings(c))
     if c.lora:
         add_pairs(model.base_encoder, c.lora, c.unfreeze_last)
     return model
-
-
-def _backbone_settings(c: PretrainConfig) -> dict[str, Any]:
-    """What ``build_backbone`` needs beside the arch, but for what is frozen."""
-    return {
-        "image_size": c.image_size,
-        "patch_size": c.patch_size,
-        "in_chans": c.channels,
-        "small_stem": c.small_stem,
-        **({"num_heads": c.heads} if c.heads is not None else {}),
-    }
 
 
 def resolve_compile(

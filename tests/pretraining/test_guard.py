@@ -172,7 +172,7 @@ def test_refusals(images, base, tmp_path):
     assert "--epochs" in held
 
 
-def test_the_start_is_read_as_its_own_training_read_images(run, base, images, tmp_path):
+def test_the_start_is_read_as_its_own_training_read_images(run, images, tmp_path, capsys):
     """A run with other normalisation does not make the start look worse than it is."""
     flags = ["--epochs", "1", "--lr", "0", "--quiet"]
     run(tmp_path / "a", *flags)
@@ -180,3 +180,12 @@ def test_the_start_is_read_as_its_own_training_read_images(run, base, images, tm
     one, two = (judgements(tmp_path / name)[0]["old"] for name in "ab")
     assert one["right"] == two["right"]
     assert (one["lost"], one["gained"]) != (two["lost"], two["gained"]), "the run's own normalisation is another"
+    rows = []
+    for name in "ab":
+        capsys.readouterr()
+        file = tmp_path / name / "checkpoint_0000.pth.tar"
+        assert main(["compare", str(file), str(images), "--json", "-j", "0"]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        rows.append({line["kind"]: line for line in lines})
+    assert rows[0]["start"] == rows[1]["start"]
+    assert rows[0]["checkpoint"]["rankme"] != rows[1]["checkpoint"]["rankme"]
