@@ -1,30 +1,90 @@
-"""What starting from existing weights brings: half of a set, then another half that looks different.
+"""Adapting existing weights: what a new kind of images gains, what the old kind loses, by way and number of images.
 
-    python benchmarks/adapt.py                  # about 6 minutes a seed on one quiet core
-    python benchmarks/adapt.py --seeds 0
+    python benchmarks/adapt.py --old CIFAR10 --out runs/adapt    # every run that is missing, one after the other
+    python benchmarks/adapt.py --out runs/adapt --tables         # the tables, of what is there
+    python benchmarks/adapt.py --rehearse                        # everything at toy size, without data
 
-Half A is embedded Fashion-MNIST images 0–3,999 as they are, half B images 4,000–7,999 as a camera that is mounted
-otherwise might show them: turned by up to 20°, shifted by up to 3 px, scaled by 0.75–1.1, darker, noisy. Trained on A
-for 30 epochs, then on B for 3 (and 10) by ``--recipe adapt``; beside it B from scratch for 30, ten times the steps.
-k-NN is leave-one-out over the 2,000 test images of each kind, as ``mocov3 compare`` judges them. Prints the table of
-docs/own-images.md.
+Old kind: labelled colour photographs with a train and a validation or test part (``--old``: anything that mocov3 takes,
+as the two Parquet files of CIFAR-10). New kind: embedded Fashion-MNIST images, 28 px and grey, as a camera mounted
+askew might see them: turned, shifted, scaled, darker, noisy. A base is trained on the old kind, then on 200, 1,000 and
+5,000 of the new in the ways of ``WAYS``: 29 trainings with the base. All k-NN is leave-one-out on images that neither a
+training nor a guard has seen; blends of start and end are judged as well and cost no training. A result is written when
+its run ends (OUT/results.jsonl), and a run that was stopped resumes. ``--device cuda`` where there is a GPU.
 """
 
 import argparse
+import io
 import json
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from mocov3.data import FashionMnist
+from mocov3.data import FashionMnist, Source, open_source
+from mocov3.errors import KEEP_YOURS
 
-EPOCHS, ADAPTED = 30, (3, 10)
-_COMMON = ["--image-size", "28", "-j", "0", "--device", "cpu", "--quiet"]
+Result = dict[str, Any]
+RATE = 5e-4
+RUINOUS = 100 * RATE
+BLENDS = "0,.25,.5,.75,1"
+WAYS: dict[str, list[str]] = {
+    "unprotected": ["--lr", str(RATE)],
+    "layer decay": ["--lr", str(RATE), "--layer-decay", ".75", "--freeze-epochs", "1"],
+    "LoRA": ["--lr", str(4 * RATE), "--lora", "8"],
+    "LoRA, preserved": ["--lr", str(4 * RATE), "--lora", "8", "--preserve", "1"],
+    "LoRA, preserved, last block": ["--lr", str(RATE), "--lora", "8", "--preserve", "1", "--unfreeze-last", "1"],
+    "LoRA, preserved, guarded": ["--lr", str(4 * RATE), "--lora", "8", "--preserve", "1"],
+    "ruinous, guarded": ["--lr", str(RUINOUS)],
+}
+GUARDED = tuple(way for way in WAYS if way.endswith("guarded"))
+EPOCHS = {200: 100, 1000: 40, 5000: 20}
+NETWORK = ["-a", "vit_tiny", "--image-size", "32", "--optimizer", "adamw", "--weight-decay", ".05", "--moco-t", ".2"]
+NETWORK += ["--moco-m-cos", "--moco-dim", "128", "--moco-mlp-dim", "1024", "--crop-min", ".2", "--stop-grad-conv1"]
+NETWORK += ["--recipe", "defaults", "--logger", "none", "--quiet", "--seed"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    patch: int
+    base_images: int
+    base_epochs: int
+    batch: int
+    guard: int
+    """Old images for the guard, half of which decide."""
+    unseen: int
+    """New images for the quality without labels and the run's own test."""
+    judged: int
+    """Images of each kind that nothing but the judgement sees."""
+    epochs: dict[int, int]
+    """New images → epochs."""
+
+
+FULL = Sizes(4, 50_000, 60, 128, 4000, 1000, 2000, EPOCHS)
+TOY = Sizes(16, 64, 1, 16, 40, 20, 40, {32: 1})
+
+
+def plan(sizes: Sizes) -> Iterator[tuple[str, int, int]]:
+    """(way, images, seed) of every training but the base's: 28 at full size."""
+    *fewer, most = sorted(sizes.epochs)
+    for way in WAYS:
+        for seed in (0, 1, 2) if sizes is FULL and not way.startswith("ruinous") else (0,):
+            yield way, most, seed
+    for images in fewer:
+        for way in ("unprotected", "layer decay", "LoRA", "LoRA, preserved"):
+            yield way, images, 0
+    if fewer:
+        yield "LoRA, preserved, guarded", fewer[-1], 0
 
 
 def other_camera(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -35,71 +95,203 @@ def other_camera(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(levels, 0, 255).astype(np.uint8)
 
 
-def make_halves(folder: Path) -> None:
-    """FOLDER/A and FOLDER/B, each with class folders in train and val."""
-    sources = {"train": FashionMnist("train"), "val": FashionMnist("val")}
+def write(folder: Path, images: Sequence[tuple[np.ndarray, str]], first: int = 0) -> None:
+    """Images as PNG in folders of their classes."""
+    for number, (pixels, label) in enumerate(images, first):
+        place = folder / label.replace("/", "-")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{number:05d}.png")
+
+
+def old_images(source: Source, count: int) -> list[tuple[np.ndarray, str]]:
+    """A fixed draw of labelled images at 32 px."""
+    assert source.labels is not None, "--old needs labels"
+    chosen = np.random.Generator(np.random.PCG64(0)).permutation(len(source))[:count]
+    images = []
+    for index in chosen.tolist():
+        data = source.read(index)
+        whole = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else Image.fromarray(data)
+        pixels = np.asarray(whole.convert("RGB").resize((32, 32), Image.Resampling.BOX))
+        images.append((pixels, source.classes[source.labels[index]]))
+    return images
+
+
+def toy_images(count: int, seed: int) -> list[tuple[np.ndarray, str]]:
+    """Noise in three colours, for the rehearsal."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    tint = np.eye(3) * 120
+    noise = rng.integers(0, 120, (count, 32, 32, 3))
+    return [((image + tint[i % 3]).astype(np.uint8), f"class{i % 3}") for i, image in enumerate(noise)]
+
+
+def make_images(out: Path, old: str, sizes: Sizes) -> None:
+    """OUT/data: base (train), guard, old, and for every number of new images a folder of train and val; new."""
+    data = out / "data"
+    if (data / "complete").exists():
+        return
+    if old:
+        train, val = old_images(open_source(old, "train"), sizes.base_images), open_source(old, "val")
+        unseen = old_images(val, sizes.guard + sizes.judged)
+    else:
+        train, unseen = toy_images(sizes.base_images, 0), toy_images(sizes.guard + sizes.judged, 1)
+    write(data / "base", train)
+    write(data / "guard", unseen[: sizes.guard])
+    write(data / "old", unseen[sizes.guard :])
     rng = np.random.Generator(np.random.PCG64(0))
-    for half, first in (("A", 0), ("B", 4000)):
-        for split, (start, stop) in {"train": (first, first + 4000), "val": (0, 2000)}.items():
-            source = sources[split]
-            for i in range(start, stop):
-                pixels = source.images[i] if half == "A" else other_camera(source.images[i], rng)
-                place = folder / half / split / str(source.labels[i])
-                place.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(place / f"{i}.png")
+    parts = [FashionMnist("train"), FashionMnist("val")]
+    pixels = np.concatenate([part.images for part in parts])
+    labels = np.concatenate([part.labels for part in parts if part.labels is not None])
+    new = [(other_camera(p, rng), FashionMnist.classes[label]) for p, label in zip(pixels, labels, strict=True)]
+    most = max(sizes.epochs)
+    for count in sizes.epochs:
+        write(data / f"new{count}" / "train", [(p, "images") for p, _ in new[:count]])  # without labels
+        write(data / f"new{count}" / "val", new[most : most + sizes.unseen])
+    write(data / "new", new[most + sizes.unseen :][: sizes.judged])
+    (data / "complete").touch()
 
 
-def mocov3(*args: object) -> str:
-    """Run a command of ours; returns what it printed."""
+def mocov3(*args: object, codes: tuple[int, ...] = (0,)) -> tuple[str, int]:
+    """Run a command of ours; what it printed, and its exit code."""
     command = [sys.executable, "-m", "mocov3", *map(str, args)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode not in codes:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout, done.returncode
 
 
-def one_seed(halves: Path, folder: Path, seed: int) -> dict[str, float]:
-    """k-NN in % of the networks of a seed, on the old kind of images (A) and on the new (B)."""
-    seeded = [*_COMMON, "--seed", seed]
+def judged(file: Path, folder: Path, device: str, *, blend: bool) -> dict[str, Result]:
+    """Rows of ``mocov3 compare`` by name; the file's is called ``end``, blends by their fraction."""
+    flags = ["--blend", BLENDS] if blend else []
+    out, _ = mocov3("compare", file, folder, "--json", "--device", device, "-j", 0, *flags)
+    rows = {}
+    for row in map(json.loads, out.splitlines()):
+        name = "start" if row["kind"] == "start" else row["name"].removeprefix(f"{file} ")
+        rows["end" if name == str(file) else name] = row
+    return rows
 
-    def train(name: str, half: str, epochs: int, *flags: object) -> Path:
-        mocov3("pretrain", halves / half, "--epochs", epochs, "--output-dir", folder / name, *flags, *seeded)
-        return folder / name / f"checkpoint_{epochs - 1:04d}.pth.tar"
 
-    old = train("old", "A", EPOCHS)
-    files = {old: "old"}
-    for epochs in ADAPTED:
-        files[train(f"adapted{epochs}", "B", epochs, "--recipe", "adapt", "--init", old)] = f"adapted{epochs}"
-    for epochs in (EPOCHS, ADAPTED[0]):
-        files[train(f"scratch{epochs}", "B", epochs)] = f"scratch{epochs}"
-    accuracies: dict[str, float] = {}
-    for half in "AB":
-        for row in map(json.loads, mocov3("compare", *files, halves / half, "--json").splitlines()):
-            accuracies[f"{files.get(Path(row['name']), row['name'].split()[0])} {half}"] = row["knn"]
-    return accuracies
+def train_base(out: Path, sizes: Sizes, device: str) -> tuple[Path, Result]:
+    """The base, and how it stands beside pixels on old images."""
+    flags = [*NETWORK, 0, "--patch-size", sizes.patch, "-b", sizes.batch, "--lr", 1e-3, "--epochs", sizes.base_epochs]
+    flags += ["--warmup-epochs", min(5, sizes.base_epochs - 1), "--device", device, "--keep-last", 1]
+    mocov3("pretrain", out / "data" / "base", *flags, "--output-dir", out / "base", "--resume", "auto")
+    file = out / "base" / f"checkpoint_{sizes.base_epochs - 1:04d}.pth.tar"
+    rows = judged(file, out / "data" / "old", device, blend=False)
+    return file, {"old": rows["end"]["knn"], "pixels": rows["pixels"]["knn"]}
+
+
+def adapt(out: Path, base: Path, way: str, images: int, seed: int, sizes: Sizes, device: str) -> Result:
+    """One training, and what it did to both kinds."""
+    data, epochs = out / "data", sizes.epochs[images]
+    folder = out / f"{way.replace(', ', '-').replace(' ', '-')}-{images}-{seed}"
+    flags = [*NETWORK, seed, "--patch-size", sizes.patch, "-b", min(sizes.batch, images // 2), *WAYS[way]]
+    flags += ["--epochs", max(epochs, 2), "--warmup-epochs", 1, "--moco-m", ".996", "--init", base, "--keep-last", 1]
+    flags += ["--guard", data / "guard", "--guard-drop", 2 if way in GUARDED else 100, "--new-labels", "folders"]
+    flags += ["--quality-every", max(epochs // 10, 1), "--device", device, "--resume", "auto", "--output-dir", folder]
+    began = time.monotonic()
+    said, code = mocov3("pretrain", data / f"new{images}", *flags, codes=(0, KEEP_YOURS))
+    seconds = time.monotonic() - began
+    last = sorted(folder.glob("checkpoint_*.pth.tar"))[-1]
+    file = folder / "best_unlabelled.pth.tar" if way in GUARDED else last
+    curve = [json.loads(line) for line in (folder / "guard.jsonl").read_text().splitlines()]
+    rows = {kind: judged(file, data / kind, device, blend=way not in GUARDED) for kind in ("old", "new")}
+    return {
+        "way": way,
+        "images": images,
+        "seed": seed,
+        "seconds": seconds,
+        "exit": code,
+        "said": said.splitlines()[-3:],
+        "curve": [{"agreement": line["agreement"], "drop": line["verdict"]["drop"]} for line in curve],
+        **{kind: {name: {"knn": row["knn"], "pair": row.get("against_start")} for name, row in table.items()}
+           for kind, table in rows.items()},
+    }  # fmt: skip
+
+
+def measure(out: Path, old: str, sizes: Sizes, device: str, base: Path | None) -> list[Result]:
+    """Every run that is missing; all results."""
+    make_images(out, old, sizes)
+    results_file = out / "results.jsonl"
+    results = read(out)
+    if base is None:
+        base, standing = train_base(out, sizes, device)
+        (out / "base.json").write_text(json.dumps(standing))
+    for way, images, seed in plan(sizes):
+        if any((r["way"], r["images"], r["seed"]) == (way, images, seed) for r in results):
+            continue
+        results.append(adapt(out, base, way, images, seed, sizes, device))
+        with results_file.open("a") as file:
+            file.write(json.dumps(results[-1]) + "\n")
+        print(_row([results[-1]]), flush=True)
+    return results
+
+
+def read(out: Path) -> list[Result]:
+    """Results so far."""
+    file = out / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _row(results: list[Result]) -> str:
+    first = results[0]
+    cells = [first["way"], f"{first['images']:,}"]
+    for kind in ("old", "new"):
+        gains = [r[kind]["end"]["knn"] - r[kind]["start"]["knn"] for r in results]
+        cells += [" ".join(f"{r[kind]['end']['knn']:.1f}" for r in results), f"{mean(gains):+.1f}"]
+    cells.append(" ".join("keep yours" if r["exit"] == KEEP_YOURS else "use" for r in results))
+    return f"| {' | '.join(cells)} |"
+
+
+def tables(out: Path, results: list[Result]) -> str:
+    """What is known so far, in Markdown."""
+    lines = []
+    if (out / "base.json").exists():
+        base = json.loads((out / "base.json").read_text())
+        lines += [f"Base: k-NN {base['old']:.1f} % on the old kind, pixels {base['pixels']:.1f} %.", ""]
+    lines += ["| way | images | old kind, by seed | mean change | new kind, by seed | mean change | the run says |"]
+    lines += ["|---|---:|---|---:|---|---:|---|"]
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result["way"], result["images"]), []).append(result)
+    lines += [_row(group) for group in groups.values()]
+    lines += ["", "| blend of | " + " | ".join(BLENDS.split(",")) + " |", "|---|" + "---|" * 5]
+    for (way, images), group in groups.items():
+        names = [f"blend {float(f):g}" for f in BLENDS.split(",")]
+        if names[0] in group[0]["old"]:
+            cells = [" / ".join(f"{mean(r[k][n]['knn'] for r in group):.1f}" for k in ("old", "new")) for n in names]
+            lines.append(f"| {way}, {images:,} (old / new) | " + " | ".join(cells) + " |")
+    points = sorted((p["agreement"], p["drop"]) for r in results for p in r["curve"] if p["agreement"] is not None)
+    lines += ["", "| neighbours as at the start, % | judgements | points lost on the old kind: least, mean, most |"]
+    lines += ["|---|---:|---|"]
+    for low in range(90, -1, -10):
+        if drops := [drop for agreement, drop in points if low <= agreement < low + 10 + (low == 90)]:
+            lines.append(f"| {low}–{low + 10} | {len(drops)} | {min(drops):.1f}, {mean(drops):.1f}, {max(drops):.1f} |")
+    minutes = sum(r["seconds"] for r in results) / 60
+    lines += ["", f"{len(results)} trainings of the new kind, {minutes:.0f} minutes. No foundation model was at hand."]
+    return "\n".join(lines)
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure what is missing, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2", help="seeds, with commas between them")
+    parser.add_argument("--old", default="", help="labelled photographs, as CIFAR-10's Parquet files in a folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/adapt"), help="images, runs and results")
+    parser.add_argument("--base", type=Path, help="weights trained on the old kind, in place of a training here")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tables", action="store_true", help="print the tables of what is there")
+    parser.add_argument("--rehearse", action="store_true", help="everything once, at toy size, without data")
     args = parser.parse_args()
-    seeds = [int(s) for s in args.seeds.split(",")]
-    with tempfile.TemporaryDirectory() as name:
-        make_halves(Path(name))
-        by_seed = [one_seed(Path(name), Path(name) / f"seed{seed}", seed) for seed in seeds]
-    print("| network | old kind | new kind |\n|---|---|---|")
-    titles = {
-        "old": f"trained on the old kind, {EPOCHS} epochs",
-        f"adapted{ADAPTED[0]}": f"then on the new by `--recipe adapt`, {ADAPTED[0]} epochs",
-        f"adapted{ADAPTED[1]}": f"the same, {ADAPTED[1]} epochs",
-        f"scratch{EPOCHS}": f"trained on the new kind alone, {EPOCHS} epochs",
-        f"scratch{ADAPTED[0]}": f"the same, {ADAPTED[0]} epochs",
-        "untrained": "untrained",
-        "pixels": "pixels",
-    }
-    for key, title in titles.items():
-        print(
-            f"| {title} | " + " | ".join(" ".join(f"{f[f'{key} {half}']:.1f}" for f in by_seed) for half in "AB") + " |"
-        )
-    print(f"\nSeeds {args.seeds}; `python benchmarks/adapt.py`.")
+    if args.tables:
+        print(tables(args.out, read(args.out)))
+        return 0
+    if args.rehearse:
+        with tempfile.TemporaryDirectory() as folder:
+            results = measure(Path(folder), "", TOY, args.device, None)
+            print(tables(Path(folder), results) + "\n\nA rehearsal at toy size: the numbers mean nothing.")
+        return 0
+    if not args.old:
+        parser.error("--old names the labelled photographs")
+    print(tables(args.out, measure(args.out, args.old, FULL, args.device, args.base)))
     return 0
 
 

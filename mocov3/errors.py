@@ -10,6 +10,10 @@ from typing import Any, ClassVar
 _LONGEST = 2000  # characters of a message; a file may have names and lines of any length
 
 
+KEEP_YOURS = 3
+"""Exit code of a run that ended well and whose result is: keep the weights you have."""
+
+
 class UserError(Exception):
     """Bad input. The message is one line that says what is wrong, where, and how to fix it."""
 

@@ -18,6 +18,8 @@ JsonLine = dict[str, Any]
 SCHEMA_VERSION = 1
 QUALITY = "quality.jsonl"
 """Judgements without labels of a run, by epoch (``mocov3.pretraining.label_free_evaluation``)."""
+GUARD = "guard.jsonl"
+"""Judgements of a run's network against its start, by epoch (``mocov3.pretraining.against_start``)."""
 _NOT_MEASURED = ("step", "epoch", "iteration", "loss", "task", "version")
 
 
@@ -96,6 +98,8 @@ class MetricsLine:
     """Directions that the batch's queries use: exp of the entropy of their normalised singular values, 1 to dim."""
     knn: float | None = None
     """k-NN accuracy in %, at the end of an epoch of ``--knn-every``."""
+    drift: float | None = None
+    """Mean cosine distance of the batch's features to the starting network's, of ``--preserve``: 0 (none) to 2."""
     version: int = SCHEMA_VERSION
 
     def as_dict(self) -> JsonLine:

@@ -54,6 +54,8 @@ LONG = (
     "test_knn",
     "test_attention_heads",
     "test_micro_batch",
+    "test_guard",
+    "test_preserve",
     "test_quality",
     "test_report_browser",
     "test_cheap",

@@ -88,18 +88,23 @@ def few_steps(world, payload):
     from mocov3.distributed.sharding import is_sharded, whole
     from mocov3.models.lora import add_pairs
     from mocov3.models.precision import Precision
+    from mocov3.pretraining.preserve import Preservation
     from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
     from mocov3.pretraining.step import Step
 
     arch, dims, optimizer, dtype, lr, mode, path = payload
     torch.manual_seed(3)
     dims = dict(dims)
-    rank = dims.pop("lora", 0)
+    rank, whole_blocks = dims.pop("lora", 0), dims.pop("unfreeze_last", 0)
+    weight = dims.pop("preserve", 0.0)
     model = models.build(arch, dim=16, mlp_dim=32, temperature=0.2, **dims).to(dtype)
+    preservation = Preservation(models.build_backbone(arch, **dims).to(dtype), weight) if weight else None
     if rank:
-        add_pairs(model.base_encoder, rank)
+        add_pairs(model.base_encoder, rank, whole_blocks)
     if world.size > 1:
         synchronise_batch_norm(model)
+        if preservation:
+            synchronise_batch_norm(preservation.start)
     if "fsdp" in mode:
         shard_model(model, world)
         assert is_sharded(model)
@@ -107,7 +112,8 @@ def few_steps(world, payload):
         model.parameters(), optimizer, world=world, weight_decay=0.1, momentum=0.9
     )
     micro = {1: 3, 2: 2, 4: 1}[world.size] if "micro" in mode else 0
-    step = Step(model.train(), made, world=world, precision=Precision("fp32", world.device), micro_batch=micro)
+    precision = Precision("fp32", world.device)
+    step = Step(model.train(), made, world=world, precision=precision, micro_batch=micro, preservation=preservation)
     losses, norms, first = [], [], None
     for i in range(3 if dtype == torch.float64 else 2):
         generator = torch.Generator().manual_seed(i)
@@ -116,6 +122,10 @@ def few_steps(world, payload):
         outcome = step(*views, lr=lr, m=0.9)
         assert outcome.ok
         losses.append(float(world.sum(outcome.loss) / world.size))
+        if preservation:
+            drift = float(world.sum(outcome.statistics.drift) / world.size)
+            assert drift > 0.1
+            losses.append(drift)
         norms.append(outcome.grad_norms.tolist())
         if first is None:
             first = {k: v.clone() for k, v in whole(model.state_dict()).items()}

@@ -68,7 +68,55 @@ class OwnFlags(ViewFlags):
         metavar="RANK",
         low=0,
     )
+    unfreeze_last: int = flag(
+        0, "with --lora, train the last N blocks whole, without pairs", group=OWN, metavar="N", low=0
+    )
     adapter: str = flag("", ADAPTER_HELP, kind=path, group=OWN, metavar="FILE")
+
+    preserve: float = flag(
+        0.0,
+        "weight of the cosine distance to the features of the --init network, one forward pass more (0: none)",
+        group=OWN,
+        metavar="W",
+        low=0,
+    )
+
+    guard: str = flag(
+        "",
+        "labelled images of the kind that the --init network knows, DIR or DIR,labels.csv: at every judgement "
+        "(--quality-every) k-NN on them is compared with the start's; 'start': only how many neighbours of new images "
+        "stay the same",
+        kind=path,
+        group=OWN,
+        metavar="DIR[,CSV]",
+    )
+    guard_drop: float = flag(
+        2.0,
+        "points of k-NN on the images of --guard that may be lost: where more cannot be ruled out (95 %), the run "
+        "stops, and what it keeps is the best network before that, or the start",
+        group=OWN,
+        metavar="POINTS",
+        above=0,
+        high=100,
+    )
+    new_labels: str = flag(
+        "",
+        "classes of new images that are not trained on, a CSV of path,label, or 'folders': at the end the start is "
+        "tested against what was trained",
+        kind=path,
+        group=OWN,
+        metavar="CSV",
+    )
+
+    @property
+    def guards(self) -> bool:
+        """Whether there are images of the old kind to be compared on."""
+        return self.guard not in ("", "start")
+
+    @property
+    def compares_with_start(self) -> bool:
+        """Whether the network of ``--init`` is needed as long as the run lasts."""
+        return bool(self.preserve or self.guard or self.new_labels)
 
     def check_own(self) -> None:
         """Refuse values that make no sense.
@@ -83,6 +131,15 @@ class OwnFlags(ViewFlags):
             raise UserError(f"--adapter {self.adapter}: there is no such file")
         if self.lora and (given["fsdp"] or self.freeze_until):
             raise UserError("--lora holds the backbone still itself: leave out --fsdp and --freeze-until")
+        if self.preserve and (given["fsdp"] or not given["init"]):
+            raise UserError("--preserve holds the network of --init on every process: give --init, without --fsdp")
+        if (self.guard or self.new_labels) and not (given["init"] and self.quality_every):
+            raise UserError(
+                "--guard and --new-labels compare with the network of --init at every judgement: give --init and "
+                "--quality-every"
+            )
+        if self.unfreeze_last and not self.lora:
+            raise UserError("--unfreeze-last goes beside --lora; without pairs it is --freeze-until BLOCK that does it")
         if self.patience and not self.quality_every:
             raise UserError("--patience counts judgements of --quality-every; give both")
         if self.budget and getattr(self, "recipe", "") not in ("auto", "adapt"):

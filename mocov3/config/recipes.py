@@ -32,11 +32,7 @@ _VIT: dict[str, Any] = {
 RECIPES: dict[str, Recipe] = {
     "auto": Recipe({}, "chosen for the images and the machine; what mocov3 pretrain does unless told otherwise"),
     "adapt": Recipe(
-        {  # optimizer and learning rate are those of the kind of network, as in auto
-            "epochs": 20,
-            "warmup_epochs": 1,
-            "freeze_epochs": 1,
-            "layer_decay": 0.75,
+        {  # rate, length, pairs or layer decay, preservation: a table by network and images (mocov3.planning.adapting)
             "moco_m": 0.996,
             "moco_m_cos": True,
             "moco_t": 0.2,

@@ -17,6 +17,7 @@ from mocov3.data.sources.labels import Labelled, Labels, own_labels, read_labels
 from mocov3.data.sources.opening import has_unseen
 from mocov3.errors import UserError, printable
 from mocov3.evaluation.intervals import rank_correlation
+from mocov3.evaluation.paired import Paired, against_start
 from mocov3.metrics import JsonLine
 from mocov3.output.log import warn_left_out
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
         workers=args.workers,
         arch=args.arch or None,
         heads=args.heads,
+        blend=args.blend,
     )
     if args.json:
         for row in rows:
@@ -77,6 +79,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--labels", type=path, default="", metavar="CSV", help="path,label of some images (10–100 will do)"
     )
+    parser.add_argument(
+        "--blend",
+        type=_fractions,
+        default=(),
+        metavar="F,…",
+        help="judge blends too, of weights this far from each run's start (0) to its end (1), as in 0,.25,.5,.75,1",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device")
     parser.add_argument("--workers", "-j", type=int, default=usable_cores(), help="loading processes (0: none)")
     parser.add_argument("--json", action="store_true", help="print a JSON line a network instead of the table")
@@ -87,6 +96,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.workers < 0:
         raise UserError(f"--workers must be 0 or more, not {args.workers}")
     return args
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    fractions = tuple(float(part) for part in text.split(","))
+    if not all(0 <= f <= 1 for f in fractions):
+        raise argparse.ArgumentTypeError(f"{text!r}: fractions lie from 0 (the start) to 1 (the file)")
+    return fractions
 
 
 def _images(data: str) -> tuple[Source, bool]:
@@ -107,7 +123,7 @@ _NAME = 34
 
 def _print(rows: list[JsonLine], labels: Labels | None, file: str, *, held_out: bool, left_out: int) -> None:
     trained = [row for row in rows if row["kind"] == "checkpoint"]
-    best = max(row["retrieval"] for row in trained)
+    best = max(row["retrieval"] for row in rows if row["kind"] in ("checkpoint", "blend"))
     which = " that these runs kept back (--hold-out)" if held_out else ""
     which += f" ({left_out} unreadable left out)" if left_out else ""
     print(f"{rows[0]['pictures']} images{which}, by views of kinds not trained on; *: finds most again\n")
@@ -119,7 +135,7 @@ def _print(rows: list[JsonLine], labels: Labels | None, file: str, *, held_out: 
             cells.append(f"{row['knn']:.1f} ({row['knn_low']:.1f}–{row['knn_high']:.1f})")
         name = printable(row["name"])
         name = name if len(name) < _NAME else "…" + name[2 - _NAME :]
-        mark = "*" if row["kind"] == "checkpoint" and row["retrieval"] == best else " "
+        mark = "*" if row["kind"] in ("checkpoint", "blend") and row["retrieval"] == best else " "
         print(f"{mark} {name:<{_NAME}}" + " ".join(cells))
     print("\nBetter: more found, higher RankMe and LiDAR, lower alignment and uniformity. The share found")
     print("again goes along with k-NN best (docs/own-images.md). Compare on the same images only.")
@@ -129,6 +145,9 @@ def _print(rows: list[JsonLine], labels: Labels | None, file: str, *, held_out: 
             f"k-NN: each of {counted} judged by the others (k 20, τ .07){' of ' + file if file else ''}; "
             "where intervals overlap, the labels can't tell networks apart."
         )
+        for row in rows:
+            if pair := row.get("against_start"):
+                print(against_start(printable(row["name"]), Paired.from_dict(pair)))
         if len(trained) >= _CORRELATE_FROM:
             parts = []
             for name, (title, _) in _COLUMNS.items():

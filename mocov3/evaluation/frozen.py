@@ -18,7 +18,7 @@ from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.evaluation.features import Extractor
-from mocov3.models.backbones import Encoder, ResNet, Settings, TimmEncoder, build_backbone
+from mocov3.models.backbones import Encoder, ResNet, Settings, TimmEncoder, build_backbone, places_of
 from mocov3.weights import Contents, attention_heads, checkpoint, our_entry
 from mocov3.weights.adapters import read_adapter, with_adapter
 from mocov3.weights.convert import load_into, settings_of, views_of
@@ -289,17 +289,12 @@ def _layer(network: Any, arch: str, layer: str) -> Callable[[Tensor], Tensor]:
     if isinstance(network, Pixels):
         raise UserError(f"--layer {layer}: pixels have no layers")
     body = network.backbone if isinstance(network, TimmEncoder) else network
-    prefix = int(getattr(body, "num_prefix_tokens", 0))
     if layer == "cls":
-        if not prefix:
+        if not int(getattr(body, "num_prefix_tokens", 0)):
             raise UserError(f"--layer cls: {arch} has no cls token; use mean")
         return lambda x: body.forward_features(x)[:, 0]
 
     def patches(x: Tensor) -> Tensor:
-        tokens = body.feature_map(x) if isinstance(body, ResNet) else body.forward_features(x)
-        if tokens.ndim == 4:  # a map, channels first unless said otherwise
-            last = str(getattr(body, "output_fmt", "NCHW")).upper().endswith("NHWC")
-            return tokens.flatten(1, 2) if last else tokens.flatten(2).transpose(1, 2)
-        return tokens[:, prefix:]
+        return places_of(body, body.feature_map(x) if isinstance(body, ResNet) else body.forward_features(x))
 
     return patches if layer == "patches" else lambda x: patches(x).mean(1)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 K, TEMPERATURE = 20, 0.07
@@ -183,6 +183,24 @@ def recalled(
     """How many queries have one of their own class among the first k neighbours, for every k (recall@k)."""
     same = bank_labels[neighbours.index] == labels[:, None].to(bank_labels.dtype)
     return [int(same[:, :k].any(1).sum()) for k in ks]
+
+
+def right_among(features: Float[Tensor, "images dim"], labels: Int[Tensor, "images"]) -> Bool[Tensor, "images"]:
+    """Whether each image has the class that its nearest others vote for (leave-one-out)."""
+    k = min(K, len(features) - 1)
+    neighbours = nearest(features, features, k, self_index=torch.arange(len(features)))
+    return vote(neighbours, labels, [k], [TEMPERATURE], classes=int(labels.max()) + 1)[k, TEMPERATURE] == labels
+
+
+def shared_neighbours(first: Float[Tensor, "images dim"], second: Float[Tensor, "images other"], k: int = K) -> float:
+    """Share in % of every image's k nearest others by the first features that are so by the second too; NaN where
+    features are not finite. k is at most a quarter of the others, since all others would always be the same.
+    """
+    if not bool(torch.isfinite(first).all() & torch.isfinite(second).all()):
+        return float("nan")
+    k, rows = min(k, max((len(first) - 1) // 4, 1)), torch.arange(len(first))
+    one, two = (nearest(x, x, k, self_index=rows).index for x in (first, second))
+    return 100 * float((one[:, :, None] == two[:, None, :]).any(2).double().mean())
 
 
 def knn_predict(

@@ -1,12 +1,13 @@
 """Networks of files, judged on the same images: what ``mocov3 compare`` prints."""
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mocov3.config import preset_of
@@ -22,10 +23,12 @@ from mocov3.errors import UserError
 from mocov3.evaluation.features import Extractor
 from mocov3.evaluation.intervals import interval
 from mocov3.evaluation.label_free import features_of_views, judge, pixel_features
-from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
+from mocov3.evaluation.neighbours import right_among
+from mocov3.evaluation.paired import Paired
 from mocov3.metrics import JsonLine
 from mocov3.models import Encoder, build_backbone
 from mocov3.weights import Contents, checkpoint, trained_with
+from mocov3.weights.adapters import read_adapter
 from mocov3.weights.attention_heads import choices, width_of
 from mocov3.weights.convert import Built, build_from
 from mocov3.weights.find import find_backbone, named_arch
@@ -68,8 +71,11 @@ def judge_all(
     workers: int,
     arch: str | None = None,
     heads: int | None = None,
+    blend: Sequence[float] = (),
 ) -> list[JsonLine]:
-    """A row of measures for pixels, for the untrained and starting networks, and for each file.
+    """A row of measures for pixels, for the untrained and starting networks, for each file and its blends.
+
+    With labels a file's row holds the paired comparison with the network it started from, where that is to be had.
 
     Args:
         files: checkpoints, as ``read_all`` gives them.
@@ -80,41 +86,143 @@ def judge_all(
         workers: loading processes.
         arch: of files that do not say it.
         heads: attention heads of ViTs, of files that do not tell.
+        blend: fractions of the way from the start's weights to the file's, to be judged as well.
+
+    Raises:
+        UserError: if something cannot be read, or a blend is wanted with a start that is not here.
     """
     # --heads is for files that ask for it, or for all
     asking = [file for file, contents in files.items() if heads is not None and _asks(contents, file, arch)] or list(
         files
     )
-    world = World(0, 1, pick_device(device, None))
+    judges = _Judges(images, whole, labels, World(0, 1, pick_device(device, None)), workers)
     rows: list[JsonLine] = []
-    beside: set[str] = set()
     for file, contents in files.items():
-        config = trained_with(contents)
         named = named_arch(contents) is not None
         encoder, settings = build_from(
             contents, file, arch=None if named else arch, heads=heads if file in asking else None
         )
+        rows += judges.beside(trained_with(contents), settings)
+        rows += judges.of_file(file, encoder, trained_with(contents), settings, blend)
+    return rows
+
+
+class _Judges:
+    """What judges networks on the same images, one after the other, and knows which it has judged.
+
+    Args:
+        images: to judge on.
+        whole: what the indices of ``labels`` count in.
+        labels: known classes.
+        world: where.
+        workers: loading processes.
+    """
+
+    def __init__(self, images: Source, whole: Source, labels: Labels | None, world: World, workers: int) -> None:
+        self.images, self.whole, self.labels, self.world, self.workers = images, whole, labels, world, workers
+        self._beside: set[str] = set()
+        self._starts: dict[str, tuple[Encoder, Tensor | None]] = {}
+
+    def beside(self, config: Fields, settings: Built) -> Iterator[JsonLine]:
+        """Rows that a file is shown beside and that are not there yet: pixels, untrained, the start."""
         size = settings["image_size"]
-        setting: dict[str, Any] = {"world": world, "config": config, "size": size, "workers": workers, "whole": whole}
-        if f"pixels {size}" not in beside:
-            beside.add(f"pixels {size}")
-            rows.append(_row("pixels", "pixels", None, images, labels, **setting))
-        if (built := str(settings)) not in beside:
-            beside.add(built)
+        if self._first(f"pixels {size}"):
+            yield self._row("pixels", "pixels", None, config, size)[0]
+        if self._first(str(settings)):
             torch.manual_seed(0)
             untrained = build_backbone(**settings)
-            rows.append(_row(f"untrained {settings['arch']}", "untrained", untrained, images, labels, **setting))
-        start = str(config.get("init") or "")
-        if start and start not in beside:
-            beside.add(start)
-            try:
-                before: Encoder | None = _beginning(start, settings)
-            except UserError:  # elsewhere by now
-                before = None
-            if before is not None:
-                rows.append(_row(f"start: {start}", "start", before, images, labels, **setting))
-        rows.append(_row(file, "checkpoint", encoder, images, labels, **setting))
-    return rows
+            yield self._row(f"untrained {settings['arch']}", "untrained", untrained, config, size)[0]
+        start, place = _start_of(config), self._place(config, settings)
+        if start and self._first(place) and (before := _beginning(config, settings)) is not None:
+            row, right = self._row(f"start: {start}", "start", before, _config_of_start(config), size)
+            self._starts[place] = before, right
+            yield row
+
+    def of_file(
+        self, file: str, encoder: Encoder, config: Fields, settings: Built, blend: Sequence[float]
+    ) -> Iterator[JsonLine]:
+        """Rows of a file and of its blends; with labels each against its start."""
+        start, first = self._starts.get(self._place(config, settings), (None, None))
+        if blend and start is None:
+            raise UserError(f"--blend: {file} names no --init that is here and fits it, to be blended with")
+        networks = [(file, "checkpoint", encoder)]
+        networks += [(f"{file} blend {f:g}", "blend", blended(start, encoder, f)) for f in blend if start is not None]
+        for name, kind, network in networks:
+            row, right = self._row(name, kind, network, config, settings["image_size"])
+            if first is not None and right is not None and len(first) == len(right):
+                row["against_start"] = Paired.of(first, right).as_dict()
+            yield row
+
+    def _first(self, thing: str) -> bool:
+        new = thing not in self._beside
+        self._beside.add(thing)
+        return new
+
+    def _place(self, config: Fields, settings: Built) -> str:
+        return f"start {_start_of(config)} {settings}"
+
+    def _row(
+        self, name: str, kind: str, encoder: Encoder | None, config: Fields, size: int
+    ) -> tuple[JsonLine, Tensor | None]:
+        """The measures, and with labels which labelled images are answered rightly."""
+        preset, labels = preset_of(config), self.labels
+        network, made = (
+            (nn.Identity(), pixel_features) if encoder is None else (encoder.to(self.world.device), encoder.features)
+        )
+
+        def features(source: Source, probes: int) -> tuple[torch.Tensor, np.ndarray]:
+            view = ProbeViews(size, preset.evaluation_zoom, probes, preset.reading)
+            return features_of_views(
+                Extractor(network, made, view, preset.mean, preset.std),
+                source,
+                world=self.world,
+                workers=self.workers if len(source) * size**2 > 500 * 64 * 64 else 0,
+            )
+
+        views, _ = features(self.images, 4)
+        if len(views) < 10:
+            raise UserError(
+                f"data: only {len(views)} of {len(self.images)} images can be read; 10 or more are needed to judge by"
+            )
+        row = {"name": name, "kind": kind, **judge(views).as_dict()}
+        right = None
+        if labels is not None:
+            labelled, read = features(Subset(self.whole, labels.indices), 0)
+            if len(read) < 2:
+                raise UserError(f"only {len(read)} of {len(labels.numbers)} labelled images can be read; label others")
+            right = right_among(labelled[:, 0], torch.as_tensor(labels.numbers[read]))
+            hits, n = int(right.sum()), len(right)
+            low, high = interval(hits, n)
+            row |= {"knn": 100 * hits / n, "knn_low": low, "knn_high": high, "labelled": n}
+        return row, right
+
+
+def _start_of(config: Fields) -> str:
+    """What a run started from, for people."""
+    return " + ".join(str(config[name]) for name in ("init", "adapter") if config.get(name))
+
+
+def _config_of_start(config: Fields) -> Fields:
+    """How the images of the starting network's own training were read; as the run's, where it does not say."""
+    if config.get("adapter"):
+        return trained_with(read_adapter(str(config["adapter"])).contents) or config
+    init = str(config["init"])
+    return (trained_with(checkpoint.read(init)) if Path(init).is_file() else {}) or config
+
+
+@torch.no_grad()
+def blended(start: Encoder, adapted: Encoder, fraction: float) -> Encoder:
+    """A network with weights ``fraction`` of the way from one network's to another's (Wortsman et al. 2022, WiSE-FT).
+
+    Running statistics of batch norms are blended too, although those of the blend are others. At 0 and 1 it is exactly
+    one of the two.
+    """
+    network = copy.deepcopy(adapted)
+    before = start.state_dict()
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.lerp(before[name].to(value), value, fraction))
+    return network
 
 
 def _asks(contents: Contents, file: str, arch: str | None) -> bool:
@@ -123,58 +231,15 @@ def _asks(contents: Contents, file: str, arch: str | None) -> bool:
     return weights.heads.number is None and bool(choices(width_of(weights.state)))
 
 
-def _beginning(start: str, settings: Built) -> Encoder:
-    """The network of a run's ``--init`` as the run began: a file's weights, or those that timm publishes."""
+def _beginning(config: Fields, settings: Built) -> Encoder | None:
+    """The network of a run's ``--init`` as the run began: a file's weights, or those that timm publishes; ``None``
+    where they are elsewhere by now.
+    """
     encoder = build_backbone(**settings)
-    load_start(start, [encoder], settings["arch"], settings.get("num_heads"))
-    return encoder
-
-
-def _row(
-    name: str,
-    kind: str,
-    encoder: Encoder | None,
-    images: Source,
-    labels: Labels | None,
-    *,
-    world: World,
-    config: Fields,
-    size: int,
-    workers: int,
-    whole: Source,
-) -> JsonLine:
-    preset = preset_of(config)
-    network, made = (nn.Identity(), pixel_features) if encoder is None else (encoder.to(world.device), encoder.features)
-
-    def features(source: Source, probes: int) -> tuple[torch.Tensor, np.ndarray]:
-        view = ProbeViews(size, preset.evaluation_zoom, probes, preset.reading)
-        return features_of_views(
-            Extractor(network, made, view, preset.mean, preset.std),
-            source,
-            world=world,
-            workers=workers if len(source) * size**2 > 500 * 64 * 64 else 0,
-        )
-
-    views, _ = features(images, 4)
-    if len(views) < 10:
-        raise UserError(
-            f"data: only {len(views)} of {len(images)} images can be read; 10 or more are needed to judge by"
-        )
-    row = {"name": name, "kind": kind, **judge(views).as_dict()}
-    if labels is not None:
-        labelled, read = features(Subset(whole, labels.indices), 0)
-        if len(read) < 2:
-            raise UserError(f"only {len(read)} of {len(labels.numbers)} labelled images can be read; label others")
-        hits, n = leave_one_out(labelled[:, 0], torch.as_tensor(labels.numbers[read]))
-        low, high = interval(hits, n)
-        row |= {"knn": 100 * hits / n, "knn_low": low, "knn_high": high, "labelled": n}
-    return row
-
-
-def leave_one_out(features: Float[Tensor, "images dim"], labels: Int[Tensor, "images"]) -> tuple[int, int]:
-    """Images whose class the k nearest others vote for (weights as in ``neighbours``), and all images."""
-    n = len(features)
-    k = min(K, n - 1)
-    neighbours = nearest(features, features, k, self_index=torch.arange(n))
-    voted = vote(neighbours, labels, [k], [TEMPERATURE], classes=int(labels.max()) + 1)[k, TEMPERATURE]
-    return int((voted == labels).sum()), n
+    setattr(encoder, encoder.projector_name, nn.Identity())
+    heads, adapter = settings.get("num_heads"), str(config.get("adapter") or "")
+    try:
+        load_start(str(config["init"]), [encoder], settings["arch"], heads, adapter)
+    except UserError:
+        return None
+    return encoder.eval()

@@ -86,6 +86,13 @@ class ResNet(tv.ResNet):
         pooled: Tensor = self.avgpool(self.feature_map(x))
         return pooled.flatten(1)
 
+    def features_and_mean(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]:
+        """Features, twice: they are the mean over places."""
+        features = self.features(x)
+        return features, features
+
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out"]:
         """Features through the last layer (the projector, or a classifier)."""
         out: Tensor = self.fc(self.features(x))
@@ -123,10 +130,25 @@ class TimmEncoder(nn.Module):
         pooled: Tensor = self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True)
         return pooled
 
+    def features_and_mean(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch place_dim"]]:
+        """Pooled features, and the mean of the features of all places (of a ViT: of its patches)."""
+        unpooled = self.backbone.forward_features(x)
+        return self.backbone.forward_head(unpooled, pre_logits=True), places_of(self.backbone, unpooled).mean(1)
+
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out"]:
         """Features through the projector."""
         out: Tensor = self.projector(self.features(x))
         return out
+
+
+def places_of(backbone: Any, unpooled: Tensor) -> Float[Tensor, "batch places dim"]:
+    """Features of all places, row by row, of what a backbone makes before it pools; a ViT's other tokens left out."""
+    if unpooled.ndim == 4:  # a map, channels first unless said otherwise
+        last = str(getattr(backbone, "output_fmt", "NCHW")).upper().endswith("NHWC")
+        return unpooled.flatten(1, 2) if last else unpooled.flatten(2).transpose(1, 2)
+    return unpooled[:, int(getattr(backbone, "num_prefix_tokens", 0)) :]
 
 
 def _try(backbone: nn.Module, name: str, side: int, channels: int) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 SMALL_PASS = 2**20
 """Pixels of a pass (images × height × width) below which compiling does not pay: launching its kernels takes longer
@@ -22,22 +21,25 @@ VARIANTS = 64
 
 
 class CompiledFeatures:
-    """``encoder.features``, compiled while the encoder trains.
+    """A method of an encoder, compiled while the encoder trains.
 
     Args:
-        encoder: its ``features`` are replaced by this object.
+        encoder: its method is replaced by this object.
+        method: its name.
         backend: of ``torch.compile``.
         say: told, once, when nothing can be compiled here.
     """
 
-    def __init__(self, encoder: Any, backend: str | Callable[..., object], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, encoder: Any, method: str, backend: str | Callable[..., object], say: Callable[[str], None]
+    ) -> None:
         self._encoder, self._say = encoder, say
-        self._eager: Callable[..., Tensor] = encoder.features
+        self._eager: Callable[..., Any] = getattr(encoder, method)
         # symbolic sizes would be slower: a run has few, and they are known from its start
-        self._compiled: Callable[..., Tensor] | None = torch.compile(self._eager, backend=backend, dynamic=False)
+        self._compiled: Callable[..., Any] | None = torch.compile(self._eager, backend=backend, dynamic=False)
 
-    def __call__(self, *args: object) -> Tensor:
-        """Features of images, as the encoder's own."""
+    def __call__(self, *args: object) -> Any:
+        """Features of images, as the encoder's own method."""
         if not self._encoder.training or self._compiled is None:
             return self._eager(*args)
         try:
@@ -52,6 +54,7 @@ def compile_features(
     encoders: Iterable[Any],
     backend: str | Callable[..., object] = "inductor",
     *,
+    method: str = "features",
     say: Callable[[str], None] = warnings.warn,
 ) -> None:
     """Compile what makes features in ``encoders``; parameters and their names stay.
@@ -59,13 +62,14 @@ def compile_features(
     Args:
         encoders: each with a method ``features``.
         backend: of ``torch.compile``.
+        method: what makes them.
         say: told when nothing can be compiled here.
     """
     settings = torch._dynamo.config
     name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # torch before 2.7
     setattr(settings, name, max(getattr(settings, name), VARIANTS))
     for encoder in encoders:
-        encoder.features = CompiledFeatures(encoder, backend, say)
+        setattr(encoder, method, CompiledFeatures(encoder, method, backend, say))
 
 
 def pays(images: int, side: int) -> bool:

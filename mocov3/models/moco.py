@@ -32,6 +32,8 @@ class Statistics(NamedTuple):
     """√dim times the mean standard deviation of the normalised queries: 1 when spread evenly, 0 when collapsed."""
     embeddings: Tensor | None = None
     """The normalised queries of both directions, (queries, dim): what the effective rank is computed from."""
+    drift: Tensor | None = None
+    """Mean distance of the features to those of the starting network, where it was measured (``--preserve``)."""
 
 
 class MoCo(nn.Module):
@@ -110,8 +112,19 @@ class MoCo(nn.Module):
         then the momentum update, then the keys in training mode. A backbone without batch norm takes both views in
         one pass, which changes nothing but the speed.
         """
-        passes = (x1, x2) if self.views_meet else (torch.cat([x1, x2]),)
-        queries = [self.queries(f) for x in passes for f in self.features(x).chunk(2 // len(passes))]
+        passes = self.passes(x1, x2)
+        features = [f for x in passes for f in self.features(x).chunk(2 // len(passes))]
+        return self.contrast_features(features, passes, m)
+
+    def passes(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
+        """Views as the backbones take them: each its own pass, or both in one."""
+        return (x1, x2) if self.views_meet else (torch.cat([x1, x2]),)
+
+    def contrast_features(
+        self, features: Sequence[Tensor], passes: tuple[Tensor, ...], m: float
+    ) -> tuple[Float[Tensor, ""], Statistics]:
+        """``contrast``, of query features of both views that are there already."""
+        queries = [self.queries(f) for f in features]
         self.update_momentum_encoder(m)
         keys = [self.keys(f) for x in passes for f in self.key_features(x).chunk(2 // len(passes))]
         return self.loss(queries, keys)

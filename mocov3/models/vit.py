@@ -92,19 +92,30 @@ class VisionTransformer(TimmVisionTransformer):
 
     def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
         """The cls token after the last norm, of images or of strips (``mocov3.data.device.token_strips``)."""
+        normed: Tensor = self.norm(_first_token(self.blocks[-1], self._before_last_block(x)))
+        return normed[:, 0]
+
+    def features_and_mean(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]:
+        """The cls token, as ``features``, and the mean of the patches' tokens after the last norm."""
+        normed: Tensor = self.norm(self.blocks[-1](self._before_last_block(x)))
+        return normed[:, 0], normed[:, 1:].mean(1)
+
+    def _before_last_block(self, x: Tensor) -> Tensor:
         if self._is_strip(x):
             tokens = self._tokens_of_strip(x)
         else:
             tokens = self.patch_drop(self._pos_embed(self.patch_embed(x)))
         tokens = self.norm_pre(tokens)
-        *blocks, last = self.blocks
+        blocks = self.blocks[:-1]
         if self.grad_checkpointing:
             tokens = checkpoint_seq(blocks, tokens)
         else:
             for block in blocks:
                 tokens = block(tokens)
-        normed: Tensor = self.norm(_first_token(last, tokens))
-        return normed[:, 0]
+        before: Tensor = tokens
+        return before
 
     def _is_strip(self, x: Tensor) -> bool:
         projection = self.patch_embed.proj

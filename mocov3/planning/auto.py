@@ -6,7 +6,7 @@ are our judgement.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,13 @@ Memory = Callable[[Fields, int], float]
 
 
 def choose_settings(
-    images: Images, machine: Machine, hours: float | None, given: Fields, speed: Speed, memory: Memory
+    images: Images,
+    machine: Machine,
+    hours: float | None,
+    given: Fields,
+    speed: Speed,
+    memory: Memory,
+    before: Sequence[Choice] = (),
 ) -> list[Choice]:
     """Every setting that ``given`` leaves open, in the order they depend on each other.
 
@@ -84,34 +90,51 @@ def choose_settings(
         given: fields the user set.
         speed: measures, or supposes, the time of an epoch.
         memory: counts what a step takes.
+        before: choices of another table, which go before the rules here; its epochs are what the time may shorten.
     """
-    settings = _made(images, machine, hours, given, speed, memory, _CPU_SIDES[0])
-    if machine.device == "cpu" and settings["image_size"] > _CPU_SIDES[1] and settings["epochs"] < _FEW_EPOCHS:
-        settings = _made(images, machine, hours, given, speed, memory, _CPU_SIDES[1])
+
+    def made(cpu_side: int) -> _Settings:
+        return _made(_Settings(given, before), images, machine, hours, speed, memory, cpu_side)
+
+    settings = made(_CPU_SIDES[0])
+    few = min([_FEW_EPOCHS, *(c.value for c in before if c.name == "epochs" and isinstance(c.value, int))])
+    if machine.device == "cpu" and settings["image_size"] > _CPU_SIDES[1] and settings["epochs"] < few:
+        settings = made(_CPU_SIDES[1])
     return settings.choices
 
 
 def _made(
-    images: Images, machine: Machine, hours: float | None, given: Fields, speed: Speed, memory: Memory, cpu_side: int
+    settings: "_Settings",
+    images: Images,
+    machine: Machine,
+    hours: float | None,
+    speed: Speed,
+    memory: Memory,
+    cpu_side: int,
 ) -> "_Settings":
-    settings = _Settings(given)
     _views(settings, images, machine, cpu_side)
     _network(settings, images, machine, memory)
     _optimisation(settings)
     _batch(settings, images, machine, memory)
     _length(settings, images, machine, hours, speed)
     _watching(settings, images)
+    for choice in list(settings.before.values()):
+        settings.choose(choice.name, choice.value, choice.reason)
     return settings
 
 
 class _Settings:
-    def __init__(self, given: Fields) -> None:
+    def __init__(self, given: Fields, before: Sequence[Choice] = ()) -> None:
         self.given, self.values = given, dict(given)
+        self.before = {choice.name: choice for choice in before if choice.name not in given}
+        """What goes before the rules and is not chosen yet."""
         self.choices: list[Choice] = []
 
     def choose(self, name: str, value: object, reason: str) -> Any:
-        """The user's value, else ``value``, noted with its reason."""
+        """The user's value, else that of the other table, else ``value``, noted with its reason."""
         if name not in self.given:
+            if choice := self.before.pop(name, None):
+                value, reason = choice.value, choice.reason
             self.values[name] = value
             self.choices.append(Choice(name, value, reason))
         return self.values[name]
@@ -125,7 +148,8 @@ def _views(settings: _Settings, images: Images, machine: Machine, cpu_side: int)
     short = images.short_side
     arch = settings.values.get("arch", "")
     # views of ViTs divide into patches: those of the starting weights or the stem, else the smallest chosen below
-    patch = settings.values.get("patch_size", 16 if arch in CONV_VITS else 4) if is_vit(arch) else 4
+    patches = is_vit(arch) or arch.startswith("timm/")
+    patch = settings.values.get("patch_size", 16 if arch in CONV_VITS else 4) if patches else 4
     if short <= _SMALL_SIDE:
         side = max(short // 4 * 4, 16)
         reason = f"half of the images are {short} px or less at their shorter side"
@@ -223,7 +247,10 @@ def _optimisation(settings: _Settings) -> None:
 
 def _length(settings: _Settings, images: Images, machine: Machine, hours: float | None, speed: Speed) -> None:
     budget = 3600 * (hours if hours is not None else DEFAULT_HOURS[machine.device])
+    asked = settings.before.pop("epochs", None)
     wanted = min(max(round(_PASSES / max(images.count, 1) ** 0.3), 100), 800)
+    if asked is not None and isinstance(asked.value, int):
+        wanted = asked.value
     seconds, changed = speed(settings.values)
     for name, value in changed.items():
         settings.values[name] = value
@@ -239,7 +266,10 @@ def _length(settings: _Settings, images: Images, machine: Machine, hours: float 
         epochs, reason = possible, f"what {_duration(budget)} allow (without a limit: {wanted})"
     else:
         epochs, reason = wanted, "more passes over fewer images, 100 for ImageNet's 1.28 million"
+        reason = asked.reason if asked is not None else reason
     epochs = settings.choose("epochs", epochs, reason)
+    if epochs < 3:  # too few to hold anything back
+        settings.before = {n: c for n, c in settings.before.items() if n not in ("freeze_epochs", "warmup_epochs")}
     warmup = min(40 if is_vit(settings["arch"]) else 10, round(epochs / 10))
     settings.choose("warmup_epochs", warmup, "a tenth, at most the paper's")
     if hours is not None:

@@ -14,6 +14,7 @@ from mocov3.config.fields import Fields, Layers
 from mocov3.data import Source
 from mocov3.data.sources.survey import Survey, propose, scattered, survey
 from mocov3.errors import UserError, no_file
+from mocov3.planning.adapting import choices_of, row_of
 from mocov3.planning.auto import Choice, Images, Machine, block, choose_settings, parse_budget
 from mocov3.pretraining.inputs import open_images
 
@@ -93,7 +94,8 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
         config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})
         return count(config).peak(batch)
 
-    choices = choose_settings(images, machine, hours, fixed, measured, counted)
+    table = choices_of(row_of(fixed["arch"], len(source))) if first.recipe == "adapt" else []
+    choices = choose_settings(images, machine, hours, fixed, measured, counted, table)
     settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}
     config = PretrainConfig(**layers.merged(settings))
     return Proposal(config, choices, images, machine, source, **times)

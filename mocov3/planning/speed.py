@@ -1,5 +1,6 @@
 """What this machine can do: its memory, and the time of a training step and of loading, measured on a few of each."""
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from mocov3.optim import build_optimizer
 from mocov3.planning.auto import Machine
 from mocov3.pretraining.assemble import plain_model
 from mocov3.pretraining.footprint import free_memory
+from mocov3.pretraining.preserve import Preservation
 from mocov3.pretraining.step import Step
 
 _STEPS, _SECONDS = 3, 1.0  # at least
@@ -89,7 +91,15 @@ def _step_times(config: PretrainConfig, device: torch.device, batch: int) -> lis
         optimizer = build_optimizer(model.parameters(), config.optimizer, weight_decay=0.0, momentum=0.9)
         precision = precision_of(config.precision, device)
         micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else 0
-        step = Step(model, optimizer, world=World(0, 1, device), precision=precision, micro_batch=micro_batch)
+        preservation = Preservation(copy.deepcopy(model.momentum_encoder), config.preserve) if config.preserve else None
+        step = Step(
+            model,
+            optimizer,
+            world=World(0, 1, device),
+            precision=precision,
+            micro_batch=micro_batch,
+            preservation=preservation,
+        )
         x1, x2 = (
             torch.randn(batch, config.channels, config.image_size, config.image_size, device=device) for _ in range(2)
         )

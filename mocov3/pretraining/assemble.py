@@ -15,14 +15,16 @@ from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import UserError
 from mocov3.models import MoCo, shapes_only
-from mocov3.models.compiled import pays
+from mocov3.models.compiled import compile_features, pays
 from mocov3.models.lora import add_pairs
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.optim import build_optimizer
 from mocov3.output.log import warn
 from mocov3.pretraining.footprint import Footprint, choose_micro_batch, footprint, free_memory
 from mocov3.pretraining.groups import freeze_until, parameter_groups
+from mocov3.pretraining.preserve import Preservation
 from mocov3.pretraining.sharded_lars import shard_model, sharded_optimizer
+from mocov3.pretraining.starting_network import backbone_settings, check_start, start_network
 from mocov3.pretraining.step import Step
 from mocov3.weights import Contents, our_entry, trained_with
 from mocov3.weights.find import BackboneWeights, find_backbone
@@ -39,6 +41,8 @@ class Parts:
     micro_batch: int
     """Images in a pass; 0: all in one."""
     compiled: bool
+    start: str = ""
+    """Digest of the network of ``--init``, where the run compares with it."""
 
 
 def completed(config: PretrainConfig, world: World, resume_from: tuple[Path, Contents] | None) -> PretrainConfig:
@@ -63,14 +67,41 @@ def build(
     torch.manual_seed(int(c.seed or 0))
     model = build_model(c, world)
     check_micro_batch(micro_batch, c, world, model)
+    preservation, start = _start(c, world, resume_from)
     compiled = resolve_compile(c, world, micro_batch, resume_from)
     if compiled:
         model.compile_backbones(say=warn)
+        if preservation is not None:
+            compile_features([model.base_encoder, preservation.start], method="features_and_mean", say=warn)
     groups = parameter_groups(model, c.layer_decay, staged=c.freeze_epochs > 0)
     optimizer = optimizer_of(model, groups, c, world)
     precision = Precision(arithmetic, world.device)
-    step = Step(model, optimizer, world=world, precision=precision, micro_batch=micro_batch, spike_factor=c.skip_spikes)
-    return Parts(model, optimizer, step, micro_batch, compiled)
+    step = Step(
+        model,
+        optimizer,
+        world=world,
+        precision=precision,
+        micro_batch=micro_batch,
+        spike_factor=c.skip_spikes,
+        preservation=preservation,
+    )
+    return Parts(model, optimizer, step, micro_batch, compiled, start)
+
+
+def _start(
+    config: PretrainConfig, world: World, resume_from: tuple[Path, Contents] | None
+) -> tuple[Preservation | None, str]:
+    """What ``--preserve`` asks for, and the digest of the starting network."""
+    if not config.compares_with_start:
+        return None, ""
+    start = start_network(config)
+    digest = check_start(start, config, resume_from)
+    if not config.preserve:
+        return None, digest
+    if world.size > 1:
+        synchronise_batch_norm(start)
+    start.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Preservation(start, config.preserve), digest
 
 
 def build_model(config: PretrainConfig, world: World) -> MoCo:
@@ -80,7 +111,7 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
     if c.init:
         load_start(c.init, [model.base_encoder, model.momentum_encoder], c.arch, c.heads, c.adapter)
     if c.lora:
-        add_pairs(model.base_encoder, c.lora)
+        add_pairs(model.base_encoder, c.lora, c.unfreeze_last)
     if c.freeze_until:
         freeze_until(model.base_encoder, c.freeze_until)
     if c.grad_checkpoint:
@@ -127,20 +158,10 @@ def with_heads(
 
 def plain_model(c: PretrainConfig) -> MoCo:
     """The model of a configuration as it is initialised, on the current device."""
-    model = models.build(
-        c.arch,
-        image_size=c.image_size,
-        patch_size=c.patch_size,
-        in_chans=c.channels,
-        dim=c.moco_dim,
-        mlp_dim=c.moco_mlp_dim,
-        temperature=c.moco_t,
-        stop_grad_conv1=c.stop_grad_conv1,
-        small_stem=c.small_stem,
-        **({"num_heads": c.heads} if c.heads is not None else {}),
-    )
+    heads: dict[str, Any] = {"dim": c.moco_dim, "mlp_dim": c.moco_mlp_dim, "temperature": c.moco_t}
+    model = models.build(c.arch, **heads, stop_grad_conv1=c.stop_grad_conv1, **backbone_settings(c))
     if c.lora:
-        add_pairs(model.base_encoder, c.lora)
+        add_pairs(model.base_encoder, c.lora, c.unfreeze_last)
     return model
 
 
@@ -178,6 +199,7 @@ def count_memory(config: PretrainConfig, *, sixteen_bits: bool) -> Footprint:
         channels=config.channels,
         sixteen_bits=sixteen_bits,
         grad_checkpoint=config.grad_checkpoint,
+        preserve=config.preserve > 0,
     )
 
 

@@ -91,6 +91,7 @@ def footprint(
     channels: int = 3,
     sixteen_bits: bool = False,
     grad_checkpoint: bool = False,
+    preserve: bool = False,
 ) -> Footprint:
     """Count what training a model needs.
 
@@ -101,20 +102,23 @@ def footprint(
         channels: of the views.
         sixteen_bits: whether networks run under autocast.
         grad_checkpoint: whether blocks are computed again in the backward pass.
+        preserve: whether the starting network is held beside (``--preserve``); both views are counted as the first,
+            of which the last block makes all tokens.
     """
     with shapes_only():
         model = build().train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
         # what does not grow with the batch (weights in 16 bits) falls out of the difference
-        few, many = (_kept(model, (n, channels, image_size, image_size), sixteen_bits) for n in (4, 8))
+        few, many = (_kept(model, (n, channels, image_size, image_size), sixteen_bits, preserve) for n in (4, 8))
     backbone, heads, largest = ((b - a) / 4 for a, b in zip(few, many, strict=True))
     if grad_checkpoint:
         backbone = _with_recomputed_blocks(model.base_encoder, backbone)
     projector = getattr(model.base_encoder, model.base_encoder.projector_name)
     units = [projector, model.predictor, *blocks(model.base_encoder)]
+    start = _bytes([*model.base_encoder.parameters()]) - _bytes([*projector.parameters()]) if preserve else 0
     return Footprint(
-        weights=_bytes([*model.parameters(), *model.buffers()]),
+        weights=_bytes([*model.parameters(), *model.buffers()]) + start,
         trained=_bytes([p for p in model.parameters() if p.requires_grad]),
         heads_trained=_bytes([*projector.parameters(), *model.predictor.parameters()]),
         states=_STATES[optimizer],
@@ -126,7 +130,7 @@ def footprint(
     )
 
 
-def _kept(model: MoCo, shape: tuple[int, ...], sixteen_bits: bool) -> tuple[int, int, int]:
+def _kept(model: MoCo, shape: tuple[int, ...], sixteen_bits: bool, preserve: bool) -> tuple[int, int, int]:
     """Bytes kept for the backward pass of one view in the backbone and in the heads; the largest of the former."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     sizes: dict[int, int] = {}
@@ -144,7 +148,7 @@ def _kept(model: MoCo, shape: tuple[int, ...], sixteen_bits: bool) -> tuple[int,
         torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=sixteen_bits),
     ):
-        features = model.features(x)
+        features = model.base_encoder.features_and_mean(x)[0] if preserve else model.features(x)
         sizes.pop(x.untyped_storage()._cdata, None)
         backbone, largest = sum(sizes.values()), max(sizes.values())
         sizes.clear()

@@ -22,6 +22,7 @@ from mocov3.distributed import World
 from mocov3.distributed.sharding import is_sharded, reduce_now
 from mocov3.models import Encoder, MoCo, Statistics
 from mocov3.models.precision import Precision
+from mocov3.pretraining.preserve import Preservation
 
 if TYPE_CHECKING:
     from mocov3.models.depth import MaskedDropPath, Masks
@@ -38,11 +39,14 @@ class WholeBatch:
         model: in training mode, on its device.
         world: this rank.
         precision: arithmetic.
+        preservation: of the starting network's features, if wanted.
     """
 
-    def __init__(self, model: MoCo, *, world: World, precision: Precision) -> None:
-        self.precision = precision
-        contrast = _Contrast(model)
+    def __init__(
+        self, model: MoCo, *, world: World, precision: Precision, preservation: Preservation | None = None
+    ) -> None:
+        self.precision, self.weight = precision, preservation.weight if preservation else 0.0
+        contrast = _Contrast(model, preservation)
         self._contrast: Any = (
             contrast if is_sharded(model) else world.wrap(contrast, static=True)
         )  # shared weights reduce by themselves
@@ -50,20 +54,26 @@ class WholeBatch:
     def __call__(self, x1: ViewBatch, x2: ViewBatch, m: float) -> tuple[Float[Tensor, ""], Statistics]:
         """Loss and statistics; leaves the gradients, times the scale of the loss scaler, in the parameters."""
         with self.precision.autocast():
-            loss, statistics = self._contrast(x1[:], x2[:], m)
-        self.precision.scaler.scale(loss).backward()
-        return loss.detach(), statistics
+            loss, statistics, drift = self._contrast(x1[:], x2[:], m)
+        total = loss if drift is None else loss + self.weight * drift
+        self.precision.scaler.scale(total).backward()
+        return loss.detach(), statistics._replace(drift=drift if drift is None else drift.detach())
 
 
 class _Contrast(nn.Module):
     """What is wrapped for gradient averaging: one call a step, as DistributedDataParallel asks."""
 
-    def __init__(self, model: MoCo) -> None:
+    def __init__(self, model: MoCo, preservation: Preservation | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.preservation = model, preservation
 
-    def forward(self, x1: Tensor, x2: Tensor, m: float) -> tuple[Tensor, Statistics]:
-        return self.model.contrast(x1, x2, m)
+    def forward(self, x1: Tensor, x2: Tensor, m: float) -> tuple[Tensor, Statistics, Tensor | None]:
+        if self.preservation is None:
+            return *self.model.contrast(x1, x2, m), None
+        features, patches = self.model.base_encoder.features_and_mean(x1)
+        both = [features, self.model.features(x2)]
+        loss, statistics = self.model.contrast_features(both, self.model.passes(x1, x2), m)
+        return loss, statistics, self.preservation.distances(x1, features, patches).mean()
 
 
 class MicroBatches:
@@ -81,9 +91,12 @@ class MicroBatches:
         world: this rank; gradients are averaged over ranks once, at the end.
         precision: arithmetic.
         size: most images of this rank in a pass.
+        preservation: of the starting network's features, if wanted.
     """
 
-    def __init__(self, model: MoCo, *, world: World, precision: Precision, size: int) -> None:
+    def __init__(
+        self, model: MoCo, *, world: World, precision: Precision, size: int, preservation: Preservation | None = None
+    ) -> None:
         if size < 1:
             raise ValueError(f"a micro-batch holds 1 image or more, not {size}")
         self.model, self.world, self.precision, self.size = model, world, precision, size
@@ -94,6 +107,7 @@ class MicroBatches:
         self._paths = [depth.mask_paths(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._sharded = is_sharded(model)
+        self._preservation = preservation
 
     def __call__(self, x1: ViewBatch, x2: ViewBatch, m: float) -> tuple[Float[Tensor, ""], Statistics]:
         """Loss and statistics; leaves the gradients, times the scale of the loss scaler, in the parameters."""
@@ -113,13 +127,16 @@ class MicroBatches:
             loss, statistics = model.loss(queries, [model.keys(f) for f in of_keys])
         del of_keys, queries
         self.precision.scaler.scale(loss).backward()
+        drift = None
         for x, f, mask, (_, draws) in zip(views, features, masks, passes, strict=True):
             assert f.grad is not None
-            self._backward(x, f.grad, mask, draws, last=x is views[-1])
+            kept = self._preservation if x is views[0] else None
+            moved = self._backward(x, f.grad, mask, draws, kept, last=x is views[-1])
+            drift = moved if drift is None else drift
             f.grad = None
         if not self._sharded:
             self.world.average([p.grad for p in self._trained if p.grad is not None])
-        return loss.detach(), statistics
+        return loss.detach(), statistics._replace(drift=drift)
 
     def _parts(self, images: int) -> list[slice]:
         """Parts of nearly equal size: none is so small that its batch statistics say nothing."""
@@ -147,8 +164,20 @@ class MicroBatches:
         assert whole is not None
         return whole, draws
 
-    def _backward(self, x: ViewBatch, gradient: Tensor, mask: Masks, draws: list[Tensor], *, last: bool) -> None:
-        """The backbone again, with graph and the same draws, from the gradients of the features."""
+    def _backward(
+        self,
+        x: ViewBatch,
+        gradient: Tensor,
+        mask: Masks,
+        draws: list[Tensor],
+        preservation: Preservation | None,
+        *,
+        last: bool,
+    ) -> Tensor | None:
+        """The backbone again, with graph and the same draws, from the gradients of the features; the mean distance to
+        the start where that is preserved, a loss of single images, which needs no cache.
+        """
+        distances: list[Tensor] = []
         after = _generator_state(self.world.device)
         parts = self._parts(len(x))
         with _held(self._norms[0]):
@@ -158,10 +187,17 @@ class MicroBatches:
                 _set_generator_state(self.world.device, state)
                 mask.take(part)
                 with self.precision.autocast():
-                    f = self.model.features(x[part])
-                f.backward(gradient[part])
+                    if preservation is None:
+                        roots, gradients = [self.model.features(x[part])], [gradient[part]]
+                    else:
+                        f, patches = self.model.base_encoder.features_and_mean(x[part])
+                        distances.append(preservation.distances(x[part], f, patches).sum() / len(x))
+                        total = self.precision.scaler.scale(preservation.weight * distances[-1])
+                        roots, gradients = [f, total], [gradient[part], torch.ones_like(total)]
+                torch.autograd.backward(roots, gradients)
         mask.take(None)
         _set_generator_state(self.world.device, after)
+        return torch.stack(distances).sum().detach() if distances else None
 
     def _draw_paths(self, paths: Sequence[MaskedDropPath], images: int) -> list[Masks]:
         """What stochastic depth drops in both views, drawn as one pass over the whole batch would."""
@@ -172,11 +208,13 @@ class MicroBatches:
         return [self._masks(paths, [drawn[view] for drawn in both]) for view in (0, 1)]
 
 
-def gradients_of(model: MoCo, *, world: World, precision: Precision, micro_batch: int) -> WholeBatch | MicroBatches:
+def gradients_of(
+    model: MoCo, *, world: World, precision: Precision, micro_batch: int, preservation: Preservation | None = None
+) -> WholeBatch | MicroBatches:
     """How ``model`` is trained: in passes of ``micro_batch`` images, or, of 0, in one."""
     if micro_batch:
-        return MicroBatches(model, world=world, precision=precision, size=micro_batch)
-    return WholeBatch(model, world=world, precision=precision)
+        return MicroBatches(model, world=world, precision=precision, size=micro_batch, preservation=preservation)
+    return WholeBatch(model, world=world, precision=precision, preservation=preservation)
 
 
 def _norms(encoder: Encoder) -> list[_Norm]:

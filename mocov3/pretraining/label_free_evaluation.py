@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from mocov3.config import PretrainConfig
 from mocov3.data.loading.loader import loader_workers
@@ -17,9 +17,11 @@ from mocov3.distributed.sharding import whole
 from mocov3.errors import UserError
 from mocov3.evaluation.features import Extractor
 from mocov3.evaluation.label_free import IMAGES, LabelFreeQuality, features_of_views, judge, pixel_features
+from mocov3.evaluation.paired import Conclusion
 from mocov3.metrics import QUALITY, JsonLine
 from mocov3.models import Encoder, MoCo
 from mocov3.output.log import cut, warn
+from mocov3.pretraining.against_start import AgainstStart
 from mocov3.pretraining.inputs import unseen_images
 from mocov3.pretraining.log import PretrainingLog
 from mocov3.weights import checkpoint
@@ -50,29 +52,47 @@ class LabelFreeEvaluation:
     ) -> None:
         self.config, self.world, self.model, self.log = config, world, model, log
         self.file = Path(config.output_dir) / QUALITY
+        self.against_start: AgainstStart | None = None
         if not config.quality_every:
             return
         self.images = unseen_images(config)
-        lines = world.broadcast(_reopened(self.file, start.step) if world.main else [])
+        self.against_start = AgainstStart(config, world, model, log, unseen=self.images, start=start)
+        self._reopen(self.against_start, start)
+        if not self.base:
+            # a run that begins: what it starts from, and what a network must beat
+            label_free = self._judge(model.base_encoder)[0]
+            self._note("start", label_free, start)
+            self._note("pixels", self._judge(None)[0], start)
+            if self.against_start.guards:
+                self.best = label_free.retrieval
+                self._keep(label_free, start)
+
+    def _reopen(self, against_start: AgainstStart, start: Position) -> None:
+        """What a former process judged."""
+        lines = self.world.broadcast(_reopened(self.file, start.step) if self.world.main else [])
         self.base = {line["name"]: line["retrieval"] for line in lines if line["name"] != "epoch"}
         past = [line["retrieval"] for line in lines if line["name"] == "epoch"]
         self.best = max(past, default=-1.0)
         self.since_best = len(past) - 1 - past.index(self.best) if past else 0
-        if not self.base:
-            # a run that begins: what it starts from, and what a network must beat
-            self._note("start", self._judge(model.base_encoder), start)
-            self._note("pixels", self._judge(None), start)
+        if against_start.guards:  # only what the guard let pass counts, and it must beat the start
+            passed = {line["step"] for line in against_start.lines if line["chosen"]}
+            judged = [line["step"] for line in lines if line["name"] == "epoch"]
+            chosen = [i for i, step in enumerate(judged) if step in passed]
+            self.best = past[chosen[-1]] if chosen else self.base.get("start", -1.0)
+            self.since_best = len(past) - 1 - chosen[-1] if chosen else len(past)
 
     def epoch_ended(self, position: Position) -> bool:
         """Judge the network where due; whether to stop, after ``--patience`` judgements that were not the best."""
         c, done = self.config, position.epoch
         if not c.quality_every or (done % c.quality_every and done != c.epochs):
             return False
-        label_free = self._judge(self.model.base_encoder)
+        label_free, features = self._judge(self.model.base_encoder)
+        comparison = self.against_start.compare(features) if self.against_start else None
+        holds = comparison is None or comparison.holds
         self._note("epoch", label_free, position)
         measures = {f"quality/{name}": value for name, value in label_free.as_dict().items() if name != "pictures"}
         self.log.scalars(measures, position.step - 1)
-        better = label_free.retrieval > self.best
+        better = holds and label_free.retrieval > self.best
         self.log.say(
             f"Epoch {done - 1}: without labels, {label_free.retrieval:.1f} % of {label_free.images} unseen images "
             f"retrieved (at the start {self.base.get('start', 0):.1f}, pixels {self.base.get('pixels', 0):.1f})"
@@ -83,14 +103,26 @@ class LabelFreeEvaluation:
             self._keep(label_free, position)
         else:
             self.since_best += 1
+        if self.against_start and comparison:
+            self.against_start.note(position, comparison, chosen=better)
         if done == c.epochs:
             self.log.say(f"best without labels: {self.file.with_name(BEST)} ({self.best:.1f} % retrieved)")
         stop = bool(c.patience) and self.since_best >= c.patience and done < c.epochs
         if stop:
             self.log.say(f"no improvement in {c.patience} judgements: stopping (--patience)")
-        return stop
+        return stop or not holds
 
-    def _judge(self, network: Encoder | None) -> LabelFreeQuality:
+    @property
+    def stopped(self) -> bool:
+        """Whether the guard has stopped the run."""
+        return self.against_start is not None and self.against_start.stopped
+
+    def conclusion(self) -> Conclusion | None:
+        """Whether to use the network that was kept, as far as that was asked for."""
+        return self.against_start.conclusion(str(self.file.with_name(BEST))) if self.against_start else None
+
+    def _judge(self, network: Encoder | None) -> tuple[LabelFreeQuality, Tensor]:
+        """The measures, and the features of the evaluation view."""
         c, preset = self.config, self.config.preset
         images = min(len(self.images), IMAGES)
         parallel = images * c.image_size**2 > _SMALL
@@ -104,7 +136,7 @@ class LabelFreeEvaluation:
         )
         if len(views) < 2:
             raise UserError("the quality without labels needs two or more readable images that are not trained on")
-        return judge(views)
+        return judge(views), views[:, 0]
 
     def _note(self, name: str, label_free: LabelFreeQuality, position: Position) -> None:
         if name != "epoch":

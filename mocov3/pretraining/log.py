@@ -89,6 +89,7 @@ class PretrainingLog(TrainingLog):
         return [
             self.terminal.between(line.loss, self.start, self.floor),
             f"k-NN {self._knn:.1f}" if self._knn is not None else "",
+            f"drift {line.drift:.3f}" if line.drift is not None else "",
             f"{line.images_per_second:.0f} img/s",
             f"wait {100 * line.data_wait:.0f}%",
             f"found {100 * line.retrieval_accuracy:.0f}%",

@@ -16,6 +16,7 @@ from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
 from mocov3.data.device.token_strips import cheaper
 from mocov3.data.loading.loader import batches
 from mocov3.distributed import World
+from mocov3.errors import KEEP_YOURS
 from mocov3.output.log import warn
 from mocov3.output.machine import note_start
 from mocov3.pretraining import assemble, resume
@@ -82,7 +83,7 @@ class Pretraining(Run):
     def _watch(self, c: PretrainConfig, name: str) -> None:
         """Open what saves, records and judges the run."""
         world = self.world
-        self.saver = Saver(world, c, name, self.source)
+        self.saver = Saver(world, c, name, self.source, self.parts.start)
         self.recorder = Recorder(
             world,
             self.log,
@@ -251,8 +252,18 @@ class Pretraining(Run):
         self.report.finish()
 
     def result(self) -> None:
-        """Say where the run stands."""
+        """Say where the run stands, and whether to use what it made."""
         self.log.result(f"{self.folder / self.saver.newest}: {self.log.standing(self.position.epoch)}")
+        if conclusion := self.label_free.conclusion():
+            for sentence in conclusion.sentences:
+                self.log.result(sentence)
+            self.code = KEEP_YOURS if conclusion.keep_yours else 0
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to do, which is said."""
+        if self.label_free.stopped:
+            self.log.say("nothing left to do: --guard has stopped this run")
+        return self.label_free.stopped or super().is_done()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.report.close()

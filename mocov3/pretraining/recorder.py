@@ -111,7 +111,8 @@ class Recorder:
         gram = None
         if (made := statistics.embeddings) is not None:
             gram = Arriving(self.world.sum(made.T @ made))
-        pending, numbers = self._ask(torch.cat([extra, outcome.grad_norms.float()]))
+        drift = [] if statistics.drift is None else [statistics.drift.float().reshape(1)]
+        pending, numbers = self._ask(torch.cat([extra, outcome.grad_norms.float(), *drift]))
         self._due = Due(work, step, lr, m, pending, numbers, gram)
         if not self.late:
             self._write_due()
@@ -127,7 +128,7 @@ class Recorder:
         if (due := self._due) is None:
             return
         self._due = None
-        retrieval_accuracy, feature_std, skipped, first, last = self._read(due.pending, due.numbers)
+        retrieval_accuracy, feature_std, skipped, first, last, *drift = self._read(due.pending, due.numbers)
         rank = None if due.gram is None else _rank(due.gram.wait())
         work = due.work
         # the device is read before the clock is: it may have had steps left to do
@@ -153,6 +154,7 @@ class Recorder:
             resumed=self.counters.resumed,
             corrupt=len(self.counters.corrupt),
             effective_rank=rank,
+            drift=drift[0] if drift else None,
         )
         self.log.metrics(self._last)
 

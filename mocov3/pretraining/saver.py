@@ -37,10 +37,11 @@ class Saver:
         config: of the run, with its seed.
         run: name of the run, the same after every resume.
         source: the images.
+        start: digest of the network of ``--init``, where the run compares with it.
     """
 
-    def __init__(self, world: World, config: PretrainConfig, run: str, source: Source) -> None:
-        self.world, self.config, self.run, self.source = world, config, run, source
+    def __init__(self, world: World, config: PretrainConfig, run: str, source: Source, start: str = "") -> None:
+        self.world, self.config, self.run, self.source, self.start = world, config, run, source, start
         self.folder = Path(config.output_dir)
         self.newest = ""
         """Name of the newest checkpoint of this process, on the main rank."""
@@ -65,6 +66,8 @@ class Saver:
             "corrupt": sorted(counters.corrupt),
             **origin_of_run(c.init),
         }
+        if self.start:
+            extra["start"] = self.start
         if step.spikes is not None:
             extra["spikes"] = step.spikes.state()
         contents = checkpoint.pack(

@@ -18,6 +18,7 @@ from mocov3.models import MoCo, Statistics
 from mocov3.models.precision import Precision
 from mocov3.optim import flattened, guarded_update, set_learning_rate
 from mocov3.pretraining.gradients import gradients_of
+from mocov3.pretraining.preserve import Preservation
 
 
 class Outcome(NamedTuple):
@@ -41,6 +42,7 @@ class Step:
         precision: arithmetic.
         micro_batch: most images in a pass; 0: the whole batch in one (``mocov3.pretraining.gradients``).
         spike_factor: skip steps whose gradient norm is so many times its usual one (0: none).
+        preservation: of the starting network's features (``--preserve``), if wanted.
     """
 
     def __init__(
@@ -52,10 +54,13 @@ class Step:
         precision: Precision,
         micro_batch: int = 0,
         spike_factor: float = 0.0,
+        preservation: Preservation | None = None,
     ) -> None:
         self.model, self.optimizer, self.world, self.precision = model, optimizer, world, precision
         self.spikes = SpikeGuard(spike_factor, world.device) if spike_factor else None
-        self.gradients = gradients_of(model, world=world, precision=precision, micro_batch=micro_batch)
+        self.gradients = gradients_of(
+            model, world=world, precision=precision, micro_batch=micro_batch, preservation=preservation
+        )
         self.skipped = torch.zeros((), dtype=torch.long, device=world.device)
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
         weights = [p for n, p in model.base_encoder.named_parameters() if _is_backbone_weight(n, p)]

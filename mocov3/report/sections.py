@@ -286,6 +286,18 @@ def collapse(runs: Sequence[Run], spectra: Sequence[tuple[str, np.ndarray]]) -> 
                 yaxis={"rangemode": "tozero"},
             )
         )
+    if any(np.isfinite(run.columns["drift"]).any() for run in runs):
+        charts.append(
+            curves.chart(
+                "drift",
+                "Distance to the starting network",
+                "Mean cosine distance of the batch's features to those of the network that the run started from "
+                "(--preserve): 0 where nothing has moved, 1 where they have nothing in common.",
+                "drift",
+                y="cosine distance",
+                yaxis={"rangemode": "tozero"},
+            )
+        )
     return charts + _spectrum(spectra)
 
 

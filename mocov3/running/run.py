@@ -64,6 +64,8 @@ class Run:
         self._loader: Loader | None = None
         self._writer: Writer | None = None
         self._saved_at = -1
+        self.code = 0
+        """Exit code where the run comes to its end."""
 
     # --- what a task says ------------------------------------------------------------------------------------------
 
@@ -181,7 +183,7 @@ class Run:
             self._writer.save(files)
 
     def exit_code(self) -> int:
-        """Wait for the disk and say how the run ended: 0 when done, 128 + its number when stopped by a signal.
+        """Wait for the disk and say how the run ended: ``code`` when done, 128 + its number when stopped by a signal.
 
         Raises:
             UserError: when the run refused to continue, or the disk refuses its last files.
@@ -199,7 +201,7 @@ class Run:
             self.log.say(f"stopped by {name}, checkpoint written; continue with --resume auto")
             return stopped_by(number)
         self.result()
-        return 0
+        return self.code
 
     def __enter__(self: R) -> R:
         self._stop = Stop(max_steps=self.config.max_steps, max_hours=self.config.max_hours)

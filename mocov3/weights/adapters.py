@@ -1,13 +1,13 @@
 """Low-rank pairs in files: added to their matrices where weights are read, or kept apart in an adapter's file.
 
-An adapter holds what a run with ``--lora`` trained of a backbone (pairs, norms) and its buffers, under the backbone's
-names, and the digest of the weights that stood still: those it belongs to.
+An adapter holds what a run with ``--lora`` trained of a backbone (pairs, norms, whole blocks) and its buffers, under
+the backbone's names, and the digest of the weights that stood still: those it belongs to.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mocov3 import models
 from mocov3.config.archs import HEAD_KEYS, HEADS
+from mocov3.config.fields import Fields
 from mocov3.errors import UserError, printable
 from mocov3.models.lora import DOWN, UP, add_pairs
 from mocov3.weights import Contents, attention_heads, checkpoint, trained_with
@@ -46,11 +47,17 @@ def write_adapter(file: Path, output: Path) -> str:
     arch = str(contents["arch"])
     with models.shapes_only():
         network = models.build_backbone(arch)
-        add_pairs(network, rank)
+        add_pairs(network, rank, _whole_blocks(config))
     trained = {name for name, p in network.named_parameters() if p.requires_grad}
     trained |= {name for name, _ in network.named_buffers()}
     adapter = {_plain(k): v.contiguous() for k, v in state.items() if k in trained}
-    about = {"format": _FORMAT, "arch": arch, "rank": str(rank), "base": _digest(state, adapter), **origin_of(contents)}
+    about = {
+        "format": _FORMAT,
+        "arch": arch,
+        "rank": str(rank),
+        "base": digest_of(state, without=adapter),
+        **origin_of(contents),
+    }
     about["config"] = json.dumps(config)
     try:
         safetensors.torch.save_file(adapter, output, about)
@@ -86,7 +93,7 @@ def with_adapter(weights: BackboneWeights, adapter: Adapter, where: str) -> Back
     """
     file, about, tensors = adapter
     state = {_plain(key): value for key, value in weights.state.items()}
-    if any(key.endswith((DOWN, UP)) for key in state) or _digest(state, tensors) != about.get("base"):
+    if any(key.endswith((DOWN, UP)) for key in state) or digest_of(state, without=tensors) != about.get("base"):
         raise UserError(
             f"--adapter {file}: was trained on other weights ({about['arch']}) than {where}; give its start"
         )
@@ -116,16 +123,27 @@ def read_adapter(file: str) -> Adapter:
     return Adapter(file, about, tensors)
 
 
+def _whole_blocks(config: Fields) -> int:
+    """Blocks that a run trained whole (``--unfreeze-last``)."""
+    value = config.get("unfreeze_last")
+    return value if isinstance(value, int) else 0
+
+
 def _plain(key: str) -> str:
     """timm's own name of a weight: in our networks it lies in ``backbone``."""
     return key.removeprefix("backbone.")
 
 
-def _digest(state: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> str:
-    """Of the weights that an adapter leaves as they are; position tables apart, which follow the images' size."""
+def digest_of(state: Mapping[str, Tensor], *, without: Collection[str] = ()) -> str:
+    """sha256 of a backbone's weights and their plain names; position tables apart, which follow the images' size.
+
+    Args:
+        state: the weights.
+        without: plain names of weights that are left out.
+    """
     whole = hashlib.sha256()
     plain = {_plain(key): value for key, value in state.items()}
-    for key in sorted(set(plain) - set(adapter)):
+    for key in sorted(set(plain) - set(without)):
         if not key.endswith("pos_embed"):
             value = plain[key].detach().cpu().contiguous()
             whole.update(f"{key} {tuple(value.shape)} {value.dtype}\0".encode())

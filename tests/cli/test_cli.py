@@ -28,7 +28,7 @@ FROZEN = """
 --output-dir --recipe --config --device --precision --image-size --patch-size --small-stem --init --view-preset
 --views --max-corrupt --checkpoint-every --checkpoint-steps --max-steps --max-hours --knn-every --nprocs-per-node
 --report-every --compile --dist-timeout --keep-last --keep-every --skip-spikes --group-by --hold-out
---freeze-epochs --freeze-until --lora --adapter
+--freeze-epochs --freeze-until --lora --unfreeze-last --adapter --preserve --guard --guard-drop --new-labels
 --layer-decay --budget --quality-every --patience --brightness --contrast --saturation --hue --jitter-probability
 --gray-probability --blur-probability --blur-sigma --solarize-probability --flip-probability
 --vertical-flip-probability --turn-probability --crop-ratio --crop-pad --mean-std --channels --bit-window

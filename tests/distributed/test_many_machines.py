@@ -141,6 +141,8 @@ def test_traffic_and_time_by_hand():
     assert step_seconds(500, 500, Traffic(25e8, 0, 0, 0), 1e10, micro=False, fsdp=False) == (1.0, 0.0)
     assert step_seconds(500, 500, Traffic(75e8, 1e9, 0, 0), 1e10, micro=False, fsdp=False) == (1.0, pytest.approx(0.35))
     assert step_seconds(500, 500, Traffic(25e8, 0, 0, 0), 1e10, micro=True, fsdp=False) == (1.25, 0.25)
+    preserved = {"micro": False, "fsdp": False, "preserve": True}  # 9 passes instead of 8
+    assert step_seconds(500, 500, Traffic(0, 0, 0, 0), 1e10, **preserved) == (1.125, 0.0)
 
 
 def test_plan(capsys):

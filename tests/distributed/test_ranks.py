@@ -19,8 +19,8 @@ CASES = {
     "resnet-lars": ("resnet10_w32", {}, "lars", 0.3),
     "vit-adamw": ("vit_small", VIT, "adamw", 1e-3),
     "vit-lars": ("vit_small", {**VIT, "stop_grad_conv1": True}, "lars", 0.3),
-    "conv-vit-lars": ("vit_conv_small", VIT, "lars", 0.3),
-    "vit-lora": ("vit_small", {**VIT, "lora": 2}, "adamw", 1e-3),
+    "conv-vit-lars": ("vit_conv_small", {**VIT, "preserve": 2.0}, "lars", 0.3),
+    "vit-lora": ("vit_small", {**VIT, "lora": 2, "unfreeze_last": 1, "preserve": 2.0}, "adamw", 1e-3),
 }
 MODES = ("one pass", "micro", *(("fsdp", "fsdp and micro") if ON_CPU else ()))
 MODES_OF = {

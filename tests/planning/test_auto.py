@@ -28,6 +28,7 @@ from mocov3.errors import UserError
 from mocov3.models import build_backbone, sincos_position_embedding
 from mocov3.optim import build_optimizer, set_learning_rate
 from mocov3.planning import speed
+from mocov3.planning.adapting import choices_of, row_of
 from mocov3.planning.auto import GIB, Images, Machine, choose_settings, parse_budget
 from mocov3.planning.choose import propose_settings
 from mocov3.pretraining.assemble import build_model, count_memory
@@ -73,10 +74,11 @@ def memory_on(device):
     return memory
 
 
-def planned(count, machine, *, side=375, hours=None, given=None, seconds=0.0):
+def planned(count, machine, *, side=375, hours=None, given=None, seconds=0.0, before=()):
     images = Images(count, side, "photos", "because", "0.5,0.25", gray=False)
     given = given or {}
-    choices = choose_settings(images, machine, hours, given, lambda values: (seconds, {}), memory_on(machine.device))
+    memory = memory_on(machine.device)
+    choices = choose_settings(images, machine, hours, given, lambda values: (seconds, {}), memory, before)
     fields = {f.name for f in dataclasses.fields(PretrainConfig)}
     return PretrainConfig(data="x", recipe="auto", **given, **{c.name: c.value for c in choices if c.name in fields}), {
         c.name: c for c in choices
@@ -318,14 +320,35 @@ def test_adapt_takes_the_rate_of_the_kind_of_network(arch):
     given = {**RECIPES["adapt"].settings, "arch": arch}
     optimizer, highest = kind_of(arch)
     for machine, side in itertools.product(MACHINES.values(), (28, 70, 375)):
-        config, choices = planned(3000, machine, side=side, given=given)
+        config, choices = planned(3000, machine, side=side, given=given, before=choices_of(row_of(arch, 3000)))
         config.check()
+        assert ("not measured" in choices["lr"].reason) != arch.startswith("resnet10")
+        assert "not measured" in choices["epochs"].reason
+        assert choices["preserve"].value == config.preserve
         assert config.optimizer == optimizer
         assert 0 < config.lr <= highest
         assert choices["lr"].reason
         assert 0 < config.layer_decay < 1
         assert config.warmup_epochs > 0
         assert config.freeze_epochs + config.warmup_epochs < config.epochs
+
+
+def test_the_table_of_adapt_goes_before_the_rules_and_after_flags():
+    cpu = next(machine for machine in MACHINES.values() if machine.device == "cpu")
+    small, large = (row_of("resnet10_w48", count) for count in (4_000, 10_001))
+    assert small.measured
+    assert not large.measured
+    given = {**RECIPES["adapt"].settings, "arch": "resnet10_w48"}
+    config, choices = planned(4_000, cpu, given={**given, "lr": 0.5}, before=choices_of(small))
+    assert (config.lr, config.epochs, config.freeze_epochs, config.warmup_epochs) == (0.5, small.epochs, 1, 1)
+    assert config.image_size == 64, "few epochs are what is wanted, not what the time allows"
+    assert "lr" not in choices
+    assert choices["layer_decay"].reason.endswith("measured on 4,000 images (docs/own-images.md)")
+    for hours, epochs in ((1.0, 4), (0.4, 1)):  # the time decides where it is short
+        config, _ = planned(4_000, cpu, given=given, before=choices_of(small), seconds=700.0, hours=hours)
+        config.check()
+        assert config.epochs == epochs
+    assert (config.freeze_epochs, config.warmup_epochs) == (0, 0)
 
 
 def test_adapt_on_a_vit_from_the_command_line(images, tmp_path):

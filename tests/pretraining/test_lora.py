@@ -24,13 +24,14 @@ PREFIX = "module.base_encoder."
 FLAGS = ["-a", "vit_tiny", "--image-size", "32", "-b", "16", "--moco-dim", "8", "--moco-mlp-dim", "16", "--epochs", "2"]
 FLAGS += ["--warmup-epochs", "0", "--optimizer", "adamw", "--lr", ".05", "--seed", "3", "--recipe", "defaults"]
 FLAGS += ["--logger", "none", "--quiet", "-j", "0"]
+LORA = ["--lora", "4", "--unfreeze-last", "1"]
 
 
-def tiny(rank=2):
+def tiny(rank=2, unfreeze_last=0):
     torch.manual_seed(0)
     model = models.build("vit_small", image_size=32, embed_dim=24, depth=2, num_heads=3, dim=8, mlp_dim=16)
     if rank:
-        add_pairs(model.base_encoder, rank)
+        add_pairs(model.base_encoder, rank, unfreeze_last)
         for module in model.base_encoder.modules():
             if isinstance(module, PairedLinear):
                 torch.nn.init.normal_(module.lora_up, std=0.1)
@@ -91,12 +92,43 @@ def test_a_step_moves_pairs_norms_and_heads_alone_and_micro_batches_agree():
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
 
 
+def test_the_last_blocks_are_trained_whole_where_asked():
+    model = tiny(unfreeze_last=1)
+    assert not any(isinstance(m, PairedLinear) for m in model.base_encoder.blocks[1].modules())
+    before = {k: v.clone() for k, v in model.base_encoder.state_dict().items()}
+    keys = {k: v.clone() for k, v in model.momentum_encoder.named_parameters()}
+    optimizer = build_optimizer(model.parameters(), "adamw", weight_decay=0.1, momentum=0.9)
+    step = Step(model, optimizer, world=World(0, 1, CPU), precision=Precision("fp32", CPU))
+    x1, x2 = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    assert step(x1, x2, lr=0.01, m=0.9).ok
+    model.update_momentum_encoder(0.5)
+    moved = {k for k, v in model.base_encoder.state_dict().items() if not torch.equal(v, before[k])}
+    whole = {k for k in before if k.startswith("blocks.1.")}
+    assert whole <= moved
+    norms = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", DOWN, UP)
+    rest = {k for k in before if k.endswith(norms) or k.startswith("norm.")}
+    assert {k for k in moved if not k.startswith("head.")} == whole | rest
+    of_keys = dict(model.momentum_encoder.named_parameters())
+    assert {k for k in keys if not torch.equal(keys[k], of_keys[k])} >= whole
+
+
 def test_a_vit_s_trains_little_of_its_backbone():
     with models.shapes_only():
         network = models.build_backbone("vit_small")
         whole = sum(p.numel() for p in network.parameters())
         add_pairs(network, 8)
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) < 0.05 * whole
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_base"])
+def test_the_trained_state_stays_small(arch):
+    """At most 5 % of the backbone, from 5 million parameters."""
+    with models.shapes_only():
+        network = models.build_backbone(arch)
+        whole = sum(p.numel() for p in network.parameters())
+        add_pairs(network, 4)
+    assert whole > 5_000_000
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) <= 0.05 * whole
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +141,7 @@ def base(images, tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapted(images, base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted")
-    flags = [*FLAGS, "--init", str(base), "--lora", "4", "--max-steps", "4", "--hold-out", "8", "--quality-every", "1"]
+    flags = [*FLAGS, *LORA, "--init", str(base), "--max-steps", "4", "--hold-out", "8", "--quality-every", "1"]
     assert main(["pretrain", str(images), *flags, "--checkpoint-steps", "2", "--output-dir", str(folder)]) == 0
     return folder
 
@@ -125,7 +157,7 @@ def features(images, tmp_path, *model):
 
 
 def test_a_resume_is_bit_equal(images, base, adapted, tmp_path):
-    flags = [*FLAGS, "--init", str(base), "--lora", "4", "--hold-out", "8", "--quality-every", "1"]
+    flags = [*FLAGS, *LORA, "--init", str(base), "--hold-out", "8", "--quality-every", "1"]
     flags += ["--output-dir", str(tmp_path), "--checkpoint-steps", "2"]
     assert main(["pretrain", str(images), *flags, "--max-steps", "2"]) == 0
     assert main(["pretrain", str(images), *flags, "--max-steps", "4", "--resume", "auto"]) == 0
@@ -176,7 +208,10 @@ def test_refusals(images, base, adapted, tmp_path):
     flags = ["embed", "--model", base, "-o", tmp_path / "x.npy", images]
     assert "cannot be read as safetensors" in refused(*flags, "--adapter", tmp_path / "text")
     assert "was not trained with --lora" in refused("export", base, "--adapter", "--output", tmp_path / "b.safetensors")
-    assert "lora (4 → 2)" in refused(*run, "--lora", "2", "--init", base, "--resume", newest(adapted))
+    line = refused(*run, "--lora", "2", "--init", base, "--resume", newest(adapted))
+    assert "lora (4 → 2), unfreeze_last (1 → 0)" in line
+    assert "leaves none of the 12 blocks" in refused(*run, "--lora", "2", "--unfreeze-last", "12", "--init", base)
+    assert "goes beside --lora" in refused(*run, "--unfreeze-last", "1", "--init", base)
 
 
 def test_arches_without_blocks():

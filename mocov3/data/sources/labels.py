@@ -85,31 +85,33 @@ def matched(classes: list[str], val: Source, where: str) -> Source:
     return Labelled(val, Labels(np.arange(len(val)), numbers, classes, said))
 
 
-def read_labels(file: Path, images: Source) -> Labels:
+def read_labels(file: Path, images: Source, *, flag: str = "--labels") -> Labels:
     """Labels of a CSV file for images named as ``images`` names them, or by a unique end of the path.
+
+    ``flag`` names the file in messages.
 
     Raises:
         UserError: if an image is not there, is named twice, or there are fewer than two classes.
     """
     if not file.is_file():
-        raise UserError(f"--labels {file}: {no_file(file)}; give a CSV of path,label")
+        raise UserError(f"{flag} {file}: {no_file(file)}; give a CSV of path,label")
     names = _Names(images)
-    rows = read_rows(file, names.places(), "--labels")
+    rows = read_rows(file, names.places(), flag)
     label_of: dict[int, str] = {}
     for path, label, line in zip(rows.paths, rows.labels, rows.lines, strict=True):
         name = os.fsdecode(path).replace("\\", "/")
         ends = names.ending_in(name)
         if len(ends) != 1:
             why = "is the end of several paths" if ends else "is none of the images judged"
-            raise UserError(f"--labels {file}: line {line}: {printable(name)} {why}; write the path below the folder")
+            raise UserError(f"{flag} {file}: line {line}: {printable(name)} {why}; write the path below the folder")
         if label and label_of.setdefault(ends[0], label) != label:
             before = label_of[ends[0]]
-            raise UserError(f"--labels {file}: line {line}: {printable(name)} has two labels, {before} and {label}")
+            raise UserError(f"{flag} {file}: line {line}: {printable(name)} has two labels, {before} and {label}")
     indices = np.array(sorted(label_of), np.int64)
     numbers, classes = numbered([label_of[i] for i in indices.tolist()])
     if numbers is None or len(classes) < 2 or len(label_of) < 4:
         raise UserError(
-            f"--labels {file}: {len(label_of)} images of {len(classes)} classes are too few; "
+            f"{flag} {file}: {len(label_of)} images of {len(classes)} classes are too few; "
             "label 10 or more of 2 or more classes"
         )
     missing = remarks_on_missing(str(file), np.array([0 if label else -1 for label in rows.labels]))
