@@ -4,6 +4,8 @@ Nothing here imports torch before a task starts, so help and errors are immediat
 """
 
 import dataclasses
+import json
+import os
 import time
 from collections.abc import Callable
 
@@ -45,13 +47,27 @@ def _pretrain(argv: list[str]) -> int:
     values = layers.merged()
     if values.get("resume") == "auto" and not values["output_dir"]:
         raise UserError("--resume auto: name the run to resume with --output-dir")
-    config = chosen(layers)
-    if not config.output_dir:
-        folder = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.arch.replace('/', '-')}"
-        config = dataclasses.replace(config, output_dir=folder)
+    config = _once(lambda: _in_a_folder(chosen(layers)))
     from mocov3.pretraining.task import main
 
     return main(config, script_door=False)
+
+
+def _in_a_folder(config: PretrainConfig) -> PretrainConfig:
+    if config.output_dir:
+        return config
+    folder = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.arch.replace('/', '-')}"
+    return dataclasses.replace(config, output_dir=folder)
+
+
+def _once(decide: Callable[[], PretrainConfig]) -> PretrainConfig:
+    """The configuration that ``decide`` says; the first process's, where torchrun started several."""
+    if int(os.environ.get("WORLD_SIZE") or 1) < 2:
+        return decide()
+    from mocov3.distributed.launch import decided_once
+
+    values = json.loads(decided_once(lambda: json.dumps(dataclasses.asdict(decide())), "plan"))
+    return PretrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _check(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from mocov3.config.running import RankFlags
-from mocov3.distributed.meeting import largest_dividing, stand_by, tell_done
+from mocov3.distributed.meeting import largest_dividing, open_store, stand_by, tell_done
 from mocov3.distributed.world import World, start
 from mocov3.errors import RankLost, UserError, lenient_output, stop_signals
 from mocov3.output.log import warn
@@ -105,6 +105,65 @@ def launch_as(config: RankFlags, task: Task[P], payload: P, *, timeout_minutes: 
         timeout_minutes=timeout_minutes,
         batch=batch,
     )
+
+
+class Ranks(NamedTuple):
+    """How many processes train."""
+
+    size: int
+    here: int
+    """Of them on this node."""
+
+
+def count_ranks(config: RankFlags) -> Ranks:
+    """The processes that ``launch_as`` would start, or that torchrun has started."""
+    spawn = config.multiprocessing_distributed or config.nprocs_per_node > 1
+    if not spawn and (given := from_torchrun()) is not None:
+        return Ranks(given[1], int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    nodes = max(config.world_size, 1)
+    gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
+    here = config.nprocs_per_node or max(gpus, 1) if spawn else 1
+    return Ranks(nodes * here, here)
+
+
+def decided_once(decide: Callable[[], str], name: str, timeout_minutes: float = 30) -> str:
+    """What ``decide`` says, on every process that torchrun started: the first decides, and tells the others.
+
+    They may see other things (a GPU's time, the clock, a random number), and must agree.
+
+    Args:
+        decide: called on rank 0 alone.
+        name: of the decision.
+        timeout_minutes: how long the others wait.
+
+    Raises:
+        UserError: on every process, if rank 0 raises it; and where it is not heard of.
+    """
+    given = from_torchrun()
+    if given is None or given[1] == 1:
+        return decide()
+    key = f"mocov3/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    try:
+        store = open_store("env://", given[0], timedelta(minutes=timeout_minutes))
+        _open_stores.append(store)
+        if given[0]:
+            kind, _, text = store.get(key).decode().partition(" ")
+            if kind == "refused":
+                raise UserError(text)
+            return text
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"rank {given[0]}: rank 0 did not tell its {name}: {str(error)[:200]}") from None
+    try:
+        text = decide()
+    except UserError as error:
+        store.set(key, f"refused {error}")
+        raise
+    store.set(key, f"said {text}")
+    return text
+
+
+_open_stores: list[object] = []
+"""Kept while this process lives: others may not have read yet."""
 
 
 class Meeting(NamedTuple):

@@ -70,6 +70,7 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
     source, _, order = open_images(first)
     order.check()
     images = look(source, first, facts)
+    from mocov3.distributed.launch import count_ranks
     from mocov3.planning import speed
     from mocov3.pretraining.assemble import count_memory
     from mocov3.pretraining.footprint import Footprint
@@ -92,7 +93,7 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
 
     def counted(values: Fields, batch: int) -> float:
         config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})
-        return count(config).peak(batch)
+        return count(config).peak(max(batch // count_ranks(config).size, 1))
 
     table = choices_of(row_of(fixed["arch"], len(source))) if first.recipe == "adapt" else []
     choices = choose_settings(images, machine, hours, fixed, measured, counted, table)

@@ -14,7 +14,7 @@ from mocov3.data.loading.loader import loader_workers, usable_cores
 from mocov3.data.sources.survey import scattered
 from mocov3.data.views.decode import DecodeError
 from mocov3.distributed import World
-from mocov3.distributed.launch import pick_device
+from mocov3.distributed.launch import count_ranks, pick_device
 from mocov3.errors import UserError
 from mocov3.models.precision import precision_of
 from mocov3.optim import build_optimizer
@@ -46,29 +46,32 @@ def epoch_seconds(
 ) -> tuple[float, float, int]:
     """(seconds an epoch of training, seconds of loading, batch size that fits), by a few steps of each.
 
-    A batch that does not fit the device's memory is halved until it does. ``best``: by the fastest step, which tells
+    With several processes one is measured, on its part of the batch. A batch that does not fit the device's memory is halved until it does. ``best``: by the fastest step, which tells
     what the machine can do, instead of the median, which tells what it does while others are at work on it.
 
     Raises:
         UserError: if not even two images fit.
     """
-    device = pick_device(config.device, config.gpu)
-    batch = config.batch_size
+    device, ranks = pick_device(config.device, config.gpu), count_ranks(config)
+    batch = max(config.batch_size // ranks.size, 1)
     while True:
         try:
             times = _step_times(config, device, batch)
             break
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
             if batch < 4:
                 raise UserError(
                     f"--arch {config.arch} at --image-size {config.image_size}: does not fit the memory of "
                     f"{device}; take a smaller one"
                 ) from None
             batch //= 2
-    workers = max(loader_workers(config.workers), 1)
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # a rank of another process may train there
+    workers = max(loader_workers(config.workers, ranks.here), 1) * ranks.size
     loading = image_seconds(config, source) * images / workers
     step = min(times) if best else float(np.median(times))
+    batch *= ranks.size
     return step * max(images // batch, 1), loading, batch
 
 
