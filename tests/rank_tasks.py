@@ -53,7 +53,7 @@ def few_steps(world, payload):
     arch, dims, optimizer, dtype, lr, mode, path = payload
     torch.manual_seed(3)
     dims = dict(dims)
-    rank = dims.pop("lora", 0)
+    rank, small = dims.pop("lora", 0), dims.pop("local", 0)
     model = models.build(arch, dim=16, mlp_dim=32, temperature=0.2, **dims).to(dtype)
     if rank:
         add_pairs(model.base_encoder, rank)
@@ -72,7 +72,11 @@ def few_steps(world, payload):
         generator = torch.Generator().manual_seed(i)
         part = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
         views = [torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)[part] for _ in "12"]
-        outcome = step(*views, lr=lr, m=0.9)
+        local = None
+        if small:  # three local views, a view after the other
+            whole_batch = torch.randn(3, 8, 3, small, small, generator=generator, dtype=torch.float64).to(dtype)
+            local = whole_batch[:, part].flatten(0, 1)
+        outcome = step(*views, local, lr=lr, m=0.9)
         assert outcome.ok
         losses.append(float(world.sum(outcome.loss) / world.size))
         norms.append(outcome.grad_norms.tolist())

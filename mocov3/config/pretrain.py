@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
 from mocov3.config.cheap import CheapFlags, stages
 from mocov3.config.fields import check_bounds, flag, path
+from mocov3.config.local_views import LocalFlags, LocalViews, local_views_of
 from mocov3.config.loggers import logger_names
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RankFlags
@@ -17,7 +18,7 @@ from mocov3.errors import UserError
 
 
 @dataclass(frozen=True)
-class PretrainConfig(RankFlags, ScaleFlags, CheapFlags):
+class PretrainConfig(RankFlags, ScaleFlags, CheapFlags, LocalFlags):
     """Everything a pre-training run is made from. ``result`` fields may not change at a resume."""
 
     data: str = flag(
@@ -159,6 +160,11 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags):
         return preset_of(vars(self))
 
     @property
+    def local(self) -> LocalViews | None:
+        """The local views, ``None`` where there are none."""
+        return local_views_of(self)
+
+    @property
     def data_title(self) -> str:
         """The images, for messages."""
         return self.data.replace("\n", " ")
@@ -204,6 +210,7 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags):
                 f"--patch-size {self.patch_size}: the convolutional stem of {self.arch} makes patches of 16"
             )
         stages(self)
+        local_views_of(self)
         if self.small_stem and not is_resnet(self.arch):
             raise UserError(f"--small-stem is for ResNets; {self.arch} has no such stem")
         if self.grad_checkpoint and not (is_vit(self.arch) or self.arch.startswith("timm/")):

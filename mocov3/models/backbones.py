@@ -129,7 +129,7 @@ class TimmEncoder(nn.Module):
         return out
 
 
-def _try(backbone: nn.Module, name: str, side: int, channels: int) -> None:
+def _try(backbone: nn.Module, name: str, side: int, channels: int, flag: str = "--image-size") -> None:
     """Refuse a network of timm that stumbles over images of a size: on shapes only, which costs milliseconds."""
     tensors = (*backbone.parameters(), *backbone.buffers())
     # a copy: some networks keep what they computed last
@@ -140,12 +140,22 @@ def _try(backbone: nn.Module, name: str, side: int, channels: int) -> None:
     except NotImplementedError:  # an operation without shapes: the first batch will tell
         pass
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise _cannot_take(name, side, error) from None
+        raise _cannot_take(name, side, error, flag) from None
 
 
-def _cannot_take(name: str, side: int, error: Exception) -> UserError:
+def check_local_views(encoder: nn.Module, arch: str, side: int, channels: int) -> None:
+    """Refuse local views that a network of timm stumbles over: many of its ViTs take images of one size only.
+
+    Raises:
+        UserError: naming both.
+    """
+    if isinstance(encoder, TimmEncoder):
+        _try(encoder.backbone, arch.removeprefix("timm/"), side, channels, "--local-views")
+
+
+def _cannot_take(name: str, side: int, error: Exception, flag: str = "--image-size") -> UserError:
     return UserError(
-        f"--arch timm/{name}: cannot take images of {side} px ({str(error)[:100]}); give another --image-size, or "
+        f"--arch timm/{name}: cannot take images of {side} px ({str(error)[:100]}); give another {flag}, or "
         "another network"
     )
 

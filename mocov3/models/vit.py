@@ -91,9 +91,14 @@ class VisionTransformer(TimmVisionTransformer):
                 nn.init.zeros_(projection.bias)
 
     def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
-        """The cls token after the last norm, of images or of strips (``mocov3.data.device.token_strips``)."""
+        """The cls token after the last norm, of images or of strips (``mocov3.data.device.token_strips``).
+
+        Images of another size than the network was built for, as local views are, have their places in its grid.
+        """
         if self._is_strip(x):
             tokens = self._tokens_of_strip(x)
+        elif tuple(x.shape[-2:]) != self.patch_embed.img_size:
+            tokens = self.patch_drop(self._tokens_of_size(x))
         else:
             tokens = self.patch_drop(self._pos_embed(self.patch_embed(x)))
         tokens = self.norm_pre(tokens)
@@ -116,10 +121,24 @@ class VisionTransformer(TimmVisionTransformer):
         if side != weight.shape[-1]:
             weight = resized_kernel(weight, side)
         patches = F.conv2d(x[:, :-2], weight, projection.bias, stride=side).flatten(2).transpose(1, 2)
+        return self._placed(patches, x[:, -2:, 0, ::side])
+
+    def _tokens_of_size(self, x: Tensor) -> Tensor:
+        maps: Tensor = self.patch_embed.proj(x)
+        # as in strips: the middles of the patches, in the grid of full views
+        row, column = (
+            (torch.arange(count, device=x.device, dtype=x.dtype) + 0.5) * grid / count - 0.5
+            for count, grid in zip(maps.shape[-2:], self.patch_embed.grid_size, strict=True)
+        )
+        places = torch.stack(torch.meshgrid(row, column, indexing="ij")).flatten(1)
+        return self._placed(maps.flatten(2).transpose(1, 2), places[None])
+
+    def _placed(self, patches: Tensor, places: Tensor) -> Tensor:
+        """Patches with the table's numbers at any (row, column), (batch or 1, 2, tokens), after the cls token."""
         # as for whole views: under autocast patches have 16 bits, and the sum with their places has those of the table
-        places = sincos_of_places(x[:, -2:, 0, ::side], self.embed_dim).to(self.pos_embed.dtype)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        tokens: Tensor = self.pos_drop(torch.cat([cls, patches + places], dim=1))
+        table = sincos_of_places(places, self.embed_dim).to(self.pos_embed.dtype)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
+        tokens: Tensor = self.pos_drop(torch.cat([cls, patches + table], dim=1))
         return tokens
 
     def forward(  # type: ignore[override]  # timm's masks have no use here

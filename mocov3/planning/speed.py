@@ -94,8 +94,12 @@ def _step_times(config: PretrainConfig, device: torch.device, batch: int) -> lis
             torch.randn(batch, config.channels, config.image_size, config.image_size, device=device) for _ in range(2)
         )
 
+        local = None
+        if (small := config.local) is not None:
+            local = torch.randn(small.count * batch, config.channels, small.pixels, small.pixels, device=device)
+
         def run() -> None:
-            step(x1, x2, lr=0.0, m=1.0)
+            step(x1, x2, local, lr=0.0, m=1.0)
 
         return _times(run, device)
 
@@ -121,7 +125,7 @@ def _wait(device: torch.device) -> None:
 
 def image_seconds(config: PretrainConfig, source: Source) -> float:
     """Seconds that one process takes to read an image and make its two views."""
-    views: Any = TwoViews(config.image_size, config.crop_min, config.preset, config.views)
+    views: Any = TwoViews(config.image_size, config.crop_min, config.preset, config.views, local=config.local)
     times = []
     for index in scattered(len(source), _LOADED).tolist():
         began = time.perf_counter()

@@ -15,6 +15,7 @@ from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import UserError
 from mocov3.models import MoCo, shapes_only
+from mocov3.models.backbones import check_local_views
 from mocov3.models.compiled import pays
 from mocov3.models.lora import add_pairs
 from mocov3.models.precision import Precision, resolve_precision
@@ -137,8 +138,11 @@ def plain_model(c: PretrainConfig) -> MoCo:
         temperature=c.moco_t,
         stop_grad_conv1=c.stop_grad_conv1,
         small_stem=c.small_stem,
+        local_weight=c.local_weight,
         **({"num_heads": c.heads} if c.heads is not None else {}),
     )
+    if c.local is not None:
+        check_local_views(model.base_encoder, c.arch, c.local.pixels, c.channels)
     if c.lora:
         add_pairs(model.base_encoder, c.lora)
     return model
@@ -176,6 +180,7 @@ def count_memory(config: PretrainConfig, *, sixteen_bits: bool) -> Footprint:
         config.image_size,
         optimizer=config.optimizer,
         channels=config.channels,
+        local=config.local,
         sixteen_bits=sixteen_bits,
         grad_checkpoint=config.grad_checkpoint,
     )

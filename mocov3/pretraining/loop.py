@@ -138,7 +138,7 @@ class Pretraining(Run):
             self.online_knn.show_views(0)
         start = (position.epoch, position.iteration)
         for stage in (s for s in self.stages if s.end > start[0]):
-            views = TwoViews(stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device")
+            views = TwoViews(stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device", c.local)
             local = c.batch_size // world.size
             works = batches(
                 len(self.source),
@@ -154,14 +154,23 @@ class Pretraining(Run):
                 self.log.batch_came()
                 yield batch
 
-    def views(self, batch: Batch) -> tuple[ViewBatch, ViewBatch]:
-        """The two views, made on the device when the step asks for them; strips of them in a cheap stage of a ViT."""
+    def views(self, batch: Batch) -> tuple[ViewBatch, ViewBatch, ViewBatch | None]:
+        """The two views, made on the device when the step asks for them; strips of them in a cheap stage of a ViT.
+
+        Then the local views, if there are any.
+        """
         device, mean, std = self.world.device, self.preset.mean, self.preset.std
         left = batch.colour_draws if batch.colour_draws is not None else (None, None)
         x1, x2 = (
-            PixelViewBatch(pixels, device, mean, std, rest) for pixels, rest in zip(batch.pixels, left, strict=True)
+            PixelViewBatch(pixels, device, mean, std, rest) for pixels, rest in zip(batch.pixels, left, strict=False)
         )
-        return cheaper(x1, x2, stage_of(self.stages, batch.work.epoch), batch.work, seed=self.seed, device=device)
+        local: ViewBatch | None = None
+        if (pixels := batch.local_pixels) is not None:
+            draws = batch.colour_draws
+            rest = None if draws is None else draws[2:].reshape(-1, draws.shape[2])
+            local = PixelViewBatch(pixels.reshape(-1, *pixels.shape[2:]), device, mean, std, rest)
+        two = cheaper(x1, x2, stage_of(self.stages, batch.work.epoch), batch.work, seed=self.seed, device=device)
+        return *two, local
 
     def schedule(self, batch: Batch) -> tuple[float, float]:
         """Learning rate and momentum of this step."""

@@ -34,7 +34,7 @@ FROZEN = """
 --vertical-flip-probability --turn-probability --crop-ratio --crop-pad --mean-std --channels --bit-window
 --grad-checkpoint --deterministic
 --allow-config-change --allow-data-change --quiet --json --views-on --micro-batch --fsdp --logger
---token-keep --image-size-schedule --patch-size-schedule --heads
+--token-keep --image-size-schedule --patch-size-schedule --heads --local-views --local-weight
 """
 
 FROZEN_LINCLS = """

@@ -82,7 +82,9 @@ class Loader:
         self.source, self._filler = source, Filler(source, transform, seed, replace)
         self._say, self._tally = say, remarks.Tally()
         beside, channels = getattr(transform, "colour_draws", 0), getattr(transform, "reading", RGB).channels
-        layout = Layout(transform.count, batch_size, transform.image_size, beside, channels)
+        local = getattr(transform, "local", None)
+        more = (local.count, local.pixels) if local else (0, 0)
+        layout = Layout(transform.count, batch_size, transform.image_size, beside, channels, more)
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
         self._start(min(workers, batch_size), layout)
