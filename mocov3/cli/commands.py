@@ -16,6 +16,7 @@ from mocov3.config.command_lines import (
     parse_knn,
     parse_lincls,
     parse_pretrain,
+    prolonged,
     read_pretrain,
 )
 from mocov3.config.fields import Layers, Parser, path
@@ -33,6 +34,9 @@ def chosen(layers: Layers) -> PretrainConfig:
 
 
 def _by_recipe(layers: Layers) -> PretrainConfig:
+    if folder := layers.given.get("prolong"):
+        layers = Layers({**prolonged(folder), **layers.given}, {}, layers.defaults)
+        return merged(layers)
     if layers.merged().get("recipe") in ("auto", "adapt"):
         from mocov3.planning.choose import choose
 
@@ -41,6 +45,7 @@ def _by_recipe(layers: Layers) -> PretrainConfig:
 
 
 def _pretrain(argv: list[str]) -> int:
+    began = time.time()
     layers = read_pretrain(argv, "mocov3 pretrain", {"output_dir": "", "recipe": "auto"})
     values = layers.merged()
     if values.get("resume") == "auto" and not values["output_dir"]:
@@ -51,7 +56,7 @@ def _pretrain(argv: list[str]) -> int:
         config = dataclasses.replace(config, output_dir=folder)
     from mocov3.pretraining.task import main
 
-    return main(config, script_door=False)
+    return main(config, script_door=False, began=began)
 
 
 def _check(argv: list[str]) -> int:

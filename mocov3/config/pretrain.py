@@ -13,12 +13,13 @@ from mocov3.config.loggers import logger_names
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RankFlags
 from mocov3.config.scale import ScaleFlags
+from mocov3.config.schedule import ScheduleFlags
 from mocov3.config.views import preset_of
 from mocov3.errors import UserError
 
 
 @dataclass(frozen=True)
-class PretrainConfig(RankFlags, ScaleFlags, CheapFlags, LocalFlags):
+class PretrainConfig(RankFlags, ScaleFlags, CheapFlags, LocalFlags, ScheduleFlags):
     """Everything a pre-training run is made from. ``result`` fields may not change at a resume."""
 
     data: str = flag(
@@ -180,6 +181,7 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags, LocalFlags):
         check_bounds(self)
         self.check_views()
         self.check_own()
+        self.check_schedule()
         logger_names(self.logger)
         if self.compile and self.fsdp:
             raise UserError("--fsdp gathers weights block by block, which --compile cannot see; give one of them")

@@ -230,7 +230,9 @@ def _length(settings: _Settings, images: Images, machine: Machine, hours: float 
         settings.choices = [c for c in settings.choices if c.name != name]
         settings.choices.append(Choice(name, value, "what fitted the memory when tried"))
     possible = int(_PLANNED * budget / max(seconds, 1e-9))
-    if possible < 1:
+    if hours is not None and settings.values.get("schedule") == "wsd":
+        epochs, reason = max(possible, 1), f"about what {_duration(budget)} allow; the clock decides the end"
+    elif possible < 1:
         epochs, reason = (
             1,
             f"one pass takes {_duration(seconds)}: take fewer images (DIR:0.1), a GPU or a longer --budget",
@@ -265,20 +267,6 @@ def _duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
-
-
-def parse_budget(text: str) -> float:
-    """``90s``, ``30m``, ``2h``, ``1.5d`` (or a bare number of hours) → hours.
-
-    Raises:
-        ValueError: if it is none of these, or not above 0.
-    """
-    units = {"s": 1 / 3600, "m": 1 / 60, "h": 1.0, "d": 24.0}
-    unit = units.get(text[-1:].lower())
-    hours = float(text[:-1]) * unit if unit else float(text)
-    if not 0 < hours < math.inf:
-        raise ValueError(text)
-    return hours
 
 
 def block(choices: list[Choice], recipe: Fields, given: Fields) -> str:

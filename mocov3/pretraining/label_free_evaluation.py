@@ -63,10 +63,10 @@ class LabelFreeEvaluation:
             self._note("start", self._judge(model.base_encoder), start)
             self._note("pixels", self._judge(None), start)
 
-    def epoch_ended(self, position: Position) -> bool:
+    def epoch_ended(self, position: Position, *, last: bool) -> bool:
         """Judge the network where due; whether to stop, after ``--patience`` judgements that were not the best."""
-        c, done = self.config, position.epoch
-        if not c.quality_every or (done % c.quality_every and done != c.epochs):
+        c, done = self.config, position.epoch + bool(position.iteration)
+        if not c.quality_every or (done % c.quality_every and not last):
             return False
         label_free = self._judge(self.model.base_encoder)
         self._note("epoch", label_free, position)
@@ -83,9 +83,9 @@ class LabelFreeEvaluation:
             self._keep(label_free, position)
         else:
             self.since_best += 1
-        if done == c.epochs:
+        if last:
             self.log.say(f"best without labels: {self.file.with_name(BEST)} ({self.best:.1f} % retrieved)")
-        stop = bool(c.patience) and self.since_best >= c.patience and done < c.epochs
+        stop = bool(c.patience) and self.since_best >= c.patience and not last
         if stop:
             self.log.say(f"no improvement in {c.patience} judgements: stopping (--patience)")
         return stop

@@ -124,10 +124,14 @@ class Run:
         if resumed:
             self.log.say(f"resumed at epoch {p.epoch}, iteration {p.iteration}")
 
+    def is_complete(self) -> bool:
+        """Whether the schedule has come to its end."""
+        return bool(self.position.epoch >= self.config.epochs)
+
     def is_done(self) -> bool:
         """Whether nothing is left to do, which is said."""
         p = self.position
-        done = p.epoch >= self.config.epochs or self._stop.steps_done(p.step)
+        done = self.is_complete() or self._stop.steps_done(p.step)
         if done:
             self.log.say(f"nothing left to do: {p.step} steps, {p.epoch} epochs are done")
         return done
@@ -178,13 +182,17 @@ class Run:
                 self._writer = Writer(self.folder, before=self.log.sync, after=self.written, warn=warn)
             self._writer.save(files)
 
+    def flushed(self) -> str:
+        """Wait until what was saved last is on the disk: why it is not, the same on every rank, or ''."""
+        return self.world.broadcast(self._writer.flush() if self._writer is not None else "")
+
     def exit_code(self) -> int:
         """Wait for the disk and say how the run ended: 0 when done, 128 + its number when stopped by a signal.
 
         Raises:
             UserError: when the run refused to continue, or the disk refuses its last files.
         """
-        unsaved = self.world.broadcast(self._writer.flush() if self._writer is not None else "")
+        unsaved = self.flushed()
         where = f"the last checkpoint is not in {self.folder} ({unsaved})" if unsaved else "a checkpoint was written"
         if not self._stop.signal:
             self.finish()

@@ -35,6 +35,7 @@ FROZEN = """
 --grad-checkpoint --deterministic
 --allow-config-change --allow-data-change --quiet --json --views-on --micro-batch --fsdp --logger
 --token-keep --image-size-schedule --patch-size-schedule --heads --local-views --local-weight
+--schedule --decay-share --decay --prolong
 """
 
 FROZEN_LINCLS = """
