@@ -5,7 +5,7 @@ Defaults of the reference are recorded in ``tests/golden/f_sched.json``; a test 
 
 from dataclasses import dataclass
 
-from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
+from mocov3.config.archs import CONV_VITS, STEM_PARTS, check_arch, check_heads, is_resnet, is_vit
 from mocov3.config.cheap import CheapFlags, stages
 from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.local_views import LocalFlags, LocalViews, local_views_of
@@ -94,6 +94,12 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags, LocalFlags, ScheduleFlag
         "cpu",
         "where colours and blur are made; with device, loading processes only decode and crop",
         choices=("cpu", "device"),
+        group=DATA,
+    )
+    smaller_copies: bool = flag(
+        True,
+        "images many times larger than any view can use are kept as smaller copies in the cache folder, of 2 GB at "
+        "most (not with --views pillow)",
         group=DATA,
     )
     max_corrupt: float = flag(
@@ -207,9 +213,9 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags, LocalFlags, ScheduleFlag
                 f"--image-size {self.image_size} does not divide into patches of {self.patch_size} px; "
                 f"nearest: {lower} or {lower + self.patch_size} (or another --patch-size)"
             )
-        if self.arch.startswith("vit_conv_") and self.patch_size != 16:
+        if self.arch in CONV_VITS and self.patch_size not in STEM_PARTS:
             raise UserError(
-                f"--patch-size {self.patch_size}: the convolutional stem of {self.arch} makes patches of 16"
+                f"--patch-size {self.patch_size}: the convolutional stem of {self.arch} makes patches of 4, 8 or 16"
             )
         stages(self)
         local_views_of(self)

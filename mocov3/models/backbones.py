@@ -188,6 +188,7 @@ _VITS: dict[str, dict[str, Any]] = {
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},  # the paper's; not in the reference
     "vit_huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},  # with --patch-size 14, as in the paper
+    "vit_conv_tiny": {"embed_dim": 192, "depth": 11, "num_heads": 3},  # not in the reference
     "vit_conv_small": {"embed_dim": 384, "depth": 11, "num_heads": 12},
     "vit_conv_base": {"embed_dim": 768, "depth": 11, "num_heads": 12},
 }

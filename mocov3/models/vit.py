@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Attention, Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
+from mocov3.config.archs import STEM_PARTS
 from mocov3.models.gelu import use_fused_gelu
 from mocov3.models.patches import resized_kernel, sincos_of_places, use_patch_products
 from mocov3.models.positions import sincos_position_embedding
@@ -23,16 +24,20 @@ from mocov3.models.products import token_linear, use_fast_products
 
 
 class ConvStem(nn.Module):
-    """Four 3×3 stride-2 convolutions with batch norm and ReLU (widths D/8 … D), then 1×1: patches of 16 pixels."""
+    """3×3 stride-2 convolutions with batch norm and ReLU, then 1×1.
+
+    Four of widths D/8 … D make patches of 16 pixels; for patches of 8 and 4 there are the last three or two of them.
+    """
 
     def __init__(
         self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768, **_: object
     ) -> None:
         super().__init__()
-        if patch_size != 16:
-            raise ValueError(f"the convolutional stem makes patches of 16 pixels, not {patch_size}")
-        if embed_dim % 8:
-            raise ValueError(f"the convolutional stem needs a width divisible by 8, not {embed_dim}")
+        if patch_size not in STEM_PARTS:
+            raise ValueError(f"the convolutional stem makes patches of 4, 8 or 16 pixels, not {patch_size}")
+        parts = STEM_PARTS[patch_size]
+        if embed_dim % parts[0]:
+            raise ValueError(f"the convolutional stem needs a width divisible by {parts[0]}, not {embed_dim}")
         side = img_size // patch_size
         self.img_size = (img_size, img_size)
         self.patch_size = (patch_size, patch_size)
@@ -40,7 +45,7 @@ class ConvStem(nn.Module):
         self.num_patches = side * side
         layers: list[nn.Module] = []
         width = in_chans
-        for out in (embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim):
+        for out in (embed_dim // part for part in parts):
             layers += [nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(True)]
             width = out
         layers.append(nn.Conv2d(width, embed_dim, 1))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mocov3.config.archs import CONV_VITS, is_resnet, is_vit
+from mocov3.config.archs import is_resnet, is_vit
 from mocov3.config.fields import Fields
 from mocov3.config.presets import PRESETS
 
@@ -125,7 +125,7 @@ def _views(settings: _Settings, images: Images, machine: Machine, cpu_side: int)
     short = images.short_side
     arch = settings.values.get("arch", "")
     # views of ViTs divide into patches: those of the starting weights or the stem, else the smallest chosen below
-    patch = settings.values.get("patch_size", 16 if arch in CONV_VITS else 4) if is_vit(arch) else 4
+    patch = settings.values.get("patch_size", 4) if is_vit(arch) else 4
     if short <= _SMALL_SIDE:
         side = max(short // 4 * 4, 16)
         reason = f"half of the images are {short} px or less at their shorter side"
@@ -173,7 +173,7 @@ def _network(settings: _Settings, images: Images, machine: Machine, memory: Memo
         settings.choose("moco_mlp_dim", 512, "the demo's head for this width")
     if is_vit(arch):
         settings.choose("stop_grad_conv1", True, "keeps ViTs stable (paper, §4.2)")
-        if settings["image_size"] <= _SMALL_SIDE and arch not in CONV_VITS:
+        if settings["image_size"] <= _SMALL_SIDE:
             settings.choose("patch_size", 4, f"views of {settings['image_size']} px")
 
 
@@ -198,8 +198,8 @@ def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory
     )
     settings.choose(
         "workers",
-        max(min(machine.cores - (machine.device == "cpu"), 16), 1),
-        f"{machine.cores} cores" + (", one of them trains" if machine.device == "cpu" else ""),
+        max(min(machine.cores, 16), 1),
+        f"{machine.cores} cores" + (", one of them for loading only while steps wait" * (machine.device == "cpu")),
     )
 
 

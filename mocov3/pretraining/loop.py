@@ -23,7 +23,7 @@ from mocov3.output.machine import note_start
 from mocov3.pretraining import assemble, resume
 from mocov3.pretraining.assemble import describe_micro_batch
 from mocov3.pretraining.groups import scale_backbone
-from mocov3.pretraining.inputs import check_divides, open_images
+from mocov3.pretraining.inputs import check_divides, copies_of, open_images, say_copies
 from mocov3.pretraining.label_free_evaluation import LabelFreeEvaluation
 from mocov3.pretraining.length import ENDLESS, Length, clock_of
 from mocov3.pretraining.log import PretrainingLog
@@ -64,6 +64,7 @@ class Pretraining(Run):
 
     config: PretrainConfig
     log: PretrainingLog
+    _said_copies = False
 
     def __init__(self, world: World, job: Job[PretrainConfig], owner: Owner) -> None:
         super().__init__(world, job, owner)
@@ -79,6 +80,7 @@ class Pretraining(Run):
         # networks are drawn from the seed, and moved to the device, before a checkpoint is read into them
         self.parts = assemble.build(c, world, resume_from, script_door=job.script_door)
         self.model, self.step = self.parts.model, self.parts.step
+        self.copies = copies_of(c, self.world.local_size * max(self.workers(), 1))
         self.position = self._start(resume_from)
         other_run = resume.is_of_other_run(resume_from, c)
         self.counters = resume.counters(resume_from, self.source, other_run=other_run)
@@ -162,7 +164,9 @@ class Pretraining(Run):
             self.online_knn.show_views(0)
         start = (position.epoch, position.iteration)
         for stage in (s for s in self.stages if s.end > start[0]):
-            views = TwoViews(stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device", c.local)
+            views = TwoViews(
+                stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device", c.local, self.copies
+            )
             local = c.batch_size // world.size
             works = batches(
                 len(self.source),
@@ -235,6 +239,8 @@ class Pretraining(Run):
         self.log.restart_clock()
         if self.length.clock is not None:
             self.length.clock.closing(time.monotonic() - began)
+        if self.copies is not None and self.world.main and not self._said_copies:
+            self._said_copies = say_copies(self.copies, self.log.say)
 
     def is_complete(self) -> bool:
         """Whether the schedule has come to its end."""

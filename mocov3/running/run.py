@@ -16,7 +16,7 @@ import torch
 from mocov3.config import write_yaml
 from mocov3.data import Batch, Loader, Source
 from mocov3.data.loading.filling import Transform, Unreadable
-from mocov3.data.loading.loader import loader_workers
+from mocov3.data.loading.loader import loader_workers, usable_cores
 from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
 from mocov3.distributed.agreement import check_agreement
@@ -141,7 +141,10 @@ class Run:
     ) -> Iterator[Batch]:
         """Batches of ``works``, prepared ahead; a batch is valid until the next is asked for."""
         say = warn_once if self.world.main else None
-        loader = Loader(source, transform, batch_size=batch_size, seed=seed, workers=self.workers(), say=say)
+        # steps on a CPU want its cores: one is lent to loading while they wait
+        workers = self.workers()
+        spare = int(self.world.device.type == "cpu" and workers * self.world.local_size >= usable_cores())
+        loader = Loader(source, transform, batch_size=batch_size, seed=seed, workers=workers, say=say, spare=spare)
         self._loader = loader
         yield from loader.run(works)
         loader.close()

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mocov3.config.local_views import LocalViews
 from mocov3.config.presets import PRESETS, RGB, Reading, ViewPreset
+from mocov3.data.views.copies import Copies, factor_of
 from mocov3.data.views.decode import SHRINKS, ImageBytes
 from mocov3.data.views.draws import COLOUR_DRAWS, Draw, colour_draw, draw, pad_pixels, without_colour
 from mocov3.data.views.operations import Pixels, apply_draw
@@ -35,6 +36,7 @@ class TwoViews:
         crop_only: stop after crop, resize and flip; what is left is written to ``colour_draws``, for
             ``mocov3.data.device.colours`` to do on a device.
         local: small crops beside the two views, of another size.
+        copies: smaller copies of large images, which views are cut from; not by ``pillow``.
     """
 
     image_size: int = 224
@@ -43,6 +45,7 @@ class TwoViews:
     backend: str = "fast"
     crop_only: bool = False
     local: LocalViews | None = None
+    copies: Copies | None = None
     count: int = field(default=2, init=False)
 
     @property
@@ -78,20 +81,23 @@ class TwoViews:
         Raises:
             DecodeError: if the image cannot be read.
         """
-        preset = self._preset
-        image = ImageBytes(data, preset.reading)
-        width, height = image.width, image.height
+        shrink: float | tuple[float, float]
+        factor = self.copy_factor(data)
+        image = None if factor > 1 else ImageBytes(data, self.reading)
+        if image is not None:
+            width, height = image.width, image.height
+        else:
+            assert self.copies is not None
+            assert isinstance(data, bytes)
+            pixels, (width, height), shrink = self.copies.pixels(data, self.reading, factor)
         choices = self._choices(width, height, seed=seed, epoch=epoch, index=index)
         if self.crop_only:
             if colour_draws is not None:
                 colour_draws[:] = [colour_draw(choice) for choice in choices]
             choices = [without_colour(choice) for choice in choices]
         sides = [self.image_size] * 2 + [self.local.pixels if self.local else 0] * (len(choices) - 2)
-        pad = pad_pixels(preset, width, height)
-        whole = pad or self.backend == "pillow"
-        pixels, shrink = image.pixels(1 if whole else _shrink(choices, sides))
-        if pad:
-            pixels = _padded(pixels, pad)
+        if image is not None:
+            pixels, shrink = self._pixels(image, choices, sides)
         places: list[Pixels | None] = [None] * len(choices)
         if out is not None:
             places = [*out, *(local_out if local_out is not None else places[2:])]
@@ -99,6 +105,22 @@ class TwoViews:
             apply_draw(pixels, choice, side, self.backend, shrink, place)
             for choice, side, place in zip(choices, sides, places, strict=True)
         )
+
+    def _pixels(self, image: ImageBytes, choices: Sequence[Draw], sides: Sequence[int]) -> tuple[Pixels, float]:
+        """Pixels for the draws, with the preset's border, and by how much they are smaller."""
+        pad = pad_pixels(self._preset, image.width, image.height)
+        whole = pad or self.backend == "pillow"
+        pixels, shrink = image.pixels(1 if whole else _shrink(choices, sides))
+        return _padded(pixels, pad) if pad else pixels, shrink
+
+    def copy_factor(self, data: bytes | np.ndarray) -> int:
+        """How many times smaller a copy serves all views of an image; 1: the image itself is taken."""
+        if self.copies is None or self.backend == "pillow" or not isinstance(data, bytes):
+            return 1
+        views = [(self.crop_min, self.image_size)]
+        if self.local is not None:
+            views.append((self.local.smallest, self.local.pixels))
+        return factor_of(data, self._preset, views)
 
     def _choices(self, width: int, height: int, *, seed: int, epoch: int, index: int) -> list[Draw]:
         """The draws of all views, local ones last."""
