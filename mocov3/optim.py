@@ -5,10 +5,11 @@ saved state, as in the reference's files, but never get state.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -175,6 +176,49 @@ def in_memory_order(x: Tensor, like: Tensor) -> Tensor:
 def _flat(x: Tensor, like: Tensor) -> Tensor:
     """The memory of ``x`` in one dimension, in the order of ``like``'s; a copy only where it lies in another order."""
     return in_memory_order(x, like).as_strided((x.numel(),), (1,))
+
+
+def guarded_update(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ok: Bool[Tensor, ""],
+    *,
+    buffers: Sequence[Tensor],
+    before: Float[Tensor, " numbers"],
+    device: torch.device,
+) -> None:
+    """Update, unless the step's numbers are not finite; then batch statistics go back to what they were.
+
+    Nothing is read from a GPU: LARS and fused AdamW leave the step out by themselves.
+
+    Args:
+        optimizer: its gradients are unscaled.
+        scaler: of the loss; it moves by the infinities that unscaling met.
+        ok: whether loss and gradients are finite.
+        buffers: floating-point ones of the networks, which the forward pass changed.
+        before: their numbers before that, one after the other.
+        device: of the networks.
+    """
+    if device.type == "cpu":
+        if bool(ok):  # reading costs nothing here
+            optimizer.step()
+            return
+    else:
+        optimizer.grad_scale, optimizer.found_inf = None, (~ok).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        if scaler.is_enabled():
+            scaler.update()
+    if not buffers:
+        return
+    # batch statistics of a step that does not count may hold NaN for ever
+    parts = torch.where(ok, flattened(buffers), before).split([b.numel() for b in buffers])
+    torch._foreach_copy_(list(buffers), [p.view_as(b) for p, b in zip(parts, buffers, strict=True)])
+
+
+def flattened(tensors: Sequence[Tensor]) -> Float[Tensor, " numbers"]:
+    """The numbers of all tensors, one after the other."""
+    return torch.cat([t.flatten() for t in tensors]) if tensors else torch.empty(0)
 
 
 def build_optimizer(params: ParamsT, name: str, *, weight_decay: float, momentum: float) -> torch.optim.Optimizer:

@@ -341,6 +341,7 @@ class Fed:
 
     def __init__(self, source, transform, **_):
         self.source = getattr(source, "source", source)  # within Repeated
+        self.memory = np.empty(0, np.uint8)
 
     def run(self, works):
         for work in works:
@@ -601,7 +602,7 @@ def fine_tuning(name, dtype):
 
         def advance(self, batch, outcome, lr):
             super().advance(batch, outcome, lr)
-            seen["loss"].append(outcome.loss)
+            seen["loss"].append(float(outcome.loss))
             seen["lr"].append(lr)
             assert {g["lr"] for g in self.parts.optimizer.param_groups} == {lr}
 

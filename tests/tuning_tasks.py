@@ -59,7 +59,7 @@ def tune_steps(world, payload):
     for s in range(payload["steps"]):
         outcome = step(map(micro, works[s * accumulate : (s + 1) * accumulate]))
         assert outcome.ok
-        losses.append(outcome.loss)
+        losses.append(float(outcome.loss))
     if world.main:
         state = {**model.state_dict(), **{f"ema.{k}": v for k, v in step.ema.module.state_dict().items()}}
         torch.save({"losses": losses, "state": state}, payload["path"] / f"{world.size}.pt")

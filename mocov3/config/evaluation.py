@@ -10,7 +10,7 @@ from mocov3.config.archs import BUILT_IN_ARCHS, check_arch, check_heads
 from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.own import ADAPTER_HELP
 from mocov3.config.presets import PRESETS
-from mocov3.config.running import DATA, DEVICES, MODEL, PRECISIONS, RUN
+from mocov3.config.running import DATA, DEVICES, FROZEN_PRECISIONS, MODEL, RUN
 from mocov3.errors import UserError, nearest, no_file
 
 OUTPUT = "result"
@@ -85,7 +85,9 @@ class FeatureConfig:
         low=0,
     )
     device: str = flag("auto", "device", choices=DEVICES, result=False, group=RUN)
-    precision: str = flag("fp32", "arithmetic of the backbone", choices=PRECISIONS, group=RUN)
+    precision: str = flag(
+        "auto", "arithmetic of the backbone; auto: tf32 on CUDA, else fp32", choices=FROZEN_PRECISIONS, group=RUN
+    )
     nprocs_per_node: int = flag(
         0, "processes to start on this node (torchrun needs no flag)", result=False, group=RUN, low=0
     )

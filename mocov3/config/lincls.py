@@ -13,7 +13,7 @@ from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
 from mocov3.config.own import ADAPTER_HELP
 from mocov3.config.presets import PRESETS
-from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RankFlags
+from mocov3.config.running import DATA, FROZEN_PRECISIONS, METHOD, MODEL, RANKS, RUN, RankFlags
 from mocov3.errors import UserError
 
 KINDS = ("linear", "bn-linear")
@@ -126,7 +126,10 @@ class LinclsConfig(RankFlags):
         0.08, "smallest crop of the training view, as a share of the image", group=DATA, low=0, high=1
     )
     precision: str = flag(
-        "fp32", "arithmetic of the backbone; heads are always float32", choices=PRECISIONS, group=RANKS
+        "auto",
+        "arithmetic of the backbone (auto: tf32 on CUDA, else fp32; a resumed run as it began); heads are always fp32",
+        choices=FROZEN_PRECISIONS,
+        group=RANKS,
     )
     logger: str = flag("none", LOGGER_HELP, result=False, group=RUN, metavar="NAMES")
 

@@ -9,6 +9,8 @@ MODEL, METHOD, DATA = "model", "method", "images"
 RUN, RANKS = "run and files", "ranks and devices"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+FROZEN_PRECISIONS = (*PRECISIONS, "tf32")
+"""Of networks that are not trained."""
 
 
 @dataclass(frozen=True)

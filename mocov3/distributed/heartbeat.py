@@ -29,10 +29,12 @@ class Heartbeat:
         size: number of ranks.
         group: name of this meeting of ranks; the store may hold signs of former ones.
         silence: seconds without a sign of life after which a rank counts as lost, and this process ends.
+        patience: seconds after another rank has ended by an error, or has said that one is lost, after which this
+            process ends too, as its main thread hangs; 0: a collective call fails by itself.
     """
 
-    def __init__(self, rank: int, size: int, *, group: str, silence: float) -> None:
-        self.rank, self.size, self.group, self.silence = rank, size, group, silence
+    def __init__(self, rank: int, size: int, *, group: str, silence: float, patience: float = 0.0) -> None:
+        self.rank, self.size, self.group, self.silence, self.patience = rank, size, group, silence, patience
         self._store = _own_connection()
         self._seen: dict[int, tuple[str, float]] = {}
         self._stop = threading.Event()
@@ -71,11 +73,19 @@ class Heartbeat:
                 self._store.set(self._key(self.rank), str(count))
             for rank in self._watched(everyone=self.rank == 0):
                 value, silent = self._look(rank)
-                if silent > self.silence and not value.startswith(_LEFT) and not self._stop.is_set():
+                if self._stop.is_set():
+                    return
+                if value.startswith(_LEFT):
+                    if self.patience and value != _LEFT and silent > self.patience:
+                        self._end(f"rank {rank} stopped: {value.removeprefix(_LEFT)}")
+                elif silent > self.silence:
                     self._end(f"rank {rank} has not been heard of for {silent:.0f} s (stopped, or its machine is lost)")
 
     def _end(self, text: str) -> None:
-        # the main thread may hang in a call that never returns
+        # the main thread may hang in a call that never returns; others learn the reason while the store is there
+        with contextlib.suppress(Exception):
+            self._store.set(self._key(self.rank), _LEFT + text)
+            time.sleep(3 * PERIOD if self.patience else 0)
         print(f"mocov3: error: {text}; rank {self.rank} ends; continue with --resume auto", file=sys.stderr, flush=True)
         os._exit(RankLost.exit_code)
 

@@ -34,15 +34,20 @@ class World:
         """Whether this is the rank that writes files and output."""
         return self.rank == 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """``module`` with gradients averaged over ranks in its backward pass."""
+    def wrap(self, module: nn.Module, *, static: bool = False) -> nn.Module:
+        """``module`` with gradients averaged over ranks in its backward pass.
+
+        Args:
+            module: on its device.
+            static: every step uses the same parameters in the same order.
+        """
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         ddp = nn.parallel.DistributedDataParallel
         # buffers are equal on all ranks (synchronised batch norm), so none is sent; the option changed its name
         new = "forward_sync_buffers" in inspect.signature(ddp).parameters
-        options: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        options: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False, "static_graph": static}
         return ddp(module, device_ids=ids, gradient_as_bucket_view=True, **options)
 
     def any(self, flag: int) -> int:
@@ -162,7 +167,10 @@ def start(
             reason = str(error).split("\n")[0][:200]
             raise UserError(f"rank {rank} of {size} could not connect to the others at {address}: {reason}") from None
         _control_group()
-        heartbeat = Heartbeat(rank, size, group=name, silence=60 * timeout_minutes)
+        # nccl's calls hang where gloo's fail, so the heartbeat alone can tell, within a minute
+        hangs = backend == "nccl"
+        silence = min(60 * timeout_minutes, 45) if hangs else 60 * timeout_minutes
+        heartbeat = Heartbeat(rank, size, group=name, silence=silence, patience=8 if hangs else 0)
         return World(rank, size, device, local_size, heartbeat)
     return World(rank, size, device, local_size)
 

@@ -61,13 +61,13 @@ def embed(world: World, config: EmbedConfig) -> int:
     from mocov3.evaluation.embeddings import Spool
     from mocov3.evaluation.features import refuse_not_finite, refuse_unreadable, stream
     from mocov3.evaluation.frozen import open_configured
-    from mocov3.models.precision import precision_of
+    from mocov3.models.precision import frozen_precision
 
     frozen = open_configured(config)
     source = open_source(config.data)
-    key = _key(config, source, frozen)
+    precision = frozen_precision(config.precision, world.device)
+    key = _key(config, source, frozen, precision.name)
     frozen.to(world.device)
-    precision = precision_of(config.precision, world.device)
     side = frozen.image_size
     with torch.no_grad(), precision.autocast():
         shape = tuple(frozen.features(torch.zeros(1, 3, side, side, device=world.device)).shape[1:])
@@ -85,7 +85,7 @@ def embed(world: World, config: EmbedConfig) -> int:
         autocast=precision.autocast,
     ):
         refuse_not_finite(part, source)
-        spool.put(part.indices, part.features.cpu().numpy(), part.corrupt)
+        spool.put(part.indices, part.arriving.wait().numpy(), part.corrupt)
         done += len(part.indices)
     spool.flush()
     world.barrier()
@@ -98,11 +98,13 @@ def embed(world: World, config: EmbedConfig) -> int:
         spool.finish(source, frozen.about, errors)
         speed = f"; {rate:.0f} images/s" if done else ""
         _tell(config, source, f"images × {'×'.join(map(str, shape))} of {frozen.about}{speed}", errors)
+        if config.duplicates:
+            _duplicates(config, source, errors, world)
     world.barrier()
     return 0
 
 
-def _key(config: EmbedConfig, source: Source, frozen: Frozen) -> JsonLine:
+def _key(config: EmbedConfig, source: Source, frozen: Frozen, precision: str) -> JsonLine:
     """What makes the features; a pass with other settings is not resumed."""
     return {
         "pictures": source.digest,
@@ -114,7 +116,7 @@ def _key(config: EmbedConfig, source: Source, frozen: Frozen) -> JsonLine:
         "mean": list(frozen.preset.mean),
         "std": list(frozen.preset.std),
         "zoom": frozen.preset.evaluation_zoom,
-        "precision": config.precision,
+        "precision": precision,
         "batch": config.batch_size,
     }
 
@@ -125,14 +127,13 @@ def _tell(config: EmbedConfig, source: Source, made: str, errors: dict[int, str]
     _say(f"{printable(config.output)}: {len(source)} {made}{other_part(config.data)}")
     if errors:
         warn(f"{len(errors)} unreadable images have NaN features, first: {first_of(errors, source)}")
-    if config.duplicates:
-        _duplicates(config, source, errors)
 
 
-def _duplicates(config: EmbedConfig, source: Source, errors: dict[int, str]) -> None:
+def _duplicates(config: EmbedConfig, source: Source, errors: dict[int, str], world: World) -> None:
     from mocov3.evaluation.embeddings import duplicate_groups, load
 
-    groups = duplicate_groups(load(Path(config.output)), config.duplicates, leave_out=set(errors))
+    features = load(Path(config.output))
+    groups = duplicate_groups(features, config.duplicates, leave_out=set(errors), device=world.device)
     file = Path(config.output).with_suffix(".duplicates.jsonl")
     with file.open("w", encoding="utf-8") as out:
         for least, members in groups:

@@ -218,16 +218,18 @@ def load(path: Path) -> torch.Tensor:
     return torch.from_numpy(values.reshape(len(table), -1).copy())
 
 
-def duplicate_groups(features: torch.Tensor, threshold: float, *, leave_out: set[int]) -> list[tuple[float, list[int]]]:
+def duplicate_groups(
+    features: torch.Tensor, threshold: float, *, leave_out: set[int], device: torch.device | None = None
+) -> list[tuple[float, list[int]]]:
     """Groups of images joined by a cosine of at least ``threshold``: (least cosine of a joining pair, members).
 
-    Largest groups first. An image is compared with its 20 nearest.
+    Largest groups first. An image is compared with its 20 nearest, sought on ``device``.
     """
     readable = torch.tensor([i for i in range(len(features)) if i not in leave_out], dtype=torch.long)
     if len(readable) < 2:
         return []
     x = features[readable] if leave_out else features
-    neighbours = nearest(x, x, min(_NEIGHBOURS, len(x) - 1), self_index=torch.arange(len(x)))
+    neighbours = nearest(x, x, min(_NEIGHBOURS, len(x) - 1), self_index=torch.arange(len(x)), device=device)
     parent = list(range(len(x)))
 
     def root(i: int) -> int:

@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
-from mocov3.data import Loader, Source, Work
+from mocov3.data import Batch, Loader, Source, Work
 from mocov3.data.device.pixels import normalise
+from mocov3.data.device.sending import Arriving, page_locked, until_sent
 from mocov3.data.loading.filling import Transform
 from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
@@ -44,6 +46,8 @@ class Part(NamedTuple):
     """float32 (float64 of a network in float64), on the device, (images, …); NaN where an image cannot be read."""
     corrupt: dict[int, str]
     """Images that could not be read: index → reason."""
+    arriving: Arriving
+    """A copy of the features on the CPU."""
 
     @property
     def readable(self) -> np.ndarray:
@@ -84,7 +88,7 @@ def stream(
     workers: int = 0,
     autocast: Context = nullcontext,
 ) -> Iterator[Part]:
-    """Features of ``batches`` of images, one batch after the other.
+    """Features of ``batches`` of images, one batch after the other; the device is at work on the next.
 
     Args:
         extractor: its network is put in evaluation mode for the time and back.
@@ -101,18 +105,28 @@ def stream(
     network.eval()
     try:
         loader = Loader(source, view, batch_size=largest, seed=0, workers=workers, replace=False, say=warn_once)
-        with gathered(network), loader:
-            for batch in loader.run(works):
-                x = normalise(batch.pixels[0], device, mean, std)
+        with gathered(network), loader, page_locked(loader.memory, device):
+            before = None
+            for batch in until_sent(loader.run(works), device):
                 with torch.no_grad(), autocast():
-                    made = at_least_float32(features(x))
-                part = Part(batch.work.indices, made, {bad.index: bad.reason for bad in batch.corrupt})
-                if part.corrupt:
-                    rows = torch.from_numpy(np.flatnonzero(~part.readable)).to(made.device)
-                    part = part._replace(features=made.index_fill(0, rows, torch.nan))
-                yield part
+                    made = at_least_float32(features(normalise(batch.pixels[0], device, mean, std)))
+                part = part_of(batch, made)
+                if before is not None:
+                    yield before
+                before = part
+            if before is not None:
+                yield before
     finally:
         network.train(training)
+
+
+def part_of(batch: Batch, features: Tensor) -> Part:
+    """Features of a batch; those of unreadable images become NaN."""
+    indices, corrupt = batch.work.indices, {bad.index: bad.reason for bad in batch.corrupt}
+    if corrupt:
+        rows = torch.from_numpy(np.flatnonzero(~_readable(indices, corrupt))).to(features.device)
+        features = features.index_fill(0, rows, torch.nan)
+    return Part(indices, features, corrupt, Arriving(features))
 
 
 def collect(
@@ -147,7 +161,7 @@ def collect(
             refuse_not_finite(part, source)
         if not filled:
             local = torch.empty(sum(map(len, mine)), *part.features.shape[1:])
-        local[filled : filled + len(part.indices)] = part.features.cpu()
+        local[filled : filled + len(part.indices)] = part.arriving.wait()
         filled += len(part.indices)
         corrupt |= part.corrupt
     if world.size > 1:
@@ -172,13 +186,24 @@ def refuse_not_finite(part: Part, source: Source) -> None:
     Raises:
         UserError: naming the first images.
     """
-    if bool(torch.isfinite(part.features).all()):
-        return
-    bad = ~torch.isfinite(part.features).flatten(1).all(1).cpu().numpy() & part.readable
-    rows = np.flatnonzero(bad).tolist()
+    refuse_rows(part.indices[part.readable], finite_rows(part.arriving.wait())[torch.from_numpy(part.readable)], source)
+
+
+def finite_rows(x: Tensor) -> Bool[Tensor, "images"]:
+    """Whether the features of each image (images, …) are finite."""
+    return torch.isfinite(x).flatten(1).all(1)
+
+
+def refuse_rows(indices: np.ndarray, finite: Bool[Tensor, "images"], source: Source) -> None:
+    """Refuse features of which some are not finite, on the CPU.
+
+    Raises:
+        UserError: naming the first images.
+    """
+    rows = np.flatnonzero(~finite.numpy()).tolist()
     if not rows:
         return
-    names = ", ".join(source.name(int(part.indices[row])) for row in rows[:5])
+    names = ", ".join(source.name(int(indices[row])) for row in rows[:5])
     more = f" and {len(rows) - 5} more of this batch" if len(rows) > 5 else ""
     raise UserError(f"features are not finite for {names}{more}; check the weights and --precision")
 

@@ -4,6 +4,7 @@ With a training and a validation part (DIR/train, DIR/val) the first is the bank
 classes is its own bank, each image left out in turn; so are the few that ``--labels some.csv`` names.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,6 +86,7 @@ def measure(world: World, config: KnnConfig) -> int:
 
     from mocov3.evaluation.frozen import open_configured
     from mocov3.evaluation.neighbours import nearest, recalled, vote
+    from mocov3.models.precision import frozen_precision
 
     frozen = open_configured(config).to(world.device)
     sources = open_sets(config.data, config.labels)
@@ -104,7 +106,8 @@ def measure(world: World, config: KnnConfig) -> int:
         accuracy = dict(zip(voted, shares, strict=False))
         recall = dict(zip(recalls, shares[len(voted) :], strict=True))
         sizes = len(bank), len(asked), len(sources[0].classes)
-        _report(config, frozen, sizes, accuracy, recall, notes, leave_one_out=sources[1] is None)
+        used = dataclasses.replace(config, precision=frozen_precision(config.precision, world.device).name)
+        _report(used, frozen, sizes, accuracy, recall, notes, leave_one_out=sources[1] is None)
     return 0
 
 
@@ -114,10 +117,10 @@ def _features(world: World, frozen: Frozen, config: KnnConfig, source: Source, p
 
     from mocov3.data.loading.loader import loader_workers
     from mocov3.evaluation.features import collect, first_of
-    from mocov3.models.precision import precision_of
+    from mocov3.models.precision import frozen_precision
     from mocov3.output.log import warn
 
-    precision = precision_of(config.precision, world.device)
+    precision = frozen_precision(config.precision, world.device)
     collected = collect(
         frozen.extractor,
         source,

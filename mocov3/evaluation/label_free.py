@@ -18,6 +18,7 @@ from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.evaluation import quality
 from mocov3.evaluation.features import Extractor
+from mocov3.models.precision import frozen_precision
 from mocov3.output.log import warn, warn_once
 
 IMAGES = 2000
@@ -75,6 +76,7 @@ def features_of_views(
     mine = np.array_split(chosen, world.size)[world.rank]
     works = [Work(0, i, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
     network, features, view, mean, std = extractor
+    arithmetic = frozen_precision("auto", world.device)
     training = network.training
     network.eval()
     parts, read = [torch.empty(0)], [mine[:0]]
@@ -83,8 +85,9 @@ def features_of_views(
         with torch.no_grad(), gathered(network), loader:
             for batch in loader.run(works):
                 keep = ~np.isin(batch.work.indices, [bad.index for bad in batch.corrupt])
-                rows = [features(normalise(p, world.device, mean, std)).float().cpu() for p in batch.pixels]
-                parts.append(torch.stack(rows, 1)[torch.from_numpy(keep)])
+                with arithmetic.autocast():
+                    rows = [features(normalise(p, world.device, mean, std)).float() for p in batch.pixels]
+                parts.append(torch.stack(rows, 1).cpu()[torch.from_numpy(keep)])
                 read.append(batch.work.indices[keep])
     finally:
         network.train(training)

@@ -192,9 +192,10 @@ def knn_predict(
     *,
     k: int = K,
     temperature: float = TEMPERATURE,
+    device: torch.device | None = None,
 ) -> Int[Tensor, "queries"]:
     """Classes by weighted vote of the k nearest, see ``nearest`` and ``vote``."""
-    neighbours = nearest(bank, queries, k)
+    neighbours = nearest(bank, queries, k, device=device)
     return vote(neighbours, bank_labels, [k], [temperature], classes=int(bank_labels.max()) + 1)[k, temperature]
 
 

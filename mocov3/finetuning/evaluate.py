@@ -71,7 +71,7 @@ def evaluate(
     for part in scored:
         corrupt |= part.corrupt
         target = torch.from_numpy(labels[part.indices[part.readable]].astype(np.int64))
-        counts += count(part.features.cpu().double()[torch.from_numpy(part.readable)], target, classes)
+        counts += count(part.arriving.wait().double()[torch.from_numpy(part.readable)], target, classes)
     # counts are whole numbers and the loss is summed in float64; sums go over the host, in float64 on every device
     parts = world.gather((counts.tolist(), corrupt))
     total = np.sum([sums for sums, _ in parts], axis=0)

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
-import torch
 from PIL import Image
 
 from mocov3.config import FinetuneConfig, preset_of
 from mocov3.data import Batch, CentreView
 from mocov3.data.device.pixels import normalise
+from mocov3.data.device.sending import send
 from mocov3.data.loading.supervised import Repeated, stratified
 from mocov3.data.sources.labels import matched
 from mocov3.data.sources.transfer import Pair, open_pair
@@ -79,7 +79,7 @@ class Tuning(Run):
         self.position, self.counters = self._restored()
         self.log = self._open_log()
         self.recorder = TuneRecorder(world, self.log, self.counters, self.total_batch, c.print_freq, c.repeats)
-        self._bad, self._better = 0, False
+        self._better = False
 
     def _opened(self) -> Pair:
         """The images; where a file is evaluated, those to test on are numbered by the file's classes."""
@@ -165,8 +165,9 @@ class Tuning(Run):
         """Images and targets on the device, erased and mixed, and the draws of stochastic depth."""
         c, work, device = self.config, batch.work, self.world.device
         shown = images_shown(work, {bad.index for bad in batch.corrupt}, seed=c.seed, n=len(self.train))
-        target = torch.from_numpy(self.labels[shown]).to(device)
-        x = normalise(batch.pixels[0], device, self.preset.mean, self.preset.std).contiguous()
+        target = send(self.labels[shown], device)
+        x = normalise(batch.pixels[0], device, self.preset.mean, self.preset.std)
+        x = x if device.type == "cuda" else x.contiguous()
         if not c.transfer:
             erase(x, work.indices, probability=c.reprob, seed=c.seed, epoch=work.epoch)
         if self.parts.mixer is not None:
@@ -176,8 +177,7 @@ class Tuning(Run):
     def advance(self, batches: Sequence[Batch], outcome: Outcome, lr: float) -> None:
         """Record the step and move the position past it."""
         self.recorder.step_done(batches, outcome, step=self.position.step, lr=lr)
-        self._bad = 0 if outcome.ok else self._bad + 1
-        if self._bad >= _BAD_IN_A_ROW:
+        if self.recorder.bad >= _BAD_IN_A_ROW:
             raise UserError(
                 f"loss or gradient were not finite for {_BAD_IN_A_ROW} steps in a row; lower --lr or --clip-grad"
             )
@@ -223,6 +223,7 @@ class Tuning(Run):
 
     def files(self) -> dict[str, Contents]:
         """The checkpoint of the present position, and the best one where this is it."""
+        self.recorder.flush()
         self.counters.gather(self.world, self.log, self.position.epoch)
         last = {files.LAST: self._contents()}
         return {files.BEST: self._contents(best=True), **last} if self._better else last

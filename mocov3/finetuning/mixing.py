@@ -12,6 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from mocov3.data.device.sending import send
 from mocov3.data.loading.supervised import key, seeded
 
 _ERASE, _MIX, _DEPTH = 9, 10, 11  # streams of the seed
@@ -31,11 +32,20 @@ def erase(
     """
     if not probability:
         return
-    # noise from the CPU's generator: the same on every device
+    # noise from the CPU's generator: the same on every device, to which it is sent at once
     erasing = RandomErasing(probability, mode="pixel", max_count=1, device="cpu")
-    for image, index in zip(x, indices.tolist(), strict=True):
+    noises, erased = [], []
+    noise = torch.full(x.shape[1:], torch.nan, dtype=x.dtype)
+    for place, index in enumerate(indices.tolist()):
         with seeded(key(seed, _ERASE, epoch, index)):
-            erasing(image)
+            erasing(noise)
+        if not noise.isnan().all():
+            noises.append(noise)
+            erased.append(place)
+            noise = torch.full_like(noise, torch.nan)
+    if erased:
+        rows, new = send(np.array(erased), x.device), send(torch.stack(noises).numpy(), x.device)
+        x[rows] = torch.where(new.isnan(), x[rows], new)
 
 
 class Mixer:
@@ -104,8 +114,8 @@ class Depth:
             np.random.Philox(key=[self.seed, _DEPTH], counter=[0, 0, index, epoch]).random_raw(len(self.layers))
             for index in indices.tolist()
         ]
-        uniform = torch.from_numpy((np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-        for layer, column in zip(self.layers, uniform.to(torch.float32).to(device).unbind(1), strict=True):
+        uniform = (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        for layer, column in zip(self.layers, send(uniform.astype(np.float32), device).unbind(1), strict=True):
             layer.uniform = column
 
 

@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from mocov3.data import Batch
+import torch
+
+from mocov3.data import Batch, Work
+from mocov3.data.device.sending import Arriving
 from mocov3.distributed import World
 from mocov3.finetuning.evaluate import Accuracy
 from mocov3.finetuning.log import TuneLine, TuneLog
@@ -20,6 +24,15 @@ class TuneCounters(Counters):
     loss_sum: float = 0.0
     """Of the running epoch."""
     loss_count: int = 0
+
+
+class Due(NamedTuple):
+    """A line whose numbers are on their way from the device: loss, gradient norm, whether the step counted."""
+
+    work: Work
+    step: int
+    lr: float
+    numbers: Arriving
 
 
 @dataclass
@@ -41,13 +54,29 @@ class TuneRecorder:
     batch_size: int
     print_freq: int
     repeats: int
+    bad: int = 0
+    """Steps in a row that did not count, up to the last that was read."""
+    _due: Due | None = None
 
     def step_done(self, batches: Sequence[Batch], outcome: Outcome, *, step: int, lr: float) -> None:
-        """Record one step."""
-        counters, work = self.counters, batches[0].work
-        counters.meet(replace(bad, index=bad.index // self.repeats) for batch in batches for bad in batch.corrupt)
-        if outcome.ok:
-            counters.loss_sum += outcome.loss
+        """Record one step; a GPU, which has the next one to do meanwhile, is read a step later."""
+        self.flush()
+        work = batches[0].work
+        self.counters.meet(replace(bad, index=bad.index // self.repeats) for batch in batches for bad in batch.corrupt)
+        self._due = Due(work, step, lr, Arriving(torch.stack([o.to(outcome.loss.dtype) for o in outcome])))
+        if self.world.device.type != "cuda":
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the line of the last step; every rank comes here at the same step."""
+        if (due := self._due) is None:
+            return
+        self._due = None
+        counters, work, step = self.counters, due.work, due.step
+        loss, grad_norm, ok = due.numbers.wait().tolist()
+        self.bad = 0 if ok else self.bad + 1
+        if ok:
+            counters.loss_sum += loss
             counters.loss_count += 1
         else:
             counters.skipped += 1
@@ -56,12 +85,13 @@ class TuneRecorder:
         if show:
             counters.gather(self.world, self.log, work.epoch)
         speed, waiting = self.log.speed() if show else (None, None)
-        line = self._line(step, work.epoch, work.iteration, lr)
-        line = replace(line, loss=outcome.loss, grad_norm=outcome.grad_norm, images_per_second=speed, data_wait=waiting)
+        line = self._line(step, work.epoch, work.iteration, due.lr)
+        line = replace(line, loss=loss, grad_norm=grad_norm, images_per_second=speed, data_wait=waiting)
         self.log.step(line, show=show)
 
     def epoch_done(self, epoch: int, step: int, lr: float, accuracy: Accuracy | None) -> bool:
         """Record the end of an epoch; whether its accuracy is the best so far."""
+        self.flush()
         counters = self.counters
         entry = {"train_lr": lr, "train_loss": counters.loss_sum / max(counters.loss_count, 1)}
         counters.loss_sum, counters.loss_count = 0.0, 0

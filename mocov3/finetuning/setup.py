@@ -63,11 +63,14 @@ def build(start: files.Start, classes: int, world: World, *, script_door: bool) 
         )
     if world.size > 1:
         synchronise_batch_norm(model)
-    model.to(world.device).train()
+    cuda = world.device.type == "cuda"
+    layout = torch.channels_last if cuda else torch.preserve_format
+    model.to(world.device, memory_format=layout).train()  # type: ignore[call-overload]
     depth = Depth(model, c.seed)
     optimizer = build_optimizer(
         parameter_groups(model, weight_decay=c.weight_decay, layer_decay=c.layer_decay),
         lr=c.lr * total_batch(c, world) / 512,  # linear scaling, as DeiT's
+        fused=cuda,
     )
     schedule = build_schedule(
         optimizer, epochs=c.epochs, warmup_epochs=c.warmup_epochs, warmup_lr=c.warmup_lr, min_lr=c.min_lr

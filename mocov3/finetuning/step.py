@@ -5,26 +5,27 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mocov3.distributed import World
 from mocov3.losses import at_least_float32
 from mocov3.models.precision import Precision
+from mocov3.optim import flattened, guarded_update
 
 Micro = tuple[Tensor, Tensor, Any]
 """Images (batch, 3, height, width), targets (classes or soft), and what to call before their forward pass."""
 
 
 class Outcome(NamedTuple):
-    """What one step did."""
+    """What one step did, on the device."""
 
-    loss: float
+    loss: Float[Tensor, ""]
     """Mean over the images of all ranks."""
-    grad_norm: float
+    grad_norm: Float[Tensor, ""]
     """Euclidean norm of the gradient before clipping."""
-    ok: bool
+    ok: Bool[Tensor, ""]
     """Whether loss and gradient were finite; where not, nothing changed."""
 
 
@@ -62,7 +63,7 @@ class TuneStep:
 
     def __call__(self, batches: Iterable[Micro]) -> Outcome:
         """One update from ``accumulate`` batches, taken one after the other."""
-        before = [b.clone() for b in self._buffers]
+        before = flattened(self._buffers)
         scaler = self.precision.scaler
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
@@ -81,9 +82,12 @@ class TuneStep:
         norm = nn.utils.clip_grad_norm_(self._parameters, self.clip or float("inf"))
         # ranks share gradients but not losses; they must decide alike
         bad = ~(torch.isfinite(norm) & torch.isfinite(total))
-        loss, bads = (self.world.sum(torch.stack([total, bad.to(total.dtype)])) / self.world.size).tolist()
-        self._update(bads == 0, before)
-        return Outcome(loss, float(norm), bads == 0)
+        loss, bads = (self.world.sum(torch.stack([total, bad.to(total.dtype)])) / self.world.size).unbind()
+        ok, device = bads == 0, self.world.device
+        guarded_update(self.optimizer, scaler, ok, buffers=self._buffers, before=before, device=device)
+        if self.ema is not None:
+            self._average(self.ema, ok)
+        return Outcome(loss, norm, ok)
 
     def _loss(self, x: Tensor, target: Tensor) -> Float[Tensor, ""]:
         with self.precision.autocast():
@@ -91,15 +95,19 @@ class TuneStep:
         # autocast is left: the loss is computed in at least float32
         return self.criterion(at_least_float32(scores), target)
 
-    def _update(self, ok: bool, before: list[Tensor]) -> None:
-        scaler = self.precision.scaler
-        if scaler.is_enabled():
-            scaler.step(self.optimizer)  # leaves out steps with infinities by itself, and lowers its scale
-            scaler.update()
-        elif ok:
-            self.optimizer.step()
-        if not ok:
-            for buffer, value in zip(self._buffers, before, strict=True):
-                buffer.copy_(value)
-        elif self.ema is not None:
-            self.ema.update(self.model)
+    @torch.no_grad()
+    def _average(self, ema: ModelEmaV3, ok: Tensor) -> None:
+        """Move the average, unless the step did not count."""
+        if self.world.device.type == "cpu":
+            if bool(ok):
+                ema.update(self.model)
+            return
+        # as timm does, with a weight that is decided on the device
+        pairs = list(zip(ema.module.state_dict().values(), self.model.state_dict().values(), strict=True))
+        averages, values = ([pair[i] for pair in pairs if pair[0].is_floating_point()] for i in (0, 1))
+        change = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(change, (1 - ema.get_decay()) * ok.float())
+        torch._foreach_add_(averages, change)
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(torch.where(ok, value, average))

@@ -1,18 +1,24 @@
 """GELU in 16 bits at the speed of memory.
 
 A compiled network computes it in float32 with the exact error function, which costs more arithmetic than a GPU has time
-for while the numbers pass through memory: half as long again. Here the error function is a rational approximation times
-a Gaussian (Abramowitz and Stegun, formula 7.1.26), off by at most 1.5e-7: less than a thousandth of what bfloat16 and
-float16 resolve at 1.
+for while the numbers pass through memory. Here the normal distribution function is a logistic function of an odd
+polynomial, fitted to its logit on [−4, 4] (largest error of the logit: 6e-5). The result is off by at most 2.7e-5:
+float16 resolves 98e-5 at 1, bfloat16 781e-5.
 """
-
-import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-_COEFFICIENTS = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
-_SCALE = 0.3275911
+_COEFFICIENTS = (
+    -7.414332356993427e-08,
+    4.0177053733595795e-06,
+    -7.257504386582782e-05,
+    -0.00024278585328648078,
+    0.07301825654144649,
+    1.5955713070604745,
+)
+"""Of logit(Φ(x)) / x by falling powers of x², for x² up to 16; beyond, where Φ(−|x|) < 4e-5, the last value is kept."""
 
 
 class FusedGelu(nn.GELU):
@@ -34,15 +40,19 @@ def use_fused_gelu(network: nn.Module) -> None:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x·Φ(x), Φ the normal distribution function to 3e-7; in the dtype of ``x``, computed in float32.
+    """x·Φ(x) to 2.7e-5, Φ the normal distribution function; in the dtype of ``x``, computed in float32.
 
-    Written in plain operations: torch 2.11 compiles an ``autograd.Function`` of this kind to a gradient of zero.
+    The backward pass computes it anew from ``x``: left to itself the compiler keeps float32 intermediates (torch 2.11,
+    2.14). An ``autograd.Function`` would be shorter; torch 2.11 compiles it to a gradient of zero.
     """
+    wide: Tensor = checkpoint(_wide, x, use_reentrant=False, preserve_rng_state=False)
+    return wide.to(x.dtype)  # outside, so that this result is kept: the next layer's gradient needs it
+
+
+def _wide(x: Tensor) -> Tensor:
     wide = x.float()
-    z = wide.abs() * math.sqrt(0.5)
-    t = 1 / (1 + _SCALE * z)
-    series = torch.zeros_like(t)
-    for coefficient in _COEFFICIENTS:
-        series = (series + coefficient) * t
-    beyond = 0.5 * series * torch.exp(-z * z)  # Φ(−|x|)
-    return (wide * torch.where(wide < 0, beyond, 1 - beyond)).to(x.dtype)
+    square = (wide * wide).clamp_max(16.0)
+    logit = torch.full_like(square, _COEFFICIENTS[0])
+    for coefficient in _COEFFICIENTS[1:]:
+        logit = logit * square + coefficient
+    return wide * torch.sigmoid(wide * logit)

@@ -127,23 +127,19 @@ class MoCo(nn.Module):
         one pass, which changes nothing but the speed. Local views, (local views · batch, channels, side, side), go
         through a pass of their own after view 2.
         """
-        queries = [self.queries(f) for f in self._of_both(self.features, x1, x2)]
+        passes = (x1, x2) if self.views_meet else (torch.cat([x1, x2]),)
+        queries = [self.queries(f) for x in passes for f in self.features(x).chunk(2 // len(passes))]
         local_queries = None
         if local is not None:
             with self.local_pass():
                 local_queries = self.queries(self.features(local))
         self.update_momentum_encoder(m)
-        keys = [self.keys(f) for f in self._of_both(self.key_features, x1, x2)]
+        keys = [self.keys(f) for x in passes for f in self.key_features(x).chunk(2 // len(passes))]
         return self.loss(queries, keys, local_queries)
 
     def local_pass(self) -> AbstractContextManager[None]:
         """Around local views: their batch statistics normalise them, and do not move the running ones."""
         return statistics_at_rest(self.base_encoder, self.predictor)
-
-    def _of_both(self, features: Callable[[Tensor], Tensor], x1: Tensor, x2: Tensor) -> Sequence[Tensor]:
-        if self.views_meet:
-            return features(x1), features(x2)
-        return features(torch.cat([x1, x2])).chunk(2)
 
     def compile_backbones(self, backend: str | Callable[..., object] = "inductor", **settings: Any) -> None:
         """Compile both backbones (``mocov3.models.compiled.compile_features``, whose ``settings`` these are)."""

@@ -44,7 +44,7 @@ class WholeBatch:
         self.precision = precision
         contrast = _Contrast(model)
         self._contrast: Any = (
-            contrast if is_sharded(model) else world.wrap(contrast)
+            contrast if is_sharded(model) else world.wrap(contrast, static=True)
         )  # shared weights reduce by themselves
 
     def __call__(

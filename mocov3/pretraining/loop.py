@@ -93,7 +93,13 @@ class Pretraining(Run):
         world = self.world
         self.saver = Saver(world, c, name, self.source)
         self.recorder = Recorder(
-            world, self.log, self.counters, batch_size=c.batch_size, print_freq=c.print_freq, images=self._images
+            world,
+            self.log,
+            self.counters,
+            batch_size=c.batch_size,
+            print_freq=c.print_freq,
+            images=self._images,
+            late=world.device.type == "cuda",
         )
         self.online_knn = OnlineKnn(c, world, self.model, self.source, self.log)
         began = time.monotonic()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mocov3.config import PretrainConfig
 from mocov3.data import CentreView, Source
@@ -9,8 +10,9 @@ from mocov3.data.loading.loader import loader_workers
 from mocov3.data.sources.survey import scattered
 from mocov3.distributed import World
 from mocov3.evaluation.features import Extractor, collect
-from mocov3.evaluation.neighbours import knn_accuracy, nearest
+from mocov3.evaluation.neighbours import K, knn_predict, nearest
 from mocov3.models import MoCo
+from mocov3.models.precision import frozen_precision
 from mocov3.output.sheet import draw_neighbours, draw_views
 from mocov3.pretraining.inputs import open_validation
 from mocov3.pretraining.log import PretrainingLog
@@ -48,9 +50,17 @@ class OnlineKnn:
             found = nearest(bank, queries[torch.from_numpy(shown)], min(_NEIGHBOURS, len(bank))).index.numpy()
             sheet = draw_neighbours(validation, asked[shown], known, read[found], self.config.preset.reading)
             self.log.image("neighbours", np.asarray(sheet), step)
-        return knn_accuracy(bank, classes, queries, answers)
+        return self._accuracy(bank, classes, queries, answers)
 
-    def _features(self, source: Source) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    def _accuracy(self, bank: Tensor, classes: Tensor, queries: Tensor, answers: Tensor) -> float:
+        """Accuracy in % over the queries of all ranks, each of which searches for a part of them on its device."""
+        world = self.world
+        mine = torch.arange(world.rank, len(queries), world.size)
+        predicted = knn_predict(bank, classes, queries[mine], k=min(K, len(bank)), device=world.device)
+        hits = world.sum((predicted == answers[mine]).sum().to(world.device))
+        return 100 * int(hits) / len(queries)
+
+    def _features(self, source: Source) -> tuple[Tensor, Tensor, np.ndarray]:
         """Features, classes and indices of the readable images."""
         c, preset = self.config, self.config.preset
         view = CentreView(c.image_size, preset.evaluation_zoom, reading=preset.reading)
@@ -59,6 +69,7 @@ class OnlineKnn:
             source,
             world=self.world,
             workers=loader_workers(c.workers, self.world.local_size, len(source)),
+            autocast=frozen_precision("auto", self.world.device).autocast,
             check=False,
             title=f"data {c.data_title}",
         )

@@ -16,7 +16,7 @@ from mocov3.distributed import World
 from mocov3.distributed.sharding import is_sharded, local, norms
 from mocov3.models import MoCo, Statistics
 from mocov3.models.precision import Precision
-from mocov3.optim import set_learning_rate
+from mocov3.optim import flattened, guarded_update, set_learning_rate
 from mocov3.pretraining.gradients import gradients_of
 
 
@@ -73,13 +73,14 @@ class Step:
             m: momentum of the momentum encoder at this step.
         """
         set_learning_rate(self.optimizer, lr)
-        before = torch.cat([b.flatten() for b in self._buffers])
+        before = flattened(self._buffers)
         self.optimizer.zero_grad(set_to_none=True)
         loss, statistics = self.gradients(x1, x2, m, local)
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer) if scaler.is_enabled() else None
         ok, watched = self._inspect(loss)
-        self._update(ok, before)
+        device = self.world.device
+        guarded_update(self.optimizer, scaler, ok, buffers=self._buffers, before=before, device=device)
         self.skipped += ~ok
         return Outcome(loss, statistics, ok, watched)
 
@@ -97,24 +98,6 @@ class Step:
         if self.spikes is not None:
             ok = ok & self.spikes(torch.linalg.vector_norm(norms(self.world, grads, self._sharded)), ok)
         return ok, watched
-
-    def _update(self, ok: Tensor, before: Tensor) -> None:
-        scaler, optimizer = self.precision.scaler, self.optimizer
-        if self.world.device.type == "cpu":
-            if bool(ok):  # reading costs nothing here
-                optimizer.step()
-                return
-        else:
-            # LARS and fused AdamW skip the step on the device
-            optimizer.grad_scale, optimizer.found_inf = None, (~ok).float()  # type: ignore[attr-defined]
-            optimizer.step()
-            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-            if scaler.is_enabled():
-                scaler.update()  # by the infinities that unscaling met
-        # batch statistics of a step that does not count may hold NaN for ever
-        buffers = torch.where(ok, torch.cat([b.flatten() for b in self._buffers]), before)
-        parts = buffers.split([b.numel() for b in self._buffers])
-        torch._foreach_copy_(self._buffers, [p.view_as(b) for p, b in zip(parts, self._buffers, strict=True)])
 
     def diagnosis(self) -> str:
         """What is not finite after the last step, in words: gradients by name, weights by name."""

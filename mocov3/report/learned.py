@@ -218,7 +218,7 @@ def _features(frozen: Frozen, source: Source, world: World, most: int | None) ->
     batches = [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
     parts, began, count = [], time.monotonic(), 0
     for part in stream(frozen.extractor, source, batches, device=world.device):
-        parts.append(part.features.cpu())
+        parts.append(part.arriving.wait())
         count += len(part.indices)
         if count >= FEWEST and time.monotonic() - began > SECONDS:
             break

@@ -15,6 +15,7 @@ import torch
 
 from mocov3.config import write_yaml
 from mocov3.data import Batch, Loader, Source
+from mocov3.data.device.sending import page_locked, until_sent
 from mocov3.data.loading.filling import Transform, Unreadable
 from mocov3.data.loading.loader import loader_workers, usable_cores
 from mocov3.data.loading.slots import Work
@@ -146,7 +147,8 @@ class Run:
         spare = int(self.world.device.type == "cpu" and workers * self.world.local_size >= usable_cores())
         loader = Loader(source, transform, batch_size=batch_size, seed=seed, workers=workers, say=say, spare=spare)
         self._loader = loader
-        yield from loader.run(works)
+        with page_locked(loader.memory, self.world.device):
+            yield from until_sent(loader.run(works), self.world.device)
         loader.close()
 
     def move_past(self, work: Work) -> None:

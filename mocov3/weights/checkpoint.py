@@ -173,7 +173,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Contents) -> None
         number: {name: placed(value, parameters[number]) for name, value in values.items()}
         for number, values in saved["state"].items()
     }
-    optimizer.load_state_dict({**saved, "state": state})
+    # how updates are computed is this device's, not the file's
+    ways = [{k: v for k, v in group.items() if k in ("fused", "foreach")} for group in optimizer.param_groups]
+    groups = [{**group, **way} for group, way in zip(saved["param_groups"], ways, strict=True)]
+    optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
 
 
 def check_state(model: nn.Module, state: Contents, where: str) -> None:

@@ -325,8 +325,8 @@ def test_one_step_is_plain_torch(clip):
         average = {
             k: (0.9 * v + 0.1 * other.state_dict()[k] if v.is_floating_point() else v) for k, v in average.items()
         }
-        assert outcome.loss == pytest.approx(loss.item(), rel=1e-9)
-        assert outcome.grad_norm == pytest.approx(norm.item(), rel=1e-9)
+        assert outcome.loss.item() == pytest.approx(loss.item(), rel=1e-9)
+        assert outcome.grad_norm.item() == pytest.approx(norm.item(), rel=1e-9)
         assert outcome.ok
     for k, v in other.state_dict().items():
         assert torch.allclose(model.state_dict()[k], v, rtol=1e-9, atol=1e-11), k

@@ -3,12 +3,16 @@
 import copy
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jaxtyping
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -227,10 +231,39 @@ def test_the_gelu_of_16_bits_is_the_exact_one_but_for_rounding():
         x.grad = None
         y = function(x)
         y.sum().backward()
-        assert (y.double() - torch.nn.functional.gelu(exact)).abs().max() < 4e-6  # 12 times what the function is off
-        assert (x.grad.double() - exact.grad).abs().max() < 1e-5
+        assert (y.double() - torch.nn.functional.gelu(exact)).abs().max() < 3e-5
+        assert (x.grad.double() - exact.grad).abs().max() < 2.5e-4  # where the polynomial ends, at ±4
     for dtype in (torch.bfloat16, torch.float16):
         assert gelu(x.to(dtype)).dtype == dtype
+
+
+def test_a_compiled_gelu_keeps_its_argument_and_result_only():
+    kept = []
+
+    def keep(graph, _):
+        made = [node.meta["val"] for node in graph.graph.output_node().args[0] if "val" in getattr(node, "meta", {})]
+        kept.extend(t.dtype for t in made if getattr(t, "ndim", 0) == 3)
+        return make_boxed_func(graph.forward)
+
+    layers = torch.nn.ModuleList([torch.nn.Linear(8, 8, dtype=torch.bfloat16) for _ in range(6)])
+
+    def network(x):
+        for layer in layers:
+            x = x + gelu(layer(x))
+        return x
+
+    torch._dynamo.reset()
+    backend = aot_autograd(
+        fw_compiler=keep,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    out = torch.compile(network, backend=backend)(torch.randn(2, 5, 8, dtype=torch.bfloat16))
+    out.float().sum().backward()
+    assert all(layer.weight.grad.abs().max() > 0 for layer in layers)
+    assert kept
+    assert torch.float32 not in kept
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -376,8 +409,8 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("arch", "optimizer"), [("resnet10_w32", "lars"), ("vit_small", "adamw")])
-def test_nothing_is_read_between_print_steps(arch, optimizer, tmp_path):
+@pytest.mark.parametrize(("arch", "optimizer", "late"), [("resnet10_w32", "lars", False), ("vit_small", "adamw", True)])
+def test_nothing_is_read_between_print_steps(arch, optimizer, late, tmp_path):
     dims = VIT if arch == "vit_small" else {"dim": 8, "mlp_dim": 16}
     world = World(0, 1, CPU)
     model = models.build(arch, **dims).to(memory_format=torch.channels_last).train()
@@ -385,7 +418,7 @@ def test_nothing_is_read_between_print_steps(arch, optimizer, tmp_path):
     step = Step(model, made, world=world, precision=Precision("bf16", CPU), spike_factor=10.0)
     step.world = dataclasses.replace(world, device=torch.device("cuda"))  # it does from here on as on a GPU
     log = PretrainingLog(PretrainConfig(output_dir=str(tmp_path), quiet=True, epochs=1), Session(8))
-    recorder = Recorder(world, log, Counters(), batch_size=4, print_freq=4, images=lambda *_: [])
+    recorder = Recorder(world, log, Counters(), batch_size=4, print_freq=4, images=lambda *_: [], late=late)
     read, weights = [], [p.clone() for p in model.parameters()]
     for i in range(5):
         batch = Batch(Work(0, i, np.arange(4)), np.zeros((2, 4, 32, 32, 3), np.uint8), [])
@@ -395,9 +428,12 @@ def test_nothing_is_read_between_print_steps(arch, optimizer, tmp_path):
             outcome = step(x1, x2, lr=0.1, m=0.99)
             recorder.step_done(batch, outcome, step=i, lr=0.1, m=0.99, skipped=step.skipped)
         read.append(len(reads.found))
+    recorder.flush()
     log.close()
-    assert read[1:4] == [0, 0, 0], reads.found
-    assert read[0] > 0 < read[4], "print steps do read"
+    expected = [False, True, False, False, False] if late else [True, False, False, False, True]
+    assert [n > 0 for n in read] == expected, reads.found
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 4]
     assert any(not torch.equal(p, before) for p, before in zip(model.parameters(), weights, strict=True))
 
 

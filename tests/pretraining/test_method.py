@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from starting import launch_ranks
 
 from mocov3 import losses, models
-from mocov3.data.device.pixels import normalise
+from mocov3.data.device.pixels import normalise, rounded
 from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.distributed.batch_norm import _SynchronisedNorm
 from mocov3.evaluation.neighbours import centroid_predict, knn_accuracy, knn_predict
@@ -198,6 +198,17 @@ def test_normalise():
     x = normalise(pixels, CPU, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     want = (pixels / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
     assert np.abs(x.permute(0, 2, 3, 1).numpy() - want).max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pixels_are_normalised_to_16_bits_by_one_rounding(dtype):
+    sent = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2, 16, 16, 3).permute(0, 3, 1, 2)
+    offset, scale = (torch.tensor(v).view(1, 3, 1, 1) for v in ([120.0, 110.0, 100.0], [0.015, 0.017, 0.02]))
+    x = rounded(sent.contiguous(memory_format=torch.channels_last), offset, scale, dtype)
+    want = (sent.double() - offset.double()) * scale.double()
+    assert x.dtype == dtype
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert ((x.double() - want).abs() <= want.abs() * torch.finfo(dtype).eps / 2 + 1e-6).all()
 
 
 def test_knn_is_scikit_learns():

@@ -13,6 +13,8 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from mocov3.data.device.sending import send
+
 _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601, as Pillow rounds it
 
 
@@ -45,12 +47,6 @@ def apply(
         rows = send(chosen, x.device)
         x[rows] = torch.minimum(x[rows], 255 - x[rows])
     return x
-
-
-def send(array: np.ndarray, device: torch.device) -> Tensor:
-    """``array`` on the device; a GPU fetches it from pinned memory, so that nothing waits for it."""
-    x = torch.from_numpy(array)
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _jitter(x: Tensor, operation: int, factors: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mocov3.data.device import colours
+from mocov3.data.device.sending import send
 
 
 @runtime_checkable
@@ -60,13 +61,20 @@ def normalise(
     """uint8 pixels (batch, height, width, channels) → normalised channels-last floats on the device, in one place.
 
     ``colour_draws`` say what is left of the views to be done on the device (``mocov3.data.device.colours``). The floats
-    are torch's default ones, whatever autocast is around: 16 bits are for networks.
+    are torch's default ones; on a GPU under autocast they have its 16 bits, as networks would round them first of all.
     """
-    sent = colours.send(pixels, device).permute(0, 3, 1, 2)
+    sent = send(pixels, device).permute(0, 3, 1, 2)
+    halves = torch.get_autocast_dtype("cuda") if device.type == "cuda" and torch.is_autocast_enabled("cuda") else None
     with torch.autocast(device.type, enabled=False):
-        x = (sent if colour_draws is None else colours.apply(sent, colour_draws)).to(torch.get_default_dtype())
-        offset, scale = _constants(mean, std, device, x.dtype)
-        return x.sub_(offset).mul_(scale)
+        x = sent if colour_draws is None else colours.apply(sent, colour_draws)
+        offset, scale = _constants(mean, std, device, torch.get_default_dtype())
+        return x.to(scale.dtype).sub_(offset).mul_(scale) if halves is None else rounded(x, offset, scale, halves)
+
+
+def rounded(x: Tensor, offset: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(x − offset) · scale`` in 16 bits by one kernel: numbers are read once and written once."""
+    out = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
+    return torch.addcmul(-offset * scale, x, scale, out=out)
 
 
 @functools.lru_cache

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mocov3.config.cheap import Stage
 from mocov3.data import Work
-from mocov3.data.device import colours
 from mocov3.data.device.pixels import ViewBatch
+from mocov3.data.device.sending import send
 from mocov3.data.views.draws import kept_tokens
 
 
@@ -36,7 +36,7 @@ def cheaper(
     both = []
     for view, x in enumerate((x1, x2)):
         tokens = kept_tokens(stage.tokens, stage.kept, seed=seed, epoch=work.epoch, indices=work.indices, view=view)
-        both.append(Strips(x, colours.send(tokens, device), stage.patch_size, stage.grid))
+        both.append(Strips(x, send(tokens, device), stage.patch_size, stage.grid))
     return both[0], both[1]
 
 
@@ -74,7 +74,7 @@ def strips(
     (n, channels), (rows, columns) = x.shape[:2], (x.shape[-2] // side, x.shape[-1] // side)
     patches = x.reshape(n, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, -1)
     chosen = patches.gather(1, tokens[:, :, None].expand(-1, -1, patches.shape[2])).view(n, -1, channels, side, side)
-    row, column = _places(rows, columns, grid, x.device, x.dtype)
+    row, column = _places(rows, columns, grid, x.device, torch.promote_types(x.dtype, torch.float32))
     places = torch.stack([row[tokens], column[tokens]], 2)[..., None, None].expand(-1, -1, -1, side, side)
     return torch.cat([chosen, places], 2).permute(0, 2, 3, 1, 4).reshape(n, channels + 2, side, -1)
 

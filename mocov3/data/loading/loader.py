@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from mocov3.config.presets import RGB
 from mocov3.data.loading.dispatch import Answer, Dispatch, Follow, Part
 from mocov3.data.loading.filling import Filler, Transform, Unreadable
@@ -92,6 +94,8 @@ class Loader:
         local = getattr(transform, "local", None)
         more = (local.count, local.pixels) if local else (0, 0)
         layout = Layout(transform.count, batch_size, transform.image_size, beside, channels, more)
+        self.memory: np.ndarray
+        """Bytes of all slots."""
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
         self._dispatch: Dispatch | None = None
@@ -99,7 +103,8 @@ class Loader:
 
     def _start(self, workers: int, layout: Layout) -> None:
         if not workers:
-            self._slots = layout.slots(memoryview(bytearray(layout.bytes)))
+            self.memory = np.zeros(layout.bytes, dtype=np.uint8)
+            self._slots = layout.slots(self.memory)
             return
         context = multiprocessing.get_context("spawn")
         # an unlinked memory-mapped file: falls back from /dev/shm where that is small, leaves nothing when killed
@@ -111,7 +116,8 @@ class Loader:
                 f"--workers: no {size >> 20} MB of memory to share with loader processes ({reason(error)}); "
                 "give --workers 0, or set TMPDIR to a folder with room"
             ) from None
-        self._slots = layout.slots(memoryview(memory))
+        self.memory = np.frombuffer(memoryview(memory), dtype=np.uint8)
+        self._slots = layout.slots(self.memory)
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, memory, layout, self._filler), daemon=True)
@@ -210,7 +216,7 @@ def _serve(
     import cv2
 
     cv2.setNumThreads(0)  # one process a core already
-    slots = layout.slots(memoryview(memory))
+    slots = layout.slots(np.frombuffer(memoryview(memory), dtype=np.uint8))
     while True:
         try:
             slot, epoch, first, indices = pipe.recv()

@@ -84,8 +84,8 @@ class Layout:
         """Bytes of a slot."""
         return -(-self.batch_size * sum(self._bytes_of_an_image) // 64) * 64
 
-    def slots(self, memory: memoryview) -> list[Slot]:
-        """The slots in ``memory``."""
+    def slots(self, memory: np.ndarray) -> list[Slot]:
+        """The slots in ``memory``, uint8."""
         (count, side), images = self.local, self.batch_size
         # parameters first, so that they are aligned
         ends = np.cumsum([0, *(images * size for size in self._bytes_of_an_image)])
@@ -95,7 +95,7 @@ class Layout:
             (count, images, side, side, self.channels),
         )
         slots = []
-        for part in np.frombuffer(memory, dtype=np.uint8).reshape(-1, self.bytes):
+        for part in memory.reshape(-1, self.bytes):
             draws, pixels, local = (part[a:b] for a, b in itertools.pairwise(ends))
             slots.append(
                 Slot(pixels.reshape(shapes[1]), draws.view(np.float32).reshape(shapes[0]), local.reshape(shapes[2]))

@@ -15,17 +15,18 @@ from mocov3 import schedules
 from mocov3.config import LinclsConfig
 from mocov3.data import Batch
 from mocov3.data.device.pixels import normalise
+from mocov3.data.device.sending import Arriving
 from mocov3.data.loading.labelled import CropView, open_labelled, plan_all
 from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
-from mocov3.evaluation.features import Collected, Part, collect, first_of, refuse_not_finite
+from mocov3.evaluation.features import Collected, collect, finite_rows, first_of, refuse_rows
 from mocov3.evaluation.linear import files
 from mocov3.evaluation.linear.lbfgs import solve
 from mocov3.evaluation.linear.log import EvaluationLog, HeadResult, best_of
 from mocov3.evaluation.linear.scores import evaluated, rates, validation_features
 from mocov3.evaluation.linear.setup import build_heads, check_same_run, find, open_backbone, protocol
 from mocov3.losses import at_least_float32
-from mocov3.models.precision import precision_of
+from mocov3.models.precision import frozen_precision
 from mocov3.output.log import warn
 from mocov3.running.folder import LINCLS_LOCK, Owner, owned
 from mocov3.running.job import Job
@@ -70,10 +71,11 @@ class Evaluation(Run):
         self._val: list[tuple[Tensor, Tensor]] | None = None
         self._train: Collected | None = None
         self._best = False
+        self._unchecked: list[tuple[np.ndarray, Arriving]] = []
         self._zero_counts()
         self.position = self._start(where, contents)
         self.frozen.to(world.device)
-        self.precision = precision_of(self.config.precision, world.device, script_door=job.script_door)
+        self.precision = frozen_precision(self.config.precision, world.device)
         self.log = self._open_log(resumed=contents is not None)
 
     def _open_images(self, config: LinclsConfig) -> None:
@@ -172,13 +174,20 @@ class Evaluation(Run):
             self._note_unreadable("train", {c.index: c.reason for c in batch.corrupt if c.index in met})
             if not len(indices):
                 return torch.empty(0, self.frozen.width, device=self.world.device), self.labels[:0]
-            pixels = normalise(batch.pixels[0], self.world.device, self.frozen.preset.mean, self.frozen.preset.std)
+            preset = self.frozen.preset
             with self.precision.autocast():
+                pixels = normalise(batch.pixels[0], self.world.device, preset.mean, preset.std)
                 x = at_least_float32(self.frozen.features(pixels))
         if bad:
             x, indices = x[torch.from_numpy(keep).to(x.device)], indices[keep]
-        refuse_not_finite(Part(indices, x, {}), self.source)
+        self._unchecked.append((indices, Arriving(finite_rows(x))))
         return x, self.labels[torch.from_numpy(indices).to(self.world.device)]
+
+    def _refuse_not_finite(self) -> None:
+        """Refuse where a feature was not finite since the last time: read here, so no step waits for the device."""
+        unchecked, self._unchecked = self._unchecked, []
+        for indices, finite in unchecked:
+            refuse_rows(indices, finite.wait(), self.source)
 
     def step(self, work: Work, batch: Batch | None) -> None:
         """Train the heads on a batch, and move the position past it."""
@@ -190,6 +199,7 @@ class Evaluation(Run):
         self.counts += now
         self.log.step_ended(work.epoch, self.position.step, c.batch_size)
         if work.iteration % c.print_freq == 0:
+            self._refuse_not_finite()
             lead = best_of(self.results)
             summed = self.world.sum(torch.stack([now[lead], self.counts[lead]]))
             self.log.line(work.epoch, work.iteration, *(rates(row) for row in summed.tolist()))
@@ -198,6 +208,7 @@ class Evaluation(Run):
     def end_epoch(self) -> None:
         """Evaluate every head, write the lines and the checkpoints."""
         c, done = self.config, self.position.epoch
+        self._refuse_not_finite()
         trained = [rates(row) for row in self.world.sum(self.counts).tolist()]
         seconds = self.log.seconds
         before = self.results[best_of(self.results)]
@@ -277,6 +288,7 @@ class Evaluation(Run):
 
     def files(self) -> dict[str, Contents]:
         """``checkpoint.pth.tar`` of the present position, and ``model_best.pth.tar`` where it is the best."""
+        self._refuse_not_finite()
         c, counts = self.config, self.world.sum(self.counts).cpu()
         if not self.world.main:
             return {}

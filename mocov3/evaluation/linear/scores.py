@@ -23,7 +23,7 @@ from mocov3.evaluation.linear.inputs import PUBLISHED
 from mocov3.evaluation.linear.log import HeadResult, scores
 from mocov3.evaluation.linear.setup import find
 from mocov3.metrics import Meter, Progress
-from mocov3.models.precision import precision_of
+from mocov3.models.precision import frozen_precision
 from mocov3.output.log import warn
 from mocov3.output.terminal import Terminal
 from mocov3.running.job import Job
@@ -138,7 +138,7 @@ def _score(world: World, job: Job[LinclsConfig], source: Source) -> tuple[HeadRe
     heads.set(0, saved_classifier.weight, saved_classifier.bias)
     frozen.to(world.device)
     labels = torch.as_tensor(source.labels, dtype=torch.long, device=world.device)
-    precision = precision_of(c.precision, world.device, script_door=job.script_door)
+    precision = frozen_precision(c.precision, world.device)
     title, workers = f"data {c.data} (val)", loader_workers(c.workers, world.local_size)
     batches, bad = validation_features(
         frozen, source, labels, world, title, workers=workers, autocast=precision.autocast

@@ -16,7 +16,7 @@ from mocov3.evaluation.frozen import Frozen, open_frozen
 from mocov3.evaluation.linear import files
 from mocov3.evaluation.linear.heads import Heads, HeadSpec
 from mocov3.running.changes import refuse_changes
-from mocov3.weights import Contents, our_entry
+from mocov3.weights import Contents, our_entry, trained_with
 
 PROTOCOL = "linear evaluation"
 CACHED = "linear evaluation on cached features, without augmentation (not the published protocol)"
@@ -72,6 +72,7 @@ def open_backbone(
     else:
         frozen = open_frozen(c.arch, flag="--arch", **common)
     preset = next((name for name, p in PRESETS.items() if p == frozen.preset), c.view_preset)
+    began_in = trained_with(contents).get("precision", c.precision) if contents is not None else c.precision
     return frozen, dataclasses.replace(
         c,
         arch=frozen.arch,
@@ -79,6 +80,7 @@ def open_backbone(
         image_size=frozen.image_size,
         view_preset=preset,
         heads=stored_heads(frozen.heads, frozen.arch, c.heads),
+        precision=began_in if c.precision == "auto" else c.precision,
     )
 
 
