@@ -3,13 +3,13 @@
 import io
 import os
 import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import TINY
 from PIL import Image
+from slow_images import Failing, Slow, Stamp
 
 from mocov3.cli import main
 from mocov3.config.local_views import LocalViews
@@ -48,8 +48,8 @@ def saved(pixels, kind, turn=0):
     [("PNG", 0, Reading()), ("JPEG", 6, Reading()), ("TIFF", 0, Reading()), ("PNG", 0, Reading(channels=1))],
 )
 def test_views_of_copies_are_those_of_the_image(kind, turn, reading, tmp_path):
-    data = saved(drawing(2003, 2799), kind, turn)
-    width, height = (2799, 2003) if turn < 5 else (2003, 2799)
+    data = saved(drawing(1203, 1699), kind, turn)
+    width, height = (1699, 1203) if turn < 5 else (1203, 1699)
     preset = ViewPreset(**{**vars(PLAIN), "reading": reading})
     local = LocalViews(2, 16, 0.1, 0.4)
     views = TwoViews(32, 0.2, preset, local=local, copies=Copies(str(tmp_path), 1 << 20))
@@ -132,43 +132,6 @@ def test_a_run_says_what_it_keeps(images, tmp_path, monkeypatch, capsys):
     assert main(["pretrain", *flags, "--output-dir", str(tmp_path / "b")]) == 0
     assert "1 smaller copies of large images, 0.0 MB of at most" in capsys.readouterr().out
     assert len(list((tmp_path / "cache" / "mocov3" / "smaller").glob("*/*.copy"))) == 1
-
-
-class Slow:
-    """Images of which some take long; a view holds when it was ready."""
-
-    labels, digest = None, ""
-
-    def __init__(self, count, slow, seconds):
-        self.classes = []
-        self.count, self.slow, self.seconds = count, slow, seconds
-
-    def __len__(self):
-        return self.count
-
-    def name(self, index):
-        return str(index)
-
-    def read(self, index):
-        if index in self.slow:
-            time.sleep(self.seconds)
-        return np.full((4, 4, 3), index, np.uint8)
-
-
-class Stamp:
-    """Views that hold the time."""
-
-    count, image_size = 1, 4
-
-    def __call__(self, data, *, seed, epoch, index, out=None):
-        out[0].reshape(-1)[:8] = np.frombuffer(np.float64(time.monotonic()).tobytes(), np.uint8)
-
-
-class Failing(Stamp):
-    """A transform with a mistake."""
-
-    def __call__(self, *args, **more):
-        raise ZeroDivisionError("on purpose")
 
 
 def test_a_slow_image_does_not_stop_the_others():
