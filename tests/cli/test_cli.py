@@ -198,7 +198,7 @@ def test_help_and_refusals_come_without_torch(tmp_path):
         (["-a", "timm/resnet10"], "resnet10t"),
         (["--recipe", "resnet50_100"], "resnet50_100ep"),
         (["-a", "vit_small", "--image-size", "100"], "96 or 112"),
-        (["-a", "vit_conv_small", "--patch-size", "7"], "patches of 4, 8 or 16"),
+        (["-a", "vit_conv_small", "--patch-size", "2"], "patches of 4, 8 or 16"),
         (["-a", "vit_small", "--small-stem"], "ResNets"),
         (["--grad-checkpoint"], "ViTs only"),
         (["--moco-t", "0"], "--moco-t must be above 0"),
