@@ -74,10 +74,14 @@ def tiff16(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def folder(root: Path, count: int, quality: int = 85) -> Path:
-    """A folder of ``count`` JPEGs of 500 × 375 pixels, from 24 different images."""
+def folder(root: Path, count: int, quality: int = 85, distinct: int = 8192) -> Path:
+    """A folder of ``count`` JPEGs of 500 × 375 pixels, from 24 images; those beyond ``distinct`` are links."""
     files = [jpeg(p, quality) for p in several(500, 375, 24)]
     root.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        (root / f"{i:06d}.jpg").write_bytes(files[i % len(files)])
+        file = root / f"{i:06d}.jpg"
+        if i < distinct:
+            file.write_bytes(files[i % len(files)])
+        else:
+            file.hardlink_to(root / f"{i % distinct:06d}.jpg")
     return root

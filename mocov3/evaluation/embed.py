@@ -75,7 +75,7 @@ def embed(world: World, config: EmbedConfig) -> int:
     if world.main and spool.count_done:
         _say(f"resuming: {spool.count_done} of {spool.batches} batches are there")
     mine = spool.todo()
-    began, done = time.perf_counter(), 0
+    began, done = 0.0, 0  # from the first batch on: until then processes start
     for part in stream(
         frozen.extractor,
         source,
@@ -86,7 +86,7 @@ def embed(world: World, config: EmbedConfig) -> int:
     ):
         refuse_not_finite(part, source)
         spool.put(part.indices, part.arriving.wait().numpy(), part.corrupt)
-        done += len(part.indices)
+        done, began = (done + len(part.indices), began) if began else (0, time.perf_counter())
     spool.flush()
     world.barrier()
     errors = world.broadcast(spool.errors() if world.main else {})

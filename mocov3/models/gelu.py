@@ -52,7 +52,7 @@ def gelu(x: Tensor) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     wide = x.float()
     square = (wide * wide).clamp_max(16.0)
-    logit = torch.full_like(square, _COEFFICIENTS[0])
-    for coefficient in _COEFFICIENTS[1:]:
+    logit = square * _COEFFICIENTS[0] + _COEFFICIENTS[1]  # no tensor of a constant: torch 2.11 keeps it, in full
+    for coefficient in _COEFFICIENTS[2:]:
         logit = logit * square + coefficient
     return wide * torch.sigmoid(wide * logit)

@@ -251,3 +251,38 @@ def test_building(compiler, tmp_path):
     assert done.returncode == 0, done.stderr
     made = native._load(str(tmp_path / "mocov3/data/views/native"))
     assert (made is not None) == (compiler == "cc"), done.stderr
+
+
+@built
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+def test_the_compiled_centre_is_pillows_to_the_last_bit(resample):
+    rng = np.random.default_rng(0)
+    shapes = [(1, 1), (2, 1), (1, 300), (64, 64), (375, 500), (500, 375), (40, 333), (600, 300)]
+    shapes += [(min(h, 2 * w), w) for h, w in rng.integers(1, 400, (30, 2)).tolist()]
+    for height, width in shapes:
+        pixels = (
+            rng.integers(0, 256, (height, width, 3), dtype=np.uint8) // 128 * 255
+        )  # the cubic goes beyond 0 and 255
+        size = int(rng.integers(1, 260))
+        side = size + int(rng.integers(0, 60))
+        tall, wide = (max(side * n // min(height, width), side) for n in (height, width))
+        top, left = round((tall - size) / 2), round((wide - size) / 2)
+        whole = Image.fromarray(pixels).resize((wide, tall), resample)
+        found = native.centre(
+            np.pad(pixels, ((0, 0), (0, 5), (0, 0)))[:, :width],  # rows apart
+            (tall, wide),
+            (top, left),
+            size,
+            cubic=resample == Image.Resampling.BICUBIC,
+        )
+        assert np.array_equal(found, np.asarray(whole)[top : top + size, left : left + size]), (height, width, size)
+
+
+@built
+def test_the_compiled_centre_refuses_what_lies_outside():
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    for resized, corner, size in (((8, 8), (1, 0), 8), ((8, 8), (0, -1), 8), ((7, 8), (0, 0), 8), ((8, 8), (0, 0), 0)):
+        with pytest.raises(ValueError, match="does not lie in"):
+            native.centre(pixels, resized, corner, size)
+    with pytest.raises(ValueError, match="side by side"):
+        native.centre(pixels.transpose(1, 0, 2), (8, 8), (0, 0), 8)

@@ -12,11 +12,15 @@ from PIL import Image
 
 from mocov3.config.local_views import LocalViews
 from mocov3.config.presets import PRESETS, RGB, Reading, ViewPreset
+from mocov3.data.views import native
 from mocov3.data.views.copies import Copies, factor_of
 from mocov3.data.views.decode import SHRINKS, ImageBytes
 from mocov3.data.views.draws import COLOUR_DRAWS, Draw, colour_draw, draw, pad_pixels, without_colour
 from mocov3.data.views.operations import Pixels, apply_draw
 
+_COMPILED = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+_TALL = 2
+"""Images more times as high as wide are left to Pillow, which from 13 on begins with their columns, not their rows."""
 _LONGEST = 4
 """Images this many times as long as wide are not resized whole before their centre is cut out."""
 _SHARPNESS = 1.5
@@ -186,6 +190,10 @@ class CentreView:
         short = min(lengths)
         height, width = resized = [max(side * n // short, side) for n in lengths]
         top, left = corner = [round((n - size) / 2) for n in resized]
+        compiled = self.resample in _COMPILED and pixels.ndim == 3 and lengths[0] <= _TALL * lengths[1]
+        if compiled and min(corner) >= 0 and native.available():
+            cubic = self.resample == Image.Resampling.BICUBIC
+            return native.centre(np.ascontiguousarray(pixels), (height, width), (top, left), size, cubic=cubic)
         if max(resized) > _LONGEST * side:
             return _part(pixels, [n / r for n, r in zip(lengths, resized, strict=True)], corner, size, self.resample)
         image = _image(pixels)

@@ -37,27 +37,17 @@ def _wanted() -> bool:
 @functools.cache
 def _load(folder: str | None = None) -> Any:
     place = Path(folder) if folder else Path(__file__).parent
+    array, number, length = ctypes.c_void_p, ctypes.c_int, ctypes.c_ssize_t
     for suffix in EXTENSION_SUFFIXES:
         file = place / f"_views{suffix}"
         if file.is_file():
             try:
-                call = ctypes.CDLL(str(file)).mocov3_view
+                library = ctypes.CDLL(str(file))
+                library.mocov3_view.argtypes = [array, length, number, number, array, array, number, array, array]
+                library.mocov3_centre.argtypes = [array, length, *[number] * 6, array, number, number]
             except (OSError, AttributeError):  # of another machine, or of another version
                 continue
-            call.restype = ctypes.c_int
-            pointer = ctypes.c_void_p
-            call.argtypes = [
-                pointer,
-                ctypes.c_ssize_t,
-                ctypes.c_int,
-                ctypes.c_int,
-                pointer,
-                pointer,
-                ctypes.c_int,
-                pointer,
-                pointer,
-            ]
-            return call
+            return library
     return None
 
 
@@ -110,7 +100,7 @@ def view(
         raise ValueError(f"box {box} does not lie in {pixels.shape[1]}×{pixels.shape[0]} pixels")
     order, *factors = jitter or ((0, 1, 2, 3), 1.0, 1.0, 1.0, 0.0)
     stride = pixels.strides[0]
-    failed = _load()(
+    failed = _load().mocov3_view(
         pixels.__array_interface__["data"][0] + first * stride + 3 * begin,
         stride,
         last - first,
@@ -123,3 +113,32 @@ def view(
     )
     if failed:
         raise MemoryError("no memory for a view")
+
+
+def centre(
+    pixels: np.ndarray, resized: tuple[int, int], corner: tuple[int, int], size: int, *, cubic: bool = False
+) -> np.ndarray:
+    """The square at ``corner`` of ``pixels`` as Pillow resizes them, bit by bit, without making the rest.
+
+    Args:
+        pixels: uint8 (height, width, 3), whose pixels lie side by side; rows may be apart.
+        resized: height and width that the whole image is resized to.
+        corner: top and left of the square in that.
+        size: its side.
+        cubic: bicubic instead of bilinear, both widened where the image shrinks.
+
+    Raises:
+        ValueError: if an array is not as described or the square lies outside.
+        MemoryError: if there is none.
+    """
+    (height, width), (tall, wide), (top, left) = pixels.shape[:2], resized, corner
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.strides[1:] != (3, 1):
+        raise ValueError("pixels must be uint8 (height, width, 3), side by side")
+    if not (0 <= top <= tall - size and 0 <= left <= wide - size and 0 < size <= _LARGEST_SIDE and min(pixels.shape)):
+        raise ValueError(f"the square of {size} at {corner} does not lie in {resized}")
+    out = np.empty((size, size, 3), np.uint8)
+    source, stride = pixels.__array_interface__["data"][0], pixels.strides[0]
+    to = out.__array_interface__["data"][0]
+    if _load().mocov3_centre(source, stride, height, width, tall, wide, top, left, to, size, cubic):
+        raise MemoryError("no memory for a view")
+    return out
