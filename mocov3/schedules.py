@@ -4,7 +4,10 @@ MoCo v3 changes learning rate and momentum every iteration (arXiv 2104.02057, §
 reference in ``tests/golden/f_sched.json``). ``epoch`` is ``epoch + iteration / iterations``, from 0 to ``epochs``.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 
 def learning_rate(epoch: float, *, peak: float, warmup_epochs: float, epochs: float) -> float:
@@ -17,6 +20,36 @@ def learning_rate(epoch: float, *, peak: float, warmup_epochs: float, epochs: fl
 def momentum(epoch: float, *, start: float, epochs: float, cosine: bool) -> float:
     """Momentum of the momentum encoder: constant, or raised from ``start`` to 1 by a half cosine."""
     return 1.0 - (1.0 - start) * _half_cosine(epoch / epochs) if cosine else start
+
+
+class Decay(NamedTuple):
+    """A decision of ``--schedule wsd``: from a step on, what is left of the decay takes so many steps."""
+
+    step: int
+    """The first decayed step; of a later decision the first at another pace."""
+    steps: int
+
+    @property
+    def end(self) -> int:
+        """The step after the last."""
+        return self.step + self.steps
+
+
+def decay_progress(step: int, decays: Sequence[Decay]) -> float:
+    """How much of the decay is done before ``step``: 0 in the stable part, 1 at the end; linear between decisions."""
+    progress = 0.0
+    for decay, following in itertools.zip_longest(decays, decays[1:]):
+        until = step if following is None else min(step, following.step)
+        if until <= decay.step:
+            break
+        progress += (1.0 - progress) * min((until - decay.step) / decay.steps, 1.0)
+    return progress
+
+
+def stable_rate(epoch: float, progress: float, *, peak: float, warmup_epochs: float) -> float:
+    """Warm-up, stable, decay: linear from 0, constant, then 1 − √progress of it (Hägele et al. 2024, §3.2)."""
+    warm = min(epoch / warmup_epochs, 1.0) if warmup_epochs else 1.0
+    return peak * warm * (1.0 - math.sqrt(progress))
 
 
 def thaw(epoch: float, *, freeze_epochs: float, warmup_epochs: float) -> float:

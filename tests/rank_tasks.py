@@ -97,6 +97,7 @@ def few_steps(world, payload):
     dims = dict(dims)
     rank, whole_blocks = dims.pop("lora", 0), dims.pop("unfreeze_last", 0)
     weight = dims.pop("preserve", 0.0)
+    small = dims.pop("local", 0)
     model = models.build(arch, dim=16, mlp_dim=32, temperature=0.2, **dims).to(dtype)
     preservation = Preservation(models.build_backbone(arch, **dims).to(dtype), weight) if weight else None
     if rank:
@@ -119,7 +120,11 @@ def few_steps(world, payload):
         generator = torch.Generator().manual_seed(i)
         part = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
         views = [torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)[part] for _ in "12"]
-        outcome = step(*views, lr=lr, m=0.9)
+        local = None
+        if small:  # three local views, a view after the other
+            whole_batch = torch.randn(3, 8, 3, small, small, generator=generator, dtype=torch.float64).to(dtype)
+            local = whole_batch[:, part].flatten(0, 1)
+        outcome = step(*views, local, lr=lr, m=0.9)
         assert outcome.ok
         losses.append(float(world.sum(outcome.loss) / world.size))
         if preservation:

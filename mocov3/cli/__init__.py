@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,10 +146,11 @@ def main_moco() -> int:
     """``main_moco.py``: the reference's script for pre-training."""
 
     def run() -> int:
+        began = time.time()
         config = chosen(read_pretrain(sys.argv[1:], "main_moco.py", None))
         from mocov3.pretraining.task import main
 
-        return main(config, script_door=True)
+        return main(config, script_door=True, began=began)
 
     return guarded(run)
 

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 from mocov3.config import PretrainConfig
 from mocov3.config.command_lines import (
@@ -18,6 +19,7 @@ from mocov3.config.command_lines import (
     parse_knn,
     parse_lincls,
     parse_pretrain,
+    prolonged,
     read_pretrain,
 )
 from mocov3.config.fields import Layers, Parser, path
@@ -35,6 +37,9 @@ def chosen(layers: Layers) -> PretrainConfig:
 
 
 def _by_recipe(layers: Layers) -> PretrainConfig:
+    if folder := layers.given.get("prolong"):
+        layers = Layers({**prolonged(folder), **layers.given}, {}, layers.defaults)
+        return merged(layers)
     if layers.merged().get("recipe") in ("auto", "adapt"):
         from mocov3.planning.choose import choose
 
@@ -43,6 +48,7 @@ def _by_recipe(layers: Layers) -> PretrainConfig:
 
 
 def _pretrain(argv: list[str]) -> int:
+    began = time.time()
     layers = read_pretrain(argv, "mocov3 pretrain", {"output_dir": "", "recipe": "auto"})
     values = layers.merged()
     if values.get("resume") == "auto" and not values["output_dir"]:
@@ -50,7 +56,7 @@ def _pretrain(argv: list[str]) -> int:
     config = _once(lambda: _in_a_folder(chosen(layers)))
     from mocov3.pretraining.task import main
 
-    return main(config, script_door=False)
+    return main(config, script_door=False, began=began)
 
 
 def _in_a_folder(config: PretrainConfig) -> PretrainConfig:
@@ -66,8 +72,9 @@ def _once(decide: Callable[[], PretrainConfig]) -> PretrainConfig:
         return decide()
     from mocov3.distributed.launch import decided_once
 
-    values = json.loads(decided_once(lambda: json.dumps(dataclasses.asdict(decide())), "plan"))
-    return PretrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values: dict[str, Any] = json.loads(decided_once(lambda: json.dumps(dataclasses.asdict(decide())), "plan"))
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return PretrainConfig(**values)
 
 
 def _check(argv: list[str]) -> int:

@@ -23,7 +23,9 @@ SMALL_RESNETS = ["resnet10", "resnet10_w16", "resnet10_w32", "resnet10_w48", "re
 """ResNet-10 (one basic block a stage): torchvision's widths and stem, or narrower with a 3×3 stem (``_wN``)."""
 
 VITS = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
-CONV_VITS = ["vit_conv_small", "vit_conv_base"]
+CONV_VITS = ["vit_conv_tiny", "vit_conv_small", "vit_conv_base"]
+STEM_PARTS = {16: (8, 4, 2, 1), 8: (4, 2, 1), 4: (2, 1)}
+"""Patch size → what the width is divided by in the strided convolutions of a convolutional stem: half a side each."""
 
 BUILT_IN_ARCHS = RESNETS + SMALL_RESNETS + VITS + CONV_VITS
 
@@ -33,6 +35,7 @@ WIDTHS = {
     "vit_base": 768,
     "vit_large": 1024,
     "vit_huge": 1280,
+    "vit_conv_tiny": 192,
     "vit_conv_small": 384,
     "vit_conv_base": 768,
 }

@@ -2,14 +2,28 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from mocov3.config import recipes
 from mocov3.config.evaluation import EmbedConfig, KnnConfig
-from mocov3.config.fields import Fields, Layers, Parser, parse, path, read_layers
+from mocov3.config.fields import Fields, Layers, Parser, parse, path, read_layers, read_yaml
 from mocov3.config.finetune import FinetuneConfig
 from mocov3.config.lincls import LinclsConfig
 from mocov3.config.presets import PRESETS
 from mocov3.config.pretrain import PretrainConfig
+
+_OF_ONE_RUN = (
+    "output_dir",
+    "resume",
+    "config",
+    "budget",
+    "max_hours",
+    "max_steps",
+    "decay",
+    "prolong",
+    "quiet",
+    "json",
+)
 
 
 def parse_pretrain(argv: Sequence[str], *, prog: str, defaults: Fields | None = None) -> PretrainConfig:
@@ -34,6 +48,16 @@ def merged(layers: Layers) -> PretrainConfig:
     """The configuration of layers that leave nothing to be chosen or measured."""
     preset = PRESETS[layers.merged().get("view_preset", PretrainConfig.view_preset)]
     return PretrainConfig(**layers.merged({"crop_min": preset.crop_min}))
+
+
+def prolonged(folder: str) -> Fields:
+    """The fields of a run that ``--prolong`` goes on from, but for places, limits and what it decided.
+
+    Raises:
+        UserError: if it has no configuration.
+    """
+    fields = read_yaml(Path(folder) / "config.yaml", PretrainConfig)
+    return {name: value for name, value in fields.items() if name not in _OF_ONE_RUN}
 
 
 def parse_finetune(argv: Sequence[str], *, prog: str) -> FinetuneConfig:

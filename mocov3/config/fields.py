@@ -274,7 +274,7 @@ def parse(
 
 
 def write_yaml(config: Flags, path: Path, header: str) -> None:
-    """Write every field of ``config`` to ``path``: complete, re-runnable by ``--config``."""
+    """Write every field of ``config`` to ``path``, at once: complete, re-runnable by ``--config``."""
     import yaml
 
     values = dataclasses.asdict(config)
@@ -282,7 +282,12 @@ def write_yaml(config: Flags, path: Path, header: str) -> None:
         if field.metadata["many"] and "\n" in values[field.name]:
             values[field.name] = values[field.name].split("\n")
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    path.write_text(f"# {header}\n{body}", encoding="utf-8")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(f"# {header}\n{body}")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def read_yaml(path: Path, config: type) -> Fields:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mocov3.config.fields import flag, path
+from mocov3.config.schedule import budget_hours
 from mocov3.config.views import ViewFlags
 from mocov3.errors import UserError
 
@@ -142,5 +143,9 @@ class OwnFlags(ViewFlags):
             raise UserError("--unfreeze-last goes beside --lora; without pairs it is --freeze-until BLOCK that does it")
         if self.patience and not self.quality_every:
             raise UserError("--patience counts judgements of --quality-every; give both")
-        if self.budget and getattr(self, "recipe", "") not in ("auto", "adapt"):
-            raise UserError("--budget is what --recipe auto plans for; else give --epochs, or --max-hours as a limit")
+        if self.budget and given["recipe"] not in ("auto", "adapt") and given["schedule"] != "wsd":
+            raise UserError(
+                "--budget is what --recipe auto plans for, or --schedule wsd uses up; else give --epochs, or "
+                "--max-hours as a limit"
+            )
+        budget_hours(self.budget)

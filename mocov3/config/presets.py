@@ -52,6 +52,8 @@ class ViewPreset:
     """For evaluation the shorter side is resized to ``round(size * zoom)`` and the centre is cut out."""
     crop_min: float = 0.08
     """Smallest crop as a share of the image, where ``--crop-min`` is not given."""
+    local_views: bool = True
+    """Whether crops of a small part of an image still show what it is of (``--local-views``)."""
 
 
 PRESETS: dict[str, ViewPreset] = {
@@ -68,6 +70,7 @@ PRESETS: dict[str, ViewPreset] = {
         mean=(0.286, 0.286, 0.286),
         std=(0.353, 0.353, 0.353),
         evaluation_zoom=1.0,
+        local_views=False,
     ),
     # Ours, not from a paper. What tells parts apart is often small and its colour counts: whole views, colours kept.
     "inspection": ViewPreset(
@@ -82,6 +85,7 @@ PRESETS: dict[str, ViewPreset] = {
         solarize_probability=(0.0, 0.0),
         vertical_flip_probability=0.5,
         crop_min=0.4,
+        local_views=False,
     ),
     # Ours. Seen from above nothing is up: all eight turns and reflections are as likely.
     "aerial": ViewPreset(

@@ -5,19 +5,21 @@ Defaults of the reference are recorded in ``tests/golden/f_sched.json``; a test 
 
 from dataclasses import dataclass
 
-from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
+from mocov3.config.archs import CONV_VITS, STEM_PARTS, check_arch, check_heads, is_resnet, is_vit
 from mocov3.config.cheap import CheapFlags, stages
 from mocov3.config.fields import check_bounds, flag, path
+from mocov3.config.local_views import LocalFlags, LocalViews, local_views_of
 from mocov3.config.loggers import logger_names
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RankFlags
 from mocov3.config.scale import ScaleFlags
+from mocov3.config.schedule import ScheduleFlags
 from mocov3.config.views import preset_of
 from mocov3.errors import UserError
 
 
 @dataclass(frozen=True)
-class PretrainConfig(RankFlags, ScaleFlags, CheapFlags):
+class PretrainConfig(RankFlags, ScaleFlags, CheapFlags, LocalFlags, ScheduleFlags):
     """Everything a pre-training run is made from. ``result`` fields may not change at a resume."""
 
     data: str = flag(
@@ -94,6 +96,12 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags):
         choices=("cpu", "device"),
         group=DATA,
     )
+    smaller_copies: bool = flag(
+        True,
+        "images many times larger than any view can use are kept as smaller copies in the cache folder, of 2 GB at "
+        "most (not with --views pillow)",
+        group=DATA,
+    )
     max_corrupt: float = flag(
         0.01,
         "share of unreadable images (from 10 on) that stops the run",
@@ -159,6 +167,11 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags):
         return preset_of(vars(self))
 
     @property
+    def local(self) -> LocalViews | None:
+        """The local views, ``None`` where there are none."""
+        return local_views_of(self)
+
+    @property
     def data_title(self) -> str:
         """The images, for messages."""
         return self.data.replace("\n", " ")
@@ -174,6 +187,7 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags):
         check_bounds(self)
         self.check_views()
         self.check_own()
+        self.check_schedule()
         logger_names(self.logger)
         if self.compile and self.fsdp:
             raise UserError("--fsdp gathers weights block by block, which --compile cannot see; give one of them")
@@ -199,11 +213,12 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags):
                 f"--image-size {self.image_size} does not divide into patches of {self.patch_size} px; "
                 f"nearest: {lower} or {lower + self.patch_size} (or another --patch-size)"
             )
-        if self.arch.startswith("vit_conv_") and self.patch_size != 16:
+        if self.arch in CONV_VITS and self.patch_size not in STEM_PARTS:
             raise UserError(
-                f"--patch-size {self.patch_size}: the convolutional stem of {self.arch} makes patches of 16"
+                f"--patch-size {self.patch_size}: the convolutional stem of {self.arch} makes patches of 4, 8 or 16"
             )
         stages(self)
+        local_views_of(self)
         if self.small_stem and not is_resnet(self.arch):
             raise UserError(f"--small-stem is for ResNets; {self.arch} has no such stem")
         if self.grad_checkpoint and not (is_vit(self.arch) or self.arch.startswith("timm/")):

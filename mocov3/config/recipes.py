@@ -88,6 +88,27 @@ RECIPES: dict[str, Recipe] = {
         },
         "ours: colour images of 28–96 px, one GPU",
     ),
+    "vit_small_images": Recipe(
+        {
+            "arch": "vit_tiny",
+            "image_size": 32,
+            "patch_size": 4,
+            "stop_grad_conv1": True,
+            "token_keep": "0.5:0.8",
+            "optimizer": "adamw",
+            "batch_size": 256,
+            "lr": 1e-3,
+            "weight_decay": 0.1,
+            "epochs": 200,
+            "warmup_epochs": 10,
+            "moco_t": 0.2,
+            "moco_m_cos": True,
+            "moco_dim": 128,
+            "moco_mlp_dim": 1024,
+            "crop_min": 0.2,
+        },
+        "ours: a ViT for colour images of 28–96 px, patches of 4, half of the tokens at first",
+    ),
     "fashion_mnist": Recipe(
         {
             "arch": "resnet10_w16",

@@ -3,6 +3,8 @@
 A layer communicates once in each direction, and nothing reads the device.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -144,24 +146,44 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         wide = input if input.dtype in (torch.float32, torch.float64) else input.float()
         out: Tensor
         out, mean, variance, total = _SynchronisedNorm.apply(wide, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            assert self.num_batches_tracked is not None
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            self.num_batches_tracked.add_(1)
-            rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-            unbiased = variance * (total / (total - 1))
-            self.running_mean.mul_(1 - rate).add_(mean.to(self.running_mean.dtype), alpha=rate)
-            self.running_var.mul_(1 - rate).add_(unbiased.to(self.running_var.dtype), alpha=rate)
+        if self.track_running_stats:
+            self._track(mean, variance * (total / (total - 1)))
         return out.to(input.dtype)
 
-    def _cuda(self, input: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        rate = self._counted_rate()
+        self.running_mean.mul_(1 - rate).add_(mean.to(self.running_mean.dtype), alpha=rate)
+        self.running_var.mul_(1 - rate).add_(variance.to(self.running_var.dtype), alpha=rate)
+
+    def _counted_rate(self) -> float:
+        """Count a batch; the rate at which its statistics move the running ones."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-        settings = self.running_mean, self.running_var, self.eps, rate
-        out: Tensor = _CudaNorm.apply(input, self.weight, self.bias, *settings)
+        return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+
+    def _cuda(self, input: Tensor) -> Tensor:
+        track = self.track_running_stats
+        running = (self.running_mean, self.running_var) if track else (None, None)
+        rate = self._counted_rate() if track else 0.0
+        out: Tensor = _CudaNorm.apply(input, self.weight, self.bias, *running, self.eps, rate)
         return out
+
+
+@contextmanager
+def statistics_at_rest(*modules: nn.Module) -> Iterator[None]:
+    """Normalise by the batch as in training, and leave the running statistics of ``modules`` alone."""
+    norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracked = [norm.track_running_stats for norm in norms]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, before in zip(norms, tracked, strict=True):
+            norm.track_running_stats = before
 
 
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:

@@ -151,7 +151,7 @@ def places_of(backbone: Any, unpooled: Tensor) -> Float[Tensor, "batch places di
     return unpooled[:, int(getattr(backbone, "num_prefix_tokens", 0)) :]
 
 
-def _try(backbone: nn.Module, name: str, side: int, channels: int) -> None:
+def _try(backbone: nn.Module, name: str, side: int, channels: int, flag: str = "--image-size") -> None:
     """Refuse a network of timm that stumbles over images of a size: on shapes only, which costs milliseconds."""
     tensors = (*backbone.parameters(), *backbone.buffers())
     # a copy: some networks keep what they computed last
@@ -162,12 +162,22 @@ def _try(backbone: nn.Module, name: str, side: int, channels: int) -> None:
     except NotImplementedError:  # an operation without shapes: the first batch will tell
         pass
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise _cannot_take(name, side, error) from None
+        raise _cannot_take(name, side, error, flag) from None
 
 
-def _cannot_take(name: str, side: int, error: Exception) -> UserError:
+def check_local_views(encoder: nn.Module, arch: str, side: int, channels: int) -> None:
+    """Refuse local views that a network of timm stumbles over: many of its ViTs take images of one size only.
+
+    Raises:
+        UserError: naming both.
+    """
+    if isinstance(encoder, TimmEncoder):
+        _try(encoder.backbone, arch.removeprefix("timm/"), side, channels, "--local-views")
+
+
+def _cannot_take(name: str, side: int, error: Exception, flag: str = "--image-size") -> UserError:
     return UserError(
-        f"--arch timm/{name}: cannot take images of {side} px ({str(error)[:100]}); give another --image-size, or "
+        f"--arch timm/{name}: cannot take images of {side} px ({str(error)[:100]}); give another {flag}, or "
         "another network"
     )
 
@@ -200,6 +210,7 @@ _VITS: dict[str, dict[str, Any]] = {
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},  # the paper's; not in the reference
     "vit_huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},  # with --patch-size 14, as in the paper
+    "vit_conv_tiny": {"embed_dim": 192, "depth": 11, "num_heads": 3},  # not in the reference
     "vit_conv_small": {"embed_dim": 384, "depth": 11, "num_heads": 12},
     "vit_conv_base": {"embed_dim": 768, "depth": 11, "num_heads": 12},
 }

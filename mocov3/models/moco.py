@@ -5,6 +5,7 @@ runs them all.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mocov3 import losses
 from mocov3.config.archs import is_resnet
 from mocov3.distributed import gather_keys
+from mocov3.distributed.batch_norm import statistics_at_rest
 from mocov3.distributed.sharding import local, reshard
 from mocov3.models.backbones import Encoder, build_encoder
 from mocov3.models.compiled import compile_features
@@ -43,15 +45,18 @@ class MoCo(nn.Module):
         base_encoder: the query encoder; the momentum encoder starts as its copy.
         predictor: maps an embedding to an embedding.
         temperature: τ of the loss.
+        local_weight: of the mean loss of local views.
     """
 
-    def __init__(self, base_encoder: Encoder, predictor: nn.Module, temperature: float) -> None:
+    def __init__(
+        self, base_encoder: Encoder, predictor: nn.Module, temperature: float, local_weight: float = 1.0
+    ) -> None:
         super().__init__()
         self.base_encoder = base_encoder
         self.momentum_encoder = deepcopy(base_encoder)
         self.momentum_encoder.requires_grad_(False)
         self.predictor = predictor
-        self.temperature = temperature
+        self.temperature, self.local_weight = temperature, local_weight
         self.views_meet = uses_batch_statistics(base_encoder)
         """Whether the two views would meet in the backbone's batch statistics, so that each needs its own pass."""
 
@@ -83,18 +88,28 @@ class MoCo(nn.Module):
         # k + (1 − m)·(q − k): one pass over memory, a few kernels on a GPU, and frozen parameters stay bit-equal
         torch._foreach_lerp_(keys, queries, 1.0 - m)
 
-    def loss(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> tuple[Float[Tensor, ""], Statistics]:
-        """Symmetric contrastive loss of (q1, q2) against the keys (k1, k2) of all ranks, and its statistics."""
+    def loss(
+        self, queries: Sequence[Tensor], keys: Sequence[Tensor], local: Tensor | None = None
+    ) -> tuple[Float[Tensor, ""], Statistics]:
+        """Symmetric contrastive loss of (q1, q2) against the keys (k1, k2) of all ranks, and its statistics.
+
+        ``local`` are the queries of local views, (local views · batch, dim), a view after the other: ``local_weight``
+        times the mean over them of the same loss against the keys of both views is added.
+        """
         q1, q2 = queries
-        k1, k2 = keys
+        of1, of2 = (gather_keys(k) for k in keys)
         total = torch.zeros((), device=q1.device)
         hits = torch.zeros((), dtype=torch.long, device=q1.device)
-        for q, k in ((q1, k2), (q2, k1)):
-            all_keys, offset = gather_keys(k)
+        for q, (all_keys, offset) in ((q1, of2), (q2, of1)):
             target = torch.arange(len(q), device=q.device) + offset
             scores = losses.logits(q, all_keys, self.temperature)
             total = total + losses.contrastive_loss(scores, target, self.temperature)
             hits = hits + losses.retrieved(scores.detach(), target)
+        if local is not None:
+            target = (torch.arange(len(q1), device=q1.device) + of1[1]).repeat(len(local) // len(q1))
+            for all_keys, _ in (of1, of2):
+                scores = losses.logits(local, all_keys, self.temperature)
+                total = total + self.local_weight * losses.contrastive_loss(scores, target, self.temperature)
         with torch.no_grad():
             normalised = nn.functional.normalize(torch.cat([q1, q2]).float(), dim=1)
             feature_std = normalised.std(0).mean() * normalised.shape[1] ** 0.5
@@ -105,29 +120,39 @@ class MoCo(nn.Module):
         x1: Float[Tensor, "batch channels height width"],
         x2: Float[Tensor, "batch channels height width"],
         m: float,
+        local: Tensor | None = None,
     ) -> tuple[Float[Tensor, ""], Statistics]:
-        """Loss and statistics of two views; moves the momentum encoder on the way.
+        """Loss and statistics of two views, and of ``local`` ones if given; moves the momentum encoder on the way.
 
         The order is the reference's: queries of view 1, then of view 2 (each its own pass through batch norm),
         then the momentum update, then the keys in training mode. A backbone without batch norm takes both views in
-        one pass, which changes nothing but the speed.
+        one pass, which changes nothing but the speed. Local views, (local views · batch, channels, side, side), go
+        through a pass of their own after view 2.
         """
         passes = self.passes(x1, x2)
         features = [f for x in passes for f in self.features(x).chunk(2 // len(passes))]
-        return self.contrast_features(features, passes, m)
+        return self.contrast_features(features, passes, m, local)
 
     def passes(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
         """Views as the backbones take them: each its own pass, or both in one."""
         return (x1, x2) if self.views_meet else (torch.cat([x1, x2]),)
 
     def contrast_features(
-        self, features: Sequence[Tensor], passes: tuple[Tensor, ...], m: float
+        self, features: Sequence[Tensor], passes: tuple[Tensor, ...], m: float, local: Tensor | None = None
     ) -> tuple[Float[Tensor, ""], Statistics]:
         """``contrast``, of query features of both views that are there already."""
         queries = [self.queries(f) for f in features]
+        local_queries = None
+        if local is not None:
+            with self.local_pass():
+                local_queries = self.queries(self.features(local))
         self.update_momentum_encoder(m)
         keys = [self.keys(f) for x in passes for f in self.key_features(x).chunk(2 // len(passes))]
-        return self.loss(queries, keys)
+        return self.loss(queries, keys, local_queries)
+
+    def local_pass(self) -> AbstractContextManager[None]:
+        """Around local views: their batch statistics normalise them, and do not move the running ones."""
+        return statistics_at_rest(self.base_encoder, self.predictor)
 
     def compile_backbones(self, backend: str | Callable[..., object] = "inductor", **settings: Any) -> None:
         """Compile both backbones (``mocov3.models.compiled.compile_features``, whose ``settings`` these are)."""
@@ -153,6 +178,7 @@ def build(
     temperature: float = 1.0,
     stop_grad_conv1: bool = False,
     small_stem: bool = False,
+    local_weight: float = 1.0,
     **vit_dims: float,
 ) -> MoCo:
     """A freshly initialised model.
@@ -169,6 +195,7 @@ def build(
         temperature: τ of the loss.
         stop_grad_conv1: freeze the patch projection of the plain ViTs.
         small_stem: 3×3 stride-1 stem without pooling (ResNets).
+        local_weight: of the mean loss of local views, where there are any.
         **vit_dims: ``embed_dim``, ``depth``, ``num_heads`` in place of the named ViT's.
 
     Raises:
@@ -184,7 +211,7 @@ def build(
         small_stem=small_stem,
         **vit_dims,
     )
-    return MoCo(encoder, _mlp(2, dim, mlp_dim, dim, last_norm=not resnet), temperature)
+    return MoCo(encoder, _mlp(2, dim, mlp_dim, dim, last_norm=not resnet), temperature, local_weight)
 
 
 def uses_batch_statistics(encoder: Encoder) -> bool:

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Attention, Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
+from mocov3.config.archs import STEM_PARTS
 from mocov3.models.gelu import use_fused_gelu
 from mocov3.models.patches import resized_kernel, sincos_of_places, use_patch_products
 from mocov3.models.positions import sincos_position_embedding
@@ -23,16 +24,20 @@ from mocov3.models.products import token_linear, use_fast_products
 
 
 class ConvStem(nn.Module):
-    """Four 3×3 stride-2 convolutions with batch norm and ReLU (widths D/8 … D), then 1×1: patches of 16 pixels."""
+    """3×3 stride-2 convolutions with batch norm and ReLU, then 1×1.
+
+    Four of widths D/8 … D make patches of 16 pixels; for patches of 8 and 4 there are the last three or two of them.
+    """
 
     def __init__(
         self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768, **_: object
     ) -> None:
         super().__init__()
-        if patch_size != 16:
-            raise ValueError(f"the convolutional stem makes patches of 16 pixels, not {patch_size}")
-        if embed_dim % 8:
-            raise ValueError(f"the convolutional stem needs a width divisible by 8, not {embed_dim}")
+        if patch_size not in STEM_PARTS:
+            raise ValueError(f"the convolutional stem makes patches of 4, 8 or 16 pixels, not {patch_size}")
+        parts = STEM_PARTS[patch_size]
+        if embed_dim % parts[0]:
+            raise ValueError(f"the convolutional stem needs a width divisible by {parts[0]}, not {embed_dim}")
         side = img_size // patch_size
         self.img_size = (img_size, img_size)
         self.patch_size = (patch_size, patch_size)
@@ -40,7 +45,7 @@ class ConvStem(nn.Module):
         self.num_patches = side * side
         layers: list[nn.Module] = []
         width = in_chans
-        for out in (embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim):
+        for out in (embed_dim // part for part in parts):
             layers += [nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(True)]
             width = out
         layers.append(nn.Conv2d(width, embed_dim, 1))
@@ -91,7 +96,10 @@ class VisionTransformer(TimmVisionTransformer):
                 nn.init.zeros_(projection.bias)
 
     def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
-        """The cls token after the last norm, of images or of strips (``mocov3.data.device.token_strips``)."""
+        """The cls token after the last norm, of images or of strips (``mocov3.data.device.token_strips``).
+
+        Images of another size than the network was built for, as local views are, have their places in its grid.
+        """
         normed: Tensor = self.norm(_first_token(self.blocks[-1], self._before_last_block(x)))
         return normed[:, 0]
 
@@ -105,6 +113,8 @@ class VisionTransformer(TimmVisionTransformer):
     def _before_last_block(self, x: Tensor) -> Tensor:
         if self._is_strip(x):
             tokens = self._tokens_of_strip(x)
+        elif tuple(x.shape[-2:]) != self.patch_embed.img_size:
+            tokens = self.patch_drop(self._tokens_of_size(x))
         else:
             tokens = self.patch_drop(self._pos_embed(self.patch_embed(x)))
         tokens = self.norm_pre(tokens)
@@ -127,10 +137,24 @@ class VisionTransformer(TimmVisionTransformer):
         if side != weight.shape[-1]:
             weight = resized_kernel(weight, side)
         patches = F.conv2d(x[:, :-2], weight, projection.bias, stride=side).flatten(2).transpose(1, 2)
+        return self._placed(patches, x[:, -2:, 0, ::side])
+
+    def _tokens_of_size(self, x: Tensor) -> Tensor:
+        maps: Tensor = self.patch_embed.proj(x)
+        # as in strips: the middles of the patches, in the grid of full views
+        row, column = (
+            (torch.arange(count, device=x.device, dtype=x.dtype) + 0.5) * grid / count - 0.5
+            for count, grid in zip(maps.shape[-2:], self.patch_embed.grid_size, strict=True)
+        )
+        places = torch.stack(torch.meshgrid(row, column, indexing="ij")).flatten(1)
+        return self._placed(maps.flatten(2).transpose(1, 2), places[None])
+
+    def _placed(self, patches: Tensor, places: Tensor) -> Tensor:
+        """Patches with the table's numbers at any (row, column), (batch or 1, 2, tokens), after the cls token."""
         # as for whole views: under autocast patches have 16 bits, and the sum with their places has those of the table
-        places = sincos_of_places(x[:, -2:, 0, ::side], self.embed_dim).to(self.pos_embed.dtype)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        tokens: Tensor = self.pos_drop(torch.cat([cls, patches + places], dim=1))
+        table = sincos_of_places(places, self.embed_dim).to(self.pos_embed.dtype)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
+        tokens: Tensor = self.pos_drop(torch.cat([cls, patches + table], dim=1))
         return tokens
 
     def forward(  # type: ignore[override]  # timm's masks have no use here

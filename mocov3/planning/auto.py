@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mocov3.config.archs import CONV_VITS, is_resnet, is_vit
+from mocov3.config.archs import is_resnet, is_vit
 from mocov3.config.fields import Fields
 from mocov3.config.presets import PRESETS
 
@@ -149,7 +149,7 @@ def _views(settings: _Settings, images: Images, machine: Machine, cpu_side: int)
     arch = settings.values.get("arch", "")
     # views of ViTs divide into patches: those of the starting weights or the stem, else the smallest chosen below
     patches = is_vit(arch) or arch.startswith("timm/")
-    patch = settings.values.get("patch_size", 16 if arch in CONV_VITS else 4) if patches else 4
+    patch = settings.values.get("patch_size", 4) if patches else 4
     if short <= _SMALL_SIDE:
         side = max(short // 4 * 4, 16)
         reason = f"half of the images are {short} px or less at their shorter side"
@@ -197,7 +197,7 @@ def _network(settings: _Settings, images: Images, machine: Machine, memory: Memo
         settings.choose("moco_mlp_dim", 512, "the demo's head for this width")
     if is_vit(arch):
         settings.choose("stop_grad_conv1", True, "keeps ViTs stable (paper, §4.2)")
-        if settings["image_size"] <= _SMALL_SIDE and arch not in CONV_VITS:
+        if settings["image_size"] <= _SMALL_SIDE:
             settings.choose("patch_size", 4, f"views of {settings['image_size']} px")
 
 
@@ -222,8 +222,8 @@ def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory
     )
     settings.choose(
         "workers",
-        max(min(machine.cores - (machine.device == "cpu"), 16), 1),
-        f"{machine.cores} cores" + (", one of them trains" if machine.device == "cpu" else ""),
+        max(min(machine.cores, 16), 1),
+        f"{machine.cores} cores" + (", one of them for loading only while steps wait" * (machine.device == "cpu")),
     )
 
 
@@ -257,7 +257,9 @@ def _length(settings: _Settings, images: Images, machine: Machine, hours: float 
         settings.choices = [c for c in settings.choices if c.name != name]
         settings.choices.append(Choice(name, value, "what fitted the memory when tried"))
     possible = int(_PLANNED * budget / max(seconds, 1e-9))
-    if possible < 1:
+    if hours is not None and settings.values.get("schedule") == "wsd":
+        epochs, reason = max(possible, 1), f"about what {_duration(budget)} allow; the clock decides the end"
+    elif possible < 1:
         epochs, reason = (
             1,
             f"one pass takes {_duration(seconds)}: take fewer images (DIR:0.1), a GPU or a longer --budget",
@@ -295,20 +297,6 @@ def _duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
-
-
-def parse_budget(text: str) -> float:
-    """``90s``, ``30m``, ``2h``, ``1.5d`` (or a bare number of hours) → hours.
-
-    Raises:
-        ValueError: if it is none of these, or not above 0.
-    """
-    units = {"s": 1 / 3600, "m": 1 / 60, "h": 1.0, "d": 24.0}
-    unit = units.get(text[-1:].lower())
-    hours = float(text[:-1]) * unit if unit else float(text)
-    if not 0 < hours < math.inf:
-        raise ValueError(text)
-    return hours
 
 
 def block(choices: list[Choice], recipe: Fields, given: Fields) -> str:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from mocov3.config import PretrainConfig, read_yaml
 from mocov3.config.fields import Fields, Layers
+from mocov3.config.schedule import budget_hours
 from mocov3.data import Source
 from mocov3.data.sources.survey import Survey, propose, scattered, survey
 from mocov3.errors import UserError, no_file
 from mocov3.planning.adapting import choices_of, row_of
-from mocov3.planning.auto import Choice, Images, Machine, block, choose_settings, parse_budget
+from mocov3.planning.auto import Choice, Images, Machine, block, choose_settings
 from mocov3.pretraining.inputs import open_images
 
 LOOKED_AT = 400
@@ -66,7 +67,7 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
     first = PretrainConfig(**{**lenient, **layers.merged(), **open_yet})
     first.check()
     _check_start(first)
-    hours = budget(first)
+    hours = budget_hours(first.budget)
     source, _, order = open_images(first)
     order.check()
     images = look(source, first, facts)
@@ -137,20 +138,6 @@ def _check_start(config: PretrainConfig) -> None:
         raise UserError("--recipe adapt starts from existing weights: give --init FILE or --init timm/NAME")
     if config.init and not config.init.startswith("timm/") and not Path(config.init).is_file():
         raise UserError(f"--init {config.init}: {no_file(config.init)}; give a weights file, or timm/NAME")
-
-
-def budget(config: PretrainConfig) -> float | None:
-    """Hours of ``--budget``, or ``None``.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    if not config.budget:
-        return None
-    try:
-        return parse_budget(config.budget)
-    except ValueError:
-        raise UserError(f"--budget {config.budget!r}: write a time above 0, as 30m, 2h or 1.5d") from None
 
 
 def look(source: Source, config: PretrainConfig, facts: Survey | None = None) -> Images:

@@ -77,7 +77,17 @@ class Traffic:
         return self.gradients + self.keys + self.statistics + self.weights
 
 
-def traffic(gpus: int, batch: int, *, trained: float, dim: int, norm_channels: int, passes: int, fsdp: bool) -> Traffic:
+def traffic(
+    gpus: int,
+    batch: int,
+    *,
+    trained: float,
+    dim: int,
+    norm_channels: int,
+    passes: int,
+    fsdp: bool,
+    local_passes: int = 0,
+) -> Traffic:
     """What a step sends.
 
     Args:
@@ -89,13 +99,15 @@ def traffic(gpus: int, batch: int, *, trained: float, dim: int, norm_channels: i
         passes: passes of an encoder's blocks in a step and view: 3 (query forward and backward, key forward), and with
             micro-batches a fourth, times their number.
         fsdp: whether weights are sharded.
+        local_passes: passes of the query encoder's blocks that local views take in a step.
     """
     ring = (gpus - 1) / gpus  # of a reduce-scatter or an all-gather; an all-reduce is both
     return Traffic(
         gradients=(1 if fsdp else 2) * ring * trained,
         keys=2 * ring * batch * dim * 4,
-        statistics=2 * ring * gpus * 4 * norm_channels * 2,
-        weights=2 * passes * ring * trained if fsdp else 0.0,
+        # each view of both encoders, local ones of one
+        statistics=2 * ring * gpus * 4 * norm_channels * (2 + 0.5 * bool(local_passes)),
+        weights=(2 * passes + local_passes) * ring * trained if fsdp else 0.0,
     )
 
 
@@ -161,6 +173,7 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> JsonLine:
         norm_channels=count_norms(config),
         passes=3 if parts == 1 else 3 * parts + parts,
         fsdp=config.fsdp,
+        local_passes=_local_passes(config, local, size),
     )
     speed = args.images_per_second or _measured(config, size)
     steps = args.pictures // config.batch_size * config.epochs
@@ -188,6 +201,14 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> JsonLine:
         )
         result |= _times(steps, args.gpus, computing, waiting)
     return result
+
+
+def _local_passes(config: PretrainConfig, images: int, size: int) -> int:
+    """Passes of the query encoder's blocks over local views: forward and backward, in parts once more forward."""
+    if config.local is None:
+        return 0
+    parts = -(-images * config.local.count // size)
+    return 2 if size >= images else 3 * parts
 
 
 def _times(steps: int, gpus: int, computing: float, waiting: float) -> dict[str, float]:

@@ -3,29 +3,26 @@
 import copy
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
 from mocov3.config import PretrainConfig
-from mocov3.data import Source, TwoViews
+from mocov3.data import Source
 from mocov3.data.loading.loader import loader_workers, usable_cores
-from mocov3.data.sources.survey import scattered
-from mocov3.data.views.decode import DecodeError
 from mocov3.distributed import World
 from mocov3.distributed.launch import count_ranks, pick_device
 from mocov3.errors import UserError
 from mocov3.models.precision import precision_of
 from mocov3.optim import build_optimizer
 from mocov3.planning.auto import Machine
+from mocov3.planning.reading import image_seconds
 from mocov3.pretraining.assemble import plain_model
 from mocov3.pretraining.footprint import free_memory
 from mocov3.pretraining.preserve import Preservation
 from mocov3.pretraining.step import Step
 
 _STEPS, _SECONDS = 3, 1.0  # at least
-_LOADED = 32
 _HALF = 0.5
 
 
@@ -68,7 +65,10 @@ def epoch_seconds(
         finally:
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # a rank of another process may train there
-    workers = max(loader_workers(config.workers, ranks.here), 1) * ranks.size
+    workers = max(loader_workers(config.workers, ranks.here), 1)
+    if device.type == "cpu":  # the last one loads only while steps wait
+        workers = max(min(workers, usable_cores() // ranks.here - 1), 1)
+    workers *= ranks.size
     loading = image_seconds(config, source) * images / workers
     step = min(times) if best else float(np.median(times))
     batch *= ranks.size
@@ -107,8 +107,12 @@ def _step_times(config: PretrainConfig, device: torch.device, batch: int) -> lis
             torch.randn(batch, config.channels, config.image_size, config.image_size, device=device) for _ in range(2)
         )
 
+        local = None
+        if (small := config.local) is not None:
+            local = torch.randn(small.count * batch, config.channels, small.pixels, small.pixels, device=device)
+
         def run() -> None:
-            step(x1, x2, lr=0.0, m=1.0)
+            step(x1, x2, local, lr=0.0, m=1.0)
 
         return _times(run, device)
 
@@ -130,17 +134,3 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def image_seconds(config: PretrainConfig, source: Source) -> float:
-    """Seconds that one process takes to read an image and make its two views."""
-    views: Any = TwoViews(config.image_size, config.crop_min, config.preset, config.views)
-    times = []
-    for index in scattered(len(source), _LOADED).tolist():
-        began = time.perf_counter()
-        try:
-            views(source.read(index), seed=0, epoch=0, index=index)
-        except (DecodeError, OSError):
-            continue
-        times.append(time.perf_counter() - began)
-    return float(np.mean(times[1:] or times)) if times else 0.0  # the first one also loads what decoding needs

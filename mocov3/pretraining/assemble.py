@@ -15,6 +15,7 @@ from mocov3.distributed import World, synchronise_batch_norm
 from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import UserError
 from mocov3.models import MoCo, shapes_only
+from mocov3.models.backbones import check_local_views
 from mocov3.models.compiled import compile_features, pays
 from mocov3.models.lora import add_pairs
 from mocov3.models.precision import Precision, resolve_precision
@@ -158,8 +159,15 @@ def with_heads(
 
 def plain_model(c: PretrainConfig) -> MoCo:
     """The model of a configuration as it is initialised, on the current device."""
-    heads: dict[str, Any] = {"dim": c.moco_dim, "mlp_dim": c.moco_mlp_dim, "temperature": c.moco_t}
+    heads: dict[str, Any] = {
+        "dim": c.moco_dim,
+        "mlp_dim": c.moco_mlp_dim,
+        "temperature": c.moco_t,
+        "local_weight": c.local_weight,
+    }
     model = models.build(c.arch, **heads, stop_grad_conv1=c.stop_grad_conv1, **backbone_settings(c))
+    if c.local is not None:
+        check_local_views(model.base_encoder, c.arch, c.local.pixels, c.channels)
     if c.lora:
         add_pairs(model.base_encoder, c.lora, c.unfreeze_last)
     return model
@@ -197,6 +205,7 @@ def count_memory(config: PretrainConfig, *, sixteen_bits: bool) -> Footprint:
         config.image_size,
         optimizer=config.optimizer,
         channels=config.channels,
+        local=config.local,
         sixteen_bits=sixteen_bits,
         grad_checkpoint=config.grad_checkpoint,
         preserve=config.preserve > 0,

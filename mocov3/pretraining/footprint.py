@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mocov3.config.local_views import LocalViews
 from mocov3.errors import UserError
 from mocov3.models import Encoder, MoCo, shapes_only
 from mocov3.pretraining.sharded_lars import blocks
@@ -50,6 +51,11 @@ class Footprint:
     """A normalised view of an image."""
     unit: int
     """The largest block of weights that a sharded run gathers."""
+    local_views: int = 0
+    local_backbone: float = 0.0
+    """Kept for the backward pass of the backbone, an image and local view; the heads keep as much as of a view."""
+    local_largest: float = 0.0
+    local_view: float = 0.0
 
     def peak(self, images: int, micro_batch: int = 0, shards: int = 1) -> float:
         """Most bytes alive at once.
@@ -61,18 +67,22 @@ class Footprint:
         """
         held = (self.weights + self.states * self.trained) / shards + (2 * self.unit if shards > 1 else 0)
         gradients = self.trained / shards
+        views = 2 + self.local_views
         if micro_batch and micro_batch < images:
-            whole = 2 * images * self.heads
-            part = micro_batch * (self.backbone + self.view + _TRANSIENT * self.largest)
+            whole = views * images * self.heads
+            part = micro_batch * max(
+                self.backbone + self.view + _TRANSIENT * self.largest,
+                self.local_backbone + self.local_view + _TRANSIENT * self.local_largest,
+            )
             if shards > 1:  # one reduction: gradients stay whole until the last part
                 gradients = self.trained
             return _HELD * (held + max(whole, gradients + part))
-        inputs = 2 * images * self.view
-        for_backward = 2 * images * (self.backbone + self.heads)
-        on_the_way = 2 * images * self.backbone + self.heads_trained / shards
-        return _HELD * (
-            held + max(inputs + max(for_backward, on_the_way) + _TRANSIENT * images * self.largest, gradients)
-        )
+        inputs = images * (2 * self.view + self.local_views * self.local_view)
+        backbone = images * (2 * self.backbone + self.local_views * self.local_backbone)
+        for_backward = backbone + views * images * self.heads
+        on_the_way = backbone + self.heads_trained / shards
+        largest = max(self.largest, self.local_views * self.local_largest)  # local views are one pass
+        return _HELD * (held + max(inputs + max(for_backward, on_the_way) + _TRANSIENT * images * largest, gradients))
 
     def fitting(self, images: int, memory: float, shards: int = 1) -> int:
         """The most images in a pass that fit ``memory`` bytes: ``images``, less, or 0 where not even one fits."""
@@ -89,6 +99,7 @@ def footprint(
     *,
     optimizer: str,
     channels: int = 3,
+    local: LocalViews | None = None,
     sixteen_bits: bool = False,
     grad_checkpoint: bool = False,
     preserve: bool = False,
@@ -100,6 +111,7 @@ def footprint(
         image_size: side of the views in pixels.
         optimizer: lars or adamw.
         channels: of the views.
+        local: local views, if there are any.
         sixteen_bits: whether networks run under autocast.
         grad_checkpoint: whether blocks are computed again in the backward pass.
         preserve: whether the starting network is held beside (``--preserve``); both views are counted as the first,
@@ -109,11 +121,14 @@ def footprint(
         model = build().train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
-        # what does not grow with the batch (weights in 16 bits) falls out of the difference
-        few, many = (_kept(model, (n, channels, image_size, image_size), sixteen_bits, preserve) for n in (4, 8))
-    backbone, heads, largest = ((b - a) / 4 for a, b in zip(few, many, strict=True))
+        backbone, heads, largest = _kept_of_an_image(model, channels, image_size, sixteen_bits, preserve)
+        small = (0.0, 0.0, 0.0)
+        if local is not None:
+            small = _kept_of_an_image(model, channels, local.pixels, sixteen_bits, False)
     if grad_checkpoint:
-        backbone = _with_recomputed_blocks(model.base_encoder, backbone)
+        area = (local.pixels / image_size) ** 2 if local is not None else 0.0
+        backbone = _with_recomputed_blocks(model.base_encoder, backbone, 1.0)
+        small = (_with_recomputed_blocks(model.base_encoder, small[0], area), 0.0, small[2])
     projector = getattr(model.base_encoder, model.base_encoder.projector_name)
     units = [projector, model.predictor, *blocks(model.base_encoder)]
     start = _bytes([*model.base_encoder.parameters()]) - _bytes([*projector.parameters()]) if preserve else 0
@@ -127,7 +142,21 @@ def footprint(
         largest=largest,
         view=channels * image_size**2 * 4.0,
         unit=max(_bytes(list(block.parameters())) for block in units),
+        local_views=local.count if local is not None else 0,
+        local_backbone=small[0],
+        local_largest=small[2],
+        local_view=channels * local.pixels**2 * 4.0 if local is not None else 0.0,
     )
+
+
+def _kept_of_an_image(
+    model: MoCo, channels: int, side: int, sixteen_bits: bool, preserve: bool
+) -> tuple[float, float, float]:
+    """As ``_kept``, an image and view."""
+    # what does not grow with the batch (weights in 16 bits) falls out of the difference
+    few, many = (_kept(model, (n, channels, side, side), sixteen_bits, preserve) for n in (4, 8))
+    backbone, heads, largest = ((b - a) / 4 for a, b in zip(few, many, strict=True))
+    return backbone, heads, largest
 
 
 def _kept(model: MoCo, shape: tuple[int, ...], sixteen_bits: bool, preserve: bool) -> tuple[int, int, int]:
@@ -156,11 +185,11 @@ def _kept(model: MoCo, shape: tuple[int, ...], sixteen_bits: bool, preserve: boo
     return backbone, sum(sizes.values()), largest
 
 
-def _with_recomputed_blocks(encoder: Encoder, for_backward: float) -> float:
-    """Every block's input, and one block's inside."""
+def _with_recomputed_blocks(encoder: Encoder, for_backward: float, area: float) -> float:
+    """Every block's input, and one block's inside, of views of a part of the full area."""
     inner: Any = getattr(encoder, "backbone", encoder)
     count = len(blocks(encoder))
-    tokens = int(inner.patch_embed.num_patches) + 1
+    tokens = int(inner.patch_embed.num_patches) * area + 1
     return for_backward / count + count * tokens * encoder.num_features * 4.0
 
 

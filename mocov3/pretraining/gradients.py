@@ -51,10 +51,12 @@ class WholeBatch:
             contrast if is_sharded(model) else world.wrap(contrast, static=True)
         )  # shared weights reduce by themselves
 
-    def __call__(self, x1: ViewBatch, x2: ViewBatch, m: float) -> tuple[Float[Tensor, ""], Statistics]:
+    def __call__(
+        self, x1: ViewBatch, x2: ViewBatch, m: float, local: ViewBatch | None = None
+    ) -> tuple[Float[Tensor, ""], Statistics]:
         """Loss and statistics; leaves the gradients, times the scale of the loss scaler, in the parameters."""
         with self.precision.autocast():
-            loss, statistics, drift = self._contrast(x1[:], x2[:], m)
+            loss, statistics, drift = self._contrast(x1[:], x2[:], m, None if local is None else local[:])
         total = loss if drift is None else loss + self.weight * drift
         self.precision.scaler.scale(total).backward()
         return loss.detach(), statistics._replace(drift=drift if drift is None else drift.detach())
@@ -67,12 +69,14 @@ class _Contrast(nn.Module):
         super().__init__()
         self.model, self.preservation = model, preservation
 
-    def forward(self, x1: Tensor, x2: Tensor, m: float) -> tuple[Tensor, Statistics, Tensor | None]:
+    def forward(
+        self, x1: Tensor, x2: Tensor, m: float, local: Tensor | None
+    ) -> tuple[Tensor, Statistics, Tensor | None]:
         if self.preservation is None:
-            return *self.model.contrast(x1, x2, m), None
+            return *self.model.contrast(x1, x2, m, local), None
         features, patches = self.model.base_encoder.features_and_mean(x1)
         both = [features, self.model.features(x2)]
-        loss, statistics = self.model.contrast_features(both, self.model.passes(x1, x2), m)
+        loss, statistics = self.model.contrast_features(both, self.model.passes(x1, x2), m, local)
         return loss, statistics, self.preservation.distances(x1, features, patches).mean()
 
 
@@ -109,23 +113,30 @@ class MicroBatches:
         self._sharded = is_sharded(model)
         self._preservation = preservation
 
-    def __call__(self, x1: ViewBatch, x2: ViewBatch, m: float) -> tuple[Float[Tensor, ""], Statistics]:
+    def __call__(
+        self, x1: ViewBatch, x2: ViewBatch, m: float, local: ViewBatch | None = None
+    ) -> tuple[Float[Tensor, ""], Statistics]:
         """Loss and statistics; leaves the gradients, times the scale of the loss scaler, in the parameters."""
-        model, views = self.model, (x1, x2)
+        model, views = self.model, [x1, x2]
         masks = self._draw_paths(self._paths[0], len(x1))
         passes = [self._without_graph(self.model.features, x, 0, mask) for x, mask in zip(views, masks, strict=True)]
+        if local is not None:
+            views.append(local)
+            masks.append(self._masks(self._paths[0], [p.draw(len(local), self.world.device) for p in self._paths[0]]))
+            passes.append(self._without_graph(self.model.features, local, 0, masks[2], tracked=False))
         features = [f.requires_grad_() for f, _ in passes]
         with self.precision.autocast():
-            queries = [model.queries(f) for f in features]
+            queries = [model.queries(f) for f in features[:2]]
+            local_queries = self._local_queries(*features[2:])
         model.update_momentum_encoder(m)
         masks_of_keys = self._draw_paths(self._paths[1], len(x1))
         of_keys = [
             self._without_graph(self.model.key_features, x, 1, mask)[0]
-            for x, mask in zip(views, masks_of_keys, strict=True)
+            for x, mask in zip(views[:2], masks_of_keys, strict=True)
         ]
         with self.precision.autocast():
-            loss, statistics = model.loss(queries, [model.keys(f) for f in of_keys])
-        del of_keys, queries
+            loss, statistics = model.loss(queries, [model.keys(f) for f in of_keys], local_queries)
+        del of_keys, queries, local_queries
         self.precision.scaler.scale(loss).backward()
         drift = None
         for x, f, mask, (_, draws) in zip(views, features, masks, passes, strict=True):
@@ -138,6 +149,12 @@ class MicroBatches:
             self.world.average([p.grad for p in self._trained if p.grad is not None])
         return loss.detach(), statistics._replace(drift=drift)
 
+    def _local_queries(self, features: Tensor | None = None) -> Tensor | None:
+        if features is None:
+            return None
+        with self.model.local_pass():
+            return self.model.queries(features)
+
     def _parts(self, images: int) -> list[slice]:
         """Parts of nearly equal size: none is so small that its batch statistics say nothing."""
         count = -(-images // self.size)
@@ -146,12 +163,13 @@ class MicroBatches:
 
     @torch.no_grad()
     def _without_graph(
-        self, features: Callable[[Tensor], Tensor], x: ViewBatch, encoder: int, mask: Masks
+        self, features: Callable[[Tensor], Tensor], x: ViewBatch, encoder: int, mask: Masks, *, tracked: bool = True
     ) -> tuple[Float[Tensor, "batch features"], list[Tensor]]:
         """Features of all micro-batches, and the state of the generator before each."""
         whole: Tensor | None = None
-        parts, draws = self._parts(len(x)), []
-        with _averaged(self._norms[encoder], len(parts)) as add_statistics, self.precision.autocast():
+        parts, draws, norms = self._parts(len(x)), [], self._norms[encoder]
+        statistics = _averaged(norms, len(parts)) if tracked else _resting(norms)
+        with statistics as add_statistics, self.precision.autocast():
             for part in parts:
                 draws.append(_generator_state(self.world.device))
                 mask.take(part)
@@ -245,6 +263,13 @@ def _averaged(norms: list[_Norm], parts: int) -> Iterator[Callable[[], None]]:
     for norm in norms:
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked += 1
+
+
+@contextmanager
+def _resting(norms: list[_Norm]) -> Iterator[Callable[[], None]]:
+    """Passes that move no running statistics, as those of local views; used as ``_averaged``."""
+    with _held(norms):
+        yield lambda: None
 
 
 @contextmanager

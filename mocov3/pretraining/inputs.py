@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from mocov3.config.fields import check_writable
 from mocov3.data import Source, open_source
 from mocov3.data.loading.filling import check_readable
 from mocov3.data.loading.order import Order, group_numbers, hold_out
+from mocov3.data.sources.index import cache_folder
 from mocov3.data.sources.labels import matched, with_labels
 from mocov3.data.sources.opening import fractions, open_unseen
 from mocov3.data.views import native
+from mocov3.data.views.copies import Copies, limit, opened_copies, used
 from mocov3.errors import UserError, no_file
 from mocov3.output.log import warn, warn_left_out
 
@@ -73,6 +76,28 @@ def open_images(config: PretrainConfig) -> tuple[Source, Source | None, Order]:
         source, held_out = hold_out(whole, config.hold_out, config.group_by)
     groups = group_numbers(source, config.group_by) if config.group_by else None
     return source, held_out, Order(len(source), config.batch_size, fractions(source), groups)
+
+
+def copies_of(config: PretrainConfig, processes: int) -> Copies | None:
+    """The smaller copies of large images, for one of so many processes; ``None`` where there are to be none."""
+    if not config.smaller_copies or config.views == "pillow":
+        return None
+    try:
+        return opened_copies(cache_folder(), processes)
+    except (OSError, UserError):  # no cache
+        return None
+
+
+def say_copies(copies: Copies, say: Callable[[str], None]) -> bool:
+    """Say how many copies there are, and where; whether there are any."""
+    count, size = used(copies.folder)
+    if count:
+        most = limit(Path(copies.folder).parent)
+        say(
+            f"{count} smaller copies of large images, {size / 1e6:.1f} MB of at most {most / 1e6:.0f}, in "
+            f"{copies.folder} (--no-smaller-copies: none)"
+        )
+    return bool(count)
 
 
 def unseen_images(config: PretrainConfig) -> Source:

@@ -81,10 +81,10 @@ class LabelFreeEvaluation:
             self.best = past[chosen[-1]] if chosen else self.base.get("start", -1.0)
             self.since_best = len(past) - 1 - chosen[-1] if chosen else len(past)
 
-    def epoch_ended(self, position: Position) -> bool:
+    def epoch_ended(self, position: Position, *, last: bool) -> bool:
         """Judge the network where due; whether to stop, after ``--patience`` judgements that were not the best."""
-        c, done = self.config, position.epoch
-        if not c.quality_every or (done % c.quality_every and done != c.epochs):
+        c, done = self.config, position.epoch + bool(position.iteration)
+        if not c.quality_every or (done % c.quality_every and not last):
             return False
         label_free, features = self._judge(self.model.base_encoder)
         comparison = self.against_start.compare(features) if self.against_start else None
@@ -105,9 +105,9 @@ class LabelFreeEvaluation:
             self.since_best += 1
         if self.against_start and comparison:
             self.against_start.note(position, comparison, chosen=better)
-        if done == c.epochs:
+        if last:
             self.log.say(f"best without labels: {self.file.with_name(BEST)} ({self.best:.1f} % retrieved)")
-        stop = bool(c.patience) and self.since_best >= c.patience and done < c.epochs
+        stop = bool(c.patience) and self.since_best >= c.patience and not last
         if stop:
             self.log.say(f"no improvement in {c.patience} judgements: stopping (--patience)")
         return stop or not holds

@@ -21,9 +21,10 @@ class PretrainingLog(TrainingLog):
 
     def __init__(self, config: PretrainConfig, session: Session, corrupt: Container[int] = ()) -> None:
         super().__init__(config, session, corrupt)
-        self.start = losses.loss_start(config.moco_t, config.batch_size)
+        parts = 1.0 + (config.local_weight if config.local is not None else 0.0)
+        self.start = parts * losses.loss_start(config.moco_t, config.batch_size)
         """Loss where all keys look alike."""
-        self.floor = losses.loss_floor(config.moco_t, config.batch_size)
+        self.floor = parts * losses.loss_floor(config.moco_t, config.batch_size)
         """Loss that it can hardly fall below."""
         self._skipped, _ = self.open(SKIPPED, lambda line: line["step"] < session.first_step)
         self._knn = self.last_known("knn")

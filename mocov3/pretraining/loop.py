@@ -4,13 +4,15 @@
 """
 
 import dataclasses
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from mocov3 import schedules
 from mocov3.config import PretrainConfig
 from mocov3.config.cheap import stage_of, stages
+from mocov3.config.schedule import STABLE, decays_text
 from mocov3.data import Batch, TwoViews
 from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
 from mocov3.data.device.token_strips import cheaper
@@ -22,8 +24,9 @@ from mocov3.output.machine import note_start
 from mocov3.pretraining import assemble, resume
 from mocov3.pretraining.assemble import describe_micro_batch
 from mocov3.pretraining.groups import scale_backbone
-from mocov3.pretraining.inputs import check_divides, open_images
+from mocov3.pretraining.inputs import check_divides, copies_of, open_images, say_copies
 from mocov3.pretraining.label_free_evaluation import LabelFreeEvaluation
+from mocov3.pretraining.length import ENDLESS, Length, clock_of
 from mocov3.pretraining.log import PretrainingLog
 from mocov3.pretraining.online_knn import OnlineKnn
 from mocov3.pretraining.recorder import Recorder
@@ -33,6 +36,7 @@ from mocov3.pretraining.step import Outcome
 from mocov3.running.folder import Owner, owned
 from mocov3.running.job import Job
 from mocov3.running.run import Run
+from mocov3.schedules import Decay
 from mocov3.weights import Contents
 from mocov3.weights.checkpoint import Position
 
@@ -46,10 +50,11 @@ def train(world: World, job: Job[PretrainConfig]) -> int:
             run.thaw(batch)
             outcome = run.step(*run.views(batch), lr=lr, m=m)
             run.advance(batch, outcome, lr, m)
-            if run.position.iteration == 0:
+            if run.position.iteration == 0 or run.is_complete():
                 run.end_epoch()
+            run.decide()
             run.save_where_due()
-            if run.must_stop():
+            if run.must_stop() or run.is_complete():
                 run.save()
                 break
         return run.exit_code()
@@ -60,6 +65,7 @@ class Pretraining(Run):
 
     config: PretrainConfig
     log: PretrainingLog
+    _said_copies = False
 
     def __init__(self, world: World, job: Job[PretrainConfig], owner: Owner) -> None:
         super().__init__(world, job, owner)
@@ -75,10 +81,13 @@ class Pretraining(Run):
         # networks are drawn from the seed, and moved to the device, before a checkpoint is read into them
         self.parts = assemble.build(c, world, resume_from, script_door=job.script_door)
         self.model, self.step = self.parts.model, self.parts.step
+        self.copies = copies_of(c, self.world.local_size * max(self.workers(), 1))
         self.position = self._start(resume_from)
-        self.counters = resume.counters(resume_from, self.source)
+        other_run = resume.is_of_other_run(resume_from, c)
+        self.counters = resume.counters(resume_from, self.source, other_run=other_run)
+        self.length = self._length(resume_from, job.began)
         self.log = self._open_log()
-        self._watch(dataclasses.replace(c, compile=self.parts.compiled), self._name_run(resume_from))
+        self._watch(dataclasses.replace(self.config, compile=self.parts.compiled), self._name_run(resume_from))
 
     def _watch(self, c: PretrainConfig, name: str) -> None:
         """Open what saves, records and judges the run."""
@@ -94,7 +103,10 @@ class Pretraining(Run):
             late=world.device.type == "cuda",
         )
         self.online_knn = OnlineKnn(c, world, self.model, self.source, self.log)
+        began = time.monotonic()
         self.label_free = LabelFreeEvaluation(c, world, self.model, self.log, start=self.position)
+        if self.length.clock is not None:  # at the end it judges once more
+            self.length.clock.closing(time.monotonic() - began)
         self.report = ReportProcess(self.folder, c.report_every, self.log, active=world.main)
 
     def _start(self, resume_from: resume.ResumeFrom | None) -> Position:
@@ -104,15 +116,29 @@ class Pretraining(Run):
             return Position(c.start_epoch, 0, c.start_epoch * self.iterations)
         return resume.restore(resume_from, c.arch, self.model, self.parts.optimizer, self.step, self.iterations)
 
+    def _length(self, resume_from: resume.ResumeFrom | None, began: float) -> Length:
+        """The run's length and rates, with the decisions taken so far."""
+        decay, seconds = resume.recorded(resume_from, self.config)
+        self.config = c = dataclasses.replace(self.config, decay=decay)
+        resumed = resume_from is not None and not resume.is_of_other_run(resume_from, c)
+        length = Length(c, self.world, self.iterations, clock_of(c, began=began, seconds=seconds, resumed=resumed))
+        if length.endless:  # cheap stages are by the planned epochs, the last one lasts
+            self.stages[-1] = self.stages[-1]._replace(end=ENDLESS)
+        return length
+
     def _name_run(self, resume_from: resume.ResumeFrom | None) -> str:
         """The run's name: the checkpoint's, or a new one; config.yaml and the list of images go with it."""
-        name = resume.saved_run(resume_from) or new_run_name()
-        self.write_config("config.yaml", f"run {name}; re-run by: mocov3 pretrain --config FILE")
+        other_run = resume.is_of_other_run(resume_from, self.config)
+        self.name = name = (not other_run and resume.saved_run(resume_from)) or new_run_name()
+        self._write_config()
         if self.world.main:
             note_start(self.folder, self.world, self.position.step, self.step.precision.name)
             if resume_from is None or not (self.folder / IMAGES).exists():
                 write_images(self.source, self.folder)
         return name
+
+    def _write_config(self) -> None:
+        self.write_config("config.yaml", f"run {self.name}; re-run by: mocov3 pretrain --config FILE")
 
     def _open_log(self) -> PretrainingLog:
         c, world, used = self.config, self.world, self.step.precision.name
@@ -145,7 +171,9 @@ class Pretraining(Run):
             self.online_knn.show_views(0)
         start = (position.epoch, position.iteration)
         for stage in (s for s in self.stages if s.end > start[0]):
-            views = TwoViews(stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device")
+            views = TwoViews(
+                stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device", c.local, self.copies
+            )
             local = c.batch_size // world.size
             works = batches(
                 len(self.source),
@@ -161,20 +189,27 @@ class Pretraining(Run):
                 self.log.batch_came()
                 yield batch
 
-    def views(self, batch: Batch) -> tuple[ViewBatch, ViewBatch]:
-        """The two views, made on the device when the step asks for them; strips of them in a cheap stage of a ViT."""
+    def views(self, batch: Batch) -> tuple[ViewBatch, ViewBatch, ViewBatch | None]:
+        """The two views, made on the device when the step asks for them; strips of them in a cheap stage of a ViT.
+
+        Then the local views, if there are any.
+        """
         device, mean, std = self.world.device, self.preset.mean, self.preset.std
         left = batch.colour_draws if batch.colour_draws is not None else (None, None)
         x1, x2 = (
-            PixelViewBatch(pixels, device, mean, std, rest) for pixels, rest in zip(batch.pixels, left, strict=True)
+            PixelViewBatch(pixels, device, mean, std, rest) for pixels, rest in zip(batch.pixels, left, strict=False)
         )
-        return cheaper(x1, x2, stage_of(self.stages, batch.work.epoch), batch.work, seed=self.seed, device=device)
+        local: ViewBatch | None = None
+        if (pixels := batch.local_pixels) is not None:
+            draws = batch.colour_draws
+            rest = None if draws is None else draws[2:].reshape(-1, draws.shape[2])
+            local = PixelViewBatch(pixels.reshape(-1, *pixels.shape[2:]), device, mean, std, rest)
+        two = cheaper(x1, x2, stage_of(self.stages, batch.work.epoch), batch.work, seed=self.seed, device=device)
+        return *two, local
 
     def schedule(self, batch: Batch) -> tuple[float, float]:
         """Learning rate and momentum of this step."""
-        c, epoch = self.config, self._epoch(batch)
-        lr = schedules.learning_rate(epoch, peak=c.peak_lr, warmup_epochs=c.warmup_epochs, epochs=c.epochs)
-        return lr, schedules.momentum(epoch, start=c.moco_m, epochs=c.epochs, cosine=c.moco_m_cos)
+        return self.length.rates(self._epoch(batch), self.position.step)
 
     def seed_draws(self) -> None:
         """Seed what is drawn in the network (stochastic depth, dropout): a function of (seed, step, rank)."""
@@ -196,18 +231,52 @@ class Pretraining(Run):
         self.move_past(batch.work)
 
     def end_epoch(self) -> None:
-        """Evaluate and checkpoint, where due."""
-        c, done = self.config, self.position.epoch
-        if c.knn_every and (done % c.knn_every == 0 or done == c.epochs):
+        """Evaluate and checkpoint, where due: after an epoch, or at the end of a run within one."""
+        c, p, last, began = self.config, self.position, self.is_complete(), time.monotonic()
+        done = p.epoch + bool(p.iteration)
+        if c.knn_every and (done % c.knn_every == 0 or last):
             step = self.position.step - 1
             self.recorder.knn(self.online_knn.knn(step), epoch=done - 1, step=step)
-        if self.label_free.epoch_ended(self.position):
+        if self.label_free.epoch_ended(p, last=last):
             self._stop.finish()
-        if done % c.checkpoint_every == 0 or done == c.epochs:
+        if done % c.checkpoint_every == 0 or last:
             self.save()
-        if done < c.epochs:
+        if not last:
             self.report.epoch_ended(done)
         self.log.restart_clock()
+        if self.length.clock is not None:
+            self.length.clock.closing(time.monotonic() - began)
+        if self.copies is not None and self.world.main and not self._said_copies:
+            self._said_copies = say_copies(self.copies, self.log.say)
+
+    def is_complete(self) -> bool:
+        """Whether the schedule has come to its end."""
+        return self.length.is_over(self.position)
+
+    def decide(self) -> None:
+        """Begin the decay of ``--schedule wsd``, or correct its pace, where due; on the disk before its first step."""
+        decay, before = self.length.due(self.position), self.length.decays
+        if decay is None:
+            return
+        self._go_by([*before, decay] if decay not in before else before)
+        self.save(again=True)
+        if unsaved := self.flushed():
+            self._go_by(before)
+            if self.world.main:
+                warn(f"the decay waits for the disk ({unsaved}): a decision is kept before it is followed")
+            return
+        self._write_config()
+        self.log.say(
+            f"step {decay.step}: {'the decay goes on for' if before else 'the stable part ends; the decay takes'} "
+            f"{decay.steps} steps"
+        )
+        self.log.restart_clock()
+
+    def _go_by(self, decays: Sequence[Decay]) -> None:
+        self.length.take(decays)
+        text = decays_text(decays)
+        self.config = dataclasses.replace(self.config, decay=text)
+        self.saver.config = dataclasses.replace(self.saver.config, decay=text)
 
     def must_stop(self) -> bool:
         """Refuse to continue where too many images cannot be read or numbers stay bad; then as every run."""
@@ -227,7 +296,16 @@ class Pretraining(Run):
         """The checkpoint of the present position; what was recorded before it is read off the device first."""
         self.recorder.flush()
         self.counters.gather(self.world, self.log, self.position.epoch)
-        return self.saver.files(self.position, self.model, self.parts.optimizer, self.step, self.counters)
+        clock, begins = self.length.clock, self.length.begins_decay(self.position.step)
+        return self.saver.files(
+            self.position,
+            self.model,
+            self.parts.optimizer,
+            self.step,
+            self.counters,
+            {"seconds": clock.spent()} if clock is not None else {},
+            [STABLE] if begins else [],
+        )
 
     def written(self, name: str) -> None:
         """Remove checkpoints that a newer one has made useless."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from mocov3.config import PretrainConfig
+from mocov3.config.schedule import STABLE, decays_of, decays_text
 from mocov3.data import Source
 from mocov3.distributed import World
 from mocov3.errors import UserError
@@ -15,7 +16,7 @@ from mocov3.pretraining.saver import image_changes
 from mocov3.pretraining.step import Step
 from mocov3.running.changes import refuse_changes
 from mocov3.running.counters import Counters
-from mocov3.weights import Contents, checkpoint, our_entry
+from mocov3.weights import Contents, checkpoint, our_entry, trained_with
 from mocov3.weights.checkpoint import Position
 
 ResumeFrom = tuple[Path, Contents]
@@ -31,12 +32,34 @@ def find(config: PretrainConfig, world: World) -> ResumeFrom | None:
     name = config.resume
     if restarted_by_torchrun() and _same_run_in(Path(config.output_dir), world):
         name = "auto"
-    if not name:
-        return None
-    if name != "auto":
-        path = Path(name)
-        return path, checkpoint.read(path)
-    return _newest(Path(config.output_dir), world)
+    if name == "auto" and (newest := _newest(Path(config.output_dir), world)) is not None:
+        return newest
+    if name in ("", "auto"):
+        name = str(Path(config.prolong) / STABLE) if config.prolong else ""
+    return (Path(name), checkpoint.read(Path(name))) if name else None
+
+
+def is_of_other_run(resume_from: ResumeFrom | None, config: PretrainConfig) -> bool:
+    """Whether a checkpoint is of the run that is prolonged (``--prolong``), which another begins with."""
+    return resume_from is not None and bool(config.prolong) and resume_from[0] == Path(config.prolong) / STABLE
+
+
+def recorded(resume_from: ResumeFrom | None, config: PretrainConfig) -> tuple[str, float | None]:
+    """The decisions of ``--schedule wsd`` so far, and the seconds that the run was up, where it counts them.
+
+    Raises:
+        UserError: if other decisions are given than the checkpoint was trained by.
+    """
+    if resume_from is None or is_of_other_run(resume_from, config):
+        return config.decay, None
+    path, contents = resume_from
+    saved, seconds = trained_with(contents).get("decay"), our_entry(contents).get("seconds")
+    saved = saved if isinstance(saved, str) else ""
+    given, taken = decays_of(config.decay), decays_of(saved)
+    few, many = sorted((given, taken), key=len)  # a kill can come between checkpoint and config.yaml
+    if many[: len(few)] != few:
+        raise UserError(f"--resume {path}: was trained with --decay {saved}, not {config.decay}; leave it out")
+    return decays_text(many), float(seconds) if isinstance(seconds, int | float) else None
 
 
 def _newest(folder: Path, world: World) -> ResumeFrom | None:
@@ -84,7 +107,8 @@ def check_same_run(resume_from: ResumeFrom, config: PretrainConfig, source: Sour
     """
     path, contents = resume_from
     entry = our_entry(contents)
-    refuse_changes(f"--resume {path}", config, contents, left_out=() if config.seed is not None else ("seed",))
+    if not is_of_other_run(resume_from, config):
+        refuse_changes(f"--resume {path}", config, contents, left_out=() if config.seed is not None else ("seed",))
     if entry.get("data_digest", source.digest) != source.digest and not config.allow_data_change:
         change = image_changes(source, path.parent)
         raise UserError(
@@ -112,9 +136,9 @@ def restore(
     return position if position.iteration < iterations else Position(position.epoch + 1, 0, position.step)
 
 
-def counters(resume_from: ResumeFrom | None, source: Source) -> Counters:
+def counters(resume_from: ResumeFrom | None, source: Source, *, other_run: bool = False) -> Counters:
     """What was counted before, with one resume more."""
-    if resume_from is None:
+    if resume_from is None or other_run:
         return Counters()
     entry = our_entry(resume_from[1])
     corrupt = {int(i): source.name(int(i)) for i in entry.get("corrupt", []) if 0 <= int(i) < len(source)}

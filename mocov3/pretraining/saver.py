@@ -4,7 +4,7 @@ import dataclasses
 import gzip
 import itertools
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,19 @@ class Saver:
         self._digest = source.digest
 
     def files(
-        self, position: Position, model: MoCo, optimizer: torch.optim.Optimizer, step: Step, counters: Counters
+        self,
+        position: Position,
+        model: MoCo,
+        optimizer: torch.optim.Optimizer,
+        step: Step,
+        counters: Counters,
+        more: Mapping[str, object],
+        names: Sequence[str] = (),
     ) -> dict[str, Contents]:
-        """The checkpoint of the present position by its name, on the main rank. Every rank must call it."""
+        """The checkpoint of the present position by its name, on the main rank. Every rank must call it.
+
+        ``more`` goes into its entry ``mocov3``; it is written under further ``names`` first.
+        """
         if not self.world.main and not is_sharded(model):
             return {}
         c, p = self.config, position
@@ -65,6 +75,7 @@ class Saver:
             "resumed": counters.resumed,
             "corrupt": sorted(counters.corrupt),
             **origin_of_run(c.init),
+            **more,
         }
         if self.start:
             extra["start"] = self.start
@@ -81,7 +92,7 @@ class Saver:
         )
         self.newest = checkpoint.step_name(p.epoch, p.step) if p.iteration else checkpoint.epoch_name(p.epoch - 1)
         self._epoch_complete = p.epoch - 1
-        return {self.newest: contents}
+        return dict.fromkeys([*names, self.newest], contents)
 
     def prune(self) -> None:
         """Remove what a newer checkpoint has made useless."""

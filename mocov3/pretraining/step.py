@@ -67,19 +67,20 @@ class Step:
         self._watched = (weights[0], weights[-1])
         self._sharded = is_sharded(model)
 
-    def __call__(self, x1: ViewBatch, x2: ViewBatch, *, lr: float, m: float) -> Outcome:
+    def __call__(self, x1: ViewBatch, x2: ViewBatch, local: ViewBatch | None = None, *, lr: float, m: float) -> Outcome:
         """Train on two views of the same images.
 
         Args:
             x1: view 1, (batch, 3, height, width), normalised; a tensor, or ``PixelViewBatch``.
             x2: view 2, likewise.
+            local: local views of the same images, (local views · batch, 3, side, side), a view after the other.
             lr: learning rate of this step.
             m: momentum of the momentum encoder at this step.
         """
         set_learning_rate(self.optimizer, lr)
         before = flattened(self._buffers)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, statistics = self.gradients(x1, x2, m)
+        loss, statistics = self.gradients(x1, x2, m, local)
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer) if scaler.is_enabled() else None
         ok, watched = self._inspect(loss)

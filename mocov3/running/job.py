@@ -1,6 +1,7 @@
 """What every rank of a run is given."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 C = TypeVar("C")
@@ -12,3 +13,5 @@ class Job(Generic[C]):
 
     config: C
     script_door: bool = False
+    began: float = field(default_factory=time.time)
+    """When the command was called, by the clock of this machine."""

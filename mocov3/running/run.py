@@ -17,7 +17,7 @@ from mocov3.config import write_yaml
 from mocov3.data import Batch, Loader, Source
 from mocov3.data.device.sending import page_locked, until_sent
 from mocov3.data.loading.filling import Transform, Unreadable
-from mocov3.data.loading.loader import loader_workers
+from mocov3.data.loading.loader import loader_workers, usable_cores
 from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
 from mocov3.distributed.agreement import check_agreement
@@ -127,10 +127,14 @@ class Run:
         if resumed:
             self.log.say(f"resumed at epoch {p.epoch}, iteration {p.iteration}")
 
+    def is_complete(self) -> bool:
+        """Whether the schedule has come to its end."""
+        return bool(self.position.epoch >= self.config.epochs)
+
     def is_done(self) -> bool:
         """Whether nothing is left to do, which is said."""
         p = self.position
-        done = p.epoch >= self.config.epochs or self._stop.steps_done(p.step)
+        done = self.is_complete() or self._stop.steps_done(p.step)
         if done:
             self.log.say(f"nothing left to do: {p.step} steps, {p.epoch} epochs are done")
         return done
@@ -140,7 +144,10 @@ class Run:
     ) -> Iterator[Batch]:
         """Batches of ``works``, prepared ahead; a batch is valid until the next is asked for."""
         say = warn_once if self.world.main else None
-        loader = Loader(source, transform, batch_size=batch_size, seed=seed, workers=self.workers(), say=say)
+        # steps on a CPU want its cores: one is lent to loading while they wait
+        workers = self.workers()
+        spare = int(self.world.device.type == "cpu" and workers * self.world.local_size >= usable_cores())
+        loader = Loader(source, transform, batch_size=batch_size, seed=seed, workers=workers, say=say, spare=spare)
         self._loader = loader
         with page_locked(loader.memory, self.world.device):
             yield from until_sent(loader.run(works), self.world.device)
@@ -182,13 +189,17 @@ class Run:
                 self._writer = Writer(self.folder, before=self.log.sync, after=self.written, warn=warn)
             self._writer.save(files)
 
+    def flushed(self) -> str:
+        """Wait until what was saved last is on the disk: why it is not, the same on every rank, or ''."""
+        return self.world.broadcast(self._writer.flush() if self._writer is not None else "")
+
     def exit_code(self) -> int:
         """Wait for the disk and say how the run ended: ``code`` when done, 128 + its number when stopped by a signal.
 
         Raises:
             UserError: when the run refused to continue, or the disk refuses its last files.
         """
-        unsaved = self.world.broadcast(self._writer.flush() if self._writer is not None else "")
+        unsaved = self.flushed()
         where = f"the last checkpoint is not in {self.folder} ({unsaved})" if unsaved else "a checkpoint was written"
         if not self._stop.signal:
             self.finish()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from mocov3.models.positions import is_sincos_position_embedding, sincos_positio
 from mocov3.output.log import warn
 from mocov3.weights import Contents, attention_heads, checkpoint, our_entry, trained_with
 from mocov3.weights.find import BackboneWeights, find_backbone, hint
+
+_STRIDED = re.compile(r"patch_embed\.proj\.\d+\.weight")
+"""Convolutions of a convolutional stem; all but the last halve the side."""
 
 
 class Built(Settings):
@@ -239,6 +243,8 @@ def settings_of(state: dict[str, Tensor], arch: str) -> Settings:
     settings: Settings = {}
     if (patches := state.get("patch_embed.proj.weight")) is not None and patches.ndim == 4 and patches.shape[-1] > 1:
         settings["patch_size"] = int(patches.shape[-1])
+    if halvings := sum(bool(_STRIDED.fullmatch(k)) and v.shape[-1:] == (3,) for k, v in state.items()):
+        settings["patch_size"] = 2**halvings
     if (stem := state.get("conv1.weight")) is not None and arch in [*RESNETS, "resnet10"]:
         settings["small_stem"] = stem.shape[-1] == 3
     return settings

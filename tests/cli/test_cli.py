@@ -34,7 +34,8 @@ FROZEN = """
 --vertical-flip-probability --turn-probability --crop-ratio --crop-pad --mean-std --channels --bit-window
 --grad-checkpoint --deterministic
 --allow-config-change --allow-data-change --quiet --json --views-on --micro-batch --fsdp --logger
---token-keep --image-size-schedule --patch-size-schedule --heads
+--token-keep --image-size-schedule --patch-size-schedule --heads --local-views --local-weight
+--schedule --decay-share --decay --prolong --smaller-copies
 """
 
 FROZEN_LINCLS = """
@@ -197,7 +198,7 @@ def test_help_and_refusals_come_without_torch(tmp_path):
         (["-a", "timm/resnet10"], "resnet10t"),
         (["--recipe", "resnet50_100"], "resnet50_100ep"),
         (["-a", "vit_small", "--image-size", "100"], "96 or 112"),
-        (["-a", "vit_conv_small", "--patch-size", "8"], "patches of 16"),
+        (["-a", "vit_conv_small", "--patch-size", "2"], "patches of 4, 8 or 16"),
         (["-a", "vit_small", "--small-stem"], "ResNets"),
         (["--grad-checkpoint"], "ViTs only"),
         (["--moco-t", "0"], "--moco-t must be above 0"),

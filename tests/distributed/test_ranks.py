@@ -21,6 +21,8 @@ CASES = {
     "vit-lars": ("vit_small", {**VIT, "stop_grad_conv1": True}, "lars", 0.3),
     "conv-vit-lars": ("vit_conv_small", {**VIT, "preserve": 2.0}, "lars", 0.3),
     "vit-lora": ("vit_small", {**VIT, "lora": 2, "unfreeze_last": 1, "preserve": 2.0}, "adamw", 1e-3),
+    "resnet-local": ("resnet10_w32", {"local": 16, "local_weight": 0.5}, "lars", 0.3),
+    "vit-local": ("vit_small", {**VIT, "stop_grad_conv1": True, "local": 16}, "lars", 0.3),
 }
 MODES = ("one pass", "micro", *(("fsdp", "fsdp and micro") if ON_CPU else ()))
 MODES_OF = {
@@ -29,6 +31,8 @@ MODES_OF = {
     "vit-lars": MODES,
     "conv-vit-lars": ("one pass",),
     "vit-lora": MODES[:2],
+    "resnet-local": ("one pass",),
+    "vit-local": MODES,
 }
 # zero in exact arithmetic, wholly or in part: rounding noise, which Adam scales up (habit 11)
 LEFT_OUT = ("encoder.norm.bias", "predictor.1.running_mean")

@@ -21,6 +21,7 @@ from mocov3.config import PretrainConfig, read_yaml
 from mocov3.config.archs import BUILT_IN_ARCHS
 from mocov3.config.command_lines import read_pretrain
 from mocov3.config.recipes import RECIPES
+from mocov3.config.schedule import parse_budget
 from mocov3.data.loading.order import Order
 from mocov3.data.sources.survey import Survey, alikeness, near_pairs, propose, uprightness
 from mocov3.distributed import World
@@ -29,7 +30,7 @@ from mocov3.models import build_backbone, sincos_position_embedding
 from mocov3.optim import build_optimizer, set_learning_rate
 from mocov3.planning import speed
 from mocov3.planning.adapting import choices_of, row_of
-from mocov3.planning.auto import GIB, Images, Machine, choose_settings, parse_budget
+from mocov3.planning.auto import GIB, Images, Machine, choose_settings
 from mocov3.planning.choose import propose_settings
 from mocov3.pretraining.assemble import build_model, count_memory
 from mocov3.pretraining.groups import block_numbers, freeze_until, parameter_groups, scale_backbone

@@ -34,7 +34,8 @@ class Transform(Protocol):
         """Make the views.
 
         A transform with an attribute ``colour_draws`` above 0 is also given ``colour_draws``, float32 (count, that
-        many), to write beside the pixels what is left to do with them; one whose ``reading`` is not RGB says so.
+        many), to write beside the pixels what is left to do with them; one whose ``reading`` is not RGB says so. One
+        that has ``local`` views is given ``local_out`` for them.
         """
 
 
@@ -75,6 +76,8 @@ class Filler(NamedTuple):
         corrupt: list[Corrupt] = []
         out = slot.pixels[:, place]
         left = {"colour_draws": slot.colour_draws[:, place]} if slot.colour_draws.size else {}
+        if slot.local_pixels.size:
+            left["local_out"] = slot.local_pixels[:, place]
         for attempt in range(_ATTEMPTS):
             try:
                 self.transform(source.read(tried), seed=seed, epoch=epoch, index=tried, out=out, **left)

@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mocov3.config.presets import RGB
+from mocov3.data.loading.dispatch import Answer, Dispatch, Follow, Part
 from mocov3.data.loading.filling import Filler, Transform, Unreadable
 from mocov3.data.loading.order import Order
 from mocov3.data.loading.slots import Batch, Corrupt, Layout, Work
@@ -26,6 +28,10 @@ from mocov3.data.views import remarks
 from mocov3.errors import UserError, reason, stop_signals
 
 _LARGE_SLOT = 256 << 20  # bytes above which one batch less is prepared ahead
+_AHEAD = 48 << 20  # bytes of small batches that are prepared ahead, so that a slow image can be waited for
+_MOST_AHEAD = 32
+_PARTS = 4  # of a batch for each process: whichever is free takes the next
+_SMALLEST_PART = 8  # images; smaller ones would be messages more than work
 _FEW = 2000  # images up to which starting processes takes longer than they save
 
 
@@ -66,6 +72,7 @@ class Loader:
         workers: number of processes.
         replace: use another image for one that cannot be read, as training does; else it is left black.
         say: told once, at the end, of how many images something was remarked, and the first of them.
+        spare: processes that are given work only while batches are waited for.
     """
 
     def __init__(
@@ -78,15 +85,20 @@ class Loader:
         workers: int,
         replace: bool = True,
         say: Callable[[str], None] | None = None,
+        spare: int = 0,
     ) -> None:
+        self._spare = spare
         self.source, self._filler = source, Filler(source, transform, seed, replace)
         self._say, self._tally = say, remarks.Tally()
         beside, channels = getattr(transform, "colour_draws", 0), getattr(transform, "reading", RGB).channels
-        layout = Layout(transform.count, batch_size, transform.image_size, beside, channels)
+        local = getattr(transform, "local", None)
+        more = (local.count, local.pixels) if local else (0, 0)
+        layout = Layout(transform.count, batch_size, transform.image_size, beside, channels, more)
         self.memory: np.ndarray
         """Bytes of all slots."""
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
+        self._dispatch: Dispatch | None = None
         self._start(min(workers, batch_size), layout)
 
     def _start(self, workers: int, layout: Layout) -> None:
@@ -96,7 +108,7 @@ class Loader:
             return
         context = multiprocessing.get_context("spawn")
         # an unlinked memory-mapped file: falls back from /dev/shm where that is small, leaves nothing when killed
-        size = (3 if layout.bytes < _LARGE_SLOT else 2) * layout.bytes
+        size = slots_ahead(layout.bytes) * layout.bytes
         try:
             memory: Any = context.RawArray(ctypes.c_uint8, size)
         except OSError as error:
@@ -122,6 +134,9 @@ class Loader:
 
     def close(self) -> None:
         """End the processes."""
+        if self._dispatch is not None:
+            self._dispatch.close()
+            self._dispatch = None
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
@@ -152,54 +167,37 @@ class Loader:
     def _run_in_processes(self, works: Iterable[Work]) -> Iterator[Batch]:
         coming = iter(works)
         free = deque(range(len(self._slots)))
-        ahead: deque[int] = deque()  # slots in the order of their batches
-        state: dict[int, tuple[Work, list[int], list[Corrupt]]] = {}
-        done = False
+        ahead: deque[tuple[int, Work]] = deque()  # slots in the order of their batches
+        count = len(self._pipes)
+        follow = Follow(max(count - self._spare, 1), count)
+        dispatch = self._dispatching(follow.active)
         while True:
-            while free and not done:
-                work = next(coming, None)
-                if work is None:
-                    done = True
-                    break
+            while free and (work := next(coming, None)) is not None:
                 slot = free.popleft()
-                ahead.append(slot)
-                state[slot] = (work, [self._send(slot, work)], [])
+                ahead.append((slot, work))
+                dispatch.add(slot, _parts(slot, work, count))
             if not ahead:
                 return
-            work, missing, corrupt = state[ahead[0]]
-            while missing[0]:
-                for answered, bad in self._answers():
-                    state[answered][1][0] -= 1
-                    state[answered][2].extend(bad)
-            slot = ahead.popleft()
-            yield self._slots[slot].batch(work, sorted(corrupt, key=lambda c: c.index))
+            slot, work = ahead.popleft()
+            began = time.monotonic()
+            corrupt = dispatch.wait(slot)
+            dispatch.active = follow.waited(time.monotonic() - began)
+            yield self._slots[slot].batch(work, corrupt)
             free.append(slot)
 
-    def _send(self, slot: int, work: Work) -> int:
-        parts = np.array_split(np.arange(len(work.indices)), len(self._pipes))
-        sent = 0
-        for number, (pipe, part) in enumerate(zip(self._pipes, parts, strict=True)):
-            if len(part):
-                try:
-                    pipe.send((slot, work.epoch, int(part[0]), work.indices[part].tolist()))
-                except OSError:
-                    self._died(number)
-                sent += 1
-        return sent
+    def _dispatching(self, active: int) -> Dispatch:
+        if self._dispatch is None:
+            self._dispatch = Dispatch(self._pipes, active, answered=self._answered, died=self._died)
+        return self._dispatch
 
-    def _answers(self) -> Iterator[tuple[int, list[Corrupt]]]:
-        ready: Any = multiprocessing.connection.wait(self._pipes)
-        for pipe in ready:
-            try:
-                kind, slot, corrupt, remarked = pipe.recv()
-            except (EOFError, OSError):
-                self._died(self._pipes.index(pipe))
-            if kind == "unreadable":
-                raise Unreadable(corrupt)
-            if kind == "failed":
-                raise RuntimeError(f"a loader process failed:\n{corrupt}")
-            self._tally.add(remarked, len(self.source))
-            yield slot, corrupt
+    def _answered(self, answer: Answer) -> list[Corrupt]:
+        kind, _, corrupt, remarked = answer
+        if kind == "unreadable":
+            raise Unreadable(corrupt)
+        if kind == "failed":
+            raise RuntimeError(f"a loader process failed:\n{corrupt}")
+        self._tally.add(remarked, len(self.source))
+        return list(corrupt)
 
     def _died(self, number: int) -> None:
         process = self._processes[number]
@@ -235,6 +233,17 @@ def _serve(
             pipe.send(answer)
         except OSError:
             return
+
+
+def slots_ahead(size: int) -> int:
+    """How many batches of a size in bytes have memory: more of small ones."""
+    return max(min(_AHEAD // max(size, 1), _MOST_AHEAD), 3 if size < _LARGE_SLOT else 2)
+
+
+def _parts(slot: int, work: Work, processes: int) -> list[Part]:
+    n = len(work.indices)
+    size = max(-(-n // (_PARTS * processes)), min(_SMALLEST_PART, -(-n // processes)))
+    return [(slot, work.epoch, i, work.indices[i : i + size].tolist()) for i in range(0, n, size)]
 
 
 def usable_cores() -> int:

@@ -1,5 +1,6 @@
 """Batches between loader processes and training: what is to be made, what was made, and its memory."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,8 @@ class Batch:
     corrupt: list[Corrupt]
     colour_draws: np.ndarray | None = None
     """float32, (views, batch, …): what the transform left to do, where it leaves anything."""
+    local_pixels: np.ndarray | None = None
+    """uint8, (local views, batch, side, side, channels), where there are any; their ``colour_draws`` come last."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ class Slot:
 
     pixels: np.ndarray
     colour_draws: np.ndarray
+    local_pixels: np.ndarray
 
     def batch(self, work: Work, corrupt: list[Corrupt]) -> Batch:
         """The contents, as the batch of ``work``."""
         n = len(work.indices)
-        return Batch(work, self.pixels[:, :n], corrupt, self.colour_draws[:, :n] if self.colour_draws.size else None)
+        draws, local = (a[:, :n] if a.size else None for a in (self.colour_draws, self.local_pixels))
+        return Batch(work, self.pixels[:, :n], corrupt, draws, local)
 
 
 @dataclass(frozen=True)
@@ -61,20 +66,38 @@ class Layout:
     colour_draws: int
     """Numbers beside a view."""
     channels: int = 3
+    local: tuple[int, int] = (0, 0)
+    """Number and side of local views."""
+
+    @property
+    def _bytes_of_an_image(self) -> tuple[int, int, int]:
+        """Numbers beside its views, its views, its local views."""
+        count, side = self.local
+        return (
+            4 * self.colour_draws * (self.count + count),
+            self.channels * self.count * self.side**2,
+            self.channels * count * side**2,
+        )
 
     @property
     def bytes(self) -> int:
         """Bytes of a slot."""
-        return -(-self.count * self.batch_size * (4 * self.colour_draws + self.channels * self.side**2) // 64) * 64
+        return -(-self.batch_size * sum(self._bytes_of_an_image) // 64) * 64
 
     def slots(self, memory: np.ndarray) -> list[Slot]:
         """The slots in ``memory``, uint8."""
+        (count, side), images = self.local, self.batch_size
+        # parameters first, so that they are aligned
+        ends = np.cumsum([0, *(images * size for size in self._bytes_of_an_image)])
+        shapes = (
+            (self.count + count, images, self.colour_draws),
+            (self.count, images, self.side, self.side, self.channels),
+            (count, images, side, side, self.channels),
+        )
         slots = []
-        images = self.count * self.batch_size
-        head = 4 * images * self.colour_draws  # parameters first, so that they are aligned
         for part in memory.reshape(-1, self.bytes):
-            colour_draws = part[:head].view(np.float32).reshape(self.count, self.batch_size, self.colour_draws)
-            pixels = part[head : head + self.channels * images * self.side**2]
-            shape = (self.count, self.batch_size, self.side, self.side, self.channels)
-            slots.append(Slot(pixels.reshape(shape), colour_draws))
+            draws, pixels, local = (part[a:b] for a, b in itertools.pairwise(ends))
+            slots.append(
+                Slot(pixels.reshape(shapes[1]), draws.view(np.float32).reshape(shapes[0]), local.reshape(shapes[2]))
+            )
         return slots

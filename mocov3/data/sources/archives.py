@@ -104,6 +104,10 @@ class Shards:
         parts = (self.names, self.records["size"], self.records["label"])
         return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
+    def file_bytes(self, index: int) -> int:
+        """Size of the member."""
+        return int(self.records[index]["size"])
+
     def read(self, index: int) -> bytes:
         """The member's bytes.
 

@@ -192,6 +192,10 @@ class Folder:
         with open(path, "rb") as file:
             return file.read()
 
+    def file_bytes(self, index: int) -> int:
+        """Size of the file, without reading it."""
+        return os.stat(self.path(index)).st_size
+
     def name(self, index: int) -> str:
         """The path below the folder."""
         return os.fsdecode(self.index.path(index))
@@ -247,6 +251,11 @@ class Roots:
         part, place = self._place(index)
         return self.parts[part].read(place)
 
+    def file_bytes(self, index: int) -> int:
+        """As the part says."""
+        part, place = self._place(index)
+        return file_bytes(self.parts[part], place)
+
     def name(self, index: int) -> str:
         """The part's number and the image's name in it."""
         part, place = self._place(index)
@@ -287,9 +296,19 @@ class Subset:
         """Bytes or pixels of an image."""
         return self.whole.read(int(self.indices[index]))
 
+    def file_bytes(self, index: int) -> int:
+        """As the whole says."""
+        return file_bytes(self.whole, int(self.indices[index]))
+
     def name(self, index: int) -> str:
         """The image's name in the whole."""
         return self.whole.name(int(self.indices[index]))
+
+
+def file_bytes(source: Source, index: int) -> int:
+    """Size of an image's file where the source knows it without reading, else 0."""
+    known = getattr(source, "file_bytes", None)
+    return int(known(index)) if known is not None else 0
 
 
 def fractions(source: Source) -> list[tuple[int, float]]:

@@ -12,7 +12,8 @@ import numpy as np
 
 from mocov3.config.presets import ViewPreset
 
-_ORDER, _VIEW, _REPLACEMENT, _TOKENS = 0, 1, 2, 4  # separate streams of one seed; two views: also 3, 6
+_ORDER, _VIEW, _REPLACEMENT, _TOKENS = (0, 1, 2, 4)  # separate streams of one seed
+"""Views add twice their number: the two views also use 3 and 6, local ones 5, 7, …"""
 _TRIES = 10
 _of_thread = threading.local()
 _BLOCK = 2 * _TRIES + 18  # uniform numbers a view; a fixed number keeps every choice at its own place
@@ -77,14 +78,27 @@ def pad_pixels(preset: ViewPreset, width: int, height: int) -> int:
 
 
 def draw(
-    preset: ViewPreset, crop_min: float, width: int, height: int, *, seed: int, epoch: int, index: int, view: int
+    preset: ViewPreset,
+    crop_min: float,
+    width: int,
+    height: int,
+    *,
+    seed: int,
+    epoch: int,
+    index: int,
+    view: int,
+    crop_max: float = 1.0,
 ) -> Draw:
-    """The draw of one view (0 or 1) of image ``index``, whose size before padding is width × height pixels."""
+    """The draw of one view of image ``index``, whose size before padding is width × height pixels.
+
+    Views 0 and 1 are the two views, those from 2 on local; colours of these are as of view 1 and view 2 in turn.
+    Crops have from ``crop_min`` to ``crop_max`` of the image's area.
+    """
     bits = _philox(seed, _VIEW + 2 * view, index, epoch)
     # 53 bits each, as numpy's own random(), written out because only raw bits are promised not to change
     u = ((bits.random_raw(_BLOCK) >> np.uint64(11)) * 2.0**-53).tolist()
     pad = 2 * pad_pixels(preset, width, height)
-    top, left, h, w = _crop(u, preset, crop_min, width + pad, height + pad)
+    top, left, h, w = _crop(u, preset, (crop_min, crop_max), width + pad, height + pad)
     c = u[2 * _TRIES + 2 :]
     jitter = None
     if c[0] < preset.jitter_probability:
@@ -103,8 +117,8 @@ def draw(
         w,
         jitter,
         gray=c[9] < preset.gray_probability,
-        blur_sigma=_uniform(c[11], *preset.blur_sigma) if c[10] < preset.blur_probability[view] else None,
-        solarize=c[12] < preset.solarize_probability[view],
+        blur_sigma=_uniform(c[11], *preset.blur_sigma) if c[10] < preset.blur_probability[view % 2] else None,
+        solarize=c[12] < preset.solarize_probability[view % 2],
         flip=c[13] < preset.flip_probability,
         flip_vertical=c[14] < preset.vertical_flip_probability,
         turns=1 + int(3 * c[15] / preset.turn_probability) if c[15] < preset.turn_probability else 0,
@@ -126,13 +140,15 @@ def _philox(seed: int, stream: int, index: int, epoch: int) -> np.random.Philox:
     return bits
 
 
-def _crop(u: list[float], preset: ViewPreset, crop_min: float, width: int, height: int) -> tuple[int, int, int, int]:
+def _crop(
+    u: list[float], preset: ViewPreset, shares: tuple[float, float], width: int, height: int
+) -> tuple[int, int, int, int]:
     # ten tries, then the largest centred crop of an allowed ratio: the rejection makes small crops likelier on
     # images that are not square, and is kept for that reason
     low, high = math.log(preset.ratio[0]), math.log(preset.ratio[1])
     place_top, place_left = u[2 * _TRIES], u[2 * _TRIES + 1]
     for i in range(_TRIES):
-        area = width * height * _uniform(u[2 * i], crop_min, 1.0)
+        area = width * height * _uniform(u[2 * i], *shares)
         ratio = math.exp(_uniform(u[2 * i + 1], low, high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

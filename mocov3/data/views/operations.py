@@ -24,7 +24,7 @@ def apply_draw(
     choice: Draw,
     size: int,
     backend: str = "pillow",
-    shrink: int = 1,
+    shrink: float | tuple[float, float] = 1,
     out: Pixels | None = None,
 ) -> Pixels:
     """One view of a (padded) image, as (size, size, channels), written to ``out`` if given.
@@ -37,19 +37,14 @@ def apply_draw(
         choice: what happens.
         size: side of the view in pixels.
         backend: ``fast``, ``native``, ``library`` or ``pillow``.
-        shrink: 1, or by how much the image was decoded smaller.
+        shrink: 1, or by how much the image was decoded smaller, one number or one down and one across.
         out: contiguous, (size, size, channels).
     """
     if isinstance(pixels, Image.Image):
         pixels = np.asarray(pixels)
     if pixels.shape[2] != 3:
         return _put(_without_colours(pixels, choice, size, backend, shrink), out)
-    box: tuple[float, float, float, float] = (
-        choice.top / shrink,
-        choice.left / shrink,
-        choice.height / shrink,
-        choice.width / shrink,
-    )
+    box = _box(choice, shrink, pixels)
     if backend in ("fast", "native") and native.available() and _kernel_takes(choice):
         view = np.empty((size, size, 3), np.uint8)
         if out is not None and out.flags.c_contiguous and not (choice.flip_vertical or choice.turns):
@@ -80,7 +75,18 @@ def _put(view: Pixels, out: Pixels | None) -> Pixels:
     return out
 
 
-def _without_colours(pixels: Pixels, choice: Draw, size: int, backend: str, shrink: int) -> Pixels:
+def _box(choice: Draw, shrink: float | tuple[float, float], pixels: Pixels) -> tuple[float, float, float, float]:
+    """Top, left, height and width of a crop in pixels of a smaller image."""
+    if isinstance(shrink, tuple):  # by fractions: rounding must not lead out of the image
+        top, left = choice.top / shrink[0], choice.left / shrink[1]
+        rows, columns = pixels.shape[:2]
+        return top, left, min(choice.height / shrink[0], rows - top), min(choice.width / shrink[1], columns - left)
+    return choice.top / shrink, choice.left / shrink, choice.height / shrink, choice.width / shrink
+
+
+def _without_colours(
+    pixels: Pixels, choice: Draw, size: int, backend: str, shrink: float | tuple[float, float]
+) -> Pixels:
     """A view of an image of one channel, or of many."""
     if choice.jitter:
         order, brightness, contrast, *_ = choice.jitter
@@ -88,8 +94,8 @@ def _without_colours(pixels: Pixels, choice: Draw, size: int, backend: str, shri
     if pixels.shape[2] == 1:  # as the grey image that it is, in colour
         rgb = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
         return apply_draw(rgb, choice._replace(gray=False), size, backend, shrink)[..., :1]
-    top, left, height, width = (v / shrink for v in (choice.top, choice.left, choice.height, choice.width))
-    planes = [np.asarray(_resized(pixels[..., c], (top, left, height, width), size)) for c in range(pixels.shape[2])]
+    box = _box(choice, shrink, pixels)
+    planes = [np.asarray(_resized(pixels[..., c], box, size)) for c in range(pixels.shape[2])]
     return turned(_by_library(np.stack(planes, 2), choice._replace(gray=False)), choice)
 
 

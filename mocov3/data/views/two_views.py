@@ -10,8 +10,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from mocov3.config.local_views import LocalViews
 from mocov3.config.presets import PRESETS, RGB, Reading, ViewPreset
 from mocov3.data.views import native
+from mocov3.data.views.copies import Copies, factor_of
 from mocov3.data.views.decode import SHRINKS, ImageBytes
 from mocov3.data.views.draws import COLOUR_DRAWS, Draw, colour_draw, draw, pad_pixels, without_colour
 from mocov3.data.views.operations import Pixels, apply_draw
@@ -37,6 +39,8 @@ class TwoViews:
             ``mocov3.data.views.operations``).
         crop_only: stop after crop, resize and flip; what is left is written to ``colour_draws``, for
             ``mocov3.data.device.colours`` to do on a device.
+        local: small crops beside the two views, of another size.
+        copies: smaller copies of large images, which views are cut from; not by ``pillow``.
     """
 
     image_size: int = 224
@@ -44,6 +48,8 @@ class TwoViews:
     preset: str | ViewPreset = "photos"
     backend: str = "fast"
     crop_only: bool = False
+    local: LocalViews | None = None
+    copies: Copies | None = None
     count: int = field(default=2, init=False)
 
     @property
@@ -69,35 +75,67 @@ class TwoViews:
         index: int,
         out: Sequence[Pixels] | np.ndarray | None = None,
         colour_draws: np.ndarray | None = None,
-    ) -> tuple[Pixels, Pixels]:
+        local_out: Sequence[Pixels] | np.ndarray | None = None,
+    ) -> tuple[Pixels, ...]:
         """The views of the image in ``data`` (file bytes or uint8 pixels), written to ``out`` if given.
 
-        With ``crop_only``, what is left to do is written to ``colour_draws``, float32 (2, ``COLOUR_DRAWS``).
+        Local views follow the two, and are written to ``local_out``. With ``crop_only``, what is left to do is written
+        to ``colour_draws``, float32 (views, ``COLOUR_DRAWS``).
 
         Raises:
             DecodeError: if the image cannot be read.
         """
-        preset = self._preset
-        image = ImageBytes(data, preset.reading)
-        width, height = image.width, image.height
-        choices = [
-            draw(preset, self.crop_min, width, height, seed=seed, epoch=epoch, index=index, view=view)
-            for view in range(2)
-        ]
+        shrink: float | tuple[float, float]
+        factor = self.copy_factor(data)
+        image = None if factor > 1 else ImageBytes(data, self.reading)
+        if image is not None:
+            width, height = image.width, image.height
+        else:
+            assert self.copies is not None
+            assert isinstance(data, bytes)
+            pixels, (width, height), shrink = self.copies.pixels(data, self.reading, factor)
+        choices = self._choices(width, height, seed=seed, epoch=epoch, index=index)
         if self.crop_only:
             if colour_draws is not None:
                 colour_draws[:] = [colour_draw(choice) for choice in choices]
             choices = [without_colour(choice) for choice in choices]
-        pad = pad_pixels(preset, width, height)
-        whole = pad or self.backend == "pillow"
-        pixels, shrink = image.pixels(1 if whole else _shrink(choices, self.image_size))
-        if pad:
-            pixels = _padded(pixels, pad)
-        a, b = (
-            apply_draw(pixels, choice, self.image_size, self.backend, shrink, None if out is None else out[view])
-            for view, choice in enumerate(choices)
+        sides = [self.image_size] * 2 + [self.local.pixels if self.local else 0] * (len(choices) - 2)
+        if image is not None:
+            pixels, shrink = self._pixels(image, choices, sides)
+        places: list[Pixels | None] = [None] * len(choices)
+        if out is not None:
+            places = [*out, *(local_out if local_out is not None else places[2:])]
+        return tuple(
+            apply_draw(pixels, choice, side, self.backend, shrink, place)
+            for choice, side, place in zip(choices, sides, places, strict=True)
         )
-        return a, b
+
+    def _pixels(self, image: ImageBytes, choices: Sequence[Draw], sides: Sequence[int]) -> tuple[Pixels, float]:
+        """Pixels for the draws, with the preset's border, and by how much they are smaller."""
+        pad = pad_pixels(self._preset, image.width, image.height)
+        whole = pad or self.backend == "pillow"
+        pixels, shrink = image.pixels(1 if whole else _shrink(choices, sides))
+        return _padded(pixels, pad) if pad else pixels, shrink
+
+    def copy_factor(self, data: bytes | np.ndarray) -> int:
+        """How many times smaller a copy serves all views of an image; 1: the image itself is taken."""
+        if self.copies is None or self.backend == "pillow" or not isinstance(data, bytes):
+            return 1
+        views = [(self.crop_min, self.image_size)]
+        if self.local is not None:
+            views.append((self.local.smallest, self.local.pixels))
+        return factor_of(data, self._preset, views)
+
+    def _choices(self, width: int, height: int, *, seed: int, epoch: int, index: int) -> list[Draw]:
+        """The draws of all views, local ones last."""
+        where, local = {"seed": seed, "epoch": epoch, "index": index}, self.local
+        choices = [draw(self._preset, self.crop_min, width, height, view=view, **where) for view in range(2)]
+        if local is not None:
+            choices += [
+                draw(self._preset, local.smallest, width, height, view=2 + i, crop_max=local.largest, **where)
+                for i in range(local.count)
+            ]
+        return choices
 
 
 def written(views: Sequence[Pixels], out: Sequence[Pixels] | np.ndarray | None) -> None:
@@ -113,12 +151,9 @@ def _padded(pixels: Pixels, pad: int) -> Pixels:
     return np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)))
 
 
-def _shrink(choices: Sequence[Draw], size: int) -> int:
-    a, b = choices
-    smallest = min(a.height, a.width, b.height, b.width)
-    if smallest < 2 * size * _SHARPNESS:
-        return 1
-    return next(shrink for shrink in SHRINKS if smallest >= shrink * size * _SHARPNESS)
+def _shrink(choices: Sequence[Draw], sides: Sequence[int]) -> int:
+    room = min(min(c.height, c.width) / (side * _SHARPNESS) for c, side in zip(choices, sides, strict=True))
+    return next((shrink for shrink in SHRINKS if room >= shrink), 1)
 
 
 @dataclass(frozen=True)

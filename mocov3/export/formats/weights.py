@@ -212,6 +212,8 @@ class Torchvision(Format):
         """Our ViTs, with convolutional stem or without, and ResNets with the usual stem."""
         if model.arch.startswith("timm/"):
             raise Unfit("torchvision has no timm models; take timm, safetensors, onnx or torch-export")
+        if model.arch in CONV_VITS and model.patch_size != 16:
+            raise Unfit("to torchvision convolutional stems for patches of 16 are written; take safetensors or onnx")
         check_stem(model)
 
     def write(self, model: Exported, place: Path) -> None:

@@ -1,0 +1,164 @@
+"""How long a run is, and the rates of its steps: by epochs, or for ``--schedule wsd`` by decisions, also the clock's.
+
+With ``--budget`` rank 0 decides by the clock when the decay begins and how many steps it takes; later decisions correct
+its pace. All else is a function of the step and of the decisions, so that a run is bit-equal from the recorded
+decisions.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from mocov3 import schedules
+from mocov3.config import PretrainConfig
+from mocov3.config.schedule import budget_hours, decays_of
+from mocov3.distributed import World
+from mocov3.schedules import Decay
+from mocov3.weights.checkpoint import Position
+
+ENDLESS = 1 << 40
+"""Epoch that no run comes to."""
+_ASKED = 4
+"""Steps between questions to rank 0, where there are others."""
+_RECENT = 0.2
+"""Share of the time so far by which the pace is measured, ``_LEAST`` seconds at least."""
+_LEAST = 3.0
+_OFF = 0.02
+"""Share of the budget by which the predicted end may be off before the pace of the decay is corrected."""
+_SETTLED = 0.25
+"""Share of a decision's steps before the next one."""
+_FEW = 8
+"""Steps at the end that are not corrected any more."""
+
+
+class Clock:
+    """The time a run has had, without the time it was down, and what of the budget is left.
+
+    Args:
+        budget: seconds.
+        began: when this process was started, by ``time.time``.
+        before: seconds that former processes of the run were up.
+        now: tells seconds.
+    """
+
+    def __init__(
+        self, budget: float, *, began: float, before: float = 0.0, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.budget, self._now = budget, now
+        self._start = now() - max(time.time() - began, 0.0) - before
+        self.reserve = min(0.01 * budget, 1.0)
+        """Seconds for what follows the last step: judging, writing."""
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def spent(self) -> float:
+        """Seconds so far."""
+        return self._now() - self._start
+
+    def closing(self, seconds: float) -> None:
+        """Note that judging and writing took so long."""
+        self.reserve = max(self.reserve, seconds)
+
+    def note(self, step: int) -> None:
+        """Note that so many steps are done."""
+        spent = self.spent()
+        self._seen.append((spent, step))
+        while len(self._seen) > 2 and self._seen[1][0] < spent - max(_RECENT * spent, _LEAST):
+            self._seen.popleft()
+
+    def pace(self) -> float:
+        """Seconds a step, of late."""
+        (first, a), (last, b) = self._seen[0], self._seen[-1]
+        return max(last - first, 1e-9) / max(b - a, 1)
+
+    def decay(self, step: int, decays: Sequence[Decay], share: float) -> int:
+        """Steps that the decay, or what is left of it, should take from here; 0 where nothing is to be decided."""
+        left = self.budget - self.reserve - self.spent()
+        possible = max(int(left / self.pace()), 1)
+        if not decays:
+            return possible if left <= share * (self.budget - self.reserve) else 0
+        last = decays[-1]
+        rest = last.end - step
+        if rest < _FEW or step - last.step < _SETTLED * last.steps:
+            return 0
+        return possible if abs(possible - rest) * self.pace() > _OFF * self.budget else 0
+
+
+class Length:
+    """Rates and end of a run.
+
+    Args:
+        config: of the run; its ``decay`` holds the decisions so far.
+        world: this rank.
+        iterations: steps of an epoch.
+        clock: where the clock decides, on every rank; rank 0's is asked.
+    """
+
+    def __init__(self, config: PretrainConfig, world: World, iterations: int, clock: Clock | None = None) -> None:
+        self.config, self.world, self.iterations, self.clock = config, world, iterations, clock
+        self.decays = decays_of(config.decay)
+
+    @property
+    def endless(self) -> bool:
+        """Whether the end is not known in epochs."""
+        return self.clock is not None or bool(self.decays)
+
+    def rates(self, epoch: float, step: int) -> tuple[float, float]:
+        """Learning rate and momentum of a step, at so many epochs."""
+        c = self.config
+        if c.schedule == "cosine":
+            lr = schedules.learning_rate(epoch, peak=c.peak_lr, warmup_epochs=c.warmup_epochs, epochs=c.epochs)
+            return lr, schedules.momentum(epoch, start=c.moco_m, epochs=c.epochs, cosine=c.moco_m_cos)
+        progress = schedules.decay_progress(step, self.decays)
+        lr = schedules.stable_rate(epoch, progress, peak=c.peak_lr, warmup_epochs=c.warmup_epochs)
+        return lr, schedules.momentum(progress, start=c.moco_m, epochs=1, cosine=c.moco_m_cos)
+
+    def is_over(self, position: Position) -> bool:
+        """Whether the run has come to its end."""
+        if self.decays:
+            return position.step >= self.decays[-1].end
+        return self.clock is None and position.epoch >= self.config.epochs
+
+    def due(self, position: Position) -> Decay | None:
+        """The decision that is to be taken before the next step, the same on every rank, which all call it."""
+        if self.config.schedule == "cosine" or self.is_over(position):
+            return None
+        step = position.step
+        if self.clock is None:
+            return self._planned(step)
+        self.clock.note(step)
+        if self.world.size > 1 and step % _ASKED:
+            return None
+        steps = self.clock.decay(step, self.decays, self.config.decay_share) if self.world.main else 0
+        steps = self.world.any(steps)
+        return Decay(step, steps) if steps else None
+
+    def _planned(self, step: int) -> Decay | None:
+        """The decay of a run by epochs; of one with recorded decisions its first, so that its start is kept."""
+        if self.decays:
+            return self.decays[0] if self.decays[0].step == step else None
+        end = self.config.epochs * self.iterations
+        begin = round((1 - self.config.decay_share) * end)
+        return Decay(step, max(end - step, 1)) if step >= begin else None
+
+    def take(self, decays: Sequence[Decay]) -> None:
+        """Go by these decisions."""
+        self.decays = list(decays)
+
+    def begins_decay(self, step: int) -> bool:
+        """Whether the stable part ends before ``step``."""
+        return bool(self.decays) and self.decays[0].step == step
+
+
+def clock_of(config: PretrainConfig, *, began: float, seconds: float | None, resumed: bool) -> Clock | None:
+    """The clock of ``--schedule wsd`` with ``--budget``; none where all decisions are given.
+
+    Args:
+        config: of the run.
+        began: when this process was started.
+        seconds: that former processes were up, as the checkpoint says; ``None`` where it says nothing.
+        resumed: whether there is a checkpoint of this run.
+    """
+    hours = budget_hours(config.budget) if config.schedule == "wsd" else None
+    if hours is None or (seconds is None if resumed else bool(config.decay)):
+        return None
+    return Clock(3600 * hours, began=began, before=seconds or 0.0)

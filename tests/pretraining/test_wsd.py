@@ -1,0 +1,250 @@
+"""Warm-up, stable, decay: its rates, the clock that decides, decisions that survive kills, runs that are prolonged."""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from killing import Process, assert_same_run, difference, kill_until_done, steady
+
+from mocov3.cli import main
+from mocov3.config import PretrainConfig, read_yaml
+from mocov3.config.schedule import STABLE, decays_of, decays_text
+from mocov3.distributed import World
+from mocov3.errors import UserError
+from mocov3.pretraining.length import Clock, Length
+from mocov3.pretraining.loop import Pretraining
+from mocov3.schedules import Decay, decay_progress, stable_rate
+from mocov3.weights.checkpoint import Position, listed, read
+
+ALONE = World(0, 1, torch.device("cpu"))
+SMALL = [*TINY, "-a", "resnet10_w16", "--schedule", "wsd", "--moco-m-cos"]
+OF_A_RUN = ("config", "resumed", "run", "seconds")
+
+
+def test_rates_are_flat_and_then_fall():
+    config = PretrainConfig(schedule="wsd", epochs=10, warmup_epochs=2, lr=0.6, batch_size=256, moco_m_cos=True)
+    length = Length(config, ALONE, 10)
+    rates = []
+    for step in range(100):
+        rates.append(length.rates(step / 10, step))
+        if decay := length.due(Position(0, 0, step + 1)):
+            assert decay == Decay(80, 20)
+            length.take([decay])
+    lr, m = zip(*rates, strict=True)
+    assert lr[:20] == pytest.approx([0.6 * step / 20 for step in range(20)])
+    assert lr[20:80] == pytest.approx([0.6] * 60)
+    assert lr[80:] == pytest.approx([0.6 * (1 - math.sqrt(i / 20)) for i in range(20)])
+    assert m[:80] == pytest.approx([0.99] * 80)
+    assert m[80:] == pytest.approx([1 - 0.01 * (1 + math.cos(math.pi * i / 20)) / 2 for i in range(20)])
+    assert length.is_over(Position(10, 0, 100))
+    assert not length.is_over(Position(9, 9, 99))
+
+
+def test_a_corrected_decay_goes_on_from_where_it_is():
+    decays = [Decay(100, 40), Decay(110, 15), Decay(120, 20)]
+    assert decays_of(decays_text(decays)) == decays
+    assert [decay_progress(step, decays) for step in (0, 100, 104, 110)] == pytest.approx([0, 0, 0.1, 0.25])
+    assert decay_progress(116, decays) == pytest.approx(0.25 + 0.75 * 0.4)
+    assert decay_progress(120, decays) == pytest.approx(0.75)
+    assert decay_progress(130, decays) == pytest.approx(0.875)
+    assert decay_progress(140, decays) == 1
+    assert stable_rate(5, 0.25, peak=0.8, warmup_epochs=0) == pytest.approx(0.4)
+
+
+class Watch:
+    """A clock that is moved by hand."""
+
+    def __init__(self):
+        self.seconds = 1000.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.mark.parametrize("disturbed", ["never", "early", "late", "in turns", "from the decay on", "at the end"])
+def test_the_end_is_within_the_budget_though_the_machine_is_disturbed(disturbed):
+    budget, now = 600.0, Watch()
+    clock = Clock(budget, began=0, now=now)
+    clock._start = now()  # whatever the time of day
+    config = PretrainConfig(schedule="wsd", batch_size=256, warmup_epochs=0, recipe="auto", budget="10m")
+    length = Length(config, ALONE, 50, clock)
+    rng = random.Random(0)
+    when = {
+        "never": lambda t: False,
+        "early": lambda t: t < 1 / 3,
+        "late": lambda t: 1 / 3 < t < 2 / 3,
+        "in turns": lambda t: t * 9 % 3 < 1,
+        "from the decay on": lambda t: t > 0.8,
+        "at the end": lambda t: t > 0.9,
+    }[disturbed]
+    step = decisions = 0
+    while not length.is_over(Position(step // 50, step % 50, step)):
+        step += 1
+        now.seconds += 0.2 * rng.uniform(0.8, 1.3) * (2 if when(clock.spent() / budget) else 1)
+        if decay := length.due(Position(step // 50, step % 50, step)):
+            length.take([*length.decays, decay])
+            decisions += 1
+            now.seconds += 0.3  # writing it
+    assert clock.spent() == pytest.approx(budget, rel=0.03)
+    assert 1 <= decisions <= 6
+    share = sum(d.steps for d in length.decays[:1]) / length.decays[-1].end
+    assert 0.08 < share < 0.3
+
+
+def test_time_down_does_not_count():
+    now = Watch()
+    clock = Clock(100, began=0, before=30.0, now=now)
+    first = clock.spent()
+    now.seconds += 5
+    assert clock.spent() - first == pytest.approx(5)
+    fresh = Clock(100, began=0, now=now)
+    assert clock.spent() - fresh.spent() == pytest.approx(35, abs=0.1)
+
+
+def run(images, folder, *flags):
+    assert main(["pretrain", str(images), *SMALL, *flags, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def recorded(folder):
+    return read_yaml(folder / "config.yaml", PretrainConfig)["decay"]
+
+
+@pytest.fixture(scope="module")
+def plain(images, tmp_path_factory):
+    """Four epochs of 4 steps by their number: the decay begins before step 13."""
+    return run(images, tmp_path_factory.mktemp("plain"), "--epochs", "4")
+
+
+def last_of(folder):
+    return listed(folder)[0].name
+
+
+def test_resumes_across_the_decay_are_bit_exact(images, plain, tmp_path):
+    for steps in ("12", "13", "15", "0"):
+        run(images, tmp_path, "--epochs", "4", "--max-steps", steps, "--resume", "auto")
+    assert_same_run(plain, tmp_path, last="checkpoint_0003.pth.tar", ignore=OF_A_RUN)
+    assert recorded(plain) == recorded(tmp_path) == "13:3"
+    rates = [line["lr"] for line in steady(plain)]
+    assert rates[12] == pytest.approx(rates[5])
+    assert 0 < rates[15] < rates[14] < rates[13] == pytest.approx(rates[12])
+    files = [read(folder / STABLE) for folder in (plain, tmp_path)]
+    assert not difference(*files, ignore=OF_A_RUN)
+    assert files[0]["mocov3"]["step"] == 13
+
+
+def test_a_run_that_is_prolonged_is_the_longer_run(images, plain, tmp_path):
+    whole = run(images, tmp_path / "whole", "--epochs", "6")
+    flags = ["--prolong", str(plain), "--epochs", "6", "--output-dir", str(tmp_path / "on")]
+    # stopped on the way and resumed: from its own checkpoint then
+    assert main(["pretrain", *flags, "--max-steps", "17"]) == 0
+    assert main(["pretrain", *flags, "--resume", "auto"]) == 0
+    assert recorded(tmp_path / "on") == recorded(whole) == "19:5"
+    a, b = (torch.load(f / "checkpoint_0005.pth.tar", weights_only=True) for f in (tmp_path / "on", whole))
+    assert not difference(a, b, ignore=OF_A_RUN)
+    assert (a["mocov3"]["resumed"], b["mocov3"]["resumed"]) == (1, 0)
+    assert steady(tmp_path / "on") == steady(whole)[13:]
+
+
+def budgeted(images, budget, *flags):
+    def argv(folder):
+        command = [sys.executable, "-m", "mocov3", "pretrain", str(images), *SMALL, "--budget", budget, *flags]
+        return [*command, "--checkpoint-steps", "2", "--output-dir", str(folder), "--resume", "auto", "--quiet"]
+
+    return argv
+
+
+def assert_equal_from_the_decisions(images, folder, again, *flags):
+    """A run by the recorded decisions, without a clock, is the run."""
+    decays = decays_of(recorded(folder))
+    last = last_of(folder)
+    entry = read(folder / last)["mocov3"]
+    assert entry["step"] == decays[-1].end
+    assert entry["config"]["decay"] == recorded(folder)
+    assert read(folder / STABLE)["mocov3"]["step"] == decays[0].step
+    config = ["--config", str(folder / "config.yaml"), *flags, "--output-dir", str(again)]
+    Process([sys.executable, "-m", "mocov3", "pretrain", *config]).finish()
+    assert_same_run(again, folder, last=last, ignore=OF_A_RUN)
+    assert not difference(*(read(f / STABLE) for f in (folder, again)), ignore=OF_A_RUN)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX process groups")
+def test_killed_by_the_clock_is_bit_equal_from_the_recorded_decisions(images, tmp_path):
+    report = kill_until_done(budgeted(images, "5s"), tmp_path / "killed", kills=2, rng=random.Random(4), within=0.5)
+    assert report.kills >= 1
+    assert_equal_from_the_decisions(images, tmp_path / "killed", tmp_path / "again")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX process groups")
+def test_ranks_share_the_decision(images, tmp_path):
+    Process(budgeted(images, "5s", "--nprocs-per-node", "2")(tmp_path / "two")).finish()
+    assert_equal_from_the_decisions(images, tmp_path / "two", tmp_path / "again", "--nprocs-per-node", "2")
+
+
+def test_a_decision_is_durable_before_it_is_followed(images, tmp_path, monkeypatch):
+    """Killed between checkpoint and config.yaml, and where the disk is full: the decision is followed or not taken."""
+
+    class Killed(BaseException):
+        pass
+
+    said, flushes, written = [], [], Pretraining._write_config
+
+    def killed(self):
+        if self.config.decay:
+            raise Killed
+        written(self)
+
+    flags = ["pretrain", str(images), *SMALL, "--epochs", "4", "--output-dir", str(tmp_path), "--resume", "auto"]
+    monkeypatch.setattr(Pretraining, "_write_config", killed)
+    with pytest.raises(Killed):
+        main(flags)
+    monkeypatch.undo()
+    newest = read(listed(tmp_path)[0])["mocov3"]
+    assert (newest["step"], newest["config"]["decay"], recorded(tmp_path)) == (13, "13:3", "")
+    assert [line["step"] for line in steady(tmp_path)] == list(range(13))  # no decayed step was made
+    assert main([*flags, "--max-steps", "14"]) == 0
+    assert recorded(tmp_path) == "13:3"
+
+    full = tmp_path / "full"
+    flushed = Pretraining.flushed
+    monkeypatch.setattr(
+        Pretraining, "flushed", lambda self: flushes.append(flushed(self)) or "full" * (len(flushes) < 3)
+    )
+    monkeypatch.setattr("mocov3.pretraining.loop.warn", said.append)
+    assert main([*flags[:-3], str(full), "--max-steps", "15"]) == 0
+    assert recorded(full) == "15:1"  # 13 and 14 waited for the disk
+    assert sum("waits for the disk" in text for text in said) == 2
+    lr = [json.loads(line)["lr"] for line in (full / "metrics.jsonl").read_text().splitlines()]
+    assert lr[14] == lr[12]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"decay": "5:2"}, "decisions of --schedule wsd"),
+        ({"schedule": "wsd", "decay": "5"}, "takes STEP:STEPS"),
+        ({"schedule": "wsd", "decay": "5:2,9:1"}, "within the decay before it"),
+        ({"schedule": "wsd", "decay": "5:0"}, "takes STEP:STEPS"),
+        ({"schedule": "wsd", "warmup_epochs": 90}, "leaves no stable part of 100 epochs"),
+        ({"schedule": "wsd", "budget": "soon"}, "write a time above 0"),
+        ({"budget": "1h"}, "--schedule wsd uses up"),
+        ({"prolong": "nowhere"}, "needs a run with --schedule wsd"),
+        ({"prolong": "nowhere", "schedule": "wsd"}, "has no stable.pth.tar"),
+    ],
+)
+def test_what_means_nothing_is_refused(flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        PretrainConfig(**flags).check()
+    assert "\n" not in str(error.value)
+
+
+def test_other_decisions_than_the_checkpoints_are_refused(images, plain, capsys):
+    flags = [*SMALL, "--epochs", "4", "--resume", "auto", "--output-dir", str(plain)]
+    assert main(["pretrain", str(images), *flags, "--decay", "12:4"]) == 2
+    assert "was trained with --decay 13:3, not 12:4" in capsys.readouterr().err
+    assert Path(plain / STABLE).is_file()
