@@ -43,8 +43,9 @@ def epoch_seconds(
 ) -> tuple[float, float, int]:
     """(seconds an epoch of training, seconds of loading, batch size that fits), by a few steps of each.
 
-    With several processes one is measured, on its part of the batch. A batch that does not fit the device's memory is halved until it does. ``best``: by the fastest step, which tells
-    what the machine can do, instead of the median, which tells what it does while others are at work on it.
+    With several processes one is measured, on its part of the batch. A batch that does not fit the device's memory is
+    halved until it does. ``best``: by the fastest step, which tells what the machine can do, instead of the median,
+    which tells what it does while others are at work on it.
 
     Raises:
         UserError: if not even two images fit.

@@ -1,15 +1,16 @@
 """Processes that torchrun started take the first one's decision, or its refusal."""
 
+import sys
 import threading
 
 import pytest
 
 from mocov3.config import PretrainConfig
-from mocov3.distributed import launch
 from mocov3.distributed.launch import count_ranks, decided_once, free_loopback_address
 from mocov3.errors import UserError
 
 HERE = threading.local()
+launch = sys.modules["mocov3.distributed.launch"]
 
 
 @pytest.fixture
