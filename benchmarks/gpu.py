@@ -441,6 +441,27 @@ def evaluation(machine: Machine) -> list[str]:
     ]
 
 
+def fine_tuning(machine: Machine) -> list[str]:
+    """Fine-tuning of ViT-S with DeiT's augmentation, from JPEG files of ten classes."""
+    from benchmarks import images
+
+    root, out = machine.folder / "classes", machine.folder / "tuned"
+    for split, each in (("train", machine.pick(820, 8)), ("val", machine.pick(64, 4))):
+        for number in range(machine.pick(10, 2)):
+            images.folder(root / split / f"class{number}", each)
+    batch = machine.pick(256, 4)
+    flags = ["--model", machine.pick("vit_small", "vit_tiny"), "--data-set", "IMNET", "--data-path", root]
+    flags += ["--epochs", 2, "--warmup-epochs", 0, "--batch-size", batch, "--input-size", machine.pick(224, 32)]
+    flags += ["--print-freq", machine.pick(8, 1), "--output_dir", out, "-j", machine.workers]
+    machine.run("finetune", *flags, "--device", machine.device.type, "--quiet")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rate, wait = _rate([line for line in lines if line.get("images_per_second")])
+    return [
+        f"ViT-S, 224 px, batch {batch}, from files of 55 kB, {machine.workers} loader processes: {rate:.0f} images/s, "
+        f"{100 * wait:.0f} % of the time waiting for data."
+    ]
+
+
 def _loader_rate(machine: Machine, size: int, batch: int) -> float:
     from mocov3.data import CentreView, Loader, Work, open_source
 
@@ -525,6 +546,7 @@ PARTS: dict[str, tuple[str, Callable[[Machine], list[str]]]] = {
     "runs": ("Whole runs", whole_runs),
     "views": ("Views on the device", device_views),
     "evaluation": ("Evaluation", evaluation),
+    "finetune": ("Fine-tuning", fine_tuning),
     "large": ("Batch 4096 in 12 GB", large_batch),
     "launches": ("Kernel launches of the update", launches),
     "resume": ("Bit-equal resume", resume),
