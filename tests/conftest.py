@@ -1,13 +1,18 @@
 """Shared by all tests: shape and type checks of the whole package, thread counts, golden numbers, tiny images."""
 
+import gc
 import os
 import sys
 from pathlib import Path
 
+gc.disable()  # until all is imported, nearly all of which stays
 os.environ["OMP_NUM_THREADS"] = "1"  # inherited by every process a test starts, so that ranks don't fight
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # nor does each of them compile the package anew
 
+import starting
 import typecheck
 
+starting.load_libraries()  # what the checked package imports first, its hook compiles anew at every start
 typecheck.install()  # before the package is imported
 
 import pytest
@@ -15,7 +20,6 @@ import pytest
 pytest.register_assert_rewrite("goldens", "golden_runs")
 
 import numpy as np
-import starting
 import torch
 from goldens import GOLDEN, fill, fill_model, golden, moco_images  # noqa: F401  # for the tests
 from PIL import Image
@@ -86,6 +90,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+def pytest_collection_finish():
+    """From here on only what tests leave is looked through."""
+    gc.freeze()
+    gc.enable()
+
+
 def tree(root, *names):
     """Files of these names below a folder."""
     for name in names:
@@ -139,7 +149,7 @@ TINY = [
     "--recipe",
     "defaults",
     "-a",
-    "resnet10_w32",
+    "resnet10_w16",
     "--image-size",
     "32",
     "-b",
@@ -160,5 +170,7 @@ TINY = [
     "3",
     "--device",
     "cpu",
+    "--logger",
+    "none",
 ]
-"""Flags of a pre-training run that takes a second."""
+"""Flags of a pre-training run that takes half a second; ``--logger tensorboard`` is the program's own."""

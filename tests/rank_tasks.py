@@ -83,7 +83,7 @@ def _batch_norm_calls():
 
 
 def few_steps(world, payload):
-    """Three steps of a model (two in float32) on this rank's part of fixed batches; rank 0 saves what came of it."""
+    """Three steps of a model (one in float32) on this rank's part of fixed batches; rank 0 saves what came of it."""
     from mocov3 import models
     from mocov3.distributed.sharding import is_sharded, whole
     from mocov3.models.lora import add_pairs
@@ -116,7 +116,7 @@ def few_steps(world, payload):
     precision = Precision("fp32", world.device)
     step = Step(model.train(), made, world=world, precision=precision, micro_batch=micro, preservation=preservation)
     losses, norms, first = [], [], None
-    for i in range(3 if dtype == torch.float64 else 2):
+    for i in range(3 if dtype == torch.float64 else 1):
         generator = torch.Generator().manual_seed(i)
         part = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
         views = [torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)[part] for _ in "12"]

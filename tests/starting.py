@@ -49,7 +49,7 @@ LIBRARIES = (
 )
 """What the program imports from others; nothing of the program itself."""
 _READ_WHILE_LOADED = re.compile(
-    r"(OMP|GOMP|KMP|MKL|ATEN|DNNL|ONEDNN|OPENBLAS|TORCH|PYTORCH|CUDA|HIP|LD|PYTHON|LC)_?|LANG$"
+    r"(OMP|GOMP|KMP|MKL|ATEN|DNNL|ONEDNN|OPENBLAS|TORCH|PYTORCH|(CUDA|HIP)(?!_VISIBLE_DEVICES)|LD|PYTHON|LC)_?|LANG$"
 )
 
 
@@ -288,11 +288,16 @@ def _become(argv: list[str]) -> None:
         exec(compile(given[0], "<string>", "exec"), main.__dict__)
 
 
-def _main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def load_libraries() -> None:
+    """Import what the program imports from others."""
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+
+
+def _main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    load_libraries()
     gc.collect()
     gc.freeze()  # so that no collection copies what is shared
     _become(_serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -201,7 +201,7 @@ def test_training_and_judging_by_channels(deep_folder, tmp_path, run_program, ch
     assert len(config["mean_std"].split(",")) == 2 * channels
     encoder = load_backbone(checkpoint)
     assert next(encoder.parameters()).shape[1] == channels
-    assert encoder(torch.zeros(2, channels, 32, 32)).shape == (2, 256)
+    assert encoder(torch.zeros(2, channels, 32, 32)).shape == (2, 128)
     knn = run_program("knn", deep_folder, "--model", checkpoint, "-j", 0, cwd=tmp_path).stdout
     assert "100.0" in knn  # brightness tells the classes apart
     if channels == 1:

@@ -56,14 +56,20 @@ def test_a_world_that_does_not_divide_uses_the_largest_that_does(images, tmp_pat
         "--max-steps",
         "2",
         "--output-dir",
-        str(tmp_path),
+        str(tmp_path / "three"),
         str(images),
     ]
     done = run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "a batch of 16 does not divide over 3 processes: 2 train, 1 idle" in done.stderr
     assert "2 process(es)" in done.stdout
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert main(["pretrain", str(images), *TINY, "--max-steps", "1", "--output-dir", str(tmp_path / "one")]) == 0
+    three, one = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("three", "one")
+    )
+    assert len(three) == 2
+    assert three[0] == pytest.approx(one[0], rel=1e-5)
 
 
 @pytest.mark.skipif(not ON_CPU, reason="this torch shards on GPUs only")

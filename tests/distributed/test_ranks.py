@@ -1,4 +1,7 @@
-"""Ranks: two real processes train as one does; every way of starting them; mistakes in starting them."""
+"""Ranks: real processes train as one does; two nodes that spawn; mistakes in starting them.
+
+Ranks that torchrun starts are in test_many_machines.py, spawned ones that get a signal in test_runs.py.
+"""
 
 import json
 import os
@@ -16,7 +19,7 @@ from mocov3.distributed.sharding import ON_CPU
 
 VIT = {"image_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
 CASES = {
-    "resnet-lars": ("resnet10_w32", {}, "lars", 0.3),
+    "resnet-lars": ("resnet10_w16", {}, "lars", 0.3),
     "vit-adamw": ("vit_small", VIT, "adamw", 1e-3),
     "vit-lars": ("vit_small", {**VIT, "stop_grad_conv1": True}, "lars", 0.3),
     "conv-vit-lars": ("vit_conv_small", {**VIT, "preserve": 2.0}, "lars", 0.3),
@@ -94,20 +97,13 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def one_process(images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    assert main(["pretrain", str(images), *TINY, "--max-steps", "3", "--output-dir", str(folder)]) == 0
-    return losses(folder)
-
-
 def spawned(*commands, env=None, timeout=120):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     running = [Started(c, env=environment) for c in commands]
     return [(p, *p.communicate(timeout=timeout)) for p in running]
 
 
-def test_spawn_on_two_nodes(images, tmp_path, one_process):
+def test_spawn_on_two_nodes(images, tmp_path):
     # two "nodes" meet at a loopback address; each spawns one process
     address = free_loopback_address()
     common = [
@@ -122,45 +118,17 @@ def test_spawn_on_two_nodes(images, tmp_path, one_process):
         "--dist-url",
         address,
         "--output-dir",
-        str(tmp_path),
+        str(tmp_path / "two"),
         str(images),
     ]
     for process, out, err in spawned([*common, "--rank", "0"], [*common, "--rank", "1"]):
         assert process.returncode == 0, out + err
-    assert losses(tmp_path)[0] == pytest.approx(one_process[0], rel=1e-5)
+    assert main(["pretrain", str(images), *TINY, "--max-steps", "1", "--output-dir", str(tmp_path / "one")]) == 0
+    assert losses(tmp_path / "two")[0] == pytest.approx(losses(tmp_path / "one")[0], rel=1e-5)
 
 
-def test_torchrun(images, tmp_path, one_process):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "0",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-        str(ROOT / "main_moco.py"),
-        *TINY,
-        "--max-steps",
-        "3",
-        "--output-dir",
-        str(tmp_path),
-        str(images),
-    ]
-    ((process, out, err),) = spawned(command)
-    assert process.returncode == 0, out + err
-    assert losses(tmp_path)[0] == pytest.approx(one_process[0], rel=1e-5)
-
-
-def test_spawn_here_and_its_mistakes(images, tmp_path, one_process, capsys):
+def test_mistakes_in_starting_ranks(images, tmp_path, capsys):
     flags = [str(images), *TINY, "--output-dir", str(tmp_path)]
-    assert main(["pretrain", *flags, "--max-steps", "3", "--nprocs-per-node", "2"]) == 0
-    assert losses(tmp_path)[0] == pytest.approx(one_process[0], rel=1e-5)
-    capsys.readouterr()
     for wrong, message in (
         (["--nprocs-per-node", "3"], "nearest that do: 15 or 18"),
         (["--world-size", "2", "--rank", "0"], "--dist-url"),

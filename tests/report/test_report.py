@@ -5,7 +5,10 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
+import types
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import torch
 from conftest import ROOT, TINY
 from report_runs import write_long_run
 from sklearn.decomposition import PCA
-from starting import run
+from starting import Started, run
 
 from mocov3.cli import main
 from mocov3.config import PretrainConfig
@@ -23,6 +26,7 @@ from mocov3.errors import UserError
 from mocov3.evaluation import quality
 from mocov3.models import build_backbone
 from mocov3.output.log import Session
+from mocov3.pretraining import report_process
 from mocov3.pretraining.log import PretrainingLog
 from mocov3.pretraining.report_process import ReportProcess
 from mocov3.report import curves, geometry
@@ -255,10 +259,12 @@ def lines_of(folder):
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
-    """A run with k-NN and quality, and its page made during training."""
+    """A run with k-NN and quality, and its page made during training (by processes that start at once)."""
     folder = tmp_path_factory.mktemp("report") / "run"
     more = ["--knn-every", "1", "--quality-every", "1", "--report-every", "1", "--output-dir", str(folder), "--quiet"]
-    assert main(["pretrain", str(images), *TINY, *more]) == 0
+    at_once = {**vars(subprocess), "Popen": lambda argv, *, env, **_: Started(argv, env=env)}
+    with patch.object(report_process, "subprocess", types.SimpleNamespace(**at_once)):
+        assert main(["pretrain", str(images), *TINY, *more]) == 0
     return folder
 
 
