@@ -119,6 +119,8 @@ def test_first_loss_is_theory(tmp_path):
 def test_the_floor_is_reached(tmp_path):
     # sixty-four images seen often enough: within 10 % of the floor, every image found among the others
     flags = [
+        "-a",
+        "resnet10_w32",
         "--epochs",
         45,
         "--warmup-epochs",
