@@ -75,10 +75,16 @@ def memory_on(device):
     return memory
 
 
-def planned(count, machine, *, side=375, hours=None, given=None, seconds=0.0, before=()):
+def memory_by_pixels(arch):
+    """Memory counted once, at 64 px, and taken to grow with the pixels: enough where a plan only has to be found."""
+    counted = count_memory(PretrainConfig(arch=arch, image_size=64), sixteen_bits=True)
+    return lambda values, batch: counted.peak(batch) * (values.get("image_size", 224) / 64) ** 2
+
+
+def planned(count, machine, *, side=375, hours=None, given=None, seconds=0.0, before=(), memory=None):
     images = Images(count, side, "photos", "because", "0.5,0.25", gray=False)
     given = given or {}
-    memory = memory_on(machine.device)
+    memory = memory or memory_on(machine.device)
     choices = choose_settings(images, machine, hours, given, lambda values: (seconds, {}), memory, before)
     fields = {f.name for f in dataclasses.fields(PretrainConfig)}
     return PretrainConfig(data="x", recipe="auto", **given, **{c.name: c.value for c in choices if c.name in fields}), {
@@ -320,8 +326,9 @@ def kind_of(arch):
 def test_adapt_takes_the_rate_of_the_kind_of_network(arch):
     given = {**RECIPES["adapt"].settings, "arch": arch}
     optimizer, highest = kind_of(arch)
+    same = {"given": given, "before": choices_of(row_of(arch, 3000)), "memory": memory_by_pixels(arch)}
     for machine, side in itertools.product(MACHINES.values(), (28, 70, 375)):
-        config, choices = planned(3000, machine, side=side, given=given, before=choices_of(row_of(arch, 3000)))
+        config, choices = planned(3000, machine, side=side, **same)
         config.check()
         assert ("not measured" in choices["lr"].reason) != arch.startswith("resnet10")
         assert "not measured" in choices["epochs"].reason

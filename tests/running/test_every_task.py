@@ -5,12 +5,12 @@ import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
 
 import pytest
 from evaluating import write_pretrained
 from killing import Process, environment
+from starting import run
 
 from mocov3.errors import UserError
 from mocov3.running.folder import LINCLS_LOCK, LOCK
@@ -65,9 +65,7 @@ def test_a_second_run_is_refused_and_a_resume_starts_at_once_after_a_kill(task, 
     argv = command(task, images, pretrained, tmp_path)
     first = started(task, argv, tmp_path)
     try:
-        second = subprocess.run(
-            [*argv, "--resume", "auto"], capture_output=True, text=True, env=environment(), timeout=120
-        )
+        second = run([*argv, "--resume", "auto"], env=environment())
         assert second.returncode == 2, second.stderr
         (line,) = second.stderr.splitlines()
         assert f"process {first.popen.pid} on {socket.gethostname()}" in line
