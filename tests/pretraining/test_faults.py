@@ -34,7 +34,8 @@ CPU = World(0, 1, torch.device("cpu"))
 
 
 def pretrain(images, folder, *flags, program=("-m", "mocov3", "pretrain")):
-    return [sys.executable, *program, str(images), *TINY, "--output-dir", str(folder), "--quiet", *map(str, flags)]
+    logged = ["--logger", "tensorboard", "--output-dir", str(folder), "--quiet"]  # whose files fill and stay open too
+    return [sys.executable, *program, str(images), *TINY, *logged, *map(str, flags)]
 
 
 def lines(folder):
