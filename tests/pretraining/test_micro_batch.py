@@ -219,7 +219,7 @@ def test_a_run_in_micro_batches_is_the_run(images, tmp_path, capsys):
 def test_it_says_what_batch_norm_makes_inexact(images, tmp_path, capsys):
     flags = ["pretrain", str(images), *TINY, "--max-steps", "1", "--micro-batch", "4", "--output-dir", str(tmp_path)]
     assert main(flags) == 0
-    assert "resnet10_w32 has batch norm, which normalises by 4 images at a time" in capsys.readouterr().out
+    assert "resnet10_w16 has batch norm, which normalises by 4 images at a time" in capsys.readouterr().out
     for wrong, message in (("-1", "--micro-batch must be"), ("many", "--micro-batch")):
         try:
             code = main([*flags[:-4], "--micro-batch", wrong, "--output-dir", str(tmp_path / "x")])
