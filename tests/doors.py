@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import shlex
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -42,9 +43,11 @@ def no_file_above(size):
     """No file grows beyond so many bytes, as on a full disk (another number of the error)."""
     import resource  # which Windows lacks
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, compiles = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    sys.dont_write_bytecode = True  # Python would leave half of a compiled module that is first imported here
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = compiles

@@ -274,6 +274,7 @@ def _become(argv: list[str]) -> None:
     import numpy as np
 
     np.random.seed()  # Python's own is seeded by the fork
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     kind, given = argv[0], argv[1:]
     if kind not in ("-m", "-c"):
         sys.argv, sys.path[0] = argv, str(Path(kind).resolve().parent)

@@ -9,9 +9,6 @@ from mocov3.metrics import JsonLine, MetricsLine, measured
 from mocov3.output.log import SKIPPED, Session, TrainingLog, warn
 from mocov3.output.loggers import ImageBytes
 
-_BINDS = 0.1
-"""Share of the time spent waiting for data from which the loader is said to be what binds."""
-
 
 class PretrainingLog(TrainingLog):
     """Output of a pre-training run. On ranks that do not write, every call does nothing.
@@ -95,7 +92,7 @@ class PretrainingLog(TrainingLog):
             f"k-NN {self._knn:.1f}" if self._knn is not None else "",
             f"drift {line.drift:.3f}" if line.drift is not None else "",
             f"{line.images_per_second:.0f} img/s",
-            f"wait {100 * line.data_wait:.0f}%" + (" (loader binds)" if line.data_wait >= _BINDS else ""),
+            f"wait {100 * line.data_wait:.0f}%",
             f"found {100 * line.retrieval_accuracy:.0f}%",
         ]
 

@@ -120,6 +120,7 @@ def test_compiled_backbones_train_alike(monkeypatch):
     # what tests check at every call, some versions of dynamo cannot trace
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)

@@ -80,7 +80,10 @@ def test_a_second_run_is_refused_and_a_resume_starts_at_once_after_a_kill(task, 
 
 @linux
 @every_task
-def test_a_disk_that_is_full_for_a_while_costs_no_run_and_a_full_one_is_said(task, images, pretrained, tmp_path):
+def test_a_disk_that_is_full_for_a_while_costs_no_run_and_a_full_one_is_said(
+    task, images, pretrained, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # Python would leave half of a compiled module
     argv = command(task, images, pretrained, tmp_path, "--checkpoint-steps", 3)
     process = started(task, argv, tmp_path)
     process.wait_until(lambda: any(tmp_path.glob(LAST[task])))
