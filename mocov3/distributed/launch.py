@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from mocov3.config.running import RankFlags
-from mocov3.distributed.meeting import largest_dividing, open_store, stand_by, tell_done
+from mocov3.distributed.meeting import largest_dividing, name_group, open_store, stand_by, tell_done
 from mocov3.distributed.world import World, start
 from mocov3.errors import RankLost, UserError, lenient_output, stop_signals
 from mocov3.output.log import warn
@@ -142,10 +142,11 @@ def decided_once(decide: Callable[[], str], name: str, timeout_minutes: float = 
     given = from_torchrun()
     if given is None or given[1] == 1:
         return decide()
-    key = f"mocov3/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     try:
         store = open_store("env://", given[0], timedelta(minutes=timeout_minutes))
         _open_stores.append(store)
+        # the store may hold what a former start of the group decided
+        key = f"{name_group(store, given[0], given[1], 60 * timeout_minutes)}/{name}"
         if given[0]:
             kind, _, text = store.get(key).decode().partition(" ")
             if kind == "refused":

@@ -51,6 +51,8 @@ def test_the_first_process_decides_for_all(ranks):
 
     assert ranks(lambda rank: decided_once(lambda: decide(rank), "plan", 1)) == ["as rank 0 says: ü"] * 3
     assert asked == [0]
+    # started again, in the store that torchrun keeps
+    assert ranks(lambda rank: decided_once(lambda: "now otherwise", "plan", 1)) == ["now otherwise"] * 3
 
 
 def test_a_refusal_is_everybodys(ranks):
