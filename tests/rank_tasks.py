@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
+from reads import Reads
 
 from mocov3.distributed import SynchronisedBatchNorm, synchronise_batch_norm
 
@@ -46,20 +46,6 @@ def batch_norm(world, _):
     return 0
 
 
-class _Calls(TorchFunctionMode):
-    """Values of tensors that are read meanwhile, for which a GPU would have to be waited for."""
-
-    def __init__(self):
-        super().__init__()
-        self.read = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        if name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
-            self.read.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def _batch_norm_calls():
     """A synchronised layer communicates once in each direction, 2 numbers a channel and a count, and reads nothing."""
     layer = synchronise_batch_norm(torch.nn.Sequential(torch.nn.BatchNorm2d(6)))
@@ -75,11 +61,11 @@ def _batch_norm_calls():
     with (
         patch.object(dist, "all_gather", count(dist.all_gather)),
         patch.object(dist, "all_reduce", count(dist.all_reduce)),
-        _Calls() as calls,
+        Reads() as reads,
     ):
         layer(torch.randn(4, 6, 3, 3, requires_grad=True)).square().sum().backward()
     assert sent == [("all_gather", 4 * (2 * 6 + 1)), ("all_reduce", 4 * 2 * 6)], sent
-    assert not calls.read, calls.read
+    assert not reads.found, reads.found
 
 
 def few_steps(world, payload):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from reads import Reads
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mocov3 import models
@@ -375,39 +375,6 @@ def test_update_is_few_launches(arch, optimizer):
         model.update_momentum_encoder(0.99)
         made.step()
     assert 5 <= launches.count <= 30, launches.by_name
-
-
-READS = {
-    "item",
-    "tolist",
-    "numpy",
-    "cpu",
-    "__bool__",
-    "__float__",
-    "__int__",
-    "__index__",
-    "__array__",
-    "__repr__",
-    "__format__",
-    "is_nonzero",
-    "nonzero",
-    "equal",
-    "allclose",
-}
-
-
-class Reads(TorchFunctionMode):
-    """Collects the calls that need a value of a tensor, for which a GPU would have to be waited for."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        if name in READS:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("arch", "optimizer", "late"), [("resnet10_w32", "lars", False), ("vit_small", "adamw", True)])
