@@ -5,9 +5,7 @@
 nothing, gives the verdict at the end. Every judgement is a line of ``guard.jsonl``.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -23,9 +21,8 @@ from mocov3.evaluation.frozen import open_frozen
 from mocov3.evaluation.label_free import features_of_views
 from mocov3.evaluation.neighbours import right_among, shared_neighbours
 from mocov3.evaluation.paired import Conclusion, Paired, conclude, kept, smallest_set
-from mocov3.metrics import GUARD, JsonLine, plain
+from mocov3.metrics import GUARD, JsonLine
 from mocov3.models import MoCo
-from mocov3.output.log import cut
 from mocov3.pretraining.labelled_images import new_images, old_images
 from mocov3.pretraining.log import PretrainingLog
 from mocov3.weights.checkpoint import Position
@@ -65,13 +62,14 @@ class AgainstStart:
         self, config: PretrainConfig, world: World, model: MoCo, log: PretrainingLog, *, unseen: Source, start: Position
     ) -> None:
         self.config, self.world, self.model, self.log = config, world, model, log
-        self.file = Path(config.output_dir) / GUARD
         self.active = bool(config.guard or config.new_labels)
         self.lines: list[JsonLine] = []
         if self.active:
             self._open(unseen)
-            lines = cut(self.file, lambda line: line["step"] <= start.step and {"chosen", "holds"} <= set(line))
-            self.lines = world.broadcast(lines if world.main else [])
+            self._file, lines = log.open(
+                GUARD, lambda line: line["step"] <= start.step and {"chosen", "holds"} <= set(line)
+            )
+            self.lines = world.broadcast(lines)
 
     def _open(self, unseen: Source) -> None:
         c, world = self.config, self.world
@@ -140,9 +138,7 @@ class AgainstStart:
         line: JsonLine = {"epoch": position.epoch, "step": position.step, "holds": comparison.holds, "chosen": chosen}
         line |= {"agreement": comparison.agreement, **{name: pair.as_dict() for name, pair in pairs.items()}}
         self.lines.append(line)
-        if self.world.main:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(plain(line)) + "\n")
+        self._file.write(line)
         numbers = {"guard/agreement": comparison.agreement}
         told = f"Epoch {position.epoch - 1}: {comparison.agreement:.0f} % of neighbours are the start's"
         if old := pairs.get(OLD):
