@@ -5,11 +5,11 @@
     python benchmarks/equal_time.py schedule --rehearse
 
 Every way of a question trains by ``mocov3 pretrain``'s own loop, on one thread, for about ``--minutes`` of processor
-time, loading included: a few steps are timed, which gives it as many epochs as fit (``schedule``
-and ``precision``: all as many as the first way, since they are about equal steps). Printed: k-NN (k 20, τ 0.07) and ridge accuracy on the test images, images
-seen and processor minutes, mean over seeds. Runs are kept in ``--results`` as they come, so that a measurement that was
-stopped can be resumed. ``--rehearse`` runs everything on a few of the embedded images for a few steps; it writes
-nothing.
+time, loading included: a few steps are timed, which gives it as many epochs as fit (``schedule`` and ``precision``: all
+as many as the first way, since they are about equal steps). Printed: k-NN (k 20, τ 0.07) and ridge accuracy on the test
+images, images seen and processor minutes, mean over seeds. Runs are kept in ``--results`` as they come, so that a
+measurement that was stopped can be resumed. ``--rehearse`` runs everything on a few of the embedded images for a few
+steps; it writes nothing.
 """
 
 import argparse
