@@ -242,13 +242,13 @@ def _length(settings: _Settings, images: Images, machine: Machine, hours: float 
         settings.choices = [c for c in settings.choices if c.name != name]
         settings.choices.append(Choice(name, value, "what fitted the memory when tried"))
     possible = int(_PLANNED * budget / max(seconds, 1e-9))
-    if hours is not None and settings.values.get("schedule") == "wsd":
-        epochs, reason = max(possible, 1), f"about what {duration(budget)} allow; the clock decides the end"
-    elif possible < 1:
-        epochs, reason = (
-            1,
-            f"one pass takes {duration(seconds)}: take fewer images (DIR:0.1), a GPU or a longer --budget",
-        )
+    if hours is not None and asked is None and "epochs" not in settings.given and possible < wanted:
+        settings.choose("schedule", "wsd", "uses the budget up: the clock decides when the rate falls (docs/budget.md)")
+    if possible < 1:
+        fewer = f"one pass takes {duration(seconds)}: take fewer images (DIR:0.1), a GPU or a longer --budget"
+        epochs, reason = 1, fewer
+    elif hours is not None and settings.values.get("schedule") == "wsd":
+        epochs, reason = possible, f"about what {duration(budget)} allow; the clock decides the end"
     elif possible < wanted:
         epochs, reason = possible, f"what {duration(budget)} allow (without a limit: {wanted})"
     else:

@@ -112,11 +112,16 @@ def test_plans_are_runnable(count, machine, side):
 
 def test_a_budget_sets_epochs():
     cpu = MACHINES["cpu"]
-    assert planned(5_000, cpu, hours=1, seconds=60)[0].epochs == math.floor(0.85 * 60)
+    plan = planned(5_000, cpu, hours=1, seconds=60)[0]
+    assert (plan.epochs, plan.schedule) == (math.floor(0.85 * 60), "wsd")
+    for enough in (planned(5_000, cpu, hours=24, seconds=60)[0], planned(5_000, cpu, seconds=60)[0]):
+        assert enough.schedule == "cosine"  # the time does not bind, or nobody named it
+    assert planned(5_000, cpu, hours=1, seconds=60, given={"epochs": 20})[0].schedule == "cosine"
     assert planned(5_000, cpu, seconds=60)[0].epochs == math.floor(0.85 * 60)  # an hour on a CPU unless told
     assert planned(5_000, MACHINES["8 GB"], seconds=60)[0].epochs > 400
     config, choices = planned(1_281_167, cpu, hours=2, seconds=90_000)
     assert (config.epochs, config.max_hours) == (1, 2.4)
+    assert config.schedule == "wsd"
     assert "fewer images" in choices["epochs"].reason
     assert [parse_budget(t) for t in ("90s", "30m", "2h", "1.5d", "3")] == [0.025, 0.5, 2, 36, 3]
     for text in ("", "h", "-1h", "0", "inf", "nan", "soon"):
