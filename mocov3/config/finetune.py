@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
 from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.loggers import logger_names
+from mocov3.config.own import GROUP_HELP
 from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RunFlags
 from mocov3.config.views import preset_of
 from mocov3.errors import UserError
@@ -27,7 +28,10 @@ class FinetuneConfig(RunFlags):
     )
     data_path: str = flag("", "its folder", kind=path, result=False, per_rank=True, group=DATA, metavar="PATH")
     fraction: float = flag(
-        1.0, "share of the training images of every class, a fixed choice", group=DATA, above=0, high=1
+        1.0, "share of the training images of every class, whole groups, a fixed choice", group=DATA, above=0, high=1
+    )
+    group_by: str = flag(
+        "", f"{GROUP_HELP}; test images of a group that training has are left out", group=DATA, metavar="GROUPS"
     )
     output_dir: str = flag(
         "",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mocov3.config.archs import check_arch, check_heads
 from mocov3.config.fields import Parser, path
+from mocov3.config.own import GROUP_HELP
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
 from mocov3.data.sources.labels import Labelled, Labels, own_labels, read_labels
@@ -54,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
         arch=args.arch or None,
         heads=args.heads,
         blend=args.blend,
+        group_by=args.group_by,
     )
     if args.json:
         for row in rows:
@@ -78,6 +80,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT, of files that do not tell")
     parser.add_argument(
         "--labels", type=path, default="", metavar="CSV", help="path,label of some images (10–100 will do)"
+    )
+    parser.add_argument(
+        "--group-by", default="", metavar="GROUPS", help=f"{GROUP_HELP}; no image is judged by others of its group"
     )
     parser.add_argument(
         "--blend",
@@ -141,8 +146,10 @@ def _print(rows: list[JsonLine], labels: Labels | None, file: str, *, held_out: 
     print("again goes along with k-NN best (docs/own-images.md). Compare on the same images only.")
     if labels is not None:
         counted = f"{rows[0]['labelled']} labelled images of {len(labels.classes)} classes"
+        groups = rows[0].get("labelled_groups")
+        others = f"those of other groups ({groups} in all, resampled whole)" if groups else "the others"
         print(
-            f"k-NN: each of {counted} judged by the others (k 20, τ .07){' of ' + file if file else ''}; "
+            f"k-NN: each of {counted} judged by {others} (k 20, τ .07){' of ' + file if file else ''}; "
             "where intervals overlap, the labels can't tell networks apart."
         )
         for row in rows:

@@ -30,7 +30,7 @@ def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:
         file = getattr(config, name)
         if file and not (name == "resume" and file == "auto") and not Path(file).is_file():
             raise UserError(f"--{name} {file}: {no_file(file)}")
-    pair = open_pair(config.data_set, config.data_path)
+    pair = open_pair(config.data_set, config.data_path, config.group_by)
     check_readable(pair.test, None, f"--data-path {config.data_path} (test)")
     if config.eval:
         warn_left_out(pair.test)

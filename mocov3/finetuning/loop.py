@@ -70,7 +70,7 @@ class Tuning(Run):
         self.pair = self._opened()
         self.agree({"images": self.pair.train.digest, "test images": self.pair.test.digest})
         self.classes = len(self.pair.test.classes)
-        self.train = Repeated(stratified(self.pair.train, c.fraction), c.repeats)
+        self.train = Repeated(stratified(self.pair.train, c.fraction, c.group_by), c.repeats)
         self.labels = np.asarray(self.train.labels, dtype=np.int64)
         self.preset = preset_of({"view_preset": c.view_preset, "mean_std": c.mean_std})
         self.total_batch = setup.total_batch(c, world)
@@ -83,7 +83,8 @@ class Tuning(Run):
 
     def _opened(self) -> Pair:
         """The images; where a file is evaluated, those to test on are numbered by the file's classes."""
-        c, pair = self.config, open_pair(self.config.data_set, self.config.data_path)
+        c = self.config
+        pair = open_pair(c.data_set, c.data_path, c.group_by)
         saved = our_entry(self.start.resumed or self.start.weights).get("classes")
         if not c.eval or not isinstance(saved, list):
             return pair

@@ -17,7 +17,8 @@ from mocov3.config.fields import Fields, Layers, Parser, path
 from mocov3.config.views import preset_of
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
-from mocov3.data.sources.opening import SEPARATOR
+from mocov3.data.sources.groups import groups_in, suggested
+from mocov3.data.sources.opening import SEPARATOR, field_groups
 from mocov3.data.sources.survey import Survey, sample, survey
 from mocov3.errors import UserError, printable
 from mocov3.output.sheet import write_sheet
@@ -70,6 +71,7 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
                     "settings": asdict(proposal.config),
                     "sheet": args.sheet,
                     "left_out": getattr(source, "skipped", []),
+                    "group_by": found[0] if (found := _suggested(source, values)) else None,
                     "training_seconds": proposal.training,
                     "loading_seconds": proposal.loading,
                 }
@@ -80,6 +82,8 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
     print(block(proposal.choices, layers.recipe, layers.given))
     print("\n" + "\n".join(_speed(proposal)))
     print("\n".join(_near_in_batches(facts, proposal.config.batch_size, bool(proposal.config.group_by))))
+    if line := _groups(source, values):
+        print(line)
     print(f"\n{args.sheet}: {rows} images with their views under --view-preset {proposal.config.view_preset}")
     return 0
 
@@ -162,9 +166,32 @@ def _speed(proposal: Proposal) -> list[str]:
     return lines
 
 
+def _suggested(source: Source, values: Fields) -> tuple[str, int] | None:
+    """What names say of groups, where nothing else does."""
+    if values.get("group_by") or field_groups(source, "") is not None:
+        return None
+    return suggested([source.name(i) for i in range(len(source))])
+
+
+def _groups(source: Source, values: Fields) -> str:
+    """A line on groups: those that count, or those that names suggest."""
+    groups = groups_in(source, str(values.get("group_by") or ""))
+    if groups is not None:
+        return f"  groups           {int(groups.max()) + 1} of {len(source)} images"
+    if (found := _suggested(source, values)) is None:
+        return ""
+    pattern, count = found
+    first = printable(source.name(0))
+    return (
+        f"  groups           names look like {count} groups of images that belong together, as {first}: "
+        f"give --group-by '{pattern}', to knn, lincls, finetune and compare too, or images of one group are judged by "
+        "each other; --group-by none, if they do not"
+    )
+
+
 def _near_in_batches(survey: Survey, batch: int, grouped: bool) -> list[str]:
     share = min(survey.partners * (batch - 1) / max(survey.images - 1, 1), 1.0)
     line = f"  false negatives  {100 * share:.2f} % of images would meet a near-copy in their batch of {batch}"
     if share > _GROUP_FROM and not grouped:
-        line += "; keep them apart by --group-by, or remove copies"
+        line += "; keep them apart by --group-by, of which they may be one group, or remove copies"
     return [line]

@@ -11,7 +11,8 @@ from mocov3.config import PretrainConfig
 from mocov3.config.fields import check_writable
 from mocov3.data import Source, open_source
 from mocov3.data.loading.filling import check_readable
-from mocov3.data.loading.order import Order, group_numbers, hold_out
+from mocov3.data.loading.order import Order, hold_out
+from mocov3.data.sources.groups import NONE, groups_in
 from mocov3.data.sources.index import cache_folder
 from mocov3.data.sources.labels import matched, with_labels
 from mocov3.data.sources.opening import fractions, open_unseen
@@ -74,7 +75,8 @@ def open_images(config: PretrainConfig) -> tuple[Source, Source | None, Order]:
         source, held_out = whole, None
     else:
         source, held_out = hold_out(whole, config.hold_out, config.group_by)
-    groups = group_numbers(source, config.group_by) if config.group_by else None
+    # in batches only where it is asked for: images of few patients would leave no batch
+    groups = groups_in(source, config.group_by) if config.group_by not in ("", NONE) else None
     return source, held_out, Order(len(source), config.batch_size, fractions(source), groups)
 
 

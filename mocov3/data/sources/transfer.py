@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mocov3.data.sources.embedded import FashionMnist
+from mocov3.data.sources.groups import without_shared
 from mocov3.data.sources.index import Index
 from mocov3.data.sources.labels import matched, with_labels
 from mocov3.data.sources.opening import Folder, Source, open_source
@@ -28,17 +29,24 @@ class Pair(NamedTuple):
     """Whether the field reports the mean accuracy over classes for this set (Flowers, Pets)."""
 
 
-def open_pair(data_set: str, path: str) -> Pair:
-    """The images of a data set.
+def open_pair(data_set: str, path: str, group_by: str = "") -> Pair:
+    """The images of a data set, without those to test on that are of a group (``groups``) that training has.
 
     Args:
         data_set: ``cifar10 cifar100 flowers pets fashion-mnist``; ``folder`` or ``IMNET`` for PATH/train/CLASS and
             PATH/val/CLASS, or what else ``mocov3.data.sources.splits`` takes for these parts.
         path: where it lies.
+        group_by: as ``--group-by``.
 
     Raises:
         UserError: naming the file that is missing or damaged, or how classes differ.
     """
+    pair = _open(data_set, path)
+    test = without_shared(pair.test, pair.train, group_by, f"--data-path {path}" if path else f"--data-set {data_set}")
+    return pair._replace(test=test)
+
+
+def _open(data_set: str, path: str) -> Pair:
     if data_set == "fashion-mnist":
         return Pair(FashionMnist("train", path or None), FashionMnist("val"), False)
     if not path:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from mocov3.config import LinclsConfig
 from mocov3.config.fields import check_writable
-from mocov3.data import open_source
 from mocov3.data.loading.filling import check_readable
-from mocov3.data.loading.labelled import open_labelled
+from mocov3.data.loading.labelled import open_judged, open_labelled
 from mocov3.errors import UserError
 from mocov3.output.log import warn_left_out
 
@@ -28,9 +27,9 @@ def check(config: LinclsConfig, *, script_door: bool) -> None:
     if config.evaluate:
         if config.resume == "auto" and not (folder / "checkpoint.pth.tar").is_file():
             raise UserError(f"--resume auto: there is no checkpoint.pth.tar in {folder}; name the file")
-        warn_left_out(open_source(config.data, "val"))
+        warn_left_out(open_judged(config.data, config.group_by))
         return
-    train, val = open_labelled(config.data)
+    train, val = open_labelled(config.data, config.group_by)
     check_readable(val, None, f"data {config.data} (val)")
     if not (config.arch or config.pretrained or config.resume):
         raise UserError("no backbone: give --pretrained FILE, or -a ARCH for an untrained one")

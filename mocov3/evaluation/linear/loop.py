@@ -79,7 +79,7 @@ class Evaluation(Run):
         self.log = self._open_log(resumed=contents is not None)
 
     def _open_images(self, config: LinclsConfig) -> None:
-        self.source, self.val_source = open_labelled(config.data)
+        self.source, self.val_source = open_labelled(config.data, config.group_by)
         self.agree({"images": self.source.digest, "validation images": self.val_source.digest})
         self.labels, self.val_labels = (
             torch.as_tensor(s.labels, dtype=torch.long, device=self.world.device)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mocov3.config import LinclsConfig
-from mocov3.data import Source, open_source
-from mocov3.data.loading.labelled import open_evaluated
+from mocov3.data import Source
+from mocov3.data.loading.labelled import open_evaluated, open_judged
 from mocov3.data.loading.loader import loader_workers
 from mocov3.data.sources.labels import matched, with_labels
 from mocov3.distributed import World
@@ -87,7 +87,7 @@ def rates(row: Sequence[float]) -> tuple[float, float, float]:
 
 def evaluate_file(world: World, job: Job[LinclsConfig]) -> int:
     """``-e``: the accuracy of a linear file on the validation set."""
-    source = open_source(job.config.data, "val")
+    source = open_judged(job.config.data, job.config.group_by)
     result, _, about = _score(world, job, source)
     if world.main:
         if job.config.json and not job.config.quiet:
