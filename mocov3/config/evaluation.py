@@ -17,6 +17,10 @@ OUTPUT = "result"
 HEADS_HELP = (
     "attention heads of a ViT, of a file that does not record them (ViT-S: 12 in MoCo v3; 6 in DeiT, DINO, timm)"
 )
+FINDINGS_HELP = (
+    "several findings an image in place of classes: a CSV of paths and a column of 1, 0 or nothing (not known) a "
+    "finding, for the images of both parts; columns may be named"
+)
 MEASURES_HELP = (
     "also AUROC, average precision, balanced accuracy, macro-F1 and the confusion table, by scikit-learn "
     "(pip install 'mocov3[measures]')"

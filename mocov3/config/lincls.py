@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, check_heads
-from mocov3.config.evaluation import HEADS_HELP, check_model_flags, several
+from mocov3.config.evaluation import FINDINGS_HELP, HEADS_HELP, MEASURES_HELP, check_model_flags, several
 from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
@@ -122,6 +122,8 @@ class LinclsConfig(RankFlags):
         choices=("", *PRESETS),
         group=DATA,
     )
+    labels: str = flag("", FINDINGS_HELP, kind=path, result=False, per_rank=True, group=DATA, metavar="CSV[:COLUMN,…]")
+    measures: bool = flag(False, MEASURES_HELP, result=False, group=RUN)
     group_by: str = flag(
         "", f"{GROUP_HELP}; validation images of a group that training has are left out", group=DATA, metavar="GROUPS"
     )

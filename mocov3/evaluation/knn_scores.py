@@ -127,8 +127,9 @@ def _classes(
     more: JsonLine = {}
     if config.measures:
         one_hot = torch.nn.functional.one_hot(bank.labels, classes)
-        scores = torch.cat(world.gather(shares(found, one_hot, *best))).numpy()
-        more = measures.of_classes(scores, asked.labels.numpy(), groups) if world.main else {}
+        parts = world.gather((shares(found, one_hot, *best), voted[best]))
+        scores, chosen = (torch.cat([part[i] for part in parts]).numpy() for i in range(2))
+        more = measures.of_classes(scores, asked.labels.numpy(), groups, chosen) if world.main else {}
     rows = right if world.main else right[:0]
     interval = {key: interval_of(row, groups) for key, row in zip(voted, rows, strict=False)}
     return Result(score, interval, recall, best, more)

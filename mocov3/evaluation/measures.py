@@ -34,13 +34,16 @@ def require(why: str) -> None:
         raise UserError(f"{why} needs scikit-learn: pip install 'mocov3[measures]'")
 
 
-def of_classes(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None) -> JsonLine:
+def of_classes(
+    scores: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None, answers: np.ndarray | None = None
+) -> JsonLine:
     """Measures of one class an image.
 
     Args:
-        scores: (images, classes), the higher the likelier; the highest is the answer.
+        scores: (images, classes), the higher the likelier.
         labels: (images,), int.
         groups: (images,), int.
+        answers: (images,), int; those of the highest score unless given.
 
     Returns:
         In %: ``auroc`` and ``average_precision`` (one class against the rest, mean over classes that some but not all
@@ -50,7 +53,7 @@ def of_classes(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray | None
     """
     from sklearn.metrics import confusion_matrix, f1_score
 
-    count, answers = scores.shape[1], scores.argmax(1)
+    count, answers = scores.shape[1], scores.argmax(1) if answers is None else answers
     truth = (labels[:, None] == np.arange(count)).astype(np.int8)
     judged = slice(1, 2) if count == 2 else slice(0, count)
 

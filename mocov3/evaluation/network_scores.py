@@ -4,11 +4,11 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mocov3.config import preset_of
 from mocov3.config.fields import Fields
@@ -21,11 +21,9 @@ from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.launch import pick_device
 from mocov3.errors import UserError
+from mocov3.evaluation.answers import Answers, answered
 from mocov3.evaluation.features import Extractor
-from mocov3.evaluation.intervals import interval_of
 from mocov3.evaluation.label_free import features_of_views, judge, pixel_features
-from mocov3.evaluation.neighbours import right_among
-from mocov3.evaluation.paired import Paired
 from mocov3.metrics import JsonLine
 from mocov3.models import Encoder, build_backbone
 from mocov3.weights import Contents, checkpoint, trained_with
@@ -74,6 +72,7 @@ def judge_all(
     heads: int | None = None,
     blend: Sequence[float] = (),
     group_by: str = "",
+    measures: bool = False,
 ) -> list[JsonLine]:
     """A row of measures for pixels, for the untrained and starting networks, for each file and its blends.
 
@@ -90,6 +89,7 @@ def judge_all(
         heads: attention heads of ViTs, of files that do not tell.
         blend: fractions of the way from the start's weights to the file's, to be judged as well.
         group_by: as ``--group-by``: no image is judged by others of its group, and groups are resampled whole.
+        measures: give further ones (``mocov3.evaluation.measures``) of labelled images.
 
     Raises:
         UserError: if something cannot be read, or a blend is wanted with a start that is not here.
@@ -98,7 +98,7 @@ def judge_all(
     asking = [file for file, contents in files.items() if heads is not None and _asks(contents, file, arch)] or list(
         files
     )
-    judges = _Judges(images, whole, labels, World(0, 1, pick_device(device, None)), workers, group_by)
+    judges = _Judges(images, whole, labels, World(0, 1, pick_device(device, None)), workers, group_by, measures)
     rows: list[JsonLine] = []
     for file, contents in files.items():
         named = named_arch(contents) is not None
@@ -108,13 +108,6 @@ def judge_all(
         rows += judges.beside(trained_with(contents), settings)
         rows += judges.of_file(file, encoder, trained_with(contents), settings, blend)
     return rows
-
-
-class _Answers(NamedTuple):
-    """Which labelled images are answered rightly, and their groups."""
-
-    right: Tensor
-    groups: np.ndarray | None
 
 
 class _Judges:
@@ -127,17 +120,26 @@ class _Judges:
         world: where.
         workers: loading processes.
         group_by: as ``--group-by``.
+        measures: give further ones of labelled images.
     """
 
     def __init__(
-        self, images: Source, whole: Source, labels: Labels | None, world: World, workers: int, group_by: str
+        self,
+        images: Source,
+        whole: Source,
+        labels: Labels | None,
+        world: World,
+        workers: int,
+        group_by: str,
+        measures: bool,
     ) -> None:
+        self.measures = measures
         self.images, self.labels, self.world, self.workers = images, labels, world, workers
         self.labelled = None if labels is None else Subset(whole, labels.indices)
         self.groups = groups_in(images, group_by)
         self.labelled_groups = None if self.labelled is None else groups_in(self.labelled, group_by)
         self._beside: set[str] = set()
-        self._starts: dict[str, tuple[Encoder, _Answers | None]] = {}
+        self._starts: dict[str, tuple[Encoder, Answers | None]] = {}
 
     def beside(self, config: Fields, settings: Built) -> Iterator[JsonLine]:
         """Rows that a file is shown beside and that are not there yet: pixels, untrained, the start."""
@@ -165,8 +167,8 @@ class _Judges:
         networks += [(f"{file} blend {f:g}", "blend", blended(start, encoder, f)) for f in blend if start is not None]
         for name, kind, network in networks:
             row, right = self._row(name, kind, network, config, settings["image_size"])
-            if first is not None and right is not None and len(first.right) == len(right.right):
-                row["against_start"] = Paired.of(first.right, right.right, right.groups).as_dict()
+            if first is not None and right is not None and (change := right.against(first)) is not None:
+                row["against_start"] = change
             yield row
 
     def _first(self, thing: str) -> bool:
@@ -179,7 +181,7 @@ class _Judges:
 
     def _row(
         self, name: str, kind: str, encoder: Encoder | None, config: Fields, size: int
-    ) -> "tuple[JsonLine, _Answers | None]":
+    ) -> tuple[JsonLine, Answers | None]:
         """The measures, and with labels which labelled images are answered rightly."""
         preset, labels = preset_of(config), self.labels
         network, made = (
@@ -207,12 +209,8 @@ class _Judges:
             if len(read) < 2:
                 raise UserError(f"only {len(read)} of {len(labels.numbers)} labelled images can be read; label others")
             groups = chosen(self.labelled_groups, read)
-            right = right_among(labelled[:, 0], torch.as_tensor(labels.numbers[read]), groups)
-            answers = _Answers(right, groups)
-            hits, n = int(right.sum()), len(right)
-            low, high = interval_of(right.numpy(), groups)
-            row |= {"knn": 100 * hits / n, "knn_low": low, "knn_high": high, "labelled": n}
-            row |= {} if groups is None else {"labelled_groups": len(np.unique(groups))}
+            answers = answered(labelled[:, 0], labels.numbers[read], labels.classes, groups)
+            row |= answers.line(further=self.measures)
         return row, answers
 
 

@@ -166,6 +166,20 @@ def against_start(network: str, pair: Paired) -> str:
     return f"{network} against its start: {verdict}: {_shown(pair)}; {advice}."
 
 
+def findings_against_start(network: str, change: JsonLine) -> str:
+    """As ``against_start``, by the mean AUROC of findings: ``auroc_before``, ``auroc``, and bounds of the drop."""
+    if change["most"] < 0:
+        verdict = "better: on images like these, use it"
+    elif change["least"] > 0:
+        verdict = "worse: keep your weights"
+    else:
+        verdict = "not told apart: keep your weights, or label more images"
+    return (
+        f"{network} against its start: AUROC {change['auroc_before']:.1f} → {change['auroc']:.1f} %: with 95 % at most "
+        f"{_points(change['most'])}, with 95 % at least {_points(change['least'])}; {verdict}."
+    )
+
+
 def _shown(pair: Paired) -> str:
     return (
         f"k-NN {pair.before:.1f} → {pair.after:.1f} % of {pair.images} images, {pair.lost} lost and {pair.gained} "

@@ -7,17 +7,24 @@ import numpy as np
 import pytest
 import torch
 from doors import refused
+from evaluating import write_pretrained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn import metrics
+from sklearn.linear_model import LogisticRegression
 
 from mocov3.cli import main
 from mocov3.data.sources.findings import with_findings
 from mocov3.data.sources.opening import open_source
+from mocov3.distributed import World
 from mocov3.errors import UserError
 from mocov3.evaluation import measures
+from mocov3.evaluation.answers import Answers, answered
+from mocov3.evaluation.linear.lbfgs import fit
 from mocov3.evaluation.neighbours import nearest, shares, vote
+from mocov3.evaluation.paired import findings_against_start
+from mocov3.losses import answers_loss
 
 
 @settings(max_examples=25, deadline=None)
@@ -154,7 +161,8 @@ def knn(capfd, *argv):
     return capfd.readouterr().out
 
 
-def test_knn_of_findings(scans, capfd):
+def test_knn_of_findings(scans, capfd, monkeypatch):
+    monkeypatch.setattr(measures, "_DRAWS", 20)
     labels = ["--labels", scans / "findings.csv"]
     result = json.loads(knn(capfd, scans / "data", *labels, "--json"))
     assert (result["leave_one_out"], result["findings"], result["queries"]) == (False, 3, 24)
@@ -185,3 +193,139 @@ def test_measures_of_knn(images, capfd, monkeypatch):
     assert "--measures needs scikit-learn: pip install" in refused(
         "knn", images, "--model", "pixels", "--measures", "--device", "cpu"
     )
+
+
+def test_the_loss_of_findings_leaves_out_what_is_missing():
+    scores, truth = torch.randn(30, 4, dtype=torch.float64), torch.randint(-1, 2, (30, 4))
+    known = truth >= 0
+    wanted = torch.nn.functional.binary_cross_entropy(scores.sigmoid()[known], truth[known].double(), reduction="sum")
+    assert float(answers_loss(scores, truth)) == pytest.approx(float(wanted) / 4)
+    changed = torch.where(known, scores, torch.randn_like(scores))
+    assert float(answers_loss(changed, truth)) == pytest.approx(float(wanted) / 4)
+
+
+def test_regression_of_findings_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    x, truth = rng.standard_normal((60, 5)), rng.integers(-1, 2, (60, 2))
+    decay, one = 0.01, World(0, 1, torch.device("cpu"))
+    weight, bias = fit(torch.from_numpy(x), torch.from_numpy(truth), 2, decay, one)
+    for i in range(2):
+        known = truth[:, i] >= 0
+        # the mean is over 60 images and 2 findings, the decay of each finding's row
+        theirs = LogisticRegression(C=1 / (60 * 2 * decay), tol=1e-10).fit(x[known], truth[known, i])
+        assert np.abs(weight[i].numpy() - theirs.coef_[0]).max() < 1e-4
+        assert abs(float(bias[i]) - theirs.intercept_[0]) < 1e-4
+
+
+def test_linear_evaluation_of_findings(scans, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measures, "_DRAWS", 20)
+    labels = ["--labels", str(scans / "findings.csv"), "--group-by", f"{scans / 'findings.csv'}:patient"]
+    shared = ["--image-size", "16", "--device", "cpu", "-j", "0", "--output-dir", str(tmp_path)]
+    fast = ["--cache-features", "--epochs", "2", "-b", "16", "--lr", "0.1,1", "--seed", "0"]
+    assert main(["lincls", str(scans / "data"), "-a", "resnet10_w32", *shared, *fast, *labels]) == 0
+    out = capsys.readouterr().out
+    assert "best AUROC" in out
+    assert re.search(r"rare +\d+\.\d+", out)
+    lines = [json.loads(line) for line in (tmp_path / "lincls.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    assert "acc1" not in lines[0]
+    result = json.loads((tmp_path / "lincls.json").read_text())
+    assert result["best"]["auroc"] == pytest.approx(result["measures"]["auroc"])
+    assert result["measures"]["auroc_interval"][0] < result["measures"]["auroc"]
+    # what was written is evaluated to the same; without the findings it is refused
+    again = ["lincls", str(scans / "data"), "-e", "--resume", str(tmp_path / "checkpoint.pth.tar"), *shared]
+    assert main([*again, *labels, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["measures"]["findings"] == result["measures"]["findings"]
+    assert "was trained on findings: give --labels CSV" in refused(*again)
+    assert "says nothing of" in refused(
+        "lincls", scans / "data", "-a", "pixels", "--output-dir", tmp_path / "x", *only_train(scans, tmp_path)
+    )
+
+
+def only_train(scans, tmp_path):
+    """A file that says nothing of the validation images."""
+    text = (scans / "findings.csv").read_text().splitlines()
+    (tmp_path / "some.csv").write_text("\n".join(text[:49]))
+    return ["--labels", tmp_path / "some.csv"]
+
+
+def test_fine_tuning_on_findings(scans, tmp_path, capsys):
+    labels = ["--labels", str(scans / "findings.csv:bright,red")]
+    data = ["--data-set", "folder", "--data-path", str(scans / "data"), "--device", "cpu", "-j", "0"]
+    small = ["-a", "resnet10_w32", "--small-stem", "--input-size", "16", "-b", "12", "--aa", "none", "--reprob", "0"]
+    short = ["--epochs", "4", "--warmup-epochs", "0", "--lr", "0.1", "--color-jitter", "0", "--fraction", "0.9"]
+    assert main(["finetune", *data, *labels, *small, *short, "--output-dir", str(tmp_path), "--logger", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "--mixup, --cutmix and --smoothing are not applied" in out
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    areas = [line["auroc"] for line in lines if line["auroc"] is not None]
+    assert len(areas) == 4
+    assert max(areas) > 70, "brightness and colour are easily told"
+    last = ["--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--measures", "--json"]
+    assert main(["finetune", *data, *labels, *last]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])["measures"]
+    assert told["auroc"] == pytest.approx(areas[-1], abs=1e-3)
+    assert set(told["findings"]) == {"bright", "red"}
+
+
+def test_measures_of_classifiers(images, tmp_path, capsys):
+    flags = ["--device", "cpu", "-j", "0", "--output-dir", str(tmp_path)]
+    fast = ["--cache-features", "--epochs", "1", "--lr", "1", "--image-size", "16", "--seed", "0"]
+    assert main(["lincls", str(images), "-a", "pixels", *flags, *fast, "--measures"]) == 0
+    result = json.loads((tmp_path / "lincls.json").read_text())
+    table = np.array(result["measures"]["confusion"])
+    assert 100 * table.trace() / table.sum() == pytest.approx(result["best"]["acc1"])
+    assert "balanced accuracy" in capsys.readouterr().out
+
+
+def compare(capsys, *argv):
+    capsys.readouterr()
+    assert main(["compare", *map(str, argv), "--device", "cpu", "-j", "0"]) == 0
+    return capsys.readouterr().out
+
+
+def test_compare_by_findings(scans, tmp_path, capsys, monkeypatch):
+    from mocov3.evaluation import answers
+
+    monkeypatch.setattr(measures, "_DRAWS", 20)
+    monkeypatch.setattr(answers, "_DRAWS", 50)
+    write_pretrained(tmp_path / "start.pth.tar")
+    write_pretrained(tmp_path / "run.pth.tar", init=str(tmp_path / "start.pth.tar"))
+    table = scans / "findings.csv"
+    files = [tmp_path / "run.pth.tar", scans / "data" / "train"]
+    argv = [*files, "--labels", table, "--group-by", f"{table}:patient"]
+    rows = {row["kind"]: row for row in map(json.loads, compare(capsys, *argv, "--json").splitlines())}
+    pixels = rows["pixels"]
+    assert pixels["measures"]["findings"]["bright"]["auroc"] > 95
+    assert pixels["auroc_low"] < pixels["auroc"] < pixels["auroc_high"]
+    assert (pixels["labelled_groups"], set(pixels["measures"]["findings"])) == (16, {"bright", "red", "rare"})
+    change = rows["checkpoint"]["against_start"]
+    assert change["drop"] == change["least"] == change["most"] == 0  # the same weights
+    text = compare(capsys, *argv)
+    assert "AUROC % (95 %)" in text
+    assert "not told apart" in text
+
+
+def test_a_change_of_auroc_is_bounded_by_resampling(monkeypatch):
+    monkeypatch.setattr("mocov3.evaluation.answers._DRAWS", 60)
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2, (200, 2))
+    good, bad = truth + rng.normal(0, 0.5, truth.shape), truth + rng.normal(0, 1.5, truth.shape)
+    first, second = (Answers(truth, scores, None, ["a", "b"], np.empty(0)) for scores in (good, bad))
+    change = second.against(first)
+    assert 0 < change["least"] < change["drop"] < change["most"]
+    assert change["drop"] == pytest.approx(change["auroc_before"] - change["auroc"])
+    assert "worse: keep your weights" in findings_against_start("net", change)
+    assert "better" in findings_against_start("net", first.against(second))
+
+
+def test_answers_of_classes_have_measures_too():
+    x, y = torch.randn(60, 6), np.random.default_rng(0).integers(0, 3, 60)
+    line = answered(x + torch.nn.functional.one_hot(torch.from_numpy(y), 6), y, ["a", "b", "c"], None).line(
+        further=True
+    )
+    table = np.array(line["measures"]["confusion"])
+    assert 100 * table.trace() / 60 == pytest.approx(line["knn"])
+    with pytest.raises(UserError, match="all 60 labelled images are of one group"):
+        answered(x, y, ["a", "b", "c"], np.zeros(60, np.int32))

@@ -70,7 +70,8 @@ def stratified(source: Source, fraction: float, group_by: str = "") -> Source:
     """``fraction`` of the images of every class (rounded, at least one): always the same ones, whatever the seed.
 
     A smaller fraction is contained in a larger one. Groups (``mocov3.data.sources.groups``) are drawn whole, each with
-    the class that most of its images have, as many as fit into the fraction of the class.
+    the class that most of its images have, as many as fit into the fraction of the class. Of images with several
+    findings ``fraction`` is drawn of all.
     """
     if fraction >= 1:
         return source
@@ -79,6 +80,8 @@ def stratified(source: Source, fraction: float, group_by: str = "") -> Source:
     order = permutation(_SUBSET_SEED, 0, len(source))
     found = groups_in(source, group_by)
     groups = np.arange(len(source), dtype=np.int32) if found is None else found
+    if labels.ndim == 2:  # of findings there are no classes to draw by
+        labels = np.zeros(len(source), np.int32)
     sizes, classes = np.bincount(groups), _classes_of_groups(groups, labels)
     drawn = groups[order][np.sort(np.unique(groups[order], return_index=True)[1])]  # by their first image
     chosen = []
@@ -112,7 +115,7 @@ class Repeated:
     def labels(self) -> np.ndarray | None:
         """Class of every repetition."""
         labels = self.source.labels
-        return None if labels is None else np.repeat(labels, self.repeats)
+        return None if labels is None else np.repeat(labels, self.repeats, axis=0)
 
     @property
     def classes(self) -> list[str]:

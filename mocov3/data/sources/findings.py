@@ -32,13 +32,21 @@ class Findings(Labelled):
 def names_findings(text: str, parts: Sequence[Source], flag: str) -> bool:
     """Whether ``FILE.csv``, by its columns, or ``FILE.csv:COLUMN,COLUMN`` means findings and not one class an image."""
     file, columns = split_name(text)
-    if columns:
-        return True
-    return bool(file) and Path(file).is_file() and len(_columns(read_table(Path(file), parts, flag))) > 1
+    if columns or not file:
+        return bool(columns)
+    try:
+        return len(_columns(read_table(Path(file), parts, flag))) > 1
+    except UserError:  # said by what reads it as labels
+        return False
 
 
 def with_findings(text: str, parts: Sequence[Source], flag: str = "--labels") -> list[Source]:
-    """The images of each part of which findings are known; those without a row, or an empty one, are left out.
+    """The images of each part of which findings are known; see ``known_findings``."""
+    return [Findings(part, known) for part, known in zip(parts, known_findings(text, parts, flag), strict=True)]
+
+
+def known_findings(text: str, parts: Sequence[Source], flag: str = "--labels") -> list[Labels]:
+    """What is known of the images of each part; those without a row, or with an empty one, are left out.
 
     Args:
         text: ``FILE.csv``, or ``FILE.csv:COLUMN,COLUMN`` where not all columns of 1 and 0 are findings.
@@ -49,8 +57,15 @@ def with_findings(text: str, parts: Sequence[Source], flag: str = "--labels") ->
         UserError: if a cell is neither 1 nor 0 nor empty, rows differ on an image, or nothing is known of any.
     """
     file, wanted = split_name(text)
+    if not file:
+        raise UserError(f"{flag} {text}: names no CSV file; give FILE.csv, or FILE.csv:COLUMN,COLUMN")
     table = read_table(Path(file), parts, flag)
     names = [name.strip() for name in wanted.split(",")] if wanted else _columns(table)
+    if not names:
+        raise UserError(
+            f"{flag} {file}: has no columns of 1 and 0; name those of findings after a colon (one class an image comes "
+            "from folders, lists or tables)"
+        )
     columns = [table.column(name, flag) for name in names]
     values = np.full((sum(map(len, parts)), len(names)), -1, np.int32)
     seen: dict[int, int] = {}
@@ -64,7 +79,7 @@ def with_findings(text: str, parts: Sequence[Source], flag: str = "--labels") ->
                 raise UserError(f"{flag} {file}: lines {seen[i]} and {table.rows.lines[row]} differ on one image")
             seen[i], values[i] = table.rows.lines[row], cells
     said = (*table.rows.remarks, printable(f"{file}: {len(names)} findings an image: {', '.join(names)}"))
-    known: list[Source] = []
+    known: list[Labels] = []
     begin = 0
     for part in parts:
         own = values[begin : begin + len(part)]
@@ -76,10 +91,36 @@ def with_findings(text: str, parts: Sequence[Source], flag: str = "--labels") ->
             if left
             else ()
         )
-        known.append(Findings(part, Labels(chosen, own[chosen], names, (*said, *more))))
-    if not any(map(len, known)):
+        known.append(Labels(chosen, own[chosen], names, (*said, *more)))
+    if not any(len(labels.indices) for labels in known):
         raise UserError(f"{flag} {file}: no finding is known of any image")
     return known
+
+
+def findings_of(text: str, parts: Sequence[Source], flag: str = "--labels") -> list[Source]:
+    """``with_findings`` of parts that are trained on and judged: each must have some.
+
+    Raises:
+        UserError: if the file does not name findings, or says nothing of a part.
+    """
+    found = with_findings(text, parts, flag)
+    empty = next((part for part, own in zip(parts, found, strict=True) if not len(own)), None)
+    if empty is not None:
+        raise UserError(f"{flag} {text}: says nothing of {len(empty)} images, first {printable(empty.name(0))}")
+    return found
+
+
+def refuse_one_sided(source: Source, where: str) -> None:
+    """Refuse to judge by images of which every finding is always there or never, so that none has an AUROC.
+
+    Raises:
+        UserError: naming the findings.
+    """
+    truth = source.labels
+    if truth is not None and truth.ndim == 2 and not ((truth == 1).any(0) & (truth == 0).any(0)).any():
+        raise UserError(
+            f"{where}: no finding ({', '.join(source.classes)}) has images with it and without it to judge by"
+        )
 
 
 def _value(cell: str, where: str) -> int:

@@ -51,9 +51,9 @@ class Labelled(Subset):
 
 
 def with_labels(source: Source) -> Source:
-    """The images of a source that have a class: the source itself, if all have one or none has."""
+    """The images of a source that have a class: the source itself, if all have one or none has, or of findings."""
     labels = source.labels
-    if labels is None or (labels >= 0).all():
+    if labels is None or labels.ndim == 2 or (labels >= 0).all():
         return source
     known = np.flatnonzero(labels >= 0)  # of several sources, those without labels say nothing of themselves
     said = remarks_on_missing("all sources", labels) if isinstance(source, Roots) else []
@@ -70,6 +70,11 @@ def matched(classes: list[str], val: Source, where: str) -> Source:
     labels = val.labels
     if labels is None or val.classes == classes:
         return val
+    if labels.ndim == 2:
+        if set(val.classes) != set(classes):
+            raise UserError(f"{where}: findings are {', '.join(val.classes)}, not {', '.join(classes)}; name those")
+        order = [val.classes.index(name) for name in classes]
+        return Labelled(val, Labels(np.arange(len(val)), labels[:, order], classes))
     numbers = renumbered(labels, val.classes, classes, len(val))
     if (numbers < 0).any():
         unknown = sorted({val.classes[i] for i in labels[numbers < 0].tolist()})

@@ -35,7 +35,10 @@ class Source(Protocol):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 class of every image, −1 where it has none; ``None`` where none has one."""
+        """int32 class of every image, −1 where it has none; ``None`` where none has one.
+
+        Of several findings an image (``mocov3.data.sources.findings``): (images, findings), 1, 0, −1 if not known.
+        """
 
     @property
     def classes(self) -> list[str]:
