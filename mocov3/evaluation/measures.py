@@ -114,9 +114,14 @@ def of_findings(
 
 def auroc(scores: np.ndarray, truth: np.ndarray, weights: Weights = None) -> np.ndarray:
     """Area under the ROC curve of each column, 0 to 1; NaN where a column is all of one kind."""
-    from sklearn.metrics import roc_auc_score
+    from sklearn.metrics import auc, roc_curve
 
-    return _by_column(roc_auc_score, scores, truth, weights)
+    def area(truth: np.ndarray, scores: np.ndarray, sample_weight: Weights) -> float:
+        # what roc_auc_score does, without its checks, which take as long again
+        false, true, _ = roc_curve(truth, scores, sample_weight=sample_weight)
+        return float(auc(false, true))
+
+    return _by_column(area, scores, truth, weights)
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray, weights: Weights = None) -> np.ndarray:
