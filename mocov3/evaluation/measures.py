@@ -47,9 +47,9 @@ def of_classes(
 
     Returns:
         In %: ``auroc`` and ``average_precision`` (one class against the rest, mean over classes that some but not all
-        images have; of two classes those of the second), ``balanced_accuracy`` (mean recall over classes that have
-        images), ``macro_f1`` (mean over classes that images or answers have); each with ``…_interval`` where there are
-        groups. ``confusion``: counts, a row a true class, a column an answer.
+        images have; of two classes those of the second), ``accuracy``, ``balanced_accuracy`` (mean recall over classes
+        that have images), ``macro_f1`` (mean over classes that images or answers have); each with ``…_interval`` where
+        there are groups. ``confusion``: counts, a row a true class, a column an answer.
     """
     from sklearn.metrics import confusion_matrix, f1_score
 
@@ -68,7 +68,14 @@ def of_classes(
     def over_classes(measure: Callable[..., np.ndarray]) -> Callable[[Weights], float]:
         return lambda weights: _mean(measure(scores[:, judged], truth[:, judged], weights))
 
-    whole: dict[str, Callable[[Weights], float]] = {"balanced_accuracy": balanced, "macro_f1": macro_f1}
+    def accuracy(weights: Weights) -> float:
+        return float(np.average(answers == labels, weights=weights))
+
+    whole: dict[str, Callable[[Weights], float]] = {
+        "accuracy": accuracy,
+        "balanced_accuracy": balanced,
+        "macro_f1": macro_f1,
+    }
     ranking = {"auroc": over_classes(auroc), "average_precision": over_classes(average_precision)}
     found = {name: measure(None) for name, measure in {**ranking, **whole}.items()}
     resampled = {**ranking, **whole} if count <= _MOST_CLASSES else whole
@@ -167,6 +174,7 @@ def _in_percent(values: dict[str, float], intervals: dict[str, tuple[float, floa
 
 
 _TITLES = {
+    "accuracy": "accuracy",
     "auroc": "AUROC",
     "average_precision": "average precision",
     "balanced_accuracy": "balanced accuracy",

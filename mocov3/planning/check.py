@@ -27,6 +27,7 @@ from mocov3.planning.choose import Proposal, propose_settings
 
 _SAMPLE = 5000
 _LISTED = 10
+_NAMES = 200_000  # looked at for groups
 _GROUP_FROM = 0.01
 
 
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
                 f"--sheet {args.sheet}: lies in {folder}, where it would be taken for an image; name a file outside"
             )
     source = open_source(data)
-    n = len(source)
+    n, grouped = len(source), _groups(source, values)
     indices = np.arange(n) if args.all else sample(n, args.sample)
     facts = survey(source, indices, workers=max(usable_cores(), 1), reading=preset_of(values).reading)
     as_json = bool(values.get("json"))
@@ -82,8 +83,8 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
     print(block(proposal.choices, layers.recipe, layers.given))
     print("\n" + "\n".join(_speed(proposal)))
     print("\n".join(_near_in_batches(facts, proposal.config.batch_size, bool(proposal.config.group_by))))
-    if line := _groups(source, values):
-        print(line)
+    if grouped:
+        print(grouped)
     print(f"\n{args.sheet}: {rows} images with their views under --view-preset {proposal.config.view_preset}")
     return 0
 
@@ -170,7 +171,8 @@ def _suggested(source: Source, values: Fields) -> tuple[str, int] | None:
     """What names say of groups, where nothing else does."""
     if values.get("group_by") or field_groups(source, "") is not None:
         return None
-    return suggested([source.name(i) for i in range(len(source))])
+    names = [source.name(i) for i in sample(len(source), _NAMES).tolist()]
+    return suggested(names, in_classes=bool(source.classes))
 
 
 def _groups(source: Source, values: Fields) -> str:
@@ -183,7 +185,7 @@ def _groups(source: Source, values: Fields) -> str:
     pattern, count = found
     first = printable(source.name(0))
     return (
-        f"  groups           names look like {count} groups of images that belong together, as {first}: "
+        f"  groups           names look like {count} groups of images that belong together, first {first}: "
         f"give --group-by '{pattern}', to knn, lincls, finetune and compare too, or images of one group are judged by "
         "each other; --group-by none, if they do not"
     )

@@ -58,7 +58,7 @@ class LabelFreeEvaluation:
         if not config.quality_every:
             return
         self.images = unseen_images(config)
-        self.groups = groups_in(self.images, config.group_by)
+        self.groups = groups_in(self.images, config.group_by, needed=False)
         self.against_start = AgainstStart(config, world, model, log, unseen=self.images, start=start)
         self._reopen(self.against_start, start)
         if not self.base:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mocov3.data.loading.supervised import stratified
 from mocov3.data.sources.groups import groups_in, groups_of, suggested
 from mocov3.data.sources.opening import Roots, Subset, field_groups, open_source, scan
 from mocov3.data.sources.transfer import open_pair
+from mocov3.errors import UserError
 from mocov3.evaluation.intervals import interval, interval_of, mean_by_groups
 from mocov3.evaluation.paired import Paired
 from mocov3.evaluation.quality import retrieval
@@ -85,6 +87,35 @@ def test_compare_does_not_see_copies(patients, tmp_path, capsys):
         # a copy in the same place looks alike: it hides its image until it counts as the same
         assert rows[""][kind]["retrieval"] <= rows[PATIENT][kind]["retrieval"]
     assert rows[PATIENT]["pixels"]["labelled_groups"] == 40
+
+
+def test_while_training(patients):
+    from unittest.mock import create_autospec
+
+    import torch
+
+    from mocov3 import models
+    from mocov3.config import PretrainConfig
+    from mocov3.distributed import World
+    from mocov3.pretraining.inputs import check
+    from mocov3.pretraining.log import PretrainingLog
+    from mocov3.pretraining.online_knn import OnlineKnn
+
+    config = PretrainConfig(data=str(patients / "data"), arch="resnet10_w16", image_size=32, workers=0, knn_every=1)
+    log = create_autospec(PretrainingLog, instance=True, takes_images=True)
+    model = models.build(config.arch, dim=8, mlp_dim=8, image_size=32)
+    accuracy = {}
+    for by in ("", PATIENT):
+        world, source = World(0, 1, torch.device("cpu")), open_source(config.data, "train")
+        accuracy[by] = OnlineKnn(replace(config, group_by=by), world, model, source, log).knn(0)
+    assert accuracy[""] > 38 + 0.6 * CHANCE[0]  # 40 of 100 validation images have copies in training
+    assert CHANCE[0] < accuracy[PATIENT] < CHANCE[1]
+    assert accuracy[PATIENT] < accuracy[""]
+    partial = replace(config, group_by=f"{patients / 'train_only.csv'}:patient", output_dir=str(patients), batch_size=8)
+    lines = (patients / "meta.csv").read_text().splitlines()
+    (patients / "train_only.csv").write_text("\n".join(line for line in lines if not line.startswith("val")))
+    with pytest.raises(UserError, match="100 of 180 images have no row, first class"):
+        check(partial, script_door=True)
 
 
 def test_linear_evaluation_leaves_out_who_was_trained_on(patients, group_by, tmp_path, capsys):
@@ -220,7 +251,7 @@ def test_what_cannot_be_used(patients, tmp_path):
         (f"{partial}:patient", "2 of 80 images have no row, first class"),
         (f"{twice}:patient", f"line {len(lines) + 1}: puts an image into another group"),
     ):
-        with pytest.raises(Exception, match=re.escape(said)):
+        with pytest.raises(UserError, match=re.escape(said)):
             groups_in(train, by)
     # what says nothing of other images is no groups of those
     assert groups_in(train, "subject", needed=False) is None
@@ -231,7 +262,11 @@ def test_names_suggest_groups(patients, tmp_path, capsys):
     pattern, count = suggested(names)
     assert count == 10
     assert re.search(pattern, "a/patient12_slice003.png")[1] == "a/patient12"
+    pattern, count = suggested(names, in_classes=True)  # a patient may have images of both
+    assert count == 5
+    assert re.search(pattern, "a/patient12_slice003.png")[1] == "patient12"
     assert suggested([f"patient{i}/{j:03d}.png" for i in range(9) for j in range(5)])[1] == 9
+    assert suggested([f"{c}/p{i}/{j}.png" for c in "ab" for i in range(4) for j in range(3)], in_classes=True)[1] == 4
     for innocent in (
         [f"ISIC_{j:07d}.jpg" for j in range(99)],
         [f"n0144{i}764/n0144{i}764_{j}.JPEG" for i in range(9) for j in range(5)],
@@ -239,7 +274,7 @@ def test_names_suggest_groups(patients, tmp_path, capsys):
         [f"class{i}/{j}.png" for i in range(9) for j in range(5)],
         [f"ILSVRC2012_val_{j:08d}.JPEG" for j in range(9)],
     ):
-        assert suggested(innocent) is None, innocent[0]
+        assert suggested(innocent) is suggested(innocent, in_classes=True) is None, innocent[0]
     train = patients / "data" / "train"
     assert main(["check", str(train), "--sheet", str(tmp_path / "s.png"), "--device", "cpu", "-j", "0"]) == 0
     said = capsys.readouterr().out

@@ -18,9 +18,9 @@ from mocov3.errors import UserError, printable
 
 FLAG = "--group-by"
 NONE = "none"
-_NUMBERED = r"^(.*\d)[-_ .]+[A-Za-z]*[-_ .]?\d+\.\w+$"
+_NUMBERED = r"\d)[-_ .]+[A-Za-z]*[-_ .]?\d+\.\w+$"
 # a class is called so too, and by WordNet's numbers
-_FOLDERS = r"^((?:.*/)?(?!class|label|category|n\d{8}/)[A-Za-z]+[-_ ]?\d+)/[^/]+$"
+_FOLDERS = r"(?!class|label|category|n\d{8}/)[A-Za-z]+[-_ ]?\d+)/[^/]+$"
 _FEWEST = 3
 
 
@@ -133,23 +133,27 @@ def _of_table(parts: Sequence[Source], by: str, needed: bool) -> list[np.ndarray
     return np.split(names, ends[:-1])
 
 
-def suggested(names: Sequence[str]) -> tuple[str, int] | None:
+def suggested(names: Sequence[str], *, in_classes: bool = False) -> tuple[str, int] | None:
     """A regular expression by which names look like groups, and how many groups it makes; ``None`` where none do.
 
     Two are tried: a number before the running number (``patient12_slice003.png``), and folders called by a word and a
     number (``patient12/003.png``). They count where most images then have company, of three groups or more none holds
-    most of the images, and the groups are not simply the folders of the first form, which may be classes.
+    most of the images, and the first form says more than the folders do, which may be classes.
+
+    Args:
+        names: of the images.
+        in_classes: folders are classes; so images of one group may lie in several.
     """
     names = [name.replace(os.sep, "/") for name in names]
     folders = len({os.path.dirname(name) for name in names})
-    for pattern in (_NUMBERED, _FOLDERS):
+    numbered, called = ("(?:^|/)([^/]*", "(?:^|/)(") if in_classes else ("^(.*", "^((?:.*/)?")
+    for pattern in (numbered + _NUMBERED, called + _FOLDERS):
         expression = re.compile(pattern)
-        matches = [match[1] for name in names if (match := expression.search(name))]
-        sizes = np.unique(matches, return_counts=True)[1] if matches else np.zeros(1)
-        company = sizes[sizes > 1].sum()
-        if 2 * company < len(names) or len(sizes) < _FEWEST or 2 * sizes.max() > len(names):
+        matched = [(os.path.dirname(name), match[1]) for name in names if (match := expression.search(name))]
+        sizes = np.unique([group for _, group in matched], return_counts=True)[1] if matched else np.zeros(1)
+        if 2 * sizes[sizes > 1].sum() < len(names) or len(sizes) < _FEWEST or 2 * sizes.max() > len(names):
             continue
-        if pattern == _NUMBERED and len({(os.path.dirname(m), m) for m in matches}) <= folders:
+        if pattern.endswith(_NUMBERED) and len(set(matched)) <= folders:
             continue
         return pattern, len(sizes)
     return None
