@@ -110,7 +110,7 @@ class Parquet:
 
         parts = []
         for file in self.files:
-            with _opened(file) as table:
+            with opened(file) as table:
                 if not field or field == self.column or field not in table.schema_arrow.names:
                     return None
                 kind = table.schema_arrow.field(field).type
