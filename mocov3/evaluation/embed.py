@@ -99,8 +99,7 @@ def embed(world: World, config: EmbedConfig) -> int:
     refuse_unreadable(errors, source, f"data {config.data}")
     if world.main:
         rate = world.size * done / max(time.perf_counter() - began, 1e-9)
-        named = named_groups([source], config.group_by)
-        groups = None if named is None else named[0]
+        groups = next(iter(named_groups([source], config.group_by) or ()), None)
         spool.finish(source, frozen.about, errors, groups)
         speed = f"; {rate:.0f} images/s" if done else ""
         _tell(config, source, f"images × {'×'.join(map(str, shape))} of {frozen.about}{speed}", errors)

@@ -88,9 +88,7 @@ def build(start: files.Start, classes: int, world: World, *, script_door: bool, 
         clip=c.clip_grad,
         ema=ema,
     )
-    return Parts(
-        model, optimizer, schedule, ema, depth, None if findings else _mixer(c, classes), precision, step, fresh
-    )
+    return Parts(model, optimizer, schedule, ema, depth, _mixer(c, classes, findings), precision, step, fresh)
 
 
 def transform(c: FinetuneConfig, preset: ViewPreset) -> Transform:
@@ -112,8 +110,8 @@ def total_batch(config: FinetuneConfig, world: World) -> int:
     return config.batch_size * config.accum_iter * world.size
 
 
-def _mixer(c: FinetuneConfig, classes: int) -> Mixer | None:
-    if not c.mixes:
+def _mixer(c: FinetuneConfig, classes: int, findings: bool) -> Mixer | None:
+    if findings or not c.mixes:
         return None
     return Mixer(
         mixup=c.mixup,

@@ -118,6 +118,19 @@ def test_while_training(patients):
         check(partial, script_door=True)
 
 
+def test_embeddings_say_their_groups(patients, tmp_path):
+    import pyarrow.parquet as pq
+
+    train = patients / "data" / "train"
+    for name in ("a.npy", "a.parquet"):
+        flags = ["--model", "pixels", "--image-size", "16", "--device", "cpu", "-j", "0", "-o", str(tmp_path / name)]
+        assert main(["embed", str(train), *flags, "--group-by", f"{patients / 'meta.csv'}:patient"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    wanted = [f"P{re.search(r'patient([0-9]+)_', line['path'])[1]}" for line in lines]
+    assert [line["group"] for line in lines] == wanted
+    assert pq.read_table(tmp_path / "a.parquet").column("group").to_pylist() == wanted
+
+
 def test_linear_evaluation_leaves_out_who_was_trained_on(patients, group_by, tmp_path, capsys):
     data, best = patients / "data", {}
     for name, flags in (("leaking", []), ("honest", ["--group-by", group_by])):
