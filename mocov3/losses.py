@@ -1,4 +1,4 @@
-"""The contrastive loss of MoCo v3 (arXiv 2104.02057, eq. 1 and algorithm 1) and what its numbers mean.
+"""The contrastive loss of MoCo v3 (arXiv 2104.02057, eq. 1 and algorithm 1) and what its numbers mean; classifiers'.
 
 Every row is compared with the keys of the whole batch, over all ranks; the positive of row i is key i. The loss
 of one direction is 2τ times the cross-entropy, and both directions are added.
@@ -31,6 +31,20 @@ def contrastive_loss(
 ) -> Float[Tensor, ""]:
     """2τ · cross-entropy of one direction. ``target[i]`` is the column of row i's positive key."""
     return 2 * temperature * F.cross_entropy(scores, target)
+
+
+def answers_loss(scores: Float[Tensor, "batch columns"], target: Int[Tensor, "batch ..."]) -> Float[Tensor, ""]:
+    """Sum over images of a classifier's loss: cross-entropy of one class an image; of findings binary cross-entropy.
+
+    Findings (1, 0, or −1 where it is not known) count 1/columns of an image each, those that are not known 0: so the
+    sums of several ranks and batches add up to that of all, whatever is known where.
+    """
+    if target.ndim == 1:
+        return F.cross_entropy(scores, target, reduction="sum")
+    known = (target >= 0).to(scores.dtype)
+    truth = target.clamp(min=0).to(scores.dtype)
+    total = F.binary_cross_entropy_with_logits(scores, truth, weight=known, reduction="sum")
+    return total / scores.shape[1]
 
 
 def retrieved(scores: Float[Tensor, "batch keys"], target: Int[Tensor, "batch"]) -> Int[Tensor, ""]:

@@ -175,10 +175,50 @@ def heads(world, path):
         y = torch.randint(3, (n,), generator=generator)
         part = slice(world.rank * n // world.size, (world.rank + 1) * n // world.size)
         made.step(x[part], y[part], lr_factor=1.0)
+    findings = _findings(world)
     if world.main:
-        torch.save(made.state(), path)
+        torch.save({**made.state(), "findings": findings}, path)
     world.barrier()
     return 0
+
+
+def _findings(world):
+    """Heads and a step of fine-tuning on several findings an image, some unknown, in float64; and what all score."""
+    from mocov3.evaluation.linear import scores
+    from mocov3.evaluation.linear.heads import Heads, HeadSpec
+    from mocov3.evaluation.linear.log import FINDINGS
+    from mocov3.finetuning.model import build_criterion
+    from mocov3.finetuning.step import TuneStep
+    from mocov3.models.precision import Precision
+    from mocov3.output.terminal import Terminal
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(-1, 2, (40, 3), generator=generator)
+    y[:20, 1:] = -1  # known of other images than those of the second half
+    made = Heads(
+        [HeadSpec("linear", 0.5, 0.0)], width=6, classes=3, seed=1, momentum=0.9, world=world, dtype=torch.float64
+    )
+    for n in (40, 7, 40, 33):
+        part = slice(world.rank * n // world.size, (world.rank + 1) * n // world.size)
+        made.step(x[part], y[part], lr_factor=1.0)
+    half = slice(world.rank * 40 // world.size, (world.rank + 1) * 40 // world.size)
+    terminal = Terminal("quiet", epochs=1, iterations=1, active=False)
+    found = scores.evaluated(made, [(x[half], y[half])], world, terminal, 10, FINDINGS)[0]
+    torch.manual_seed(0)
+    network = torch.nn.Linear(6, 3).double()
+    step = TuneStep(
+        network,
+        torch.optim.SGD(network.parameters(), lr=1.0),
+        build_criterion(mixes=True, smoothing=0.1, findings=True),
+        world=world,
+        precision=Precision("fp32", world.device),
+        accumulate=2 // world.size,
+    )
+    halves = [slice(0, 20), slice(20, 40)][world.rank :: world.size]
+    outcomes = [step([(x[rows], y[rows], lambda: None) for rows in halves]) for _ in range(3)]
+    tuned = [*network.state_dict().values(), torch.stack([outcome.loss for outcome in outcomes])]
+    return [made.weights[0].detach(), torch.tensor(found, dtype=torch.float64), *tuned]
 
 
 def differing(world, _):

@@ -8,7 +8,7 @@ from typing import Any
 
 from mocov3.config.archs import BUILT_IN_ARCHS, check_arch, check_heads
 from mocov3.config.fields import check_bounds, flag, path
-from mocov3.config.own import ADAPTER_HELP
+from mocov3.config.own import ADAPTER_HELP, GROUP_HELP
 from mocov3.config.presets import PRESETS
 from mocov3.config.running import DATA, DEVICES, FROZEN_PRECISIONS, MODEL, RUN
 from mocov3.errors import UserError, nearest, no_file
@@ -16,6 +16,14 @@ from mocov3.errors import UserError, nearest, no_file
 OUTPUT = "result"
 HEADS_HELP = (
     "attention heads of a ViT, of a file that does not record them (ViT-S: 12 in MoCo v3; 6 in DeiT, DINO, timm)"
+)
+FINDINGS_HELP = (
+    "several findings an image in place of classes: a CSV of paths and a column of 1, 0 or nothing (not known) a "
+    "finding, for the images of both parts; columns may be named"
+)
+MEASURES_HELP = (
+    "also AUROC, average precision, balanced accuracy, macro-F1 and the confusion table, by scikit-learn "
+    "(pip install 'mocov3[measures]')"
 )
 LAYERS = ("", "cls", "mean", "patches", "projector")
 KS, TEMPERATURES, RECALLS = (1, 10, 20, 100, 200), (0.07,), (1, 5, 10)
@@ -68,6 +76,12 @@ class FeatureConfig:
     )
     untrained: bool = flag(False, "timm/NAME without its published weights", group=MODEL)
     image_size: int = flag(0, "side of the views in pixels; 0: that of pre-training, else 224", group=DATA, low=0)
+    group_by: str = flag(
+        "",
+        f"{GROUP_HELP}; k-NN lets no image vote for one of its group, embed writes them down",
+        group=DATA,
+        metavar="GROUPS",
+    )
     view_preset: str = flag(
         "",
         "normalisation and centre crop; unless given that of pre-training, else photos",
@@ -132,11 +146,13 @@ class KnnConfig(FeatureConfig):
     recall: tuple[int, ...] = flag(RECALLS, "recall@k of these", kind=integers, group=OUTPUT, metavar="K[,K…]")
     labels: str = flag(
         "",
-        "CSV of path,label: use these images of the folder (10–100 are enough), each left out in turn",
+        "CSV of path,label: use these images of the folder (10–100 are enough), each left out in turn; or of path and "
+        "a column of 1, 0 or nothing a finding (FILE.csv:COLUMN,COLUMN names them)",
         kind=path,
         group=DATA,
         metavar="FILE",
     )
+    measures: bool = flag(False, MEASURES_HELP, result=False, group=OUTPUT)
     json: bool = flag(False, "print the result as JSON", result=False, group=OUTPUT)
 
     def check(self) -> None:

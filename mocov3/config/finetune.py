@@ -6,8 +6,10 @@ Both ``mocov3 finetune`` and ``transfer/main.py`` parse it.
 from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, check_heads, is_resnet, is_vit
+from mocov3.config.evaluation import FINDINGS_HELP, MEASURES_HELP
 from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.loggers import logger_names
+from mocov3.config.own import GROUP_HELP
 from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RunFlags
 from mocov3.config.views import preset_of
 from mocov3.errors import UserError
@@ -27,7 +29,12 @@ class FinetuneConfig(RunFlags):
     )
     data_path: str = flag("", "its folder", kind=path, result=False, per_rank=True, group=DATA, metavar="PATH")
     fraction: float = flag(
-        1.0, "share of the training images of every class, a fixed choice", group=DATA, above=0, high=1
+        1.0, "share of the training images of every class, whole groups, a fixed choice", group=DATA, above=0, high=1
+    )
+    labels: str = flag("", FINDINGS_HELP, kind=path, result=False, per_rank=True, group=DATA, metavar="CSV[:COLUMN,…]")
+    measures: bool = flag(False, f"with --eval: {MEASURES_HELP}", result=False, group=RUN)
+    group_by: str = flag(
+        "", f"{GROUP_HELP}; test images of a group that training has are left out", group=DATA, metavar="GROUPS"
     )
     output_dir: str = flag(
         "",
@@ -190,6 +197,10 @@ class FinetuneConfig(RunFlags):
             raise UserError(
                 f"--batch-size {self.batch_size} is odd: mixing pairs images; make it even, or --mixup 0 --cutmix 0"
             )
+        if self.measures and not self.eval:
+            raise UserError("--measures is for --eval: evaluate the file that the run writes")
+        if self.labels and self.data_set not in ("IMNET", "folder"):
+            raise UserError(f"--labels gives findings of images in folders: --data-set folder, not {self.data_set}")
         if self.eval and not self.resume:
             raise UserError("--eval: name the weights by --resume")
         if self.mean_std == "auto":

@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 
 from mocov3.config.archs import check_arch, check_heads
-from mocov3.config.evaluation import HEADS_HELP, check_model_flags, several
+from mocov3.config.evaluation import FINDINGS_HELP, HEADS_HELP, MEASURES_HELP, check_model_flags, several
 from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.loggers import HELP as LOGGER_HELP
 from mocov3.config.loggers import logger_names
-from mocov3.config.own import ADAPTER_HELP
+from mocov3.config.own import ADAPTER_HELP, GROUP_HELP
 from mocov3.config.presets import PRESETS
 from mocov3.config.running import DATA, FROZEN_PRECISIONS, METHOD, MODEL, RANKS, RUN, RankFlags
 from mocov3.errors import UserError
@@ -121,6 +121,11 @@ class LinclsConfig(RankFlags):
         "normalisation and centre crop; unless given that of pre-training, else photos",
         choices=("", *PRESETS),
         group=DATA,
+    )
+    labels: str = flag("", FINDINGS_HELP, kind=path, result=False, per_rank=True, group=DATA, metavar="CSV[:COLUMN,…]")
+    measures: bool = flag(False, MEASURES_HELP, result=False, group=RUN)
+    group_by: str = flag(
+        "", f"{GROUP_HELP}; validation images of a group that training has are left out", group=DATA, metavar="GROUPS"
     )
     crop_min: float = flag(
         0.08, "smallest crop of the training view, as a share of the image", group=DATA, low=0, high=1

@@ -9,6 +9,11 @@ from mocov3.config.views import ViewFlags
 from mocov3.errors import UserError
 
 OWN = "own images"
+GROUP_HELP = (
+    "which images belong together (slices of a patient, frames of a film): FILE.csv:COLUMN, a column of the images' "
+    "own table, or a regular expression on names (its first bracket, where it has one); none: not even those that the "
+    "images say themselves"
+)
 ADAPTER_HELP = "adapter that a run with --lora trained on the same weights (mocov3 export CKPT --adapter)"
 
 
@@ -45,9 +50,9 @@ class OwnFlags(ViewFlags):
     )
     group_by: str = flag(
         "",
-        "regular expression; images for which its first group matches the same text are never in one batch",
+        f"{GROUP_HELP}; such images are never in one batch, held out together, and never each other's neighbours",
         group=OWN,
-        metavar="REGEX",
+        metavar="GROUPS",
     )
     freeze_epochs: int = flag(
         0,

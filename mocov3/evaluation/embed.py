@@ -12,9 +12,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mocov3.config import EmbedConfig
 from mocov3.config.fields import check_writable
 from mocov3.data import Source, open_source
+from mocov3.data.sources.groups import named_groups
 from mocov3.data.sources.opening import has_unseen
 from mocov3.errors import UserError, printable
 from mocov3.metrics import JsonLine
@@ -40,6 +43,7 @@ def main(config: EmbedConfig) -> int:
     if output.exists() and not (config.overwrite and output.is_file()):
         raise UserError(f"--output {output}: exists; name another, or give --overwrite")
     source = open_source(config.data)
+    named_groups([source], config.group_by)
     check_writable(output.parent, "--output")
     # remarks come last: a refusal is one line
     warn_left_out(source)
@@ -95,11 +99,12 @@ def embed(world: World, config: EmbedConfig) -> int:
     refuse_unreadable(errors, source, f"data {config.data}")
     if world.main:
         rate = world.size * done / max(time.perf_counter() - began, 1e-9)
-        spool.finish(source, frozen.about, errors)
+        groups = next(iter(named_groups([source], config.group_by) or ()), None)
+        spool.finish(source, frozen.about, errors, groups)
         speed = f"; {rate:.0f} images/s" if done else ""
         _tell(config, source, f"images × {'×'.join(map(str, shape))} of {frozen.about}{speed}", errors)
         if config.duplicates:
-            _duplicates(config, source, errors, world)
+            _duplicates(config, source, errors, world, groups)
     world.barrier()
     return 0
 
@@ -129,7 +134,9 @@ def _tell(config: EmbedConfig, source: Source, made: str, errors: dict[int, str]
         warn(f"{len(errors)} unreadable images have NaN features, first: {first_of(errors, source)}")
 
 
-def _duplicates(config: EmbedConfig, source: Source, errors: dict[int, str], world: World) -> None:
+def _duplicates(
+    config: EmbedConfig, source: Source, errors: dict[int, str], world: World, named: np.ndarray | None
+) -> None:
     from mocov3.evaluation.embeddings import duplicate_groups, load
 
     features = load(Path(config.output))
@@ -137,9 +144,9 @@ def _duplicates(config: EmbedConfig, source: Source, errors: dict[int, str], wor
     file = Path(config.output).with_suffix(".duplicates.jsonl")
     with file.open("w", encoding="utf-8") as out:
         for least, members in groups:
-            out.write(
-                json.dumps({"least_cosine": round(least, 6), "pictures": [source.name(i) for i in members]}) + "\n"
-            )
+            line: JsonLine = {"least_cosine": round(least, 6), "pictures": [source.name(i) for i in members]}
+            line |= {} if named is None else {"groups": [named[i] for i in members]}
+            out.write(json.dumps(line) + "\n")
     extra = sum(len(members) - 1 for _, members in groups)
     _say(
         f"{len(groups)} groups of images with cosine ≥ {config.duplicates:g}, {extra} beyond the first of each: "

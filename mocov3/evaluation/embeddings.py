@@ -111,16 +111,16 @@ class Spool:
         self._pending.clear()
         self._flushed = time.monotonic()
 
-    def finish(self, source: Source, about: str, errors: dict[int, str]) -> None:
-        """Make the output, remove the spool."""
+    def finish(self, source: Source, about: str, errors: dict[int, str], groups: np.ndarray | None = None) -> None:
+        """Make the output, remove the spool; ``groups`` are the names of the images' groups."""
         del self._features, self._done
         with self._writing():
             if self.output.suffix == ".parquet":
                 write_atomically(
-                    self.output, lambda sink: _write_parquet(sink, self._features_file, source, about, errors)
+                    self.output, lambda sink: _write_parquet(sink, self._features_file, source, about, errors, groups)
                 )
             else:
-                lines = _lines(source, errors)
+                lines = _lines(source, errors, groups)
                 write_atomically(self.output.with_suffix(".jsonl"), lambda file: file.writelines(lines))
                 os.replace(self._features_file, self.output)
             self.remove()
@@ -155,11 +155,12 @@ def _reserve(file: Path) -> None:
                     raise
 
 
-def _lines(source: Source, errors: dict[int, str]) -> Iterator[bytes]:
+def _lines(source: Source, errors: dict[int, str], groups: np.ndarray | None) -> Iterator[bytes]:
     """A JSON line an image: what its row is of."""
     for i, name in enumerate(class_names(source)):
         error = {"error": errors[i]} if i in errors else {}
-        yield json.dumps({"path": source.name(i), "class": name, **error}).encode() + b"\n"
+        group = {} if groups is None else {"group": groups[i]}
+        yield json.dumps({"path": source.name(i), "class": name, **group, **error}).encode() + b"\n"
 
 
 def class_names(source: Source) -> list[str]:
@@ -173,7 +174,9 @@ def class_names(source: Source) -> list[str]:
     ]
 
 
-def _write_parquet(sink: Any, spool: Path, source: Source, about: str, errors: dict[int, str]) -> None:
+def _write_parquet(
+    sink: Any, spool: Path, source: Source, about: str, errors: dict[int, str], groups: np.ndarray | None
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -184,6 +187,7 @@ def _write_parquet(sink: Any, spool: Path, source: Source, about: str, errors: d
             ("path", pa.string()),
             ("class", pa.string()),
             ("error", pa.string()),
+            *([] if groups is None else [("group", pa.string())]),
             ("feature", pa.list_(pa.float32(), width)),
         ],
         metadata={"backbone": _utf8(about), "shape": json.dumps(list(features.shape[1:])), "made_by": "mocov3 embed"},
@@ -196,6 +200,7 @@ def _write_parquet(sink: Any, spool: Path, source: Source, about: str, errors: d
                 pa.array([_utf8(source.name(i)) for i in numbers]),
                 pa.array([_utf8(classes[i]) for i in numbers]),
                 pa.array([errors.get(i) for i in numbers], pa.string()),
+                *([] if groups is None else [pa.array([_utf8(groups[i]) for i in numbers], pa.string())]),
                 pa.FixedSizeListArray.from_arrays(values, width),
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))

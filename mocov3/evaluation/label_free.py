@@ -46,8 +46,10 @@ class LabelFreeQuality:
         return {"pictures": values.pop("images"), **values}
 
 
-def judge(views: Float[Tensor, "images views dim"]) -> LabelFreeQuality:
+def judge(views: Float[Tensor, "images views dim"], groups: np.ndarray | None = None) -> LabelFreeQuality:
     """Measures of features: view 0 is the evaluation view, the others its changed versions (three or more in all).
+
+    An image is not sought among others of its own of the ``groups``, as near-copies can't be told from it.
 
     Where features are not finite, nothing counts as retrieved, and the other measures are NaN; a line says so.
     """
@@ -57,7 +59,7 @@ def judge(views: Float[Tensor, "images views dim"]) -> LabelFreeQuality:
         return LabelFreeQuality(len(views), 0.0, nothing, nothing, nothing, nothing, nothing)
     return LabelFreeQuality(
         images=len(views),
-        retrieval=quality.retrieval(views[:, 1], views[:, 2]),
+        retrieval=quality.retrieval(views[:, 1], views[:, 2], groups),
         rankme=quality.rankme(views[:, 0]),
         alpha=quality.alpha_req(views[:, 0]),
         lidar=quality.lidar(views[:, 1:]),

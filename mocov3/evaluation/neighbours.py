@@ -7,15 +7,19 @@ depend on tiles, on the number of ranks or on how many queries are searched toge
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mocov3.errors import UserError
+
 K, TEMPERATURE = 20, 0.07
 _TILE, _ROWS = 131072, 512  # bank rows and queries whose similarities are held at a time
 _SCORED = 16  # queries whose candidates are scored in float64 at a time
 _SPARE = 32  # candidates beyond k that are scored again
+_SHARED = 2**24  # neighbours × columns whose votes are held at a time
 _GRID = 2.0**40  # similarities are rounded to 1/grid, so that equal features are equally similar
 
 
@@ -27,12 +31,44 @@ class Neighbours(NamedTuple):
     index: Int[Tensor, "queries k"]  # type: ignore[assignment]  # hides tuple.index, which is not used here
 
 
+class Groups(NamedTuple):
+    """Which images belong together: a query finds no bank row of its own group."""
+
+    bank: Int[Tensor, "bank"]
+    queries: Int[Tensor, "queries"]
+
+    @classmethod
+    def among(cls, groups: np.ndarray | None, images: int) -> "Groups":
+        """Of images that are their own bank; without groups each is left out for itself alone."""
+        numbers = torch.arange(images) if groups is None else torch.as_tensor(groups, dtype=torch.long)
+        return cls(numbers, numbers)
+
+    @classmethod
+    def between(cls, groups: Sequence[np.ndarray] | None) -> "Groups | None":
+        """Of a bank and other queries."""
+        return None if groups is None else cls(*(torch.as_tensor(numbers, dtype=torch.long) for numbers in groups))
+
+    @property
+    def available(self) -> int:
+        """Rows that every query may find, at least."""
+        if not len(self.queries):
+            return len(self.bank)
+        known, counts = self.bank.unique(return_counts=True)
+        own = counts[torch.isin(known, self.queries)]
+        return len(self.bank) - int(own.max()) if len(own) else len(self.bank)
+
+    def of_queries(self, rows: Tensor) -> "Groups":
+        """The same for some of the queries."""
+        return Groups(self.bank, self.queries[rows])
+
+
 def nearest(
     bank: Float[Tensor, "bank dim"],
     queries: Float[Tensor, "queries dim"],
     k: int,
     *,
     self_index: Int[Tensor, "queries"] | None = None,
+    groups: Groups | None = None,
     device: torch.device | None = None,
 ) -> Neighbours:
     """The ``k`` nearest bank rows of every query by cosine, exactly.
@@ -44,27 +80,29 @@ def nearest(
         queries: features, finite.
         k: how many.
         self_index: bank row of each query that is left out (leave-one-out).
+        groups: instead of it, those of which a query's own is left out.
         device: where similarities are computed; that of the bank unless given.
 
     Raises:
         ValueError: if the bank has no k rows.
     """
-    available = len(bank) - (self_index is not None)
+    own = groups if self_index is None else Groups(torch.arange(len(bank)), self_index)
+    available = own.available if own else len(bank)
     if not 1 <= k <= available:
         raise ValueError(f"k must lie between 1 and the bank's {available} images, not {k}")
-    wanted = min(k + _SPARE + (self_index is not None), len(bank))
+    wanted = min(k + _SPARE, len(bank))
     lengths = _lengths(bank)
-    value, index = _candidates(bank, lengths, queries, wanted, device or bank.device)
+    value, index = _candidates(bank, lengths, queries, wanted, own, device or bank.device)
     similarity, indices = [], []
     score = _Scorer(bank, lengths, wanted)
     for rows in torch.arange(len(queries)).split(_SCORED):
-        mine = None if self_index is None else self_index[rows]
+        mine = own and own.of_queries(rows)
         exact, numbers = (t[:, :k] for t in score(queries[rows], index[rows], mine))
         if wanted < len(bank):  # beyond the candidates nothing may be as near as the last one taken
             error = 8 * bank.shape[1] ** 0.5 * 2.0**-24  # of a float32 product of unit vectors, amply
             unsure = (value[rows, -1].double() + error >= exact[:, -1]).nonzero().flatten()
             if len(unsure):
-                mine = None if mine is None else mine[unsure]
+                mine = mine and mine.of_queries(unsure)
                 exact, numbers = exact.clone(), numbers.clone()
                 exact[unsure], numbers[unsure] = _scored_all(bank, lengths, queries[rows][unsure], k, mine)
         similarity.append(exact)
@@ -83,9 +121,9 @@ def _lengths(x: Tensor) -> Tensor:
 
 
 def _candidates(
-    bank: Tensor, lengths: Tensor, queries: Tensor, wanted: int, device: torch.device
+    bank: Tensor, lengths: Tensor, queries: Tensor, wanted: int, own: Groups | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The ``wanted`` nearest in float32, by falling similarity."""
+    """The ``wanted`` nearest in float32, by falling similarity; those of a query's own group are at −∞."""
     home = bank.device
     value = torch.full((len(queries), wanted), -torch.inf, device=home)
     index = torch.zeros(len(queries), wanted, dtype=torch.long, device=home)
@@ -94,7 +132,11 @@ def _candidates(
         scale = (1 / lengths[start : start + _TILE]).float().to(device)
         for rows in torch.arange(len(queries)).split(_ROWS):
             part = F.normalize(queries[rows].to(device).float(), dim=1) @ tile.T
-            best, place = part.mul_(scale).topk(min(wanted, part.shape[1]), dim=1)
+            part.mul_(scale)
+            if own is not None:
+                others = own.bank[start : start + _TILE].to(device)
+                part.masked_fill_(own.queries[rows].to(device)[:, None] == others, -torch.inf)
+            best, place = part.topk(min(wanted, part.shape[1]), dim=1)
             best, place = best.to(home), place.to(home) + start
             if start:
                 best, place = torch.cat([value[rows], best], dim=1), torch.cat([index[rows], place], dim=1)
@@ -112,30 +154,28 @@ class _Scorer:
         shape = (_SCORED * wanted, bank.shape[1])
         self._rows, self._wide = bank.new_empty(shape), bank.new_empty(shape, dtype=torch.float64)
 
-    def __call__(self, queries: Tensor, index: Tensor, self_index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, queries: Tensor, index: Tensor, own: Groups | None) -> tuple[Tensor, Tensor]:
         flat = index.flatten()
         rows = torch.index_select(self.bank, 0, flat, out=self._rows[: len(flat)])
         wide = self._wide[: len(flat)].copy_(rows).view(*index.shape, -1)
         similarity = torch.bmm(wide, _unit(queries)[:, :, None]).squeeze(2) / self.lengths[index]
-        return _sorted(similarity, index, self_index)
+        return _sorted(similarity, index, own)
 
 
 def _unit(x: Tensor) -> Tensor:
     return x.double() / _lengths(x)[:, None]
 
 
-def _sorted(similarity: Tensor, index: Tensor, self_index: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sorted(similarity: Tensor, index: Tensor, own: Groups | None) -> tuple[Tensor, Tensor]:
     similarity = (similarity * _GRID).round() / _GRID
-    if self_index is not None:
-        similarity = similarity.masked_fill(index == self_index[:, None], -torch.inf)
+    if own is not None:
+        similarity = similarity.masked_fill(own.bank[index] == own.queries[:, None], -torch.inf)
     index, order = index.sort(dim=1)
     similarity, by = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
     return similarity, index.gather(1, by)
 
 
-def _scored_all(
-    bank: Tensor, lengths: Tensor, queries: Tensor, k: int, self_index: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _scored_all(bank: Tensor, lengths: Tensor, queries: Tensor, k: int, own: Groups | None) -> tuple[Tensor, Tensor]:
     """The whole bank in float64: for queries with more equals than candidates."""
     asked = _unit(queries)
     best: tuple[Tensor, Tensor] | None = None
@@ -144,7 +184,7 @@ def _scored_all(
         number = torch.arange(start, start + part.shape[1], device=bank.device).expand_as(part)
         if best is not None:
             part, number = torch.cat([best[0], part], dim=1), torch.cat([best[1], number], dim=1)
-        similarity, index = _sorted(part, number, self_index)
+        similarity, index = _sorted(part, number, own)
         best = similarity[:, :k], index[:, :k]
     assert best is not None
     return best
@@ -177,6 +217,27 @@ def vote(
     return {key: torch.cat(parts) if parts else torch.empty(0, dtype=torch.long) for key, parts in predicted.items()}
 
 
+def shares(
+    neighbours: Neighbours, bank_truth: Int[Tensor, "bank columns"], k: int, temperature: float
+) -> Float[Tensor, "queries columns"]:
+    """Share of the weighted vote for each column among the first k neighbours: what ``vote`` takes the highest of.
+
+    Of findings (1, 0, or −1 where it is not known) those neighbours vote of which the finding is known; where there is
+    none, the share is that of the whole bank.
+    """
+    known = bank_truth >= 0
+    whole = (bank_truth.clamp(min=0).sum(0).double() / known.sum(0).clamp(min=1))[None]
+    parts = []
+    rows = max(1, _SHARED // max(k * bank_truth.shape[1], 1))
+    for similarity, index in zip(neighbours.similarity.split(rows), neighbours.index.split(rows), strict=True):
+        weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()[:, :, None]
+        voters = weights * known[index[:, :k]]
+        total = voters.sum(1)
+        for_it = (voters * bank_truth[index[:, :k]].clamp(min=0)).sum(1)
+        parts.append(torch.where(total > 0, for_it / total.clamp(min=1e-300), whole))
+    return torch.cat(parts) if parts else whole[:0]
+
+
 def recalled(
     neighbours: Neighbours, bank_labels: Int[Tensor, "bank"], labels: Int[Tensor, "queries"], ks: Sequence[int]
 ) -> list[int]:
@@ -185,21 +246,40 @@ def recalled(
     return [int(same[:, :k].any(1).sum()) for k in ks]
 
 
-def right_among(features: Float[Tensor, "images dim"], labels: Int[Tensor, "images"]) -> Bool[Tensor, "images"]:
-    """Whether each image has the class that its nearest others vote for (leave-one-out)."""
-    k = min(K, len(features) - 1)
-    neighbours = nearest(features, features, k, self_index=torch.arange(len(features)))
+def right_among(
+    features: Float[Tensor, "images dim"], labels: Int[Tensor, "images"], groups: np.ndarray | None = None
+) -> Bool[Tensor, "images"]:
+    """Whether each image has the class that its nearest others vote for, others of its group left out with it.
+
+    Raises:
+        UserError: if all images are of one group.
+    """
+    own = Groups.among(groups, len(features))
+    if not own.available:
+        raise UserError(f"all {len(features)} labelled images are of one group, so none can be judged by others")
+    k = min(K, own.available)
+    neighbours = nearest(features, features, k, groups=own)
     return vote(neighbours, labels, [k], [TEMPERATURE], classes=int(labels.max()) + 1)[k, TEMPERATURE] == labels
 
 
-def shared_neighbours(first: Float[Tensor, "images dim"], second: Float[Tensor, "images other"], k: int = K) -> float:
+def shared_neighbours(
+    first: Float[Tensor, "images dim"],
+    second: Float[Tensor, "images other"],
+    k: int = K,
+    *,
+    groups: np.ndarray | None = None,
+) -> float:
     """Share in % of every image's k nearest others by the first features that are so by the second too; NaN where
-    features are not finite. k is at most a quarter of the others, since all others would always be the same.
+    features are not finite. k is at most a quarter of the others, since all others would always be the same. Images of
+    an image's own group are no others.
     """
     if not bool(torch.isfinite(first).all() & torch.isfinite(second).all()):
         return float("nan")
-    k, rows = min(k, max((len(first) - 1) // 4, 1)), torch.arange(len(first))
-    one, two = (nearest(x, x, k, self_index=rows).index for x in (first, second))
+    own = Groups.among(groups, len(first))
+    if not own.available:
+        return float("nan")
+    k = min(k, max(own.available // 4, 1))
+    one, two = (nearest(x, x, k, groups=own).index for x in (first, second))
     return 100 * float((one[:, :, None] == two[:, None, :]).any(2).double().mean())
 
 
@@ -210,10 +290,11 @@ def knn_predict(
     *,
     k: int = K,
     temperature: float = TEMPERATURE,
+    groups: Groups | None = None,
     device: torch.device | None = None,
 ) -> Int[Tensor, "queries"]:
     """Classes by weighted vote of the k nearest, see ``nearest`` and ``vote``."""
-    neighbours = nearest(bank, queries, k, device=device)
+    neighbours = nearest(bank, queries, k, groups=groups, device=device)
     return vote(neighbours, bank_labels, [k], [temperature], classes=int(bank_labels.max()) + 1)[k, temperature]
 
 

@@ -8,23 +8,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mocov3.config import preset_of
 from mocov3.config.fields import Fields
 from mocov3.data import Source
 from mocov3.data.loading.order import hold_out
+from mocov3.data.sources.groups import chosen, groups_in
 from mocov3.data.sources.labels import Labels
 from mocov3.data.sources.opening import Subset
 from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.launch import pick_device
 from mocov3.errors import UserError
+from mocov3.evaluation.answers import Answers, answered
 from mocov3.evaluation.features import Extractor
-from mocov3.evaluation.intervals import interval
 from mocov3.evaluation.label_free import features_of_views, judge, pixel_features
-from mocov3.evaluation.neighbours import right_among
-from mocov3.evaluation.paired import Paired
 from mocov3.metrics import JsonLine
 from mocov3.models import Encoder, build_backbone
 from mocov3.weights import Contents, checkpoint, trained_with
@@ -72,6 +71,8 @@ def judge_all(
     arch: str | None = None,
     heads: int | None = None,
     blend: Sequence[float] = (),
+    group_by: str = "",
+    measures: bool = False,
 ) -> list[JsonLine]:
     """A row of measures for pixels, for the untrained and starting networks, for each file and its blends.
 
@@ -87,6 +88,8 @@ def judge_all(
         arch: of files that do not say it.
         heads: attention heads of ViTs, of files that do not tell.
         blend: fractions of the way from the start's weights to the file's, to be judged as well.
+        group_by: as ``--group-by``: no image is judged by others of its group, and groups are resampled whole.
+        measures: give further ones (``mocov3.evaluation.measures``) of labelled images.
 
     Raises:
         UserError: if something cannot be read, or a blend is wanted with a start that is not here.
@@ -95,7 +98,7 @@ def judge_all(
     asking = [file for file, contents in files.items() if heads is not None and _asks(contents, file, arch)] or list(
         files
     )
-    judges = _Judges(images, whole, labels, World(0, 1, pick_device(device, None)), workers)
+    judges = _Judges(images, whole, labels, World(0, 1, pick_device(device, None)), workers, group_by, measures)
     rows: list[JsonLine] = []
     for file, contents in files.items():
         named = named_arch(contents) is not None
@@ -116,12 +119,27 @@ class _Judges:
         labels: known classes.
         world: where.
         workers: loading processes.
+        group_by: as ``--group-by``.
+        measures: give further ones of labelled images.
     """
 
-    def __init__(self, images: Source, whole: Source, labels: Labels | None, world: World, workers: int) -> None:
-        self.images, self.whole, self.labels, self.world, self.workers = images, whole, labels, world, workers
+    def __init__(
+        self,
+        images: Source,
+        whole: Source,
+        labels: Labels | None,
+        world: World,
+        workers: int,
+        group_by: str,
+        measures: bool,
+    ) -> None:
+        self.measures = measures
+        self.images, self.labels, self.world, self.workers = images, labels, world, workers
+        self.labelled = None if labels is None else Subset(whole, labels.indices)
+        self.groups = groups_in(images, group_by)
+        self.labelled_groups = None if self.labelled is None else groups_in(self.labelled, group_by)
         self._beside: set[str] = set()
-        self._starts: dict[str, tuple[Encoder, Tensor | None]] = {}
+        self._starts: dict[str, tuple[Encoder, Answers | None]] = {}
 
     def beside(self, config: Fields, settings: Built) -> Iterator[JsonLine]:
         """Rows that a file is shown beside and that are not there yet: pixels, untrained, the start."""
@@ -149,8 +167,8 @@ class _Judges:
         networks += [(f"{file} blend {f:g}", "blend", blended(start, encoder, f)) for f in blend if start is not None]
         for name, kind, network in networks:
             row, right = self._row(name, kind, network, config, settings["image_size"])
-            if first is not None and right is not None and len(first) == len(right):
-                row["against_start"] = Paired.of(first, right).as_dict()
+            if first is not None and right is not None and (change := right.against(first)) is not None:
+                row["against_start"] = change
             yield row
 
     def _first(self, thing: str) -> bool:
@@ -163,7 +181,7 @@ class _Judges:
 
     def _row(
         self, name: str, kind: str, encoder: Encoder | None, config: Fields, size: int
-    ) -> tuple[JsonLine, Tensor | None]:
+    ) -> tuple[JsonLine, Answers | None]:
         """The measures, and with labels which labelled images are answered rightly."""
         preset, labels = preset_of(config), self.labels
         network, made = (
@@ -179,22 +197,21 @@ class _Judges:
                 workers=self.workers if len(source) * size**2 > 500 * 64 * 64 else 0,
             )
 
-        views, _ = features(self.images, 4)
+        views, found = features(self.images, 4)
         if len(views) < 10:
             raise UserError(
                 f"data: only {len(views)} of {len(self.images)} images can be read; 10 or more are needed to judge by"
             )
-        row = {"name": name, "kind": kind, **judge(views).as_dict()}
-        right = None
-        if labels is not None:
-            labelled, read = features(Subset(self.whole, labels.indices), 0)
+        row = {"name": name, "kind": kind, **judge(views, chosen(self.groups, found)).as_dict()}
+        answers = None
+        if labels is not None and self.labelled is not None:
+            labelled, read = features(self.labelled, 0)
             if len(read) < 2:
                 raise UserError(f"only {len(read)} of {len(labels.numbers)} labelled images can be read; label others")
-            right = right_among(labelled[:, 0], torch.as_tensor(labels.numbers[read]))
-            hits, n = int(right.sum()), len(right)
-            low, high = interval(hits, n)
-            row |= {"knn": 100 * hits / n, "knn_low": low, "knn_high": high, "labelled": n}
-        return row, right
+            groups = chosen(self.labelled_groups, read)
+            answers = answered(labelled[:, 0], labels.numbers[read], labels.classes, groups)
+            row |= answers.line(further=self.measures)
+        return row, answers
 
 
 def _start_of(config: Fields) -> str:

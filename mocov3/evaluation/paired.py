@@ -3,14 +3,17 @@
 Images that both get right, or both wrong, say nothing of a difference (McNemar 1947). What is lost and what is gained
 gives the drop, and Tango's score (1998, Statistics in Medicine 17, 891–908) its one-sided 95 % bounds, which hold for
 few images too, and where no image has changed. Answers of neighbours depend on each other a little; that is left out.
+Images in groups (slices of a patient) depend on each other much: there the bounds come from resampling whole groups.
 """
 
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jaxtyping import Bool
 
+from mocov3.evaluation.intervals import mean_by_groups
 from mocov3.metrics import JsonLine
 
 if TYPE_CHECKING:
@@ -35,16 +38,24 @@ class Paired:
     """Right by the first, wrong by the second."""
     gained: int
     """Wrong by the first, right by the second."""
+    bounds: tuple[float, float] | None = None
+    """Least and largest drop, in points with 95 % each, of images in groups: by resampling whole groups."""
 
     @classmethod
-    def of(cls, before: Bool[Tensor, "images"], after: Bool[Tensor, "images"]) -> "Paired":
-        """From which answers of the two networks were right."""
-        return cls(len(before), int(before.sum()), int((before & ~after).sum()), int((after & ~before).sum()))
+    def of(
+        cls, before: Bool[Tensor, "images"], after: Bool[Tensor, "images"], groups: np.ndarray | None = None
+    ) -> "Paired":
+        """From which answers of the two networks were right; ``groups`` are those of the images."""
+        lost, gained = before & ~after, after & ~before
+        bounds = None if groups is None else _by_groups((lost.int() - gained.int()).cpu().numpy(), groups)
+        return cls(len(before), int(before.sum()), int(lost.sum()), int(gained.sum()), bounds)
 
     @classmethod
     def from_dict(cls, values: JsonLine) -> "Paired":
         """From what ``as_dict`` made."""
-        return cls(*(int(values[name]) for name in ("images", "right", "lost", "gained")))
+        bounds = (values["least"], values["most"]) if values.get("grouped") else None
+        images, right, lost, gained = (int(values[name]) for name in ("images", "right", "lost", "gained"))
+        return cls(images, right, lost, gained, bounds)
 
     @property
     def before(self) -> float:
@@ -64,17 +75,18 @@ class Paired:
     @property
     def most(self) -> float:
         """The drop is no larger than this, in points, with 95 %."""
-        return 100 * _bound(self.lost, self.gained, self.images)
+        return self.bounds[1] if self.bounds else 100 * _bound(self.lost, self.gained, self.images)
 
     @property
     def least(self) -> float:
         """The drop is no smaller than this, in points, with 95 %."""
-        return -100 * _bound(self.gained, self.lost, self.images)
+        return self.bounds[0] if self.bounds else -100 * _bound(self.gained, self.lost, self.images)
 
     def as_dict(self) -> JsonLine:
         """Counts, drop and bounds, for JSON."""
         counts = {"images": self.images, "right": self.right, "lost": self.lost, "gained": self.gained}
-        return {**counts, "drop": self.drop, "least": self.least, "most": self.most}
+        grouped = {"grouped": True} if self.bounds else {}
+        return {**counts, "drop": self.drop, "least": self.least, "most": self.most, **grouped}
 
 
 def smallest_set(limit: float, changed: float = _CHANGED) -> int:
@@ -154,6 +166,20 @@ def against_start(network: str, pair: Paired) -> str:
     return f"{network} against its start: {verdict}: {_shown(pair)}; {advice}."
 
 
+def findings_against_start(network: str, change: JsonLine) -> str:
+    """As ``against_start``, by the mean AUROC of findings: ``auroc_before``, ``auroc``, and bounds of the drop."""
+    if change["most"] < 0:
+        verdict = "better: on images like these, use it"
+    elif change["least"] > 0:
+        verdict = "worse: keep your weights"
+    else:
+        verdict = "not told apart: keep your weights, or label more images"
+    return (
+        f"{network} against its start: AUROC {change['auroc_before']:.1f} → {change['auroc']:.1f} %: with 95 % at most "
+        f"{_points(change['most'])}, with 95 % at least {_points(change['least'])}; {verdict}."
+    )
+
+
 def _shown(pair: Paired) -> str:
     return (
         f"k-NN {pair.before:.1f} → {pair.after:.1f} % of {pair.images} images, {pair.lost} lost and {pair.gained} "
@@ -168,6 +194,15 @@ def _points(drop: float) -> str:
 def _wanting(old: Paired, limit: float) -> str:
     changed = max((old.lost + old.gained) / old.images, _CHANGED)
     return f" {smallest_set(limit, changed):,} images would do to rule out {limit:g} points."
+
+
+def _by_groups(change: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """Least and largest drop; where no answer changed, which no resampling does either, those of an image a group."""
+    if not change.any():
+        most = 100 * _bound(0, 0, len(np.unique(groups)))
+        return -most, most
+    least, most = np.percentile(100 * mean_by_groups(change.astype(float), groups), [5, 95]).tolist()
+    return least, most
 
 
 def _bound(lost: int, gained: int, images: int) -> float:

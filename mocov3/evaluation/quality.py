@@ -3,6 +3,7 @@
 Features are rows of float tensors; everything is computed in float64 on the CPU.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -82,15 +83,21 @@ def uniformity(features: Float[Tensor, "images dim"]) -> float:
     return float(((total - n) / max(n * (n - 1), 1)).log())
 
 
-def retrieval(queries: Float[Tensor, "images dim"], keys: Float[Tensor, "images dim"]) -> float:
-    """Share in % of images whose other view is the nearest of all keys by cosine; ties count as missed."""
+def retrieval(
+    queries: Float[Tensor, "images dim"], keys: Float[Tensor, "images dim"], groups: np.ndarray | None = None
+) -> float:
+    """Share in % of images whose other view is the nearest of all keys by cosine; ties count as missed.
+
+    Other images of an image's own of the ``groups`` are no keys to it.
+    """
     q, k = _unit(queries), _unit(keys)
+    of = torch.arange(len(q)) if groups is None else torch.as_tensor(groups, dtype=torch.long)
     hits = 0
     for start in range(0, len(q), 1024):
         scores = q[start : start + 1024] @ k.T
         rows = torch.arange(len(scores))
         positive = scores[rows, start + rows].clone()
-        scores[rows, start + rows] = -torch.inf
+        scores.masked_fill_(of[start : start + 1024, None] == of, -torch.inf)
         hits += int((positive > scores.max(1).values).sum())
     return 100 * hits / len(q)
 

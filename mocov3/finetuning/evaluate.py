@@ -9,8 +9,62 @@ from torch import Tensor, nn
 
 from mocov3.data import Source
 from mocov3.distributed import World
-from mocov3.evaluation.features import Extractor, first_of, stream
+from mocov3.evaluation.features import Extractor, collect, first_of, stream
+from mocov3.evaluation.measures import auroc, average_precision
+from mocov3.losses import answers_loss
 from mocov3.models.precision import Precision
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of all test images that could be read, in their order, on every rank."""
+
+    scores: np.ndarray
+    """(images, classes), float64."""
+    truth: np.ndarray
+    """(images,), or of findings (images, findings)."""
+    read: np.ndarray
+    """Indices of the images."""
+    left_out: str
+    """As of ``Accuracy``."""
+
+    def accuracy(self, classes: int) -> "Accuracy":
+        """Counts of right ones, of one class an image."""
+        counts = count(torch.from_numpy(self.scores), torch.from_numpy(self.truth), classes)
+        return Accuracy.of(counts.numpy(), classes, self.left_out)
+
+
+@dataclass(frozen=True)
+class Areas:
+    """How several findings an image are told."""
+
+    auroc: float
+    """Mean over findings in %."""
+    average_precision: float
+    loss: float
+    """Mean of ``answers_loss`` over images."""
+    total: int
+    left_out: str
+    """As of ``Accuracy``."""
+
+    @classmethod
+    def of(cls, found: Scored) -> "Areas":
+        """Of the scores of all images."""
+        scores, truth = torch.from_numpy(found.scores), torch.from_numpy(found.truth)
+        first, second = (
+            100 * float(np.nanmean(measure(found.scores, found.truth))) for measure in (auroc, average_precision)
+        )
+        return cls(first, second, float(answers_loss(scores, truth)) / len(truth), len(truth), found.left_out)
+
+    @property
+    def score(self) -> float:
+        """What the best weights are chosen by."""
+        return self.auroc
+
+    @property
+    def values(self) -> dict[str, float]:
+        """By the names of ``metrics.jsonl``."""
+        return {"auroc": self.auroc, "average_precision": self.average_precision, "test_loss": self.loss}
 
 
 @dataclass(frozen=True)
@@ -52,6 +106,24 @@ class Accuracy:
         """Mean cross entropy."""
         return self.loss_sum / max(self.total, 1)
 
+    @property
+    def score(self) -> float:
+        """What the best weights are chosen by."""
+        return self.acc1
+
+    @property
+    def values(self) -> dict[str, float]:
+        """By the names of ``metrics.jsonl``."""
+        found = {"acc1": self.acc1, "acc5": self.acc5, "mean_class_acc1": self.mean_class_acc1}
+        return {**found, "test_loss": self.loss}
+
+    @classmethod
+    def of(cls, counts: Float[np.ndarray, "counts"], classes: int, left_out: str) -> "Accuracy":
+        """From sums of ``count``."""
+        whole = counts.astype(np.int64)
+        hits, images = whole[:classes], whole[classes : 2 * classes]
+        return cls(hits, int(whole[-2]), images, float(counts[-1]), left_out)
+
 
 def evaluate(
     classifier: Extractor, source: Source, *, world: World, precision: Precision, batch_size: int, workers: int
@@ -76,9 +148,31 @@ def evaluate(
     parts = world.gather((counts.tolist(), corrupt))
     total = np.sum([sums for sums, _ in parts], axis=0)
     corrupt = {i: reason for _, bad in parts for i, reason in bad.items()}
-    left_out = f"{len(corrupt)} unreadable left out, first: {first_of(corrupt, source)}" if corrupt else ""
-    whole = total.astype(np.int64)
-    return Accuracy(whole[:classes], int(whole[-2]), whole[classes : 2 * classes], float(total[-1]), left_out)
+    return Accuracy.of(total, classes, _left_out(corrupt, source))
+
+
+def score_all(
+    classifier: Extractor, source: Source, *, world: World, precision: Precision, batch_size: int, workers: int
+) -> Scored:
+    """As ``evaluate``, but the scores themselves."""
+    found = collect(
+        classifier,
+        source,
+        world=world,
+        batch_size=batch_size,
+        check=False,
+        title="test images",
+        workers=workers,
+        autocast=precision.autocast,
+    )
+    truth, read = source.labels, np.flatnonzero(found.readable)
+    assert truth is not None
+    scores = np.nan_to_num(found.features.double().numpy()[read], nan=0.0, posinf=1e30, neginf=-1e30)
+    return Scored(scores, truth[read].astype(np.int64), read, _left_out(found.corrupt, source))
+
+
+def _left_out(corrupt: dict[int, str], source: Source) -> str:
+    return f"{len(corrupt)} unreadable left out, first: {first_of(corrupt, source)}" if corrupt else ""
 
 
 def count(

@@ -10,6 +10,7 @@ from mocov3.config.fields import check_writable
 from mocov3.data.loading.filling import check_readable
 from mocov3.data.sources.transfer import open_pair
 from mocov3.errors import UserError, no_file
+from mocov3.evaluation.measures import require
 from mocov3.output.log import warn_left_out
 
 LAST = "checkpoint.pth"
@@ -22,6 +23,8 @@ def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:
         UserError: naming what, where and how to fix it.
     """
     config.check()
+    if config.measures or config.labels:
+        require("--measures" if config.measures else "--labels: AUROC of findings")
     if not config.output_dir and not config.eval:
         if config.resume == "auto":
             raise UserError("--resume auto: name the run to resume with --output_dir")
@@ -30,7 +33,7 @@ def check(config: FinetuneConfig, *, script_door: bool) -> FinetuneConfig:
         file = getattr(config, name)
         if file and not (name == "resume" and file == "auto") and not Path(file).is_file():
             raise UserError(f"--{name} {file}: {no_file(file)}")
-    pair = open_pair(config.data_set, config.data_path)
+    pair = open_pair(config.data_set, config.data_path, config.group_by, config.labels)
     check_readable(pair.test, None, f"--data-path {config.data_path} (test)")
     if config.eval:
         warn_left_out(pair.test)

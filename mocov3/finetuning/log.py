@@ -37,6 +37,9 @@ class TuneLine:
     mean_class_acc1: float | None = None
     """Mean over classes of their top-1 accuracy in %."""
     test_loss: float | None = None
+    auroc: float | None = None
+    """Mean over findings in %, in place of accuracies where an image has several findings."""
+    average_precision: float | None = None
     task: str = "finetune"
     version: int = 1
 
@@ -52,7 +55,8 @@ class TuneLog(TrainingLog):
 
     def __init__(self, config: FinetuneConfig, session: Session, corrupt: Container[int] = ()) -> None:
         super().__init__(config, session, corrupt)
-        self._accuracy = self.last_known("acc1")
+        self.called = "AUROC" if config.labels else "Acc@1"
+        self._accuracy = self.last_known("auroc" if config.labels else "acc1")
         self._deit, _ = self.open(DEIT_LOG, lambda line: line["epoch"] < session.first_epoch)
 
     def step(self, line: TuneLine, *, show: bool) -> None:
@@ -67,7 +71,7 @@ class TuneLog(TrainingLog):
 
     def evaluated(self, line: TuneLine) -> None:
         """Write the accuracies at the end of an epoch."""
-        self._accuracy = line.acc1
+        self._accuracy = line.acc1 if line.auroc is None else line.auroc
         self.line(line)
 
     def epoch(self, entry: JsonLine) -> None:
@@ -82,7 +86,7 @@ class TuneLog(TrainingLog):
     def _parts(self, line: TuneLine) -> list[str]:
         return [
             f"loss {line.loss:.3f}" if line.loss is not None else "loss not finite",
-            f"Acc@1 {self._accuracy:.1f}" if self._accuracy is not None else "",
+            f"{self.called} {self._accuracy:.1f}" if self._accuracy is not None else "",
             f"{line.images_per_second or 0:.0f} img/s",
             f"wait {100 * (line.data_wait or 0):.0f}%",
             f"lr {line.lr:.1e}",

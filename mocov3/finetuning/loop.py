@@ -1,10 +1,13 @@
 """The fine-tuning loop of one rank, and the run around it. ``tune`` reads as DeiT's recipe."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mocov3.config import FinetuneConfig, preset_of
@@ -12,14 +15,16 @@ from mocov3.data import Batch, CentreView
 from mocov3.data.device.pixels import normalise
 from mocov3.data.device.sending import send
 from mocov3.data.loading.supervised import Repeated, stratified
+from mocov3.data.sources.groups import chosen, groups_in
 from mocov3.data.sources.labels import matched
 from mocov3.data.sources.transfer import Pair, open_pair
 from mocov3.distributed import World
 from mocov3.errors import UserError
+from mocov3.evaluation import measures
 from mocov3.evaluation.features import Extractor
 from mocov3.finetuning import files, setup
 from mocov3.finetuning.batches import batches, images_shown, iterations
-from mocov3.finetuning.evaluate import Accuracy, evaluate
+from mocov3.finetuning.evaluate import Accuracy, Areas, Scored, evaluate, score_all
 from mocov3.finetuning.log import TuneLog
 from mocov3.finetuning.mixing import erase
 from mocov3.finetuning.model import set_epoch
@@ -32,6 +37,7 @@ from mocov3.weights import Contents, our_entry
 from mocov3.weights.checkpoint import Position
 
 _BAD_IN_A_ROW = 50
+T = TypeVar("T")
 
 
 def tune(world: World, job: Job[FinetuneConfig]) -> int:
@@ -42,6 +48,7 @@ def tune(world: World, job: Job[FinetuneConfig]) -> int:
     if config.eval:
         with Tuning(world, job, None) as run:
             run.report(run.evaluate())
+            run.report_measures()
             return 0
     with owned(world, config.output_dir, "--output_dir") as owner, Tuning(world, job, owner) as run:
         for batches in run.steps():
@@ -70,20 +77,23 @@ class Tuning(Run):
         self.pair = self._opened()
         self.agree({"images": self.pair.train.digest, "test images": self.pair.test.digest})
         self.classes = len(self.pair.test.classes)
-        self.train = Repeated(stratified(self.pair.train, c.fraction), c.repeats)
+        self.train = Repeated(stratified(self.pair.train, c.fraction, c.group_by), c.repeats)
         self.labels = np.asarray(self.train.labels, dtype=np.int64)
         self.preset = preset_of({"view_preset": c.view_preset, "mean_std": c.mean_std})
         self.total_batch = setup.total_batch(c, world)
         self.iterations = self._iterations()
-        self.parts = setup.build(self.start, self.classes, world, script_door=job.script_door)
+        findings = self.labels.ndim == 2
+        self.parts = setup.build(self.start, self.classes, world, script_door=job.script_door, findings=findings)
         self.position, self.counters = self._restored()
         self.log = self._open_log()
         self.recorder = TuneRecorder(world, self.log, self.counters, self.total_batch, c.print_freq, c.repeats)
         self._better = False
+        self.scored: Scored | None = None
 
     def _opened(self) -> Pair:
         """The images; where a file is evaluated, those to test on are numbered by the file's classes."""
-        c, pair = self.config, open_pair(self.config.data_set, self.config.data_path)
+        c = self.config
+        pair = open_pair(c.data_set, c.data_path, c.group_by, c.labels)
         saved = our_entry(self.start.resumed or self.start.weights).get("classes")
         if not c.eval or not isinstance(saved, list):
             return pair
@@ -115,8 +125,9 @@ class Tuning(Run):
         self.log = log = TuneLog(c, self.session(), self.counters.corrupt)
         if not c.eval:
             self.write_config("config.yaml", "re-run by: mocov3 finetune --config FILE")
+        kind = "classes" if self.labels.ndim == 1 else "findings"
         self.say_start(
-            f"{c.arch} on {c.data_set}: {len(self.train.source)} images of {self.classes} classes, "
+            f"{c.arch} on {c.data_set}: {len(self.train.source)} images of {self.classes} {kind}, "
             f"{len(self.pair.test)} to test; {self.iterations} steps of {self.total_batch} an epoch, "
             f"{c.epochs} epochs; {self.world.size} process(es) on {self.world.device.type}, "
             f"{self.parts.precision.name}; seed {c.seed}",
@@ -130,6 +141,8 @@ class Tuning(Run):
             log.say(
                 "--reprob, --aa and --color-jitter are not applied: as in the reference, transfer crops and flips only"
             )
+        if self.labels.ndim == 2 and (c.mixes or c.smoothing):
+            log.say("--mixup, --cutmix and --smoothing are not applied: they are for one class an image")
         if c.drop_path and not self.parts.depth.layers:
             log.say(f"--drop-path is not applied: {c.arch} has no stochastic depth")
         return log
@@ -195,14 +208,20 @@ class Tuning(Run):
         self._better = False
         self.log.restart_clock()
 
-    def evaluate(self) -> Accuracy:
-        """Accuracy of the present weights (not of their average) on the test images."""
+    def evaluate(self) -> Accuracy | Areas:
+        """Accuracy (of findings AUROC) of the present weights (not of their average) on the test images."""
+        if self.labels.ndim == 2 or self.config.measures:
+            self.scored = found = self._judged(score_all)
+            return Areas.of(found) if self.labels.ndim == 2 else found.accuracy(self.classes)
+        return self._judged(evaluate)
+
+    def _judged(self, judge: Callable[..., T]) -> T:
         c = self.config
         bicubic = not c.transfer
         kind = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
         view = CentreView(c.image_size, self.preset.evaluation_zoom, kind)
         model = self.parts.model
-        return evaluate(
+        return judge(
             Extractor(model, model, view, self.preset.mean, self.preset.std),
             self.pair.test,
             world=self.world,
@@ -211,9 +230,34 @@ class Tuning(Run):
             workers=self.workers(len(self.pair.test)),
         )
 
-    def report(self, accuracy: Accuracy) -> None:
-        """Print accuracies, in DeiT's words."""
+    def report_measures(self) -> None:
+        """Print further measures of the last evaluation, as far as asked for."""
+        if (found := self.scored) is None or not self.world.main:
+            return
+        c, test = self.config, self.pair.test
+        groups = chosen(groups_in(test, c.group_by), found.read)
+        if found.truth.ndim == 2:
+            values = measures.of_findings(found.scores, found.truth, test.classes, groups)
+        else:
+            values = measures.of_classes(torch.from_numpy(found.scores).softmax(1).numpy(), found.truth, groups)
+        if c.json:
+            print(json.dumps({"measures": values}), flush=True)
+            return
+        for line in measures.described(values, test.classes):
+            self.log.result(line)
+
+    def report(self, accuracy: Accuracy | Areas) -> None:
+        """Print accuracies, in DeiT's words; of findings their mean AUROC."""
         tell = self.log.result if self.config.eval else self.log.say
+        if isinstance(accuracy, Areas):
+            left_out = f" ({accuracy.left_out})" if accuracy.left_out else ""
+            tell(
+                f"* AUROC {accuracy.auroc:.3f} AP {accuracy.average_precision:.3f} loss {accuracy.loss:.3f}, means "
+                f"over {self.classes} findings of the {accuracy.total} test images{left_out}"
+            )
+            if not self.config.eval:
+                tell(f"Max AUROC: {self.counters.best:.2f}")
+            return
         per_class = f" mean per class {accuracy.mean_class_acc1:.3f}" if self.pair.per_class else ""
         tell(f"* Acc@1 {accuracy.acc1:.3f} Acc@5 {accuracy.acc5:.3f} loss {accuracy.loss:.3f}{per_class}")
         left_out = f" ({accuracy.left_out})" if accuracy.left_out else ""
@@ -249,6 +293,6 @@ class Tuning(Run):
     def result(self) -> None:
         """Say where the run stands."""
         self.log.result(
-            f"{self.folder / files.LAST}: {self.position.epoch} of {self.config.epochs} epochs, best Acc@1 "
+            f"{self.folder / files.LAST}: {self.position.epoch} of {self.config.epochs} epochs, best {self.log.called} "
             f"{self.counters.best:.2f} %"
         )

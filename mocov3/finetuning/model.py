@@ -7,9 +7,10 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from mocov3.config.archs import is_resnet, is_vit
+from mocov3.losses import answers_loss
 from mocov3.models import Encoder, build_encoder
 from mocov3.models.backbones import Settings
 from mocov3.optim import Group
@@ -101,8 +102,22 @@ def set_epoch(scheduler: Scheduler, epoch: int) -> float:
     return group["lr"] / group.get("lr_scale", 1.0)
 
 
-def build_criterion(*, mixes: bool, smoothing: float) -> nn.Module:
-    """Cross entropy: against mixed targets (smoothed already), with smoothing, or plain."""
+class FindingsLoss(nn.Module):
+    """Binary cross entropy of several findings an image, mean over images; what is not known counts 0.
+
+    Divided by the number of images and findings, known or not, so that the mean over ranks and accumulated batches is
+    that of all their images.
+    """
+
+    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
+        """The mean, of scores (batch, findings) and 1, 0 or −1 for each."""
+        return answers_loss(scores, target) / len(scores)
+
+
+def build_criterion(*, mixes: bool, smoothing: float, findings: bool = False) -> nn.Module:
+    """Cross entropy: against mixed targets (smoothed already), with smoothing, or plain; or that of findings."""
+    if findings:
+        return FindingsLoss()
     if mixes:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()

@@ -9,7 +9,7 @@ import torch
 from mocov3.data import Batch, Work
 from mocov3.data.device.sending import Arriving
 from mocov3.distributed import World
-from mocov3.finetuning.evaluate import Accuracy
+from mocov3.finetuning.evaluate import Accuracy, Areas
 from mocov3.finetuning.log import TuneLine, TuneLog
 from mocov3.finetuning.step import Outcome
 from mocov3.running.counters import Counters
@@ -20,7 +20,7 @@ class TuneCounters(Counters):
     """What a checkpoint of fine-tuning carries along."""
 
     best: float = 0.0
-    """Best top-1 accuracy so far, in %."""
+    """Best top-1 accuracy so far, of findings best mean AUROC, in %."""
     loss_sum: float = 0.0
     """Of the running epoch."""
     loss_count: int = 0
@@ -89,26 +89,20 @@ class TuneRecorder:
         line = replace(line, loss=loss, grad_norm=grad_norm, images_per_second=speed, data_wait=waiting)
         self.log.step(line, show=show)
 
-    def epoch_done(self, epoch: int, step: int, lr: float, accuracy: Accuracy | None) -> bool:
-        """Record the end of an epoch; whether its accuracy is the best so far."""
+    def epoch_done(self, epoch: int, step: int, lr: float, accuracy: Accuracy | Areas | None) -> bool:
+        """Record the end of an epoch; whether its accuracy (of findings its AUROC) is the best so far."""
         self.flush()
         counters = self.counters
         entry = {"train_lr": lr, "train_loss": counters.loss_sum / max(counters.loss_count, 1)}
         counters.loss_sum, counters.loss_count = 0.0, 0
         better = False
         if accuracy is not None:
-            better = accuracy.acc1 > counters.best
-            counters.best = max(counters.best, accuracy.acc1)
-            entry |= {"test_loss": accuracy.loss, "test_acc1": accuracy.acc1, "test_acc5": accuracy.acc5}
-            self.log.evaluated(
-                replace(
-                    self._line(step, epoch, -1, lr),
-                    acc1=accuracy.acc1,
-                    acc5=accuracy.acc5,
-                    mean_class_acc1=accuracy.mean_class_acc1,
-                    test_loss=accuracy.loss,
-                )
-            )
+            better = accuracy.score > counters.best
+            counters.best = max(counters.best, accuracy.score)
+            values = accuracy.values
+            told = ("acc1", "acc5", "auroc", "average_precision")
+            entry |= {"test_loss": accuracy.loss, **{f"test_{name}": values[name] for name in told if name in values}}
+            self.log.evaluated(TuneLine(**{**vars(self._line(step, epoch, -1, lr)), **values}))
         self.log.epoch({**entry, "epoch": epoch})
         return better
 

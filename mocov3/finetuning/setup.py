@@ -39,8 +39,8 @@ class Parts:
     """Keys that did not come from the starting weights."""
 
 
-def build(start: files.Start, classes: int, world: World, *, script_door: bool) -> Parts:
-    """All parts, weights loaded where the run starts from some.
+def build(start: files.Start, classes: int, world: World, *, script_door: bool, findings: bool = False) -> Parts:
+    """All parts, weights loaded where the run starts from some; ``findings``: the classes are findings.
 
     Raises:
         UserError: if the weights do not fit.
@@ -81,14 +81,14 @@ def build(start: files.Start, classes: int, world: World, *, script_door: bool) 
     step = TuneStep(
         model,
         optimizer,
-        build_criterion(mixes=c.mixes, smoothing=c.smoothing),
+        build_criterion(mixes=c.mixes, smoothing=c.smoothing, findings=findings),
         world=world,
         precision=precision,
         accumulate=c.accum_iter,
         clip=c.clip_grad,
         ema=ema,
     )
-    return Parts(model, optimizer, schedule, ema, depth, _mixer(c, classes), precision, step, fresh)
+    return Parts(model, optimizer, schedule, ema, depth, _mixer(c, classes, findings), precision, step, fresh)
 
 
 def transform(c: FinetuneConfig, preset: ViewPreset) -> Transform:
@@ -110,8 +110,8 @@ def total_batch(config: FinetuneConfig, world: World) -> int:
     return config.batch_size * config.accum_iter * world.size
 
 
-def _mixer(c: FinetuneConfig, classes: int) -> Mixer | None:
-    if not c.mixes:
+def _mixer(c: FinetuneConfig, classes: int, findings: bool) -> Mixer | None:
+    if findings or not c.mixes:
         return None
     return Mixer(
         mixup=c.mixup,

@@ -17,7 +17,8 @@ from mocov3.config.fields import Fields, Layers, Parser, path
 from mocov3.config.views import preset_of
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
-from mocov3.data.sources.opening import SEPARATOR
+from mocov3.data.sources.groups import groups_in, suggested
+from mocov3.data.sources.opening import SEPARATOR, field_groups
 from mocov3.data.sources.survey import Survey, sample, survey
 from mocov3.errors import UserError, printable
 from mocov3.output.sheet import write_sheet
@@ -27,6 +28,7 @@ from mocov3.planning.choose import Proposal, propose_settings
 
 _SAMPLE = 5000
 _LISTED = 10
+_NAMES = 200_000  # looked at for groups
 _GROUP_FROM = 0.01
 
 
@@ -55,7 +57,7 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
                 f"--sheet {args.sheet}: lies in {folder}, where it would be taken for an image; name a file outside"
             )
     source = open_source(data)
-    n = len(source)
+    n, grouped = len(source), _groups(source, values)
     indices = np.arange(n) if args.all else sample(n, args.sample)
     facts = survey(source, indices, workers=max(usable_cores(), 1), reading=preset_of(values).reading)
     as_json = bool(values.get("json"))
@@ -71,6 +73,7 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
                     "settings": asdict(proposal.config),
                     "sheet": args.sheet,
                     "left_out": getattr(source, "skipped", []),
+                    "group_by": found[0] if (found := _suggested(source, values)) else None,
                     "training_seconds": proposal.training,
                     "loading_seconds": proposal.loading,
                 }
@@ -81,6 +84,8 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
     print(block(proposal.choices, layers.recipe, layers.given))
     print("\n" + "\n".join(_speed(proposal)))
     print("\n".join(_near_in_batches(facts, proposal.config.batch_size, bool(proposal.config.group_by))))
+    if grouped:
+        print(grouped)
     print(f"\n{args.sheet}: {rows} images with their views under --view-preset {proposal.config.view_preset}")
     return 0
 
@@ -166,9 +171,33 @@ def _speed(proposal: Proposal) -> list[str]:
     return lines
 
 
+def _suggested(source: Source, values: Fields) -> tuple[str, int] | None:
+    """What names say of groups, where nothing else does."""
+    if values.get("group_by") or field_groups(source, "") is not None:
+        return None
+    names = [source.name(i) for i in sample(len(source), _NAMES).tolist()]
+    return suggested(names, in_classes=bool(source.classes))
+
+
+def _groups(source: Source, values: Fields) -> str:
+    """A line on groups: those that count, or those that names suggest."""
+    groups = groups_in(source, str(values.get("group_by") or ""))
+    if groups is not None:
+        return f"  groups           {int(groups.max()) + 1} of {len(source)} images"
+    if (found := _suggested(source, values)) is None:
+        return ""
+    pattern, count = found
+    first = printable(source.name(0))
+    return (
+        f"  groups           names look like {count} groups of images that belong together, first {first}: "
+        f"give --group-by '{pattern}', to knn, lincls, finetune and compare too, or images of one group are judged by "
+        "each other; --group-by none, if they do not"
+    )
+
+
 def _near_in_batches(survey: Survey, batch: int, grouped: bool) -> list[str]:
     share = min(survey.partners * (batch - 1) / max(survey.images - 1, 1), 1.0)
     line = f"  false negatives  {100 * share:.2f} % of images would meet a near-copy in their batch of {batch}"
     if share > _GROUP_FROM and not grouped:
-        line += "; keep them apart by --group-by, or remove copies"
+        line += "; keep them apart by --group-by, of which they may be one group, or remove copies"
     return [line]

@@ -7,6 +7,7 @@ nothing, gives the verdict at the end. Every judgement is a line of ``guard.json
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from mocov3.config import PretrainConfig
 from mocov3.data import CentreView, Source
 from mocov3.data.loading.loader import loader_workers
+from mocov3.data.sources.groups import chosen, groups_in
 from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.evaluation.features import Extractor, collect
@@ -76,10 +78,12 @@ class AgainstStart:
         old, new = old_images(c), new_images(c)
         sets = {**({OLD: old[0], VERDICT: old[1]} if old else {}), **({NEW: new} if new else {})}
         self.sets: dict[str, Source] = sets
+        # a file of groups may be of the new images only
+        self.groups = {name: groups_in(images, c.group_by, needed=name == NEW) for name, images in sets.items()}
         start = open_frozen(
             c.init, flag="--init", arch=c.arch, heads=c.heads, adapter=c.adapter, image_size=c.image_size
         ).to(world.device)
-        self._before = {name: self._right(start.extractor, images) for name, images in sets.items()}
+        self._before = {name: self._right(start.extractor, name) for name in sets}
         view = ProbeViews(c.image_size, start.preset.evaluation_zoom, 0, start.preset.reading)
         self._start = features_of_views(
             Extractor(start.network, start.features, view, start.preset.mean, start.preset.std), unseen, world=world
@@ -91,9 +95,9 @@ class AgainstStart:
                 "stops the run"
             )
 
-    def _right(self, extractor: Extractor, images: Source) -> tuple[Tensor, Tensor]:
-        """Which images are answered rightly by the others' classes, and which can be read."""
-        c = self.config
+    def _right(self, extractor: Extractor, name: str) -> tuple[Tensor, Tensor]:
+        """Which images of a set are answered rightly by the others' classes, and which can be read."""
+        c, images, groups = self.config, self.sets[name], self.groups[name]
         parallel = len(images) * c.image_size**2 > _SMALL
         workers = loader_workers(c.workers, self.world.local_size, len(images)) if parallel else 0
         collected = collect(extractor, images, world=self.world, workers=workers, check=False, title="--guard")
@@ -101,7 +105,8 @@ class AgainstStart:
         right = torch.zeros(len(images), dtype=torch.bool)
         features = collected.features[readable]
         if bool(torch.isfinite(features).all()):  # else nothing is right
-            right[readable] = right_among(features, torch.as_tensor(images.labels, dtype=torch.long)[readable])
+            labels = torch.as_tensor(images.labels, dtype=torch.long)[readable]
+            right[readable] = right_among(features, labels, chosen(groups, collected.readable))
         return right, readable
 
     @property
@@ -114,11 +119,12 @@ class AgainstStart:
         """Whether the guard has stopped the run."""
         return bool(self.lines) and not self.lines[-1]["holds"]
 
-    def compare(self, unseen: Float[Tensor, "images dim"]) -> Comparison | None:
+    def compare(self, unseen: Float[Tensor, "images dim"], groups: np.ndarray | None = None) -> Comparison | None:
         """The present network against the start; every rank must call it.
 
         Args:
             unseen: features of the unseen images' evaluation view.
+            groups: of the unseen images.
         """
         if not self.active:
             return None
@@ -126,10 +132,12 @@ class AgainstStart:
         view = CentreView(c.image_size, preset.evaluation_zoom, reading=preset.reading)
         extractor = Extractor(encoder, encoder.features, view, preset.mean, preset.std)
         pairs = {}
-        for name, images in self.sets.items():
-            (before, first), (after, second) = self._before[name], self._right(extractor, images)
-            pairs[name] = Paired.of(before[first & second], after[first & second])
-        agreement = shared_neighbours(self._start, unseen) if len(unseen) == len(self._start) else float("nan")
+        for name in self.sets:
+            (before, first), (after, second) = self._before[name], self._right(extractor, name)
+            both = first & second
+            pairs[name] = Paired.of(before[both], after[both], chosen(self.groups[name], both.numpy()))
+        same = len(unseen) == len(self._start)
+        agreement = shared_neighbours(self._start, unseen, groups=groups) if same else float("nan")
         return Comparison(pairs, agreement, OLD not in pairs or kept(pairs[OLD], c.guard_drop))
 
     def note(self, position: Position, comparison: Comparison, *, chosen: bool) -> None:

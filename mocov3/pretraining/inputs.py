@@ -11,7 +11,8 @@ from mocov3.config import PretrainConfig
 from mocov3.config.fields import check_writable
 from mocov3.data import Source, open_source
 from mocov3.data.loading.filling import check_readable
-from mocov3.data.loading.order import Order, group_numbers, hold_out
+from mocov3.data.loading.order import Order, hold_out
+from mocov3.data.sources.groups import NONE, groups_in, groups_of
 from mocov3.data.sources.index import cache_folder
 from mocov3.data.sources.labels import matched, with_labels
 from mocov3.data.sources.opening import fractions, open_unseen
@@ -34,11 +35,14 @@ def check(config: PretrainConfig, *, script_door: bool) -> None:
     if config.nprocs_per_node > 1:
         check_divides(config.batch_size, config.nprocs_per_node * max(config.world_size, 1))
     if config.knn_every:
-        validation = open_validation(config, source)[1]
+        known, validation = open_validation(config, source)
+        groups_of((known, validation), config.group_by)
         check_readable(validation, config.preset.reading, f"--knn-every: {config.data_title} (val)")
         warn_left_out(validation, said=source)
     if config.quality_every:
-        warn_left_out(unseen_images(config), said=source)
+        unseen = unseen_images(config)
+        groups_in(unseen, config.group_by, needed=False)
+        warn_left_out(unseen, said=source)
     if config.report_every and importlib.util.find_spec("plotly") is None:
         raise UserError(
             "--report-every draws its charts by plotly, which is not installed; pip install 'mocov3[report]'"
@@ -74,7 +78,8 @@ def open_images(config: PretrainConfig) -> tuple[Source, Source | None, Order]:
         source, held_out = whole, None
     else:
         source, held_out = hold_out(whole, config.hold_out, config.group_by)
-    groups = group_numbers(source, config.group_by) if config.group_by else None
+    # in batches only where it is asked for: images of few patients would leave no batch
+    groups = groups_in(source, config.group_by) if config.group_by not in ("", NONE) else None
     return source, held_out, Order(len(source), config.batch_size, fractions(source), groups)
 
 

@@ -7,10 +7,12 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 
 from mocov3.config import PretrainConfig
 from mocov3.data.loading.loader import loader_workers
+from mocov3.data.sources.groups import chosen, groups_in
 from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.sharding import whole
@@ -56,6 +58,7 @@ class LabelFreeEvaluation:
         if not config.quality_every:
             return
         self.images = unseen_images(config)
+        self.groups = groups_in(self.images, config.group_by, needed=False)
         self.against_start = AgainstStart(config, world, model, log, unseen=self.images, start=start)
         self._reopen(self.against_start, start)
         if not self.base:
@@ -86,8 +89,8 @@ class LabelFreeEvaluation:
         c, done = self.config, position.epoch + bool(position.iteration)
         if not c.quality_every or (done % c.quality_every and not last):
             return False
-        label_free, features = self._judge(self.model.base_encoder)
-        comparison = self.against_start.compare(features) if self.against_start else None
+        label_free, features, groups = self._judge(self.model.base_encoder)
+        comparison = self.against_start.compare(features, groups) if self.against_start else None
         holds = comparison is None or comparison.holds
         self._note("epoch", label_free, position)
         measures = {f"quality/{name}": value for name, value in label_free.as_dict().items() if name != "pictures"}
@@ -121,14 +124,14 @@ class LabelFreeEvaluation:
         """Whether to use the network that was kept, as far as that was asked for."""
         return self.against_start.conclusion(str(self.file.with_name(BEST))) if self.against_start else None
 
-    def _judge(self, network: Encoder | None) -> tuple[LabelFreeQuality, Tensor]:
-        """The measures, and the features of the evaluation view."""
+    def _judge(self, network: Encoder | None) -> tuple[LabelFreeQuality, Tensor, np.ndarray | None]:
+        """The measures, and the features of the evaluation view with the images' groups."""
         c, preset = self.config, self.config.preset
         images = min(len(self.images), IMAGES)
         parallel = images * c.image_size**2 > _SMALL
         view = ProbeViews(c.image_size, preset.evaluation_zoom, reading=preset.reading)
         module, features = (nn.Identity(), pixel_features) if network is None else (network, network.features)
-        views, _ = features_of_views(
+        views, read = features_of_views(
             Extractor(module, features, view, preset.mean, preset.std),
             self.images,
             world=self.world,
@@ -136,7 +139,8 @@ class LabelFreeEvaluation:
         )
         if len(views) < 2:
             raise UserError("the quality without labels needs two or more readable images that are not trained on")
-        return judge(views), views[:, 0]
+        groups = chosen(self.groups, read)
+        return judge(views, groups), views[:, 0], groups
 
     def _note(self, name: str, label_free: LabelFreeQuality, position: Position) -> None:
         if name != "epoch":

@@ -41,7 +41,7 @@ def old_images(config: PretrainConfig) -> tuple[Source, Source] | None:
         images = Labelled(images, read_labels(Path(file), images, flag="--guard"))
     images = _known(images, where, "give DIR,labels.csv (path,label), or a folder of class folders")
     images = Subset(images, scattered(len(images), 2 * MOST))
-    judging, choosing = hold_out(images, len(images) // 2, config.group_by)
+    judging, choosing = hold_out(images, len(images) // 2, config.group_by, needed=False)
     for part in (choosing, judging):
         if part.labels is None or len(np.unique(part.labels)) < 2 or len(part) < FEWEST:
             raise UserError(

@@ -7,10 +7,11 @@ from torch import Tensor
 from mocov3.config import PretrainConfig
 from mocov3.data import CentreView, Source
 from mocov3.data.loading.loader import loader_workers
+from mocov3.data.sources.groups import groups_of
 from mocov3.data.sources.survey import scattered
 from mocov3.distributed import World
 from mocov3.evaluation.features import Extractor, collect
-from mocov3.evaluation.neighbours import K, knn_predict, nearest
+from mocov3.evaluation.neighbours import Groups, K, knn_predict, nearest
 from mocov3.models import MoCo
 from mocov3.models.precision import frozen_precision
 from mocov3.output.sheet import draw_neighbours, draw_views
@@ -44,19 +45,24 @@ class OnlineKnn:
     def knn(self, step: int) -> float:
         """k-NN accuracy in % of the validation images; every rank must call it at the same step."""
         known, validation = open_validation(self.config, self.source)
+        groups = groups_of((known, validation), self.config.group_by)
         (bank, classes, read), (queries, answers, asked) = (self._features(s) for s in (known, validation))
+        own = Groups.between(groups and (groups[0][read], groups[1][asked]))
         if self.log.takes_images:
             shown = scattered(len(queries), _QUERIES)
-            found = nearest(bank, queries[torch.from_numpy(shown)], min(_NEIGHBOURS, len(bank))).index.numpy()
+            rows = torch.from_numpy(shown)
+            k = min(_NEIGHBOURS, own.available if own else len(bank))
+            found = nearest(bank, queries[rows], k, groups=own and own.of_queries(rows)).index.numpy()
             sheet = draw_neighbours(validation, asked[shown], known, read[found], self.config.preset.reading)
             self.log.image("neighbours", np.asarray(sheet), step)
-        return self._accuracy(bank, classes, queries, answers)
+        return self._accuracy(bank, classes, queries, answers, own)
 
-    def _accuracy(self, bank: Tensor, classes: Tensor, queries: Tensor, answers: Tensor) -> float:
+    def _accuracy(self, bank: Tensor, classes: Tensor, queries: Tensor, answers: Tensor, own: Groups | None) -> float:
         """Accuracy in % over the queries of all ranks, each of which searches for a part of them on its device."""
         world = self.world
         mine = torch.arange(world.rank, len(queries), world.size)
-        predicted = knn_predict(bank, classes, queries[mine], k=min(K, len(bank)), device=world.device)
+        k, among = min(K, own.available if own else len(bank)), own and own.of_queries(mine)
+        predicted = knn_predict(bank, classes, queries[mine], k=k, groups=among, device=world.device)
         hits = world.sum((predicted == answers[mine]).sum().to(world.device))
         return 100 * int(hits) / len(queries)
 

@@ -16,6 +16,7 @@ from mocov3.config import PretrainConfig
 from mocov3.config.presets import Reading
 from mocov3.data import Source, open_source
 from mocov3.data.device.pixels import normalise
+from mocov3.data.sources.groups import groups_in
 from mocov3.data.sources.labels import with_labels
 from mocov3.data.sources.opening import Subset, has_unseen
 from mocov3.data.sources.survey import scattered
@@ -26,7 +27,7 @@ from mocov3.errors import UserError
 from mocov3.evaluation import quality
 from mocov3.evaluation.features import stream
 from mocov3.evaluation.frozen import Frozen, open_frozen
-from mocov3.evaluation.neighbours import TEMPERATURE, K, nearest, vote
+from mocov3.evaluation.neighbours import TEMPERATURE, Groups, K, nearest, vote
 from mocov3.metrics import JsonLine
 from mocov3.output.sheet import shown
 from mocov3.pretraining.assemble import build_model
@@ -56,7 +57,7 @@ class Network:
     """Share of the variance of each principal component."""
     rankme: float
     neighbours: np.ndarray
-    """(queries, shown): the nearest other images of each query."""
+    """(queries, shown): the nearest images of each query, of other groups where there are groups."""
     correct: np.ndarray | None
     """Whether the nearest others vote for an image's class; ``None`` without labels."""
 
@@ -177,8 +178,9 @@ def _learn(
     if labels is not None and (labels.min() < 0 or len(np.unique(labels)) < 2):
         labels = None
     queries = _choose(labels, n)
+    own = Groups.among(groups_in(chosen, config.group_by, needed=False), n)
     both = [(title, before), ("trained", now)] if before is not None else [("trained", now)]
-    networks = [_network(name, x[:n][torch.from_numpy(back)], labels, queries) for name, x in both]
+    networks = [_network(name, x[:n][torch.from_numpy(back)], labels, queries, own) for name, x in both]
     columns = int(np.ceil(np.sqrt(n)))
     if n < len(pool):
         about = f"{n} of {len(pool)} {about}"
@@ -245,9 +247,11 @@ def _beginning(
         return None, title
 
 
-def _network(title: str, x: Tensor, labels: np.ndarray | None, queries: np.ndarray) -> Network:
-    k = min(max(K, _SHOWN), len(x) - 1)
-    neighbours = nearest(x, x, k, self_index=torch.arange(len(x)))
+def _network(title: str, x: Tensor, labels: np.ndarray | None, queries: np.ndarray, own: Groups) -> Network:
+    if not own.available:  # one group alone
+        own = Groups.among(None, len(x))
+    k = min(max(K, _SHOWN), own.available)
+    neighbours = nearest(x, x, k, groups=own)
     correct = None
     if labels is not None:
         truth = torch.from_numpy(np.asarray(labels, np.int64))

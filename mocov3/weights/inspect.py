@@ -107,7 +107,8 @@ def _kind(path: str, kind: str, contents: Contents, entry: Contents | None) -> s
         return "pre-training checkpoint of " + ("mocov3" if entry else "the reference, or a program of its layout")
     if kind == "linear evaluation" and "best_acc1" in contents:
         with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):  # whatever a damaged file says
-            return f"linear evaluation (best top-1 {float(contents['best_acc1']):.2f} %)"
+            measure = "mean AUROC" if our_entry(contents).get("findings") else "top-1"
+            return f"linear evaluation (best {measure} {float(contents['best_acc1']):.2f} %)"
     deit = "model" in contents and not path.endswith(".safetensors")
     return f"{kind} weights" + (" in DeiT's format" if deit else "")
 

@@ -16,8 +16,8 @@ from mocov3.data.sources.labels import matched, read_labels, with_labels
 from mocov3.data.sources.opening import Roots
 from mocov3.data.sources.transfer import open_pair
 from mocov3.errors import UserError
-from mocov3.evaluation import knn
 from mocov3.evaluation.embeddings import class_names
+from mocov3.evaluation.knn_inputs import open_sets
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +205,7 @@ def parts(tmp_path, train, val):
     return str(tmp_path)
 
 
-OPENERS = {"lincls": open_labelled, "knn": knn.open_sets, "finetune": lambda d: open_pair("folder", d)[:2]}
+OPENERS = {"lincls": open_labelled, "knn": open_sets, "finetune": lambda d: open_pair("folder", d)[:2]}
 
 
 @pytest.mark.parametrize("command", OPENERS)
@@ -252,7 +252,7 @@ def test_images_without_labels_are_left_out_of_scores_alone(tmp_path):
     source = open_source(file)
     assert len(source) == 4
     assert class_names(source) == ["", "owl", "fox", "fox"]
-    bank, queries = knn.open_sets(file)
+    bank, queries = open_sets(file)
     assert (labels(bank), contents(bank), queries) == (["owl", "fox", "fox"], list(FILES[1:]), None)
     assert "1 of 4 images have no label" in bank.skipped[0]
     alone = open_source(written(tmp_path, "m.csv", "path,label\n" + lines("{p},{c}\n")))

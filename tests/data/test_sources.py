@@ -17,8 +17,9 @@ from mocov3.cli import parse_script
 from mocov3.config import PRESETS, PretrainConfig, preset_of, read_yaml, write_yaml
 from mocov3.data import TwoViews, open_source
 from mocov3.data.loading.loader import batches
-from mocov3.data.loading.order import Order, group_numbers
+from mocov3.data.loading.order import Order
 from mocov3.data.sources import index as index_module
+from mocov3.data.sources.groups import groups_in
 from mocov3.data.sources.index import recall
 from mocov3.data.sources.opening import Roots, Subset, fractions, scan
 from mocov3.data.views.draws import draw, permutation
@@ -220,8 +221,8 @@ def test_a_batch_holds_one_of_a_group(groups, batch, seed):
 
 def test_groups_are_read_from_names(tmp_path):
     source = scan(tree(tmp_path, "film1/a_01.jpg", "film1/a_02.jpg", "film2/a_01.jpg", "single.jpg"))
-    assert group_numbers(source, "^([^/]+)/").tolist() == [0, 0, 1, 2]
-    assert group_numbers(source, r"film\d").tolist() == [0, 0, 1, 2]
+    assert groups_in(source, "^([^/]+)/").tolist() == [0, 0, 1, 2]
+    assert groups_in(source, r"film\d").tolist() == [0, 0, 1, 2]
     assert np.array_equal(Order(9, 2).epoch(3, 4), permutation(3, 4, 9))
 
 

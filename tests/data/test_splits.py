@@ -16,7 +16,8 @@ from mocov3.data.sources.opening import has_unseen, open_unseen
 from mocov3.data.sources.splits import choose, split_of_file, split_of_folder
 from mocov3.data.sources.transfer import open_pair
 from mocov3.errors import UserError
-from mocov3.evaluation import compare, embed, knn
+from mocov3.evaluation import compare, embed
+from mocov3.evaluation.knn_inputs import open_sets
 from mocov3.pretraining.inputs import open_images
 
 
@@ -402,7 +403,7 @@ def openers():
 
     return {
         "pretrain, check, auto, report": pretrain,
-        "knn": knn.open_sets,
+        "knn": open_sets,
         "lincls": open_labelled,
         "finetune": lambda d: tuple(open_pair("folder", d))[:2],
         "compare": lambda d: (None, compare._images(d)[0]),

@@ -20,7 +20,7 @@ from mocov3.evaluation import neighbours
 from mocov3.evaluation.embeddings import duplicate_groups
 from mocov3.evaluation.features import grid
 from mocov3.evaluation.frozen import open_frozen
-from mocov3.evaluation.neighbours import nearest, recalled, vote
+from mocov3.evaluation.neighbours import Groups, nearest, recalled, vote
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,25 @@ def test_leave_one_out(vectors):
         NearestNeighbors(n_neighbors=6, metric="cosine", algorithm="brute").fit(x.double()).kneighbors(x.double())
     )
     assert np.array_equal(found.index.numpy(), index[:, 1:])
+
+
+@pytest.mark.parametrize("tile", [131072, 90])
+def test_a_query_finds_none_of_its_own_group(vectors, monkeypatch, tile):
+    monkeypatch.setattr(neighbours, "_TILE", tile)
+    x, rng = vectors[0][:400].clone(), np.random.default_rng(1)
+    x[200:300] = x[:100]  # equals, of the same group and of others
+    groups = rng.integers(0, 6, 400)
+    bank, queries = x[:350], x[300:]  # rows 300 to 349 are both
+    own = Groups.between((groups[:350], groups[300:]))
+    assert own.available == 350 - np.bincount(groups[:350]).max()
+    found = nearest(bank, queries, 30, groups=own)
+    for row, (query, group) in enumerate(zip(queries.double().numpy(), groups[300:], strict=True)):
+        others = np.flatnonzero(groups[:350] != group)
+        distance = 1 - bank.double().numpy()[others] @ query / np.linalg.norm(bank.double().numpy()[others], axis=1)
+        order = others[np.lexsort((others, np.round(distance, 9)))][:30]
+        assert found.index[row].tolist() == order.tolist()
+    with pytest.raises(ValueError, match=str(own.available)):
+        nearest(bank, queries, own.available + 1, groups=own)
 
 
 def test_exact_whatever_the_tiles(vectors, monkeypatch):
@@ -125,7 +144,7 @@ def test_two_ranks_are_one(images, pretrained, tmp_path, capfd):
     outputs = []
     for n in ("0", "2"):
         capfd.readouterr()
-        assert main(["knn", str(images), *flags, "--nprocs-per-node", n]) == 0
+        assert main(["knn", str(images), *flags, "--measures", "--nprocs-per-node", n]) == 0
         outputs.append(capfd.readouterr().out)
         embedding = ["embed", str(images), *flags, "-o", str(tmp_path / f"{n}.npy"), "--nprocs-per-node", n]
         Process([sys.executable, "-m", "mocov3", *embedding]).finish()

@@ -258,7 +258,7 @@ def test_two_ranks_are_one(images, pretrained, tmp_path):
     for n in (1, 2):
         assert launch_ranks(rank_tasks.heads, tmp_path / f"heads{n}", n) == 0
     x, y = (torch.load(tmp_path / f"heads{n}") for n in (1, 2))
-    for name in ("weights", "biases", "norm"):
+    for name in ("weights", "biases", "norm", "findings"):
         assert all((p - q).norm() <= 1e-9 * p.norm() for p, q in zip(x[name], y[name], strict=True))
 
 

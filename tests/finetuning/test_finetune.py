@@ -448,7 +448,7 @@ OURS = """
 -a --arch --image-size --patch-size --heads --small-stem --view-preset --mean-std --fraction --output-dir -b
 --accum-iter --layer-decay --transfer-transform -j --workers -p --print-freq --checkpoint-steps --max-steps
 --max-hours --recipe --config --precision --nprocs-per-node --world-size --dist-url --deterministic
---allow-config-change --quiet --json --logger
+--allow-config-change --quiet --json --logger --group-by --labels --measures
 """
 
 

@@ -8,8 +8,10 @@ import numpy as np
 
 from mocov3.config.presets import RGB, Reading, ViewPreset
 from mocov3.data.loading.slots import Work
+from mocov3.data.sources.findings import findings_of, refuse_one_sided
+from mocov3.data.sources.groups import NONE, without_shared
 from mocov3.data.sources.labels import matched, with_labels
-from mocov3.data.sources.opening import Source, open_source, open_unseen
+from mocov3.data.sources.opening import Source, field_groups, has_unseen, open_source, open_unseen
 from mocov3.data.sources.splits import choose
 from mocov3.data.views.decode import ImageBytes
 from mocov3.data.views.draws import draw, permutation
@@ -74,17 +76,41 @@ def plan_all(
             yield Work(e, i, np.array_split(batch, ranks)[rank])
 
 
-def open_labelled(data: str) -> tuple[Source, Source]:
+def open_labelled(data: str, group_by: str = "", labels: str = "") -> tuple[Source, Source]:
     """The labelled images of the training and validation part of DATA, or of the built-in ``fashion-mnist[:ROOT]``.
+
+    ``labels`` names a file of findings (``mocov3.data.sources.findings``) in place of classes. Validation images of a
+    group (``mocov3.data.sources.groups``) that training has are left out.
 
     Raises:
         UserError: if one is missing, empty or without classes, or validation has a class that training lacks.
     """
     train, val = open_source(data, "train"), open_unseen(data)
+    if labels:
+        train, val = findings_of(labels, (train, val))
+        judged = without_shared(val, train, group_by, f"data {data}")
+        refuse_one_sided(judged, f"data {data} (val)")
+        return train, judged
     for part, images in (("train", train), ("val", val)):
         if images.labels is None or len(images.classes) < 2:
             raise UserError(f"data {data} ({part}): needs images of two or more classes: {part}/CLASS/…, or labels")
-    return with_labels(train), matched(train.classes, val, f"data {data}")
+    where, known = f"data {data}", with_labels(train)
+    return known, without_shared(matched(train.classes, val, where), known, group_by, where)
+
+
+def open_judged(data: str, group_by: str = "", labels: str = "") -> Source:
+    """The validation part of DATA alone, without images of a group that the training part has, where there is one.
+
+    Raises:
+        UserError: if it is missing or holds no image, or groups cannot be told.
+    """
+    val = open_source(data, "val")
+    if labels:
+        (val,) = findings_of(labels, (val,))
+    if group_by != NONE and (group_by or field_groups(val, "") is not None) and has_unseen(data):
+        val = without_shared(val, open_source(data, "train"), group_by, f"data {data}")
+    refuse_one_sided(val, f"data {data} (val)")
+    return val
 
 
 def open_evaluated(folder: str) -> Source:

@@ -5,13 +5,12 @@ Groups keep near-duplicates (frames of one film, views of one object) out of eac
 false negatives.
 """
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from mocov3.data.sources.groups import groups_in
 from mocov3.data.sources.opening import Source, Subset
 from mocov3.data.views.draws import permutation
 from mocov3.errors import UserError
@@ -113,17 +112,19 @@ def _kept(count: int, fraction: float) -> int:
     return count if fraction >= 1 else max(round(count * fraction), min(count, 1))
 
 
-def hold_out(whole: Source, count: int, group_by: str) -> tuple[Source, Source]:
+def hold_out(whole: Source, count: int, group_by: str, *, needed: bool = True) -> tuple[Source, Source]:
     """(images to train on, about ``count`` images kept from it), by a fixed draw: no seed or resume changes it.
 
-    With groups whole ones are kept back, so that no near-copy of an image that is kept back is trained on.
+    With groups (``group_by`` and ``needed`` as ``groups_of``) whole ones are kept back, so that no near-copy of an
+    image that is kept back is trained on.
 
     Raises:
         UserError: if that would be more than half, or all.
     """
     if count * 2 > len(whole):
         raise UserError(f"--hold-out {count}: at most half of the {len(whole)} images can be held out")
-    groups = group_numbers(whole, group_by) if group_by else np.arange(len(whole))
+    found = groups_in(whole, group_by, needed=needed)
+    groups = np.arange(len(whole)) if found is None else found
     drawn = permutation(_HOLD_OUT_SEED, 0, int(groups.max()) + 1)
     sizes = np.bincount(groups)[drawn]
     chosen = drawn[: max(int(np.searchsorted(np.cumsum(sizes), count, side="right")), 1)]
@@ -131,25 +132,3 @@ def hold_out(whole: Source, count: int, group_by: str) -> tuple[Source, Source]:
     if kept_back.all():
         raise UserError("--hold-out: --group-by puts all images into one group")
     return Subset(whole, np.flatnonzero(~kept_back)), Subset(whole, np.flatnonzero(kept_back))
-
-
-def group_numbers(source: Source, pattern: str) -> np.ndarray:
-    """int32 group of every image by its name: those with the same match of ``pattern`` (its first bracket, where it
-    has one) belong together; an image without a match is a group of its own.
-
-    Raises:
-        UserError: if the pattern is no regular expression, or puts all images into one group.
-    """
-    try:
-        expression = re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"--group-by {pattern!r}: is not a regular expression ({error})") from None
-    seen: dict[str, int] = {}
-    numbers = np.empty(len(source), np.int32)
-    for i in range(len(source)):
-        match = expression.search(source.name(i).replace(os.sep, "/"))
-        key = f"={i}" if match is None else "~" + (match[1] or "" if expression.groups else match[0])
-        numbers[i] = seen.setdefault(key, len(seen))
-    if len(seen) < 2:
-        raise UserError(f"--group-by {pattern!r}: puts all images into one group; a batch takes one image of each")
-    return numbers

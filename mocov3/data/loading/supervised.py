@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from mocov3.data.sources.groups import groups_in
 from mocov3.data.sources.opening import Source
 from mocov3.data.views.decode import decode
 from mocov3.data.views.draws import permutation
@@ -65,21 +66,39 @@ class Subset:
         return self.source.name(int(self.chosen[index]))
 
 
-def stratified(source: Source, fraction: float) -> Source:
+def stratified(source: Source, fraction: float, group_by: str = "") -> Source:
     """``fraction`` of the images of every class (rounded, at least one): always the same ones, whatever the seed.
 
-    A smaller fraction is contained in a larger one.
+    A smaller fraction is contained in a larger one. Groups (``mocov3.data.sources.groups``) are drawn whole, each with
+    the class that most of its images have, as many as fit into the fraction of the class. Of images with several
+    findings ``fraction`` is drawn of all.
     """
     if fraction >= 1:
         return source
     labels = source.labels
     assert labels is not None
     order = permutation(_SUBSET_SEED, 0, len(source))
+    found = groups_in(source, group_by)
+    groups = np.arange(len(source), dtype=np.int32) if found is None else found
+    if labels.ndim == 2:  # of findings there are no classes to draw by
+        labels = np.zeros(len(source), np.int32)
+    sizes, classes = np.bincount(groups), _classes_of_groups(groups, labels)
+    drawn = groups[order][np.sort(np.unique(groups[order], return_index=True)[1])]  # by their first image
     chosen = []
-    for label in np.unique(labels):
-        of_class = order[labels[order] == label]
-        chosen.append(of_class[: max(round(fraction * len(of_class)), 1)])
-    return Subset(source, np.sort(np.concatenate(chosen)))
+    for label in np.unique(classes):
+        of_class = drawn[classes[drawn] == label]
+        ends = np.cumsum(sizes[of_class])
+        chosen.append(of_class[: max(int(np.searchsorted(ends, round(fraction * ends[-1]), side="right")), 1)])
+    return Subset(source, np.flatnonzero(np.isin(groups, np.concatenate(chosen))))
+
+
+def _classes_of_groups(groups: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The class that most images of each group have, the lowest of equals."""
+    pairs, counts = np.unique(np.stack([groups, labels], axis=1), axis=0, return_counts=True)
+    first = np.lexsort((pairs[:, 1], -counts, pairs[:, 0]))
+    ordered: np.ndarray = pairs[first]
+    classes: np.ndarray = ordered[np.unique(ordered[:, 0], return_index=True)[1], 1]
+    return classes
 
 
 @dataclass(frozen=True)
@@ -96,7 +115,7 @@ class Repeated:
     def labels(self) -> np.ndarray | None:
         """Class of every repetition."""
         labels = self.source.labels
-        return None if labels is None else np.repeat(labels, self.repeats)
+        return None if labels is None else np.repeat(labels, self.repeats, axis=0)
 
     @property
     def classes(self) -> list[str]:

@@ -1,8 +1,6 @@
 """Known classes of some images: from a CSV file, or from the images' own source; and classes matched by name."""
 
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +8,9 @@ import numpy as np
 
 from mocov3.data.sources.classes import numbered, remarks_on_missing, renumbered
 from mocov3.data.sources.opening import Roots, Source, Subset
-from mocov3.data.sources.rows import Place, read_rows
+from mocov3.data.sources.rows import read_rows
 from mocov3.data.sources.survey import scattered
+from mocov3.data.sources.table import Names
 from mocov3.errors import UserError, no_file, printable
 
 _MOST = 2000
@@ -52,9 +51,9 @@ class Labelled(Subset):
 
 
 def with_labels(source: Source) -> Source:
-    """The images of a source that have a class: the source itself, if all have one or none has."""
+    """The images of a source that have a class: the source itself, if all have one or none has, or of findings."""
     labels = source.labels
-    if labels is None or (labels >= 0).all():
+    if labels is None or labels.ndim == 2 or (labels >= 0).all():
         return source
     known = np.flatnonzero(labels >= 0)  # of several sources, those without labels say nothing of themselves
     said = remarks_on_missing("all sources", labels) if isinstance(source, Roots) else []
@@ -71,6 +70,11 @@ def matched(classes: list[str], val: Source, where: str) -> Source:
     labels = val.labels
     if labels is None or val.classes == classes:
         return val
+    if labels.ndim == 2:
+        if set(val.classes) != set(classes):
+            raise UserError(f"{where}: findings are {', '.join(val.classes)}, not {', '.join(classes)}; name those")
+        order = [val.classes.index(name) for name in classes]
+        return Labelled(val, Labels(np.arange(len(val)), labels[:, order], classes))
     numbers = renumbered(labels, val.classes, classes, len(val))
     if (numbers < 0).any():
         unknown = sorted({val.classes[i] for i in labels[numbers < 0].tolist()})
@@ -95,7 +99,7 @@ def read_labels(file: Path, images: Source, *, flag: str = "--labels") -> Labels
     """
     if not file.is_file():
         raise UserError(f"{flag} {file}: {no_file(file)}; give a CSV of path,label")
-    names = _Names(images)
+    names = Names([images.name(i) for i in range(len(images))])
     rows = read_rows(file, names.places(), flag)
     label_of: dict[int, str] = {}
     for path, label, line in zip(rows.paths, rows.labels, rows.lines, strict=True):
@@ -116,41 +120,6 @@ def read_labels(file: Path, images: Source, *, flag: str = "--labels") -> Labels
         )
     missing = remarks_on_missing(str(file), np.array([0 if label else -1 for label in rows.labels]))
     return Labels(indices, numbers, classes, (*rows.remarks, *missing))
-
-
-class _Names:
-    """Names of images by which a file of labels may call them."""
-
-    def __init__(self, images: Source) -> None:
-        self._names = [images.name(i).replace("\\", "/") for i in range(len(images))]
-        self._index = {name: i for i, name in enumerate(self._names)}
-        self._by_last: dict[str, list[int]] = {}
-        for i, name in enumerate(self._names):
-            self._by_last.setdefault(_last(name), []).append(i)
-
-    def ending_in(self, name: str) -> list[int]:
-        """Images of this name, or else those whose path is an end of it or the other way round."""
-        if name in self._index:
-            return [self._index[name]]
-        same = self._by_last.get(_last(name), [])
-        return [i for i in same if _is_end(self._names[i], name) or _is_end(name, self._names[i])]
-
-    def places(self) -> Iterator[Place]:
-        """By name; then by name without ending."""
-        yield Place(lambda path: path if len(self.ending_in(os.fsdecode(path))) == 1 else None)
-        stems: dict[bytes, bytes | None] = {}
-        for name in self._names:
-            for stem in {os.fsencode(os.path.splitext(part)[0]) for part in (name, _last(name))}:
-                stems[stem] = None if stem in stems else os.fsencode(name)
-        yield Place(stems.get, looked_up=True, said="images are named without their endings")
-
-
-def _last(name: str) -> str:
-    return re.split("[/:]", name)[-1]  # a colon: of several sources, and of rows in a table
-
-
-def _is_end(end: str, name: str) -> bool:
-    return name.endswith((f"/{end}", f":{end}"))
 
 
 def own_labels(images: Source) -> Labels | None:

@@ -35,7 +35,10 @@ class Source(Protocol):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 class of every image, −1 where it has none; ``None`` where none has one."""
+        """int32 class of every image, −1 where it has none; ``None`` where none has one.
+
+        Of several findings an image (``mocov3.data.sources.findings``): (images, findings), 1, 0, −1 if not known.
+        """
 
     @property
     def classes(self) -> list[str]:
@@ -53,6 +56,17 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What to call the image in messages."""
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A source that can say which of its images belong together: what a source may have beside the rest."""
+
+    def groups(self, field: str) -> np.ndarray | None:
+        """Name of every image's group, empty where it has none, by a field of this name; ``None`` without such a field.
+
+        ``""`` asks for the groups that the images have by themselves, which count unless others are asked for.
+        """
 
 
 def open_source(data: str, split: str = "train") -> Source:
@@ -256,6 +270,15 @@ class Roots:
         part, place = self._place(index)
         return file_bytes(self.parts[part], place)
 
+    def groups(self, field: str) -> np.ndarray | None:
+        """As the parts say; an image of a part without such a field has no group."""
+        named = [field_groups(part, field) for part in self.parts]
+        if all(names is None for names in named):
+            return None
+        return np.concatenate(
+            [np.full(len(p), "") if n is None else n for p, n in zip(self.parts, named, strict=True)], dtype=object
+        )
+
     def name(self, index: int) -> str:
         """The part's number and the image's name in it."""
         part, place = self._place(index)
@@ -300,6 +323,11 @@ class Subset:
         """As the whole says."""
         return file_bytes(self.whole, int(self.indices[index]))
 
+    def groups(self, field: str) -> np.ndarray | None:
+        """As the whole says."""
+        named = field_groups(self.whole, field)
+        return None if named is None else named[self.indices]
+
     def name(self, index: int) -> str:
         """The image's name in the whole."""
         return self.whole.name(int(self.indices[index]))
@@ -309,6 +337,25 @@ def file_bytes(source: Source, index: int) -> int:
     """Size of an image's file where the source knows it without reading, else 0."""
     known = getattr(source, "file_bytes", None)
     return int(known(index)) if known is not None else 0
+
+
+def field_groups(source: Source, field: str) -> np.ndarray | None:
+    """Names of the images' groups by a field, where the source has it; see ``Grouped``."""
+    return source.groups(field) if isinstance(source, Grouped) else None
+
+
+def file_name(source: Source, index: int) -> str:
+    """The whole path of an image's file, where it has one of its own, else its name."""
+    while True:
+        if isinstance(source, Subset):
+            index = int(source.indices[index])
+            source = source.whole
+        elif isinstance(source, Roots):
+            part, index = source._place(index)
+            source = source.parts[part]
+        else:
+            break
+    return os.path.abspath(os.fsdecode(source.path(index))) if isinstance(source, Folder) else source.name(index)
 
 
 def fractions(source: Source) -> list[tuple[int, float]]:

@@ -63,6 +63,12 @@ class Rows:
     place: Place
     found: int
     """Of the probed rows, how many name an image."""
+    cells: list[list[str]]
+    """Of every column."""
+    column: int
+    """Which of them is the path."""
+    names: list[str] | None
+    """Of the columns, where the first line says them."""
     remarks: list[str] = field(default_factory=list)
     """How it was read, where that is not as it stands; a line each."""
 
@@ -117,7 +123,9 @@ def read_rows(file: Path, places: Iterator[Place], flag: str = "data") -> Rows:
         remarks.append(f"line {numbers[several]} holds several values ({labels[several]}); none is taken for a class")
         labels = [""] * len(labels)
     said = [printable(f"{file}: {line}") for line in remarks if line]
-    return Rows(_paths(form, cells, numbers, where), labels, numbers, form.place, form.found, said)
+    return Rows(
+        _paths(form, cells, numbers, where), labels, numbers, form.place, form.found, cells, form.column, names, said
+    )
 
 
 def _paths(form: "_Form", cells: list[list[str]], numbers: list[int], where: str) -> list[bytes]:

@@ -104,6 +104,22 @@ class Parquet:
             raise OSError("the row holds no bytes")
         return data
 
+    def groups(self, field: str) -> np.ndarray | None:
+        """Text of a column of single values, row by row; tables have no groups by themselves."""
+        import pyarrow as pa
+
+        parts = []
+        for file in self.files:
+            with opened(file) as table:
+                if not field or field == self.column or field not in table.schema_arrow.names:
+                    return None
+                kind = table.schema_arrow.field(field).type
+                if pa.types.is_nested(kind) or pa.types.is_binary(kind):
+                    raise UserError(f"data {file}: column {printable(field)} does not hold one value a row")
+                values = table.read([field]).column(0).to_pylist()
+            parts.append(np.array(["" if value is None else str(value) for value in values], object))
+        return np.concatenate(parts)
+
     def name(self, index: int) -> str:
         """The table and the row in all tables."""
         group = int(np.searchsorted(self.ends, index, side="right"))

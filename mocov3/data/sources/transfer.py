@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mocov3.data.sources.embedded import FashionMnist
+from mocov3.data.sources.findings import findings_of, refuse_one_sided
+from mocov3.data.sources.groups import without_shared
 from mocov3.data.sources.index import Index
 from mocov3.data.sources.labels import matched, with_labels
 from mocov3.data.sources.opening import Folder, Source, open_source
@@ -28,17 +30,27 @@ class Pair(NamedTuple):
     """Whether the field reports the mean accuracy over classes for this set (Flowers, Pets)."""
 
 
-def open_pair(data_set: str, path: str) -> Pair:
-    """The images of a data set.
+def open_pair(data_set: str, path: str, group_by: str = "", labels: str = "") -> Pair:
+    """The images of a data set, without those to test on that are of a group (``groups``) that training has.
 
     Args:
         data_set: ``cifar10 cifar100 flowers pets fashion-mnist``; ``folder`` or ``IMNET`` for PATH/train/CLASS and
             PATH/val/CLASS, or what else ``mocov3.data.sources.splits`` takes for these parts.
         path: where it lies.
+        group_by: as ``--group-by``.
+        labels: of ``folder`` and ``IMNET``: a file of findings in place of classes (``findings``).
 
     Raises:
         UserError: naming the file that is missing or damaged, or how classes differ.
     """
+    pair = _open(data_set, path, labels)
+    where = f"--data-path {path}" if path else f"--data-set {data_set}"
+    test = without_shared(pair.test, pair.train, group_by, where)
+    refuse_one_sided(test, f"{where} (test)")
+    return pair._replace(test=test)
+
+
+def _open(data_set: str, path: str, labels: str) -> Pair:
     if data_set == "fashion-mnist":
         return Pair(FashionMnist("train", path or None), FashionMnist("val"), False)
     if not path:
@@ -51,14 +63,17 @@ def open_pair(data_set: str, path: str) -> Pair:
         return Pair(*_flowers(Path(path)), True)
     if data_set == "pets":
         return Pair(*_pets(Path(path)), True)
-    return Pair(*_folders(Path(path)), False)
+    return Pair(*_folders(Path(path), labels), False)
 
 
-def _folders(root: Path) -> tuple[Source, Source]:
+def _folders(root: Path, labels: str) -> tuple[Source, Source]:
     if not apart(str(root)):
         missing = "val or test" if parts_of(str(root)) else "train"
         raise UserError(f"--data-path {root}: misses the folder {missing}, which holds a folder a class")
     train, test = open_source(str(root), "train"), open_source(str(root), "val")
+    if labels:
+        train, test = findings_of(labels, (train, test))
+        return train, test
     for part, name in ((train, "train"), (test, "val")):
         if part.labels is None:
             raise UserError(f"--data-path {root}: {name} has no classes; give each image a class folder, or a label")

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mocov3.distributed import World
+from mocov3.losses import answers_loss
 from mocov3.metrics import correct_at
 
 
@@ -127,22 +128,23 @@ class Heads:
         return [F.linear(normed if s.kind == "bn-linear" else x, w, b) for s, w, b in parts]
 
     def step(
-        self, x: Float[Tensor, "batch width"], target: Int[Tensor, "batch"], *, lr_factor: float
+        self, x: Float[Tensor, "batch width"], target: Int[Tensor, "batch ..."], *, lr_factor: float
     ) -> Float[Tensor, "heads 3"]:
-        """Train every head on this rank's part of a batch by its mean cross-entropy over all ranks.
+        """Train every head on this rank's part of a batch by its mean loss (``answers_loss``) over all ranks.
 
         Args:
             x: features, finite.
-            target: classes.
+            target: classes, or findings (batch, findings).
             lr_factor: every head's learning rate is its own ``lr`` times this.
 
         Returns:
-            For every head the sum of losses, and how many are right among the first 1 and 5, on this rank.
+            For every head the sum of losses, and how many are right among the first 1 and 5 (of findings: not
+            counted), on this rank.
         """
         x = x.to(self.weights[0].dtype)
         normed = self.norm.train(x, self.world) if self._normed else x
         scores = self._apply(x, normed)
-        losses = [F.cross_entropy(s, target, reduction="sum") for s in scores]
+        losses = [answers_loss(s, target) for s in scores]
         parameters = [*self.weights, *self.biases]
         share = 1.0 if self.world.size > 1 else 1.0 / max(len(x), 1)  # of several ranks the sum is divided instead
         grads = torch.autograd.grad(losses, parameters, grad_outputs=[torch.full_like(one, share) for one in losses])
@@ -162,11 +164,11 @@ class Heads:
         for p, g in zip(parameters, grads, strict=True):
             p.grad = g
 
-    def evaluate(self, x: Float[Tensor, "batch width"], target: Int[Tensor, "batch"]) -> Float[Tensor, "heads 3"]:
+    def evaluate(self, x: Float[Tensor, "batch width"], target: Int[Tensor, "batch ..."]) -> Float[Tensor, "heads 3"]:
         """Sum of losses and counts of right ones among the first 1 and 5, for every head, on this rank."""
         with torch.no_grad():
             scores = self.scores(x.to(self.weights[0].dtype))
-            losses = torch.stack([F.cross_entropy(s, target, reduction="sum") for s in scores])
+            losses = torch.stack([answers_loss(s, target) for s in scores])
             return counted(scores, losses, target)
 
     def folded(self, head: int) -> tuple[Float[Tensor, "classes width"], Float[Tensor, "classes"]]:
@@ -211,8 +213,11 @@ class Heads:
 
 
 def counted(
-    scores: Sequence[Float[Tensor, "batch classes"]], losses: Float[Tensor, "heads"], target: Int[Tensor, "batch"]
+    scores: Sequence[Float[Tensor, "batch classes"]], losses: Float[Tensor, "heads"], target: Int[Tensor, "batch ..."]
 ) -> Float[Tensor, "heads 3"]:
     """Sum of losses, right among the first 1, among the first 5, a row a head."""
-    hits = torch.stack([correct_at(s, target, (1, 5)) for s in scores])
+    if target.ndim == 1:
+        hits = torch.stack([correct_at(s, target, (1, 5)) for s in scores])
+    else:  # findings are judged by AUROC, which is no count
+        hits = losses.new_zeros(len(scores), 2)
     return torch.cat([losses.double()[:, None] if losses.device.type != "mps" else losses[:, None], hits], dim=1)

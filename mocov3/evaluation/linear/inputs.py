@@ -4,10 +4,10 @@ from pathlib import Path
 
 from mocov3.config import LinclsConfig
 from mocov3.config.fields import check_writable
-from mocov3.data import open_source
 from mocov3.data.loading.filling import check_readable
-from mocov3.data.loading.labelled import open_labelled
+from mocov3.data.loading.labelled import open_judged, open_labelled
 from mocov3.errors import UserError
+from mocov3.evaluation.measures import require
 from mocov3.output.log import warn_left_out
 
 SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -24,13 +24,15 @@ def check(config: LinclsConfig, *, script_door: bool) -> None:
         UserError: naming what, where and how to fix it.
     """
     config.check()
+    if config.measures or config.labels:
+        require("--measures" if config.measures else "--labels: AUROC of findings")
     folder = Path(config.output_dir)
     if config.evaluate:
         if config.resume == "auto" and not (folder / "checkpoint.pth.tar").is_file():
             raise UserError(f"--resume auto: there is no checkpoint.pth.tar in {folder}; name the file")
-        warn_left_out(open_source(config.data, "val"))
+        warn_left_out(open_judged(config.data, config.group_by, config.labels))
         return
-    train, val = open_labelled(config.data)
+    train, val = open_labelled(config.data, config.group_by, config.labels)
     check_readable(val, None, f"data {config.data} (val)")
     if not (config.arch or config.pretrained or config.resume):
         raise UserError("no backbone: give --pretrained FILE, or -a ARCH for an untrained one")

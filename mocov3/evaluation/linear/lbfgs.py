@@ -1,4 +1,7 @@
-"""Multinomial logistic regression by L-BFGS: heads on cached features, fitted to convergence instead of by SGD."""
+"""Logistic regression by L-BFGS: heads on cached features, fitted to convergence instead of by SGD.
+
+Of classes it is multinomial; of findings each is fitted by itself.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,15 +10,16 @@ from torch import Tensor
 
 from mocov3.distributed import World
 from mocov3.evaluation.linear.heads import Heads
+from mocov3.losses import answers_loss
 
 _CHUNK = 65536  # rows whose scores are held at a time
 _ITERATIONS = 500
 
 
 def fit(
-    x: Float[Tensor, "batch width"], target: Int[Tensor, "batch"], classes: int, weight_decay: float, world: World
+    x: Float[Tensor, "batch width"], target: Int[Tensor, "batch ..."], classes: int, weight_decay: float, world: World
 ) -> tuple[Float[Tensor, "classes width"], Float[Tensor, "classes"]]:
-    """Weight and bias that minimise mean cross-entropy + ½·wd·‖weight‖² over the rows of all ranks.
+    """Weight and bias that minimise the mean loss (``answers_loss``) + ½·wd·‖weight‖² over the rows of all ranks.
 
     scikit-learn's ``LogisticRegression(C=1/(n·wd))`` has the same minimum. Every rank gets the same result.
     """
@@ -35,10 +39,8 @@ def fit(
         total = torch.zeros(1, dtype=x.dtype, device=x.device)
         grad = torch.zeros_like(both)
         for rows, wanted in zip(x.split(_CHUNK), target.split(_CHUNK), strict=True):
-            log_p = F.log_softmax(F.linear(rows, weight, bias), dim=1)
-            total += F.nll_loss(log_p, wanted, reduction="sum")
-            error = log_p.exp()
-            error[torch.arange(len(rows), device=x.device), wanted] -= 1
+            loss, error = _loss(F.linear(rows, weight, bias), wanted)
+            total += loss
             grad[:, :-1] += error.T @ rows
             grad[:, -1] += error.sum(0)
         summed = world.sum(torch.cat([total, grad.flatten()])) / n
@@ -51,7 +53,17 @@ def fit(
     return solved[:, :-1].contiguous(), solved[:, -1].contiguous()
 
 
-def solve(heads: Heads, features: Float[Tensor, "batch width"], target: Int[Tensor, "batch"], world: World) -> None:
+def _loss(scores: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of losses as ``answers_loss``, and its gradient by the scores."""
+    loss = answers_loss(scores, wanted)
+    if wanted.ndim == 2:
+        return loss, (scores.sigmoid() - wanted.clamp(min=0)) * (wanted >= 0) / scores.shape[1]
+    error = F.softmax(scores, dim=1)
+    error[torch.arange(len(scores), device=scores.device), wanted] -= 1
+    return loss, error
+
+
+def solve(heads: Heads, features: Float[Tensor, "batch width"], target: Int[Tensor, "batch ..."], world: World) -> None:
     """Fit every head to this rank's rows of cached features; ``bn-linear`` heads see standardised ones."""
     x, target = features.to(world.device), target.to(world.device)
     normed = None

@@ -5,16 +5,50 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from torch import Tensor
+
 from mocov3.config import LinclsConfig
+from mocov3.evaluation.measures import described
 from mocov3.metrics import JsonLine, Meter, plain
 from mocov3.output.log import Log, Session, warn
 
 LINES, RESULT = "lincls.jsonl", "lincls.json"
 
 
+@dataclass(frozen=True)
+class Titles:
+    """What a head is judged by, as it is called."""
+
+    first: str
+    """Chooses the best head."""
+    second: str
+    keys: dict[str, str]
+    """Names in JSON, of fields of ``HeadResult`` and of lines; empty: left out."""
+
+    def named(self, line: JsonLine) -> JsonLine:
+        """A line with its fields called so."""
+        return {self.keys.get(key, key): value for key, value in line.items() if self.keys.get(key, key)}
+
+
+CLASSES = Titles("Acc@1", "Acc@5", {})
+_OF_FINDINGS = {
+    "acc1": "auroc",
+    "acc5": "average_precision",
+    "best_acc1": "best_auroc",
+    "train_acc1": "",
+    "train_acc5": "",
+}
+FINDINGS = Titles("AUROC", "AP", _OF_FINDINGS)
+
+
+def titles(labels: Tensor) -> Titles:
+    """Of classes (images,) or findings (images, findings)."""
+    return FINDINGS if labels.ndim == 2 else CLASSES
+
+
 @dataclass
 class HeadResult:
-    """A head and its accuracy on the validation set, in %."""
+    """A head and how it is judged on the validation set, in %: accuracy, of findings AUROC and average precision."""
 
     head: str
     lr: float
@@ -43,10 +77,11 @@ def best_of(results: Sequence[HeadResult]) -> int:
     return max(range(len(results)), key=lambda i: (results[i].best_acc1, -i))
 
 
-def table(results: Sequence[HeadResult]) -> str:
+def table(results: Sequence[HeadResult], called: Titles = CLASSES) -> str:
     """Heads from best to worst by their best epoch, the best marked."""
     order = sorted(range(len(results)), key=lambda i: (-results[i].best_acc1, i))
-    lines = [f"  {'head':<10} {'lr':>8} {'wd':>8} {'Acc@1':>8} {'epoch':>6}   {'last Acc@1':>10} {'Acc@5':>8}"]
+    first, second = called.first, called.second
+    lines = [f"  {'head':<10} {'lr':>8} {'wd':>8} {first:>8} {'epoch':>6}   {'last ' + first:>10} {second:>8}"]
     for place, i in enumerate(order):
         r = results[i]
         lines.append(
@@ -71,9 +106,10 @@ def edges(results: Sequence[HeadResult]) -> list[str]:
     return said
 
 
-def scores() -> list[Meter]:
-    """Meters of loss, top-1 and top-5."""
-    return [Meter("Loss", ".4e"), Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")]
+def scores(called: Titles = CLASSES) -> list[Meter]:
+    """Meters of loss, top-1 and top-5; of loss alone where there are findings."""
+    accuracies = [Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")] if called is CLASSES else []
+    return [Meter("Loss", ".4e"), *accuracies]
 
 
 class EvaluationLog(Log):
@@ -82,10 +118,11 @@ class EvaluationLog(Log):
     Args:
         config: of the run.
         session: what this process does of it.
+        called: what heads are judged by.
     """
 
-    def __init__(self, config: LinclsConfig, session: Session) -> None:
-        self._scores = scores()
+    def __init__(self, config: LinclsConfig, session: Session, called: Titles = CLASSES) -> None:
+        self.called, self._scores = called, scores(called)
         super().__init__(config, session, self._scores)
         self._best = ""
         self._lines, _ = self.open(LINES, lambda line: line["epoch"] < session.first_epoch)
@@ -97,7 +134,7 @@ class EvaluationLog(Log):
 
     def line(self, epoch: int, iteration: int, now: Sequence[float], mean: Sequence[float]) -> None:
         """A training step: loss, Acc@1, Acc@5 of this step and on average so far."""
-        for meter, value, average in zip(self._scores, now, mean, strict=True):
+        for meter, value, average in zip(self._scores, now, mean, strict=False):
             meter.value, meter.total, meter.count = value, average, 1
         self.terminal.line(self._progress.line(epoch, iteration))
         if self.terminal.moves:  # a file gets one line an epoch
@@ -108,41 +145,54 @@ class EvaluationLog(Log):
                     self._best,
                     f"{speed:.0f} img/s",
                     f"wait {100 * waiting:.0f}%",
-                    f"training Acc@1 {mean[1]:.1f}",
+                    f"training Acc@1 {mean[1]:.1f}" if self.called is CLASSES else "",
                 ]
             )
 
     def evaluated(self, best: HeadResult, epoch: int, epochs: int, many: bool) -> None:
         """The accuracy of the best head; in the reference's style `` * Acc@1 … Acc@5 …``."""
         name = f"  ({best.name})" if many else ""
-        self._best = f"Acc@1 {best.acc1:.1f}"
-        self.terminal.line(f" * Acc@1 {best.acc1:.3f} Acc@5 {best.acc5:.3f}{name}")
+        first, second = self.called.first, self.called.second
+        self._best = f"{first} {best.acc1:.1f}"
+        self.terminal.line(f" * {first} {best.acc1:.3f} {second} {best.acc5:.3f}{name}")
         if self.terminal.style == "bar":
             left = "" if self.terminal.moves or epoch + 1 == epochs else f"  {self.terminal.clock.left} left"
-            self.say(f"epoch {epoch + 1}/{epochs}: Acc@1 {best.acc1:.2f} Acc@5 {best.acc5:.2f}{name}{left}")
+            self.say(f"epoch {epoch + 1}/{epochs}: {first} {best.acc1:.2f} {second} {best.acc5:.2f}{name}{left}")
 
     def write(self, lines: Sequence[JsonLine]) -> None:
         """Lines of ``lincls.jsonl``."""
         for line in lines:
-            self._write(self._lines, line)
+            self._write(self._lines, self.called.named(line))
         best = max(lines, key=lambda line: line["best_acc1"])
-        numbers = {k: v for k, v in plain(best).items() if k != "epoch" and isinstance(v, int | float)}
-        every = {f"acc1/{line['head']} lr {line['lr']:g} wd {line['weight_decay']:g}": line["acc1"] for line in lines}
+        numbers = {
+            k: v for k, v in plain(self.called.named(best)).items() if k != "epoch" and isinstance(v, int | float)
+        }
+        first = self.called.keys.get("acc1", "acc1")
+        every = {
+            f"{first}/{line['head']} lr {line['lr']:g} wd {line['weight_decay']:g}": line["acc1"] for line in lines
+        }
         self.loggers.scalars({**numbers, **every}, best["epoch"])
 
-    def summary(self, results: Sequence[HeadResult], about: JsonLine) -> None:
-        """The table of heads, its warnings, and ``lincls.json``."""
+    def summary(
+        self, results: Sequence[HeadResult], about: JsonLine, measures: JsonLine, classes: Sequence[str]
+    ) -> None:
+        """The table of heads, its warnings, further measures of the best, and ``lincls.json``."""
         if not self.writes:
             return
         best = results[best_of(results)]
-        content = {**about, "best": plain(asdict(best)), "heads": [plain(asdict(r)) for r in results]}
+        every = [plain(self.called.named(asdict(r))) for r in results]
+        content = {**about, "best": plain(self.called.named(asdict(best))), "heads": every}
+        content |= {"measures": measures} if measures else {}
         partial = self.folder / f".{RESULT}.{os.getpid()}.partial"
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.folder / RESULT)
         if len(results) > 1:
-            self.terminal.result(table(results))
+            self.terminal.result(table(results, self.called))
         self.terminal.result(
-            f"{about['protocol']}: best Acc@1 {best.best_acc1:.3f} ({best.name}, after epoch {best.best_epoch})"
+            f"{about['protocol']}: best {self.called.first} {best.best_acc1:.3f} ({best.name}, after epoch "
+            f"{best.best_epoch})"
         )
+        for line in described(measures, classes):
+            self.terminal.result(line)
         for text in edges(results):
             warn(text)

@@ -22,10 +22,11 @@ from mocov3.distributed import World
 from mocov3.evaluation.features import Collected, collect, finite_rows, first_of, refuse_rows
 from mocov3.evaluation.linear import files
 from mocov3.evaluation.linear.lbfgs import solve
-from mocov3.evaluation.linear.log import EvaluationLog, HeadResult, best_of
-from mocov3.evaluation.linear.scores import evaluated, rates, validation_features
+from mocov3.evaluation.linear.log import EvaluationLog, HeadResult, best_of, titles
+from mocov3.evaluation.linear.scores import Batches, evaluated, measured, rates, validation_features
 from mocov3.evaluation.linear.setup import build_heads, check_same_run, find, open_backbone, protocol
 from mocov3.losses import at_least_float32
+from mocov3.metrics import JsonLine
 from mocov3.models.precision import frozen_precision
 from mocov3.output.log import warn
 from mocov3.running.folder import LINCLS_LOCK, Owner, owned
@@ -68,7 +69,7 @@ class Evaluation(Run):
         self.heads = build_heads(self.config, self.frozen, len(self.source.classes), world)
         self.results = [HeadResult(s.kind, s.lr, s.weight_decay) for s in self.heads.specs]
         self.unreadable: dict[str, dict[int, str]] = {"train": {}, "val": {}}
-        self._val: list[tuple[Tensor, Tensor]] | None = None
+        self._val: Batches | None = None
         self._train: Collected | None = None
         self._best = False
         self._unchecked: list[tuple[np.ndarray, Arriving]] = []
@@ -79,7 +80,7 @@ class Evaluation(Run):
         self.log = self._open_log(resumed=contents is not None)
 
     def _open_images(self, config: LinclsConfig) -> None:
-        self.source, self.val_source = open_labelled(config.data)
+        self.source, self.val_source = open_labelled(config.data, config.group_by, config.labels)
         self.agree({"images": self.source.digest, "validation images": self.val_source.digest})
         self.labels, self.val_labels = (
             torch.as_tensor(s.labels, dtype=torch.long, device=self.world.device)
@@ -89,13 +90,14 @@ class Evaluation(Run):
 
     def _open_log(self, *, resumed: bool) -> EvaluationLog:
         c, world, frozen = self.config, self.world, self.frozen
-        self.log = EvaluationLog(c, self.session())
+        self.log = EvaluationLog(c, self.session(), titles(self.labels))
         self.write_config("lincls.yaml", "re-run by: mocov3 lincls --config FILE")
         if world.main and not (c.pretrained or c.resume or c.arch == "pixels"):
             warn("no --pretrained: the backbone is untrained")
+        kind = "classes" if self.labels.ndim == 1 else "findings"
         self.say_start(
             f"{protocol(c)} of {frozen.about}: {len(self.source)} training and {len(self.val_source)} validation "
-            f"images, {self.heads.classes} classes, {len(self.heads.specs)} heads, {self.iterations} steps of "
+            f"images, {self.heads.classes} {kind}, {len(self.heads.specs)} heads, {self.iterations} steps of "
             f"{c.batch_size} an epoch, {c.epochs} epochs; {world.size} process(es) on {world.device.type}; "
             f"seed {c.seed}",
             resumed=resumed,
@@ -248,7 +250,15 @@ class Evaluation(Run):
         self.log.restart_clock()
 
     def evaluate(self) -> list[tuple[float, float, float]]:
-        """Loss, top-1 and top-5 in % of every head on the whole validation set, exact over ranks."""
+        """Loss, top-1 and top-5 in % of every head on the whole validation set, exact over ranks.
+
+        Of findings loss, mean AUROC and mean average precision.
+        """
+        return evaluated(
+            self.heads, self._validation(), self.world, self.log.terminal, self.config.print_freq, self.log.called
+        )
+
+    def _validation(self) -> Batches:
         if self._val is None:  # the backbone does not change, so one pass does for all epochs
             self._val, bad = validation_features(
                 self.frozen,
@@ -260,7 +270,7 @@ class Evaluation(Run):
                 autocast=self.precision.autocast,
             )
             self._note_unreadable("val", bad)
-        return evaluated(self.heads, self._val, self.world, self.log.terminal, self.config.print_freq)
+        return self._val
 
     def solve(self) -> None:
         """Fit every head to the cached features by L-BFGS, and evaluate."""
@@ -303,6 +313,7 @@ class Evaluation(Run):
                 "config": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(c).items()},
                 "seed": c.seed,
                 "classes": list(self.source.classes),
+                "findings": self.labels.ndim == 2,
                 "data_digest": self.source.digest,
                 "heads": [dataclasses.asdict(r) for r in self.results],
                 "counts": counts,
@@ -332,6 +343,7 @@ class Evaluation(Run):
         if self.results[0].best_epoch >= 0:
             c = self.config
             bad = {part: len(set().union(*self.world.gather(set(met)))) for part, met in self.unreadable.items()}
+            lead = best_of(self.results)
             self.log.summary(
                 self.results,
                 {
@@ -344,4 +356,15 @@ class Evaluation(Run):
                     "seed": c.seed,
                     "unreadable": bad,
                 },
+                self._measured(lead),
+                self.val_source.classes,
             )
+
+    def _measured(self, head: int) -> JsonLine:
+        """Further measures of a head as it is now, as far as asked for; every rank must call it."""
+        if not (self.config.measures or self.labels.ndim == 2):
+            return {}
+        batches = self._validation()
+        return measured(
+            self.heads, head, batches, self.world, self.val_source, self.unreadable["val"], self.config.group_by
+        )

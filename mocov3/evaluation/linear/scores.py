@@ -3,26 +3,30 @@
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mocov3.config import LinclsConfig
-from mocov3.data import Source, open_source
-from mocov3.data.loading.labelled import open_evaluated
+from mocov3.data import Source
+from mocov3.data.loading.labelled import open_evaluated, open_judged
 from mocov3.data.loading.loader import loader_workers
+from mocov3.data.sources.groups import chosen, groups_in
 from mocov3.data.sources.labels import matched, with_labels
 from mocov3.distributed import World
 from mocov3.errors import UserError
+from mocov3.evaluation import measures
 from mocov3.evaluation.features import Context, first_of, grid, refuse_not_finite, refuse_unreadable, stream
 from mocov3.evaluation.frozen import Frozen, open_frozen
 from mocov3.evaluation.linear import files
 from mocov3.evaluation.linear.heads import Heads, HeadSpec
 from mocov3.evaluation.linear.inputs import PUBLISHED
-from mocov3.evaluation.linear.log import HeadResult, scores
+from mocov3.evaluation.linear.log import CLASSES, HeadResult, Titles, scores, titles
 from mocov3.evaluation.linear.setup import find
-from mocov3.metrics import Meter, Progress
+from mocov3.metrics import JsonLine, Meter, Progress
 from mocov3.models.precision import frozen_precision
 from mocov3.output.log import warn
 from mocov3.output.terminal import Terminal
@@ -60,9 +64,12 @@ def validation_features(
 
 
 def evaluated(
-    heads: Heads, batches: Batches, world: World, terminal: Terminal, print_freq: int
+    heads: Heads, batches: Batches, world: World, terminal: Terminal, print_freq: int, called: Titles = CLASSES
 ) -> list[tuple[float, float, float]]:
-    """Loss, top-1 and top-5 in % of every head: counts summed over ranks, divided once."""
+    """Loss, top-1 and top-5 in % of every head: counts summed over ranks, divided once.
+
+    Of findings the mean AUROC and average precision take the places of the last two.
+    """
     wide = torch.float32 if world.device.type == "mps" else torch.float64
     counts = torch.zeros(len(heads.specs), 4, dtype=wide, device=world.device)
     began = time.perf_counter()
@@ -71,11 +78,57 @@ def evaluated(
         counts += torch.cat([sums, sums.new_full((len(sums), 1), float(len(target)))], dim=1)
         if i % print_freq == 0:
             seconds, values = (time.perf_counter() - began) / (i + 1), rates(counts[0].tolist())
-            meters = [Meter("Time", "6.3f", seconds, seconds, 1), *scores()]
-            for meter, value in zip(meters[1:], values, strict=True):
+            meters = [Meter("Time", "6.3f", seconds, seconds, 1), *scores(called)]
+            for meter, value in zip(meters[1:], values, strict=False):
                 meter.update(value)
             terminal.line(Progress(len(batches), meters).line(None, i))
-    return [rates(row) for row in world.sum(counts).tolist()]
+    found = [rates(row) for row in world.sum(counts).tolist()]
+    if called is CLASSES:
+        return found
+    every, truth = _outputs(heads, range(len(heads.specs)), batches, world)
+    areas = [(_mean(measures.auroc(s, truth)), _mean(measures.average_precision(s, truth))) for s in every]
+    return [(loss, *area) for (loss, _, _), area in zip(found, areas, strict=True)]
+
+
+def measured(
+    heads: Heads, head: int, batches: Batches, world: World, source: Source, unreadable: Collection[int], group_by: str
+) -> JsonLine:
+    """Further measures (``mocov3.evaluation.measures``) of a head on the validation set; the main rank's hold.
+
+    Args:
+        heads: every rank calls it with the same.
+        head: number of it.
+        batches: as ``validation_features`` gives them.
+        world: this rank.
+        source: the validation images.
+        unreadable: those that are not in ``batches``.
+        group_by: as ``--group-by``.
+    """
+    (scores_of_all,), truth = _outputs(heads, [head], batches, world)
+    if not world.main:
+        return {}
+    groups = groups_in(source, group_by)
+    groups = chosen(groups, np.delete(np.arange(len(source)), list(unreadable)))
+    if truth.ndim == 2:
+        return measures.of_findings(scores_of_all, truth, source.classes, groups)
+    return measures.of_classes(torch.from_numpy(scores_of_all).softmax(1).numpy(), truth, groups)
+
+
+@torch.no_grad()
+def _outputs(heads: Heads, which: Sequence[int], batches: Batches, world: World) -> tuple[list[np.ndarray], np.ndarray]:
+    """Scores (images, classes) of some heads, and the truth, of all ranks in the order of the images."""
+    mine = []
+    for x, target in batches:
+        every = heads.scores(x.to(heads.weights[0].dtype))
+        mine.append(([every[i].double().cpu().numpy() for i in which], target.cpu().numpy()))
+    parts = [part for rank in world.gather(mine) for part in rank]
+    joined = [np.concatenate([scores_of_batch[i] for scores_of_batch, _ in parts]) for i in range(len(which))]
+    return joined, np.concatenate([target for _, target in parts])
+
+
+def _mean(values: np.ndarray) -> float:
+    """In %; 0 where nothing is known."""
+    return 100 * float(np.nanmean(values)) if not np.isnan(values).all() else 0.0
 
 
 def rates(row: Sequence[float]) -> tuple[float, float, float]:
@@ -87,19 +140,44 @@ def rates(row: Sequence[float]) -> tuple[float, float, float]:
 
 def evaluate_file(world: World, job: Job[LinclsConfig]) -> int:
     """``-e``: the accuracy of a linear file on the validation set."""
-    source = open_source(job.config.data, "val")
-    result, _, about = _score(world, job, source)
+    c = job.config
+    source = open_judged(c.data, c.group_by, c.labels)
+    score = _score(world, job, source)
+    result, called = score.result, score.called
     if world.main:
-        if job.config.json and not job.config.quiet:
-            print(json.dumps({"file": job.config.resume, "backbone": about, **dataclasses.asdict(result)}))
+        if c.json and not c.quiet:
+            more = {"measures": score.measures} if score.measures else {}
+            print(
+                json.dumps(
+                    {"file": c.resume, "backbone": score.about, **called.named(dataclasses.asdict(result)), **more}
+                )
+            )
         else:
-            print(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}", flush=True)
+            print(f" * {called.first} {result.acc1:.3f} {called.second} {result.acc5:.3f}", flush=True)
+            print(
+                "\n".join(measures.described(score.measures, source.classes)),
+                end="\n" if score.measures else "",
+                flush=True,
+            )
     return 0
+
+
+class Score(NamedTuple):
+    """What a linear file comes to."""
+
+    result: HeadResult
+    contents: Contents
+    about: str
+    """Its backbone, for people."""
+    called: Titles
+    measures: JsonLine
+    """Further ones, as far as asked for."""
 
 
 def verify_file(world: World, job: Job[LinclsConfig]) -> int:
     """The accuracy of a published linear file beside the published figure; 0 if they agree, else 1."""
-    result, contents, _ = _score(world, job, open_evaluated(job.config.data))
+    score = _score(world, job, open_evaluated(job.config.data))
+    result, contents = score.result, score.contents
     if not world.main:
         return 0
     arch, claimed = str(contents["arch"]), files.best_acc1(contents)
@@ -117,13 +195,16 @@ def verify_file(world: World, job: Job[LinclsConfig]) -> int:
     return 0 if agree else 1
 
 
-def _score(world: World, job: Job[LinclsConfig], source: Source) -> tuple[HeadResult, Contents, str]:
+def _score(world: World, job: Job[LinclsConfig], source: Source) -> Score:
     c = job.config
     path, contents = find(c)
     assert contents is not None
     where = f"--resume {path}"
     if source.labels is None:
         raise UserError(f"data {c.data}: needs images with classes: val/CLASS/…, or labels")
+    if bool(our_entry(contents).get("findings")) != (source.labels.ndim == 2):
+        asked = "findings: give --labels CSV" if source.labels.ndim == 1 else "one class an image: leave out --labels"
+        raise UserError(f"{where}: was trained on {asked}")
     saved_classifier = files.classifier(contents, where)
     classes = our_entry(contents).get("classes")
     source = matched(classes, source, f"{where}, data {c.data}") if isinstance(classes, list) else with_labels(source)
@@ -148,5 +229,9 @@ def _score(world: World, job: Job[LinclsConfig], source: Source) -> tuple[HeadRe
     style = "quiet" if c.quiet or c.json else "lines"
     terminal = Terminal(style, epochs=1, iterations=1, active=world.main)
     result = HeadResult("linear", 0.0, 0.0)
-    result.update(*evaluated(heads, batches, world, terminal, c.print_freq)[0], epoch=int(contents["epoch"]) - 1)
-    return result, contents, frozen.about
+    called = titles(labels)
+    values = evaluated(heads, batches, world, terminal, c.print_freq, called)[0]
+    result.update(*values, epoch=int(contents["epoch"]) - 1)
+    wanted = c.measures or labels.ndim == 2
+    more = measured(heads, 0, batches, world, source, bad, c.group_by) if wanted else {}
+    return Score(result, contents, frozen.about, called, more)
