@@ -191,6 +191,8 @@ def test_the_tables_of_archs_are_those_built():
         built = backbones._VITS[arch]
         assert (WIDTHS[arch], HEADS[WIDTHS[arch]]) == (built["embed_dim"], built["num_heads"])
         check_heads(HEADS[WIDTHS[arch]], arch)
+        if arch.endswith("micro"):  # which timm does not have
+            continue
         kin = arch.replace("conv_", "") + ("_patch14_224" if arch == "vit_huge" else "_patch16_224")
         with models.shapes_only():
             other = timm.create_model(kin, depth=1).blocks[0].attn.num_heads
