@@ -18,15 +18,17 @@ import numpy as np
 from PIL import Image
 
 from mocov3.config.fields import Parser, path
+from mocov3.config.presets import Reading
 from mocov3.data import Source, open_source
 from mocov3.data.loading.loader import usable_cores
 from mocov3.data.sources.archives import CLASSES_FILE
 from mocov3.data.sources.scan import EXTENSIONS
 from mocov3.data.sources.splits import parts_of
+from mocov3.data.views import bands
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.formats import opened
 from mocov3.errors import UserError, printable, reason
-from mocov3.output.log import warn, warn_left_out
+from mocov3.output.log import warn, warn_left_out, warn_once
 
 _LISTED = 10  # unreadable images named one by one
 _AHEAD = 8  # images a thread that are prepared ahead
@@ -117,9 +119,11 @@ def _prepared(source: Source, args: argparse.Namespace) -> Iterator[tuple[int, t
 def _prepare(source: Source, index: int, side: int, quality: int) -> tuple[str, bytes] | Exception:
     try:
         data = source.read(index)
-        image = ImageBytes(data)
+        image, more = _image(data)
         short = min(image.width, image.height)
-        if side and short > side:
+        if more and side and short > side:
+            warn_once("images of more than 8 bits, or of many channels, are not resized: JPEGs cannot hold them")
+        elif side and short > side:
             shrink = next((s for s in (8, 4, 2) if short >= 2 * side * s), 1)
             loaded = Image.fromarray(image.pixels(shrink)[0])
             size = round(side * image.width / short), round(side * image.height / short)
@@ -130,6 +134,17 @@ def _prepare(source: Source, index: int, side: int, quality: int) -> tuple[str, 
         return ending if ending in EXTENSIONS else _ending(data), data
     except (DecodeError, OSError) as error:
         return error
+
+
+def _image(data: bytes | np.ndarray) -> tuple[ImageBytes, bool]:
+    """The image, and whether it holds more than a JPEG can."""
+    channels, deep = (bands.stored(data) if isinstance(data, bytes) else None) or (3, False)
+    try:
+        return ImageBytes(data), deep
+    except DecodeError:
+        if channels in (1, 3):
+            raise
+        return ImageBytes(data, Reading(channels)), True
 
 
 def _ending(data: bytes) -> str:

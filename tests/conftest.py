@@ -64,6 +64,7 @@ LONG = (
     "test_quality",
     "test_report_browser",
     "test_cheap",
+    "test_every_command",
     "test_bands",
     "test_gpu_program",
     "test_data",

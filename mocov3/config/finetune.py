@@ -10,8 +10,9 @@ from mocov3.config.evaluation import FINDINGS_HELP, MEASURES_HELP
 from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.loggers import logger_names
 from mocov3.config.own import GROUP_HELP
+from mocov3.config.presets import ViewPreset
 from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RunFlags
-from mocov3.config.views import preset_of
+from mocov3.config.views import MOST_CHANNELS, preset_of
 from mocov3.errors import UserError
 
 DATA_SETS = ("IMNET", "folder", "cifar10", "cifar100", "flowers", "pets", "fashion-mnist")
@@ -80,6 +81,19 @@ class FinetuneConfig(RunFlags):
     )
     mean_std: str = flag(
         "", "normalise by mean,std or six numbers (default: of the weights, unless a preset is given)", group=DATA
+    )
+    channels: int = flag(
+        0,
+        "channels of an image: 1 (grey), 3 (RGB), or those that every file holds (default: of the weights, else 3)",
+        group=DATA,
+        low=0,
+        high=MOST_CHANNELS,
+    )
+    bit_window: str = flag(
+        "",
+        "LOW,HIGH: values that become black and white in images of more than 8 bits (default: of the weights, else "
+        "their upper 8)",
+        group=DATA,
     )
     finetune: str = flag(
         "",
@@ -180,6 +194,12 @@ class FinetuneConfig(RunFlags):
         """Whether batches are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
+    @property
+    def preset(self) -> ViewPreset:
+        """How images are read, normalised and cut out for evaluation."""
+        names = ("view_preset", "mean_std", "channels", "bit_window")
+        return preset_of({name: getattr(self, name) for name in names})
+
     def check(self) -> None:
         """Refuse values that cannot train.
 
@@ -205,7 +225,9 @@ class FinetuneConfig(RunFlags):
             raise UserError("--eval: name the weights by --resume")
         if self.mean_std == "auto":
             raise UserError("--mean-std auto is measured in pre-training; give numbers, or the weights that hold them")
-        preset_of({"mean_std": self.mean_std})
+        count = self.mean_std.count(",") + 1
+        channels = self.channels or (3 if count % 2 else count // 2)  # once known, the weights' own are checked
+        preset_of({"mean_std": self.mean_std, "bit_window": self.bit_window, "channels": channels})
         logger_names(self.logger)
         self.check_model()
 

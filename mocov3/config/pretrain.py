@@ -227,7 +227,5 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags, LocalFlags, ScheduleFlag
             )
         if self.views == "pillow" and self.views_on == "device":
             raise UserError("--views pillow runs on the CPU only; leave out --views-on device, or --views pillow")
-        if self.channels != 3 and self.views_on == "device":
-            raise UserError(f"--views-on device knows 3 channels only; leave it out with --channels {self.channels}")
         if self.dist_backend not in ("nccl", "gloo"):
             raise UserError(f"--dist-backend {self.dist_backend!r} is not known; use nccl or gloo")

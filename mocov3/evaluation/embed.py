@@ -72,9 +72,9 @@ def embed(world: World, config: EmbedConfig) -> int:
     precision = frozen_precision(config.precision, world.device)
     key = _key(config, source, frozen, precision.name)
     frozen.to(world.device)
-    side = frozen.image_size
+    side, channels = frozen.image_size, frozen.preset.reading.channels
     with torch.no_grad(), precision.autocast():
-        shape = tuple(frozen.features(torch.zeros(1, 3, side, side, device=world.device)).shape[1:])
+        shape = tuple(frozen.features(torch.zeros(1, channels, side, side, device=world.device)).shape[1:])
     spool = Spool(Path(config.output), key, images=len(source), shape=shape, batch=config.batch_size, world=world)
     if world.main and spool.count_done:
         _say(f"resuming: {spool.count_done} of {spool.batches} batches are there")
@@ -121,6 +121,7 @@ def _key(config: EmbedConfig, source: Source, frozen: Frozen, precision: str) ->
         "mean": list(frozen.preset.mean),
         "std": list(frozen.preset.std),
         "zoom": frozen.preset.evaluation_zoom,
+        "window": list(frozen.preset.reading.window or ()),
         "precision": precision,
         "batch": config.batch_size,
     }

@@ -198,7 +198,7 @@ def _from_file(
     try:
         config = dict(entry["config"]) if entry else {}
         size = image_size or int(config.get("image_size") or 224)
-        preset = PRESETS[view_preset] if view_preset else views_of(contents, where)
+        preset = views_of(contents, where, view_preset)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         raise UserError(f"{where}: its entry 'mocov3' is damaged; give a whole file") from None
     settings: Settings = {"image_size": size, **settings_of(weights.state, name), **weights.sizes(name, where)}

@@ -74,8 +74,7 @@ def card(model: Exported, to: str, name: str, verified: str, own: str) -> str:
         size=model.image_size,
         how=model.interpolation,
         resized=model.resized,
-        channels=("RGB" if model.in_chans == 3 else f"{model.in_chans} channel(s)")
-        + (f", of more than 8 bits the values {model.window[0]:g} to {model.window[1]:g}" if model.window else ""),
+        channels=model.channels,
         mean=", ".join(map(str, model.mean)),
         std=", ".join(map(str, model.std)),
         encoder=_encoder(model),
@@ -85,7 +84,7 @@ def card(model: Exported, to: str, name: str, verified: str, own: str) -> str:
         origin=printable(model.origin),
         licence=printable(model.licence),
         verified=verified,
-        own=f"{own}. {WRITERS[to].own_note}".strip(". ") + "." if own else "",
+        own=own,
         preprocessing=preprocessing.code(model),
         usage=WRITERS[to].usage(model, name),
         recipe=_recipe(model.recipe),

@@ -28,6 +28,11 @@ def write(folder: Path, model: Exported) -> dict[str, Path]:
         for name, (width, height) in shapes.items():
             values = pixels(width, height, model.in_chans)
             tifffile.imwrite(folder / f"{name}.tif", values, photometric="minisblack", planarconfig="contig")
+        low, high = model.window or (0, 65535)
+        shapes["16 bits"] = (side + 9, side + 2)
+        levels = low + pixels(*shapes["16 bits"], model.in_chans) / 200 * (high - low)  # some lie above the window
+        values = levels.clip(0, 65535).astype(np.uint16)
+        tifffile.imwrite(folder / "16 bits.tif", values, photometric="minisblack", planarconfig="contig")
         return {name: folder / f"{name}.tif" for name in shapes}
     turned, clear = Image.Exif(), bytes([0, 128] + [255] * 14)
     turned[_ORIENTATION] = 6

@@ -13,8 +13,6 @@ class Place(NamedTuple):
 
     text: str
     is_folder: bool = False
-    any_channels: bool = False
-    """Whether it holds networks of other than three channels; the others' own classes begin with RGB."""
     needs: tuple[str, ...] = ()
     """Modules that are not of mocov3's own dependencies."""
 
@@ -26,9 +24,9 @@ FORMATS = {
     "transformers": Place(
         "a folder for ViTModel or ResNetModel .from_pretrained", is_folder=True, needs=("transformers",)
     ),
-    "onnx": Place("a file with a dynamic batch", any_channels=True, needs=("onnx", "onnxscript", "onnxruntime")),
-    "safetensors": Place("a file with our names of keys", any_channels=True),
-    "torch-export": Place("a program of torch.export with a dynamic batch (.pt2)", any_channels=True),
+    "onnx": Place("a file with a dynamic batch", needs=("onnx", "onnxscript", "onnxruntime")),
+    "safetensors": Place("a file with our names of keys"),
+    "torch-export": Place("a program of torch.export with a dynamic batch (.pt2)"),
 }
 """By the name that ``--to`` takes; ``mocov3.export.formats`` writes them."""
 

@@ -45,10 +45,16 @@ def prepare(
 
 
 def prepare_samples(
-    path: str, crop: int, zoom: float, reading: Reading, mean: tuple[float, ...], std: tuple[float, ...]
+    path: str,
+    crop: int,
+    zoom: float,
+    interpolation: str,
+    reading: Reading,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
 ) -> torch.Tensor:
     """As above, by mocov3's reader of other channels and windows: float32 (channels, crop, crop)."""
-    (pixels,) = CentreView(crop, zoom, reading=reading)(Path(path).read_bytes())
+    (pixels,) = CentreView(crop, zoom, Image.Resampling[interpolation.upper()], reading)(Path(path).read_bytes())
     return functional.normalize(functional.to_tensor(pixels.copy()), mean, std)
 
 
@@ -75,7 +81,7 @@ def _settings(model: Exported) -> dict[str, Any]:
     if _is_plain(model):
         mode = {} if model.reading == RGB else {"mode": "L"}
         return {"resize": model.resized, "interpolation": model.interpolation, **common, **mode}
-    return {"zoom": model.zoom, "reading": model.reading, **common}
+    return {"zoom": model.zoom, "interpolation": model.interpolation, "reading": model.reading, **common}
 
 
 _PLAIN = """import numpy as np
@@ -89,5 +95,6 @@ import mocov3
 import torch
 from mocov3.config.presets import Reading
 from mocov3.data import CentreView
+from PIL import Image
 from torchvision.transforms import functional
 """

@@ -21,6 +21,9 @@ from mocov3.export.preprocessing import prepared, read_image
 from mocov3.weights import checkpoint, convert, our_entry, trained_with
 
 _REFERENCE = "not stated in the file; the public files of facebookresearch/moco-v3 are CC-BY-NC 4.0"
+_MODES = {1: "L", 3: "RGB"}
+"""Pillow's modes of the images that libraries prepare, by channels."""
+_KINDS = {"L": "grey", "RGB": "RGB"}
 _ORIGIN = "not stated in the file (the reference's files do not say)"
 
 
@@ -72,9 +75,6 @@ def export(
     model = load(
         path, arch=arch, image_size=image_size, momentum=momentum, classifier=classifier, licence=licence, heads=heads
     )
-    if model.in_chans != 3 and not FORMATS[to].any_channels:
-        others = ", ".join(name for name, place in FORMATS.items() if place.any_channels)
-        raise UserError(f"--to {to} is for RGB; {path} takes {model.in_chans} channel(s): use {others}")
     writer = WRITERS[to]
     try:
         writer.fits(model)
@@ -82,8 +82,8 @@ def export(
         raise UserError(f"--to {to} cannot hold {model.arch}: {reason}") from None
     with Staged(output) as place:
         writer.write(model, place)
-        compared, own = _compare(model, writer, place)
-        text = card(model, to, output.name, compared, own)
+        compared, own, note = _compare(model, writer, place)
+        text = card(model, to, output.name, compared, f"{own}. {note}".strip(". ") + "." if own else "")
         if FORMATS[to].is_folder:
             (place / "README.md").write_text(text, encoding="utf-8")
     if not FORMATS[to].is_folder:
@@ -92,13 +92,18 @@ def export(
 
 
 @torch.no_grad()
-def _compare(model: Exported, writer: Format, place: Path) -> tuple[str, str]:
-    """What was compared and the largest differences, from file bytes to outputs; and by the library's preprocessing."""
+def _compare(model: Exported, writer: Format, place: Path) -> tuple[str, str, str]:
+    """What was compared and the largest differences, from file bytes to outputs.
+
+    Then the same by the library's preprocessing, or that it has none for such images; and a remark on how it differs.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = odd_images.write(Path(folder), model)
         pixels = np.stack([model.view(file.read_bytes())[0] for file in files.values()])
         x = torch.stack([prepared(model, str(file)) for file in files.values()])
-        own = writer.prepared(place, [read_image(str(file)) for file in files.values()]) if writer.own else None
+        mode = _MODES.get(model.in_chans)
+        images = [read_image(str(file)).convert(mode) for file in files.values()] if mode and writer.own else []
+        own = writer.prepared(place, images) if images else None
     ours = model.encoder(normalise(pixels, torch.device("cpu"), model.mean, model.std).contiguous())
     theirs = writer.features(model, place, x if own is None else torch.cat([x, own]))
     if theirs.shape[1:] != ours.shape[1:]:
@@ -108,14 +113,15 @@ def _compare(model: Exported, writer: Format, place: Path) -> tuple[str, str]:
         raise RuntimeError(f"outputs differ by {difference:.1e} (largest output {largest:.3g})")
     compared = f"from file bytes on {len(ours)} unusual images: largest difference of an output {difference:.1e} "
     compared += f"(largest output {largest:.3g})"
+    if not writer.own:
+        return compared, "", ""
     if own is None:
-        return compared, ""
+        return compared, f"{writer.own} takes no images of {model.in_chans} channel(s)", ""
     by_image = (theirs[len(ours) :] - ours).abs().amax(1)
-    worst = list(files)[int(by_image.argmax())]
-    return (
-        compared,
-        f"Prepared by {writer.own} instead (RGB images): up to {float(by_image.max()):.1e}, most on {worst!r}",
-    )
+    most = f"up to {float(by_image.max()):.1e}, most on {list(files)[int(by_image.argmax())]!r}"
+    window = f"{writer.own} knows no window of more than 8 bits" if model.window else ""
+    note = ". ".join(text.rstrip(".") for text in (writer.own_note, window) if text)
+    return compared, f"Prepared by {writer.own} instead ({_KINDS[str(mode)]} images): {most}", note
 
 
 def load(

@@ -20,7 +20,9 @@ from mocov3.models import Encoder
 from mocov3.running.changes import refuse_changes
 from mocov3.running.counters import Counters
 from mocov3.weights import Contents, checkpoint, convert, our_entry, trained_with
+from mocov3.weights.convert import views_of
 from mocov3.weights.find import find_backbone, hint, named_arch
+from mocov3.weights.start import for_channels
 
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 TASK = "finetune"
@@ -83,15 +85,10 @@ def _completed(config: FinetuneConfig, contents: Contents | None, where: str) ->
     for name, (not_given, default) in _OPEN.items():
         value = getattr(config, name)
         if value == not_given:
-            value = saved.get(name) if isinstance(saved.get(name), type(default)) else default
+            value = saved.get(name)
+            value = value if isinstance(value, type(default)) and value != not_given else default
         values[name] = value
-    if saved.get("channels", 3) != 3 or saved.get("bit_window"):
-        raise UserError(
-            "fine-tuning reads images as 8-bit RGB; these weights were trained with "
-            "--channels or --bit-window (mocov3 lincls, knn and embed take them)"
-        )
-    if not config.mean_std and not config.view_preset and isinstance(saved.get("mean_std"), str):
-        values["mean_std"] = saved["mean_std"]  # belongs to the weights' preset
+    values |= _reading(config, contents or {}, where)
     values["arch"] = known_arch(values["arch"])
     if contents and is_vit(values["arch"]):
         weights = find_backbone(contents, where, heads=config.heads, arch=values["arch"])
@@ -104,6 +101,26 @@ def _completed(config: FinetuneConfig, contents: Contents | None, where: str) ->
             f"--view-preset {complete.view_preset!r} is not known; {nearest(complete.view_preset, list(PRESETS))}"
         )
     return complete
+
+
+def _reading(config: FinetuneConfig, contents: Contents, where: str) -> Fields:
+    """How images are read and normalised: as the weights' were, unless flags say otherwise."""
+    saved, views = trained_with(contents), views_of(contents, where)
+    channels, window = views.reading.channels, saved.get("bit_window")
+    values: Fields = {"channels": config.channels or channels, "bit_window": config.bit_window}
+    if not config.bit_window and views.reading.window:
+        values["bit_window"] = window if window and isinstance(window, str) else _listed(views.reading.window)
+    if config.mean_std or config.view_preset or values["channels"] != channels:
+        return values  # the weights' mean and deviation belong to their preset and channels
+    if isinstance(saved.get("mean_std"), str) and saved["mean_std"]:
+        values["mean_std"] = saved["mean_std"]
+    elif "view" in our_entry(contents):  # a file of linear evaluation, or an export of one
+        values["mean_std"] = _listed(views.mean + views.std)
+    return values
+
+
+def _listed(numbers: tuple[float, ...]) -> str:
+    return ",".join(str(number).removesuffix(".0") for number in numbers)
 
 
 def start_from(
@@ -127,7 +144,7 @@ def start_from(
     if weights.arch is not None and weights.arch != arch:
         raise UserError(f"{where}: is of arch {weights.arch}, not {arch}")
     try:
-        left = convert.load_into(model, weights, where)
+        left = convert.load_into(model, for_channels(weights, model, where), where)
     except UserError as error:
         raise UserError(f"{error} ({hint(weights)})") from None
     if keep_head:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mocov3.config import FinetuneConfig, preset_of
+from mocov3.config import FinetuneConfig
 from mocov3.data import Batch, CentreView
 from mocov3.data.device.pixels import normalise
 from mocov3.data.device.sending import send
@@ -79,7 +79,7 @@ class Tuning(Run):
         self.classes = len(self.pair.test.classes)
         self.train = Repeated(stratified(self.pair.train, c.fraction, c.group_by), c.repeats)
         self.labels = np.asarray(self.train.labels, dtype=np.int64)
-        self.preset = preset_of({"view_preset": c.view_preset, "mean_std": c.mean_std})
+        self.preset = c.preset
         self.total_batch = setup.total_batch(c, world)
         self.iterations = self._iterations()
         findings = self.labels.ndim == 2
@@ -140,6 +140,10 @@ class Tuning(Run):
         if c.transfer and c.reprob:
             log.say(
                 "--reprob, --aa and --color-jitter are not applied: as in the reference, transfer crops and flips only"
+            )
+        if not c.transfer and c.channels != 3 and (c.aa != "none" or c.color_jitter):
+            log.say(
+                f"--aa and --color-jitter change each of {c.channels} channels as a grey image: no saturation, no hue"
             )
         if self.labels.ndim == 2 and (c.mixes or c.smoothing):
             log.say("--mixup, --cutmix and --smoothing are not applied: they are for one class an image")
@@ -219,7 +223,7 @@ class Tuning(Run):
         c = self.config
         bicubic = not c.transfer
         kind = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
-        view = CentreView(c.image_size, self.preset.evaluation_zoom, kind)
+        view = CentreView(c.image_size, self.preset.evaluation_zoom, kind, self.preset.reading)
         model = self.parts.model
         return judge(
             Extractor(model, model, view, self.preset.mean, self.preset.std),

@@ -19,7 +19,7 @@ _ERASE, _MIX, _DEPTH = 9, 10, 11  # streams of the seed
 
 
 def erase(
-    x: Float[Tensor, "batch 3 height width"], indices: np.ndarray, *, probability: float, seed: int, epoch: int
+    x: Float[Tensor, "batch channels height width"], indices: np.ndarray, *, probability: float, seed: int, epoch: int
 ) -> None:
     """Random erasing (Zhong et al. 2017) of normalised images in place, by noise, as DeiT's ``--remode pixel``.
 
@@ -83,8 +83,8 @@ class Mixer:
         )
 
     def __call__(
-        self, x: Float[Tensor, "batch 3 height width"], labels: Int[Tensor, "batch"], *, epoch: int, index: int
-    ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, "batch classes"]]:
+        self, x: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"], *, epoch: int, index: int
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
         """Mixed images and soft targets; the draw is that of the batch's first image, ``index``."""
         with seeded(key(self.seed, _MIX, epoch, index)):
             return self.mixup(x, labels)

@@ -26,6 +26,7 @@ def build_classifier(
     image_size: int,
     patch_size: int,
     small_stem: bool,
+    in_chans: int = 3,
     drop_path: float,
     heads: int | None = None,
 ) -> Encoder:
@@ -40,7 +41,12 @@ def build_classifier(
         nn.init.zeros_(layer.bias)
         return layer
 
-    sizes: Settings = {"image_size": image_size, "patch_size": patch_size, "small_stem": small_stem}
+    sizes: Settings = {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "small_stem": small_stem,
+        "in_chans": in_chans,
+    }
     if heads is not None:
         sizes["num_heads"] = heads
     dims = {"drop_path_rate": drop_path} if not is_resnet(arch) and drop_path else {}

@@ -53,6 +53,7 @@ def build(start: files.Start, classes: int, world: World, *, script_door: bool, 
         image_size=c.image_size,
         patch_size=c.patch_size,
         small_stem=bool(c.small_stem),
+        in_chans=c.channels,
         drop_path=c.drop_path,
         heads=c.heads,
     )
@@ -98,9 +99,9 @@ def transform(c: FinetuneConfig, preset: ViewPreset) -> Transform:
         UserError: if timm does not know the policy.
     """
     if c.transfer:
-        return CropView(c.image_size, TRANSFER_CROP)
+        return CropView(c.image_size, TRANSFER_CROP, preset.reading)
     policy = "" if c.aa == "none" else c.aa
-    augment = DeitAugment(c.image_size, policy, c.color_jitter, c.train_interpolation, preset.mean)
+    augment = DeitAugment(c.image_size, policy, c.color_jitter, c.train_interpolation, preset.mean, preset.reading)
     augment.check()
     return augment
 

@@ -15,7 +15,7 @@ from mocov3.models.precision import Precision
 from mocov3.optim import flattened, guarded_update
 
 Micro = tuple[Tensor, Tensor, Any]
-"""Images (batch, 3, height, width), targets (classes or soft), and what to call before their forward pass."""
+"""Images (batch, channels, height, width), targets (classes or soft), and what to call before their forward pass."""
 
 
 class Outcome(NamedTuple):

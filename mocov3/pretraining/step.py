@@ -71,9 +71,9 @@ class Step:
         """Train on two views of the same images.
 
         Args:
-            x1: view 1, (batch, 3, height, width), normalised; a tensor, or ``PixelViewBatch``.
+            x1: view 1, (batch, channels, height, width), normalised; a tensor, or ``PixelViewBatch``.
             x2: view 2, likewise.
-            local: local views of the same images, (local views · batch, 3, side, side), a view after the other.
+            local: local views of the same images, (local views · batch, channels, side, side), a view after the other.
             lr: learning rate of this step.
             m: momentum of the momentum encoder at this step.
         """

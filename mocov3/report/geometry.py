@@ -48,7 +48,7 @@ def attention_block(network: nn.Module) -> Any:
 
 @torch.no_grad()
 def cls_attention(
-    network: nn.Module, x: Float[Tensor, "batch 3 height width"]
+    network: nn.Module, x: Float[Tensor, "batch channels height width"]
 ) -> Float[Tensor, "batch heads rows columns"] | None:
     """How much the cls token attends to each patch in the last block, by head; ``None`` without a cls token.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mocov3.config import ViewPreset, preset_of
 from mocov3.config.archs import BUILT_IN_ARCHS, HEAD_KEYS, HEADS, RESNETS, check_heads, is_vit
+from mocov3.config.fields import Fields
 from mocov3.config.presets import Reading
 from mocov3.errors import UserError, printable
 from mocov3.models.backbones import Encoder, Settings, build_backbone
@@ -61,14 +62,29 @@ def to_deit(contents: Contents, where: str) -> Contents:
     weights = find_backbone(contents, where)
     if not weights.kind.startswith("pre-training"):
         raise UserError(f"{where}: is a {weights.kind}, not a pre-training checkpoint; nothing to convert")
-    return {"model": weights.state, **heads_entry(weights.heads.number, weights.state)}
+    views = views_of(contents, where)
+    view = view_entry(views.mean, views.std, views.evaluation_zoom, views.reading)
+    return {"model": weights.state, **beside(weights.heads.number, weights.state, view)}
 
 
-def heads_entry(heads: int | None, state: dict[str, Tensor]) -> Contents:
-    """What a file in DeiT's format holds beside the weights: attention heads that are not MoCo v3's."""
+def view_entry(mean: tuple[float, ...], std: tuple[float, ...], zoom: float, reading: Reading) -> Fields:
+    """An evaluation view as ``views_of`` reads it."""
+    read = {"channels": reading.channels, "window": list(reading.window or ())}
+    return {"mean": list(mean), "std": list(std), "zoom": zoom, **read}
+
+
+def beside(heads: int | None, state: dict[str, Tensor], view: Fields) -> Contents:
+    """What a file in DeiT's format holds beside the weights: what a reader of such files would not expect.
+
+    That is a ViT's attention heads where they are not MoCo v3's, and the view of images that are not 8-bit RGB.
+    """
     width = attention_heads.width_of(state)
     usual = heads is None or width is None or heads == HEADS.get(width)
-    return {} if usual else {"mocov3": {"config": {"heads": heads}}}
+    config = {} if usual else {"heads": heads}
+    plain = view["channels"] == 3 and not view["window"]
+    if usual and plain:
+        return {}
+    return {"mocov3": {"config": config, **({} if plain else {"view": view})}}
 
 
 def load_into(encoder: Encoder, weights: BackboneWeights, where: str) -> list[str]:
@@ -250,25 +266,29 @@ def settings_of(state: dict[str, Tensor], arch: str) -> Settings:
     return settings
 
 
-def views_of(contents: Contents, where: str) -> ViewPreset:
+def views_of(contents: Contents, where: str, instead: str = "") -> ViewPreset:
     """The views of the training that a file is from, its own normalisation included; ``photos`` where it says nothing.
 
-    Files of linear evaluation and exports say their evaluation view itself, in an entry ``view``.
+    Files of linear evaluation and exports say their evaluation view itself, in an entry ``view``. A preset named
+    ``instead`` replaces all but the reading: the network was built for its channels.
 
     Raises:
         UserError: if it cannot be read.
     """
     try:
         preset, view = preset_of(trained_with(contents)), our_entry(contents).get("view")
-        if not isinstance(view, dict):
+        if isinstance(view, dict):
+            preset = dataclasses.replace(
+                preset,
+                mean=tuple(view["mean"]),
+                std=tuple(view["std"]),
+                evaluation_zoom=float(view["zoom"]),
+                reading=Reading(int(view.get("channels", 3)), tuple(view.get("window", ())) or None),
+            )
+        if not instead:
             return preset
-        return dataclasses.replace(
-            preset,
-            mean=tuple(view["mean"]),
-            std=tuple(view["std"]),
-            evaluation_zoom=float(view["zoom"]),
-            reading=Reading(int(view.get("channels", 3)), tuple(view.get("window", ())) or None),
-        )
+        named = preset_of({"view_preset": instead, "channels": preset.reading.channels})
+        return dataclasses.replace(named, reading=preset.reading)
     except (UserError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"{where}: its configuration is damaged ({printable(str(error))})") from None
 

@@ -30,7 +30,7 @@ def load_start(init: str, encoders: list[Encoder], arch: str, heads: int | None 
     weights = starting_weights(init, heads, arch)
     if adapter:
         weights = with_adapter(weights, read_adapter(adapter), where)
-    weights = _for_channels(weights, encoders[0], where)
+    weights = for_channels(weights, encoders[0], where)
     try:
         for encoder in encoders:
             load_into(encoder, weights, where)
@@ -38,7 +38,7 @@ def load_start(init: str, encoders: list[Encoder], arch: str, heads: int | None 
         raise UserError(f"{error} ({hint(weights)})") from None
 
 
-def _for_channels(weights: BackboneWeights, encoder: Encoder, where: str) -> BackboneWeights:
+def for_channels(weights: BackboneWeights, encoder: Encoder, where: str) -> BackboneWeights:
     """The first convolution for another number of channels, by timm's rule.
 
     One channel: the sum of the three, so that grey images give what they gave as RGB; more: the three in turn, scaled

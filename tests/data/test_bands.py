@@ -10,10 +10,10 @@ import torch
 from conftest import GOLDEN, TINY
 from PIL import Image
 
-from mocov3 import load_backbone
 from mocov3.cli import parse_script
 from mocov3.config.presets import PRESETS, Reading
 from mocov3.data import CentreView, TwoViews
+from mocov3.data.views import bands, remarks
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.draws import draw
 from mocov3.errors import UserError
@@ -114,6 +114,34 @@ def test_what_does_not_fit_is_refused(data, reading, said):
         read(data, reading)
 
 
+@pytest.mark.parametrize("channels", [2, 5])
+def test_what_is_stored(channels):
+    """Read of a header alone: many channels are named where RGB is wanted, and values that come out black."""
+    values = RNG.integers(0, 4096, (8, 9, channels), dtype=np.uint16)
+    data = tiff(values, photometric="minisblack", planarconfig="contig")
+    assert bands.stored(data) == (channels, True)
+    assert bands.stored(tiff(np.moveaxis(MANY, 2, 0), photometric="minisblack", planarconfig="separate")) == (5, False)
+    assert bands.stored(png(DEEP)) == (3, True)
+    assert bands.stored(CHINA) is bands.stored(data[:40]) is None
+    for reading in (Reading(), Reading(1), Reading(3, (0, 4095))):
+        with pytest.raises(DecodeError, match=f"holds {channels} channels, not"):
+            read(data, reading)
+
+
+def test_dark_values_are_remarked():
+    remarks.taken()
+    for data, reading, said in (
+        (tiff(DEEP), Reading(), "values end at 4095 of 65535"),
+        (png(DEEP), Reading(1), "values end at 4095 of 65535"),
+        (png(DEEP), TWELVE, ""),
+        (tiff(DEEP * 16), Reading(), ""),
+        (CHINA, Reading(), ""),
+    ):
+        read(data, reading)
+        assert said in (remark := remarks.taken())
+        assert bool(said) == bool(remark)
+
+
 def test_a_huge_claim_is_refused_before_decoding():
     data = bytearray(png(np.zeros((8, 8), np.uint16)))
     data[16:24] = (60000).to_bytes(4) * 2
@@ -158,86 +186,6 @@ def test_views_of_many_channels_treat_all_alike():
     assert d == draw(preset(1), 0.2, 60, 50, seed=3, epoch=0, index=0, view=0)
 
 
-@pytest.fixture
-def deep_folder(tmp_path):
-    """Two classes of 12-bit images of five channels, train and val."""
-    for part in ("train", "val"):
-        for number in range(16):
-            folder = tmp_path / "data" / part / f"c{number % 2}"
-            folder.mkdir(parents=True, exist_ok=True)
-            base = RNG.integers(0, 2048, (36, 36, 5)) + (1500 if number % 2 else 0)
-            tifffile.imwrite(
-                folder / f"{number}.tif", base.astype(np.uint16), photometric="minisblack", planarconfig="contig"
-            )
-    return tmp_path / "data"
-
-
-@pytest.mark.parametrize("channels", [1, 5])
-def test_training_and_judging_by_channels(deep_folder, tmp_path, run_program, channels):
-    if channels == 1:  # the first channel alone
-        for file in deep_folder.rglob("*.tif"):
-            tifffile.imwrite(file, tifffile.imread(file)[..., 0])
-    reading = ["--channels", channels, "--bit-window", "0,4095"]
-    run = tmp_path / "run"
-    run_program(
-        "pretrain",
-        deep_folder,
-        *TINY,
-        *reading,
-        "--mean-std",
-        "auto",
-        "-b",
-        "8",
-        "--knn-every",
-        "2",
-        "--output-dir",
-        run,
-        cwd=tmp_path,
-    )
-    checkpoint = run / "checkpoint_0001.pth.tar"
-    config = torch.load(checkpoint, weights_only=True)["mocov3"]["config"]
-    # all values lie between 0 and 3547 of 4095, so the measured mean is near the middle; by the upper 8 bits it is 0.03
-    assert 0.3 < float(config["mean_std"].split(",")[0]) < 0.6
-    assert len(config["mean_std"].split(",")) == 2 * channels
-    encoder = load_backbone(checkpoint)
-    assert next(encoder.parameters()).shape[1] == channels
-    assert encoder(torch.zeros(2, channels, 32, 32)).shape == (2, 128)
-    knn = run_program("knn", deep_folder, "--model", checkpoint, "-j", 0, cwd=tmp_path).stdout
-    assert "100.0" in knn  # brightness tells the classes apart
-    if channels == 1:
-        return
-    linear = tmp_path / "linear"
-    run_program(
-        "lincls",
-        deep_folder,
-        "--pretrained",
-        checkpoint,
-        "--epochs",
-        1,
-        "-b",
-        8,
-        "-j",
-        0,
-        "--output-dir",
-        linear,
-        cwd=tmp_path,
-    )
-    run_program("compare", checkpoint, deep_folder, cwd=tmp_path)
-    checked = run_program("check", deep_folder, *reading, "--sheet", "sheet.png", cwd=tmp_path).stdout
-    assert "over 8 bits      16 images" in checked
-    assert Image.open(tmp_path / "sheet.png").height > 96
-    refused = run_program("finetune", "--data-path", deep_folder, "--finetune", checkpoint, cwd=tmp_path, check=False)
-    assert refused.returncode == 2
-    assert "8-bit RGB" in refused.stderr
-
-
-def test_check_proposes_a_window(deep_folder, tmp_path, run_program):
-    for file in deep_folder.rglob("*.tif"):
-        tifffile.imwrite(file, tifffile.imread(file)[..., 0])
-    said = run_program("check", deep_folder, "--sheet", "sheet.png", cwd=tmp_path).stdout
-    assert "give --bit-window 0,4095" in said
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -246,7 +194,6 @@ def test_check_proposes_a_window(deep_folder, tmp_path, run_program):
         (["--bit-window", "a,b"], "not numbers"),
         (["--channels", "0"], "--channels must be 1 to 64"),
         (["--channels", "5", "--mean-std", "0.1,0.2,0.3"], "5 means and 5 deviations"),
-        (["--channels", "2", "--views-on", "device"], "3 channels only"),
     ],
 )
 def test_refusals(flags, said):

@@ -45,6 +45,19 @@ def test_every_draw_is_pillows():
     assert np.mean(found) <= 0.5
 
 
+@pytest.mark.parametrize(("channels", "most", "mean"), [(1, 2, 0.3), (5, 3, 1)])
+def test_other_numbers_of_channels(channels, most, mean):
+    """Blur of many channels is OpenCV's on the CPU, within 3 of Pillow's (test_views); one channel's is Pillow's."""
+    choices = [draw(PRESETS["photos"], 0.08, 640, 427, seed=6, epoch=0, index=i, view=i % 2) for i in range(64)]
+    assert any(c.gray for c in choices)
+    wide = np.concatenate([CHINA, CHINA[::-1, ::-1]], 2)[..., :channels]
+    found = differences([wide[3 * i : 3 * i + 64, 5 * i : 5 * i + 64] for i in range(64)], choices, 64)
+    assert max(found) <= most
+    assert np.mean(found) <= mean
+    sharp = [c._replace(blur_sigma=None) for c in choices]
+    assert max(differences([wide[100:164, 200:264]] * 64, sharp, 64)) <= 0.1
+
+
 @pytest.mark.parametrize("operation", range(4))
 def test_jitter_over_its_range(operation):
     factors = [-0.5, -0.1, 0.0, 0.07, 0.5] if operation == 3 else [0.0, 0.6, 1.0, 1.4, 2.0]

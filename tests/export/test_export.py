@@ -1,11 +1,13 @@
 """Exports: tables account for every key, the libraries' own classes load strictly, features agree; bad input."""
 
+import io
 import json
 import sys
 from unittest.mock import patch
 
 import cards
 import pytest
+import tifffile
 import timm
 import torch
 import torchvision.models as tv
@@ -15,7 +17,7 @@ from doors import no_file_above, refused
 from mocov3 import load_backbone, models
 from mocov3.cli import main
 from mocov3.config.archs import BUILT_IN_ARCHS, is_resnet
-from mocov3.errors import UserError
+from mocov3.config.presets import Reading
 from mocov3.export import write
 from mocov3.export.formats import WRITERS, Unfit
 from mocov3.export.places import FORMATS
@@ -476,23 +478,44 @@ def test_convert_to_deit_refuses_in_one_line(checkpoints, tmp_path, run_program)
     assert path.stat().st_size > 100_000
 
 
-@pytest.mark.parametrize("to", ["onnx", "safetensors", "deit"])
-def test_grey_networks(to, tmp_path):
-    model = models.build("resnet10_w32", image_size=32, dim=8, mlp_dim=8, in_chans=1)
-    file = tmp_path / "grey.pth.tar"
+@pytest.mark.parametrize(
+    ("to", "arch", "channels"),
+    [
+        ("timm", "resnet10", 1),
+        ("timm", "resnet10", 5),
+        ("torchvision", "resnet10", 5),
+        ("torchvision", "vit_tiny", 1),
+        ("torchvision", "vit_conv_small", 5),
+        ("transformers", "resnet10", 5),
+        ("transformers", "vit_tiny", 1),
+    ],
+)
+def test_other_numbers_of_channels(to, arch, channels, tmp_path, two_blocks, capsys):
+    """The card's code, from a file's bytes to features by the library's own class, gives what the network gives."""
+    if to == "transformers":
+        pytest.importorskip("transformers")
+    model = models.build(arch, image_size=32, dim=8, mlp_dim=8, in_chans=channels).eval()
     state = {f"module.{k}": v for k, v in model.state_dict().items()}
-    config = {"channels": 1, "image_size": 32}
-    checkpoint.write(file, {"arch": "resnet10_w32", "epoch": 1, "state_dict": state, "mocov3": {"config": config}})
-    if to == "deit":
-        with pytest.raises(UserError, match="takes 1 channel"):
-            write.export(file, to, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-        return
-    out = tmp_path / "out.safetensors"
-    write.export(file, to, out)
-    if to == "safetensors":
-        x = torch.rand(2, 1, 32, 32)
-        torch.testing.assert_close(load_backbone(out)(x), model.eval().base_encoder.features(x))
+    own = {"config": {"channels": channels, "image_size": 32, "mean_std": "0.4,0.2"}}
+    checkpoint.write(tmp_path / "c.pth", {"arch": arch, "epoch": 1, "state_dict": state, "mocov3": own})
+    assert main(["export", str(tmp_path / "c.pth"), "--to", to, "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    data = io.BytesIO()
+    pixels = cards.pixels(41, 50, channels)
+    tifffile.imwrite(data, pixels if channels > 1 else pixels[..., 0], photometric="minisblack", planarconfig="contig")
+    data = data.getvalue()
+    x = cards.by_view(data, 32, 256 / 224, (0.4,) * channels, (0.2,) * channels, Reading(channels))
+    got = cards.run(tmp_path / "out", {"image": data})["features"]
+    torch.testing.assert_close(got, model.base_encoder.features(x[None]).detach(), rtol=1e-4, atol=1e-4)
+    if to == "transformers":  # none rather than one for RGB
+        assert not (tmp_path / "out" / "preprocessor_config.json").exists()
+        assert f"takes no images of {channels} channel(s)" in said
+    if to == "timm":
+        loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+        assert torch.equal(loaded.conv1.weight, model.base_encoder.conv1.weight)
+        prepared = "(grey images): up to " if channels == 1 else "takes no images of 5 channel(s)"
+        assert prepared in said
+        assert channels == 5 or float(said.split("up to ")[1].split(",")[0]) < 1e-4
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")

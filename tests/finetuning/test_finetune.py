@@ -392,6 +392,11 @@ def test_a_resume_is_of_the_same_run(whole, images, pretrained, tmp_path, capsys
         (["--eval", "--resume", "RAW"], "has no classifier"),
         (["--eval", "--resume", "TEN"], "has 10 classes, the data set has 4"),
         (["--aa", "rand-q9"], "--aa"),
+        (["--channels", "65"], "--channels must be 0 to 64"),
+        (["--bit-window", "9,3"], "lower one first"),
+        (["--mean-std", ".1,.2,.3"], "three means"),
+        (["--mean-std", ".1,.2,.3,.4"], "three means"),
+        (["--channels", "2", "--mean-std", ".1,.2,.3,.4,.5,.6"], "2 means and 2 deviations"),
     ],
 )
 def test_bad_input(flags, message, images, pretrained, tmp_path):
@@ -445,7 +450,8 @@ DEIT_FLAGS = """
 --num_workers --pin-mem --world_size --dist_url --finetune --eval-freq
 """
 OURS = """
--a --arch --image-size --patch-size --heads --small-stem --view-preset --mean-std --fraction --output-dir -b
+-a --arch --image-size --patch-size --heads --small-stem --view-preset --mean-std --channels --bit-window --fraction
+--output-dir -b
 --accum-iter --layer-decay --transfer-transform -j --workers -p --print-freq --checkpoint-steps --max-steps
 --max-hours --recipe --config --precision --nprocs-per-node --world-size --dist-url --deterministic
 --allow-config-change --quiet --json --logger --group-by --labels --measures

@@ -2,7 +2,8 @@
 
 Loader processes decode, crop and resize; here follow jitter, grey, blur and solarise, by the same formulas as Pillow's
 (``mocov3.data.views.operations``) and with its roundings, so that views differ by less than 2/255 in the mean. What
-each image needs is known on the CPU, so nothing waits for the device.
+each image needs is known on the CPU, so nothing waits for the device. As there, images of other than three channels
+know no saturation, hue or grey, and their contrast is about the mean of all channels.
 """
 
 import math
@@ -20,8 +21,8 @@ _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601, as Pillow rou
 
 @torch.no_grad()
 def apply(
-    pixels: UInt8[Tensor, "batch 3 height width"], colour_draws: Float32[np.ndarray, "batch 12"]
-) -> Float[Tensor, "batch 3 height width"]:
+    pixels: UInt8[Tensor, "batch channels height width"], colour_draws: Float32[np.ndarray, "batch 12"]
+) -> Float[Tensor, "batch channels height width"]:
     """Whole numbers from 0 to 255 as float32: ``pixels`` after what ``colour_draws`` specify.
 
     Args:
@@ -29,15 +30,15 @@ def apply(
         colour_draws: of ``mocov3.data.views.draws.colour_draw``, on the CPU.
     """
     x = pixels.float()
-    jittered = colour_draws[:, 0] > 0
+    jittered, coloured = colour_draws[:, 0] > 0, x.shape[1] == 3
     for place in range(4):
-        for operation in range(4):
+        for operation in range(4 if coloured else 2):
             chosen = np.flatnonzero(jittered & (colour_draws[:, 1 + place] == operation))
             if len(chosen):
                 rows = send(chosen, x.device)
                 factors = send(colour_draws[chosen, 5 + operation], x.device).view(-1, 1, 1, 1)
                 x[rows] = _jitter(x[rows], operation, factors)
-    if len(chosen := np.flatnonzero(colour_draws[:, 9] > 0)):
+    if coloured and len(chosen := np.flatnonzero(colour_draws[:, 9] > 0)):
         rows = send(chosen, x.device)
         x[rows] = _gray(x[rows]).expand(-1, 3, -1, -1)
     if len(chosen := np.flatnonzero(colour_draws[:, 10] > 0)):
@@ -55,7 +56,8 @@ def _jitter(x: Tensor, operation: int, factors: Tensor) -> Tensor:
     if operation == 0:
         away = torch.zeros_like(factors)
     elif operation == 1:
-        away = torch.floor(_gray(x).mean((1, 2, 3), keepdim=True) + 0.5)
+        gray = _gray(x) if x.shape[1] == 3 else x
+        away = torch.floor(gray.mean((1, 2, 3), keepdim=True) + 0.5)
     else:
         away = _gray(x)
     return torch.floor((away + factors * (x - away)).clamp_(0, 255))

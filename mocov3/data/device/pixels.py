@@ -25,7 +25,7 @@ class PixelViewBatch:
     """One view of a batch as the loader gives it; parts are sent to the device and normalised on demand.
 
     Args:
-        pixels: uint8, (batch, height, width, 3).
+        pixels: uint8, (batch, height, width, channels).
         device: of the parts.
         mean: of the normalisation.
         std: of the normalisation.

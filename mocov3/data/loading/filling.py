@@ -114,6 +114,7 @@ def check_readable(source: Source, reading: Reading | None, title: str) -> None:
             if reading is None and isinstance(data, bytes) and data.startswith(TIFF):
                 return
             ImageBytes(data, reading or RGB).pixels()
+            remarks.taken()  # counted when the image is read to be used, perhaps otherwise
             return
         except (DecodeError, OSError) as error:
             first = first or f"{source.name(index)}: {reason(error)}"

@@ -8,16 +8,18 @@ repetition) all the same: the global generators that timm draws from are seeded 
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from mocov3.config.presets import RGB, Reading
+from mocov3.config.views import MOST_CHANNELS
 from mocov3.data.sources.groups import groups_in
 from mocov3.data.sources.opening import Source
-from mocov3.data.views.decode import decode
+from mocov3.data.views.decode import ImageBytes
 from mocov3.data.views.draws import permutation
 from mocov3.data.views.operations import Pixels
 from mocov3.data.views.two_views import written
@@ -163,13 +165,17 @@ def seeded(value: int) -> Iterator[None]:
 class DeitAugment:
     """DeiT's training transform without random erasing (Touvron et al. 2021, table 9), by timm's factory.
 
+    Images of other than three channels are changed channel by channel, each as a grey image by the same draws, which
+    never depend on pixels: no saturation, and contrast about the mean of the channel.
+
     Args:
         image_size: side of the view in pixels. Images that have this side already, up to 32 px, are cropped out of
             a border of 4, as in DeiT.
         auto_augment: timm's name of the policy, '' for none.
         color_jitter: strength where there is no policy.
         interpolation: of the crop and the policy.
-        mean: what is outside of a turned image, 0–1.
+        mean: what is outside of a turned image, 0–1, of every channel.
+        reading: channels of the image, and window of deep samples.
     """
 
     image_size: int = 224
@@ -177,6 +183,7 @@ class DeitAugment:
     color_jitter: float = 0.4
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    reading: Reading = RGB
     count: int = field(default=1, init=False)
 
     def check(self) -> None:
@@ -202,16 +209,27 @@ class DeitAugment:
         out: Sequence[Pixels] | np.ndarray | None = None,
     ) -> tuple[Pixels]:
         """The view of the image in ``data``, written to ``out`` if given; as ``TwoViews``."""
-        image = decode(data)
-        small = self.image_size <= _PADDED_UP_TO and image.size == (self.image_size, self.image_size)
-        with seeded(key(seed, _AUGMENT, epoch, index)):
-            pixels = np.asarray(_pipeline(self, small)(image))  # an array or a tensor, by timm's version
-        view = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        pixels = ImageBytes(data, self.reading).pixels()[0]
+        small = self.image_size <= _PADDED_UP_TO and pixels.shape[:2] == (self.image_size, self.image_size)
+        made = []
+        for image, augment in self._images(pixels):
+            with seeded(key(seed, _AUGMENT, epoch, index)):
+                made.append(np.asarray(_pipeline(augment, small)(image)))  # an array or a tensor, by timm's version
+        view = np.ascontiguousarray(np.concatenate(made).transpose(1, 2, 0))
         written([view], out)
         return (view,)
 
+    def _images(self, pixels: Pixels) -> "list[tuple[Image.Image, DeitAugment]]":
+        """The images that timm is given: one in colour, or the channels in grey; and what is done to each."""
+        if self.reading.channels == 3:
+            return [(Image.fromarray(pixels), self)]
+        return [
+            (Image.fromarray(pixels[..., channel]), replace(self, mean=(mean,)))
+            for channel, mean in enumerate(self.mean)
+        ]
 
-@lru_cache(maxsize=4)
+
+@lru_cache(maxsize=2 * MOST_CHANNELS)
 def _pipeline(of: DeitAugment, padded: bool) -> Any:
     from timm.data import create_transform
     from torchvision.transforms import RandomCrop

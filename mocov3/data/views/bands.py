@@ -6,6 +6,7 @@ OpenCV.
 
 import io
 import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,6 +18,8 @@ from mocov3.data.views.formats import opened
 
 TIFFS = (*TIFF, b"II+\0", b"MM\0+")
 _DEEP = b"\x10"
+_DARK = 1 << 14
+"""Images of more than 8 bits whose values stay below are probably of 10, 12 or 14 bits, and not that dark."""
 _BYTES = 25
 """Of samples, for every pixel that an image may have: a small file may claim any number of channels."""
 
@@ -71,6 +74,26 @@ def samples(data: bytes, channels: int, most: int) -> np.ndarray:
     return values
 
 
+def stored(data: bytes) -> tuple[int, bool] | None:
+    """Channels of a TIFF or PNG, and whether they have more than 8 bits; ``None`` of any other file, or a damaged one.
+
+    A PNG counts as three: all kinds are read as RGB or grey.
+    """
+    if data[:8] == PNG:
+        return 3, data[24:25] == _DEEP
+    if data[:4] not in TIFFS:
+        return None
+    import tifffile
+
+    try:
+        with remarks.kept(), tifffile.TiffFile(io.BytesIO(data)) as file:
+            source = _first(file)
+            channels = [n for n, axis in zip(source.shape, source.axes, strict=True) if axis in "SC"]
+            return (channels or [1])[0], source.dtype not in (np.uint8, np.bool_)
+    except Exception:  # as in _tiff
+        return None
+
+
 def to_bytes(values: np.ndarray, reading: Reading) -> np.ndarray:
     """Samples → uint8: by the window where there is one and they have more than 8 bits, else the upper 8 bits.
 
@@ -86,6 +109,8 @@ def to_bytes(values: np.ndarray, reading: Reading) -> np.ndarray:
         return np.ascontiguousarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
     if values.dtype.kind == "f":
         return np.ascontiguousarray(np.nan_to_num(values).clip(0, 255).astype(np.uint8))
+    if 1 < (largest := int(values.max(initial=0))) < _DARK:
+        remarks.note(f"its values end at {largest} of 65535, so it comes out dark (mocov3 check names a --bit-window)")
     return np.ascontiguousarray((values.clip(0, 65535) >> 8).astype(np.uint8))
 
 
@@ -101,17 +126,13 @@ def _tiff(data: bytes, most: int, *, deep: bool = False) -> np.ndarray | None:
 
     try:
         with remarks.kept(), tifffile.TiffFile(io.BytesIO(data)) as file:
-            first = file.pages.first
-            # ImageJ and OME write every channel as a page of its own
-            source = file.series[0] if file.series and file.series[0].axes == "CYX" else first
-            if source.axes not in ("YX", "YXS", "SYX", "CYX"):
-                raise Unfit(f"has axes {source.axes}, not height, width and channels")
+            first, source = file.pages.first, _first(file)
             _check(tuple(source.shape), most)
             if source.nbytes > _BYTES * most:
                 raise Unfit(f"{source.nbytes} bytes of samples are more than {_BYTES * most}")
             if deep and source.dtype in (np.uint8, np.bool_):
                 return None
-            values = source.asarray()
+            values: np.ndarray = source.asarray()
             if first.photometric == tifffile.PHOTOMETRIC.MINISWHITE and values.dtype.kind == "u":
                 values = np.iinfo(values.dtype).max - values
             return values.transpose(1, 2, 0) if source.axes in ("SYX", "CYX") else values
@@ -120,3 +141,11 @@ def _tiff(data: bytes, most: int, *, deep: bool = False) -> np.ndarray | None:
     except Exception as error:  # of a damaged file, or of a compression that needs imagecodecs
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise Unfit(f"cannot be read ({reason})") from None
+
+
+def _first(file: Any) -> Any:
+    """The first image of an open TIFF; ImageJ and OME write every channel as a page of its own."""
+    source = file.series[0] if file.series and file.series[0].axes == "CYX" else file.pages.first
+    if source.axes not in ("YX", "YXS", "SYX", "CYX"):
+        raise Unfit(f"has axes {source.axes}, not height, width and channels")
+    return source

@@ -132,6 +132,8 @@ def _by_reading(data: bytes, reading: Reading) -> np.ndarray:
         if deep is not None:
             if deep.shape[2] == 4:  # deep images are not laid over white: their alpha is left out
                 deep = deep[..., :3]
+            if deep.shape[2] not in (1, 3):
+                raise bands.Unfit(f"holds {deep.shape[2]} channels, not {channels} (--channels)")
             return _with_channels(bands.to_bytes(deep, reading), channels)
     except bands.Unfit as error:
         raise DecodeError(str(error)) from None
@@ -168,6 +170,9 @@ def _unknown(data: bytes) -> str:
     if name := missing(data):
         return f"is {name}"
     if data[:4] in bands.TIFFS:  # Pillow knows no TIFF of 64-bit floats, for instance
+        channels = (bands.stored(data) or (3, False))[0]
+        if channels not in (1, 3):
+            return f"holds {channels} channels, not 3 (pretrain and finetune: --channels {channels})"
         return "is a TIFF of a kind that is not read: save it as 8 or 16 bits"
     return nature(data) or "is not an image"
 

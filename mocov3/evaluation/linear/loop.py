@@ -34,6 +34,7 @@ from mocov3.running.job import Job
 from mocov3.running.run import Run
 from mocov3.weights import Contents, our_entry
 from mocov3.weights.checkpoint import Position
+from mocov3.weights.convert import view_entry
 
 
 def train(world: World, job: Job[LinclsConfig]) -> int:
@@ -319,13 +320,7 @@ class Evaluation(Run):
                 "counts": counts,
                 "protocol": protocol(c),
                 "backbone": self.digest,
-                "view": {
-                    "mean": list(view.mean),
-                    "std": list(view.std),
-                    "zoom": view.evaluation_zoom,
-                    "channels": view.reading.channels,
-                    "window": list(view.reading.window or ()),
-                },
+                "view": view_entry(view.mean, view.std, view.evaluation_zoom, view.reading),
                 "origin": self.frozen.about,
                 "licence": "that of the backbone's weights",
             },

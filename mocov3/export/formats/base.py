@@ -15,6 +15,7 @@ from mocov3.config.fields import Fields
 from mocov3.config.presets import Reading
 from mocov3.data import CentreView
 from mocov3.models.backbones import Encoder
+from mocov3.weights.convert import view_entry
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,19 @@ class Exported:
         return Reading(self.in_chans, self.window)
 
     @property
+    def channels(self) -> str:
+        """The channels of its images in words, in their order, and what becomes of deeper samples than 8 bits."""
+        count = self.in_chans
+        names = {1: "grey", 3: "RGB"}.get(count, f"{count} channels in the order of the file's samples")
+        window = ", of more than 8 bits the values {:g} to {:g} (0 to 1)".format(*self.window) if self.window else ""
+        return names + window
+
+    @property
+    def view_entry(self) -> Fields:
+        """The evaluation view as files of ours say it."""
+        return view_entry(self.mean, self.std, self.zoom, self.reading)
+
+    @property
     def view(self) -> CentreView:
         """From file bytes to the pixels of evaluation."""
         kind = Image.Resampling.BICUBIC if self.bicubic else Image.Resampling.BILINEAR
@@ -113,15 +127,8 @@ class Exported:
             "std": json.dumps(self.std),
             "resize": str(self.resized),
             "interpolation": self.interpolation,
-            "view": json.dumps(
-                {
-                    "mean": self.mean,
-                    "std": self.std,
-                    "zoom": self.zoom,
-                    "channels": self.in_chans,
-                    "window": self.window or (),
-                }
-            ),
+            "channels": self.channels,
+            "view": json.dumps(self.view_entry),
             "source_sha256": self.sha256,
             "licence": self.licence,
             "origin": self.origin,
@@ -157,5 +164,5 @@ class Format(Protocol):
     """How it differs from ours."""
 
     def prepared(self, place: Path, images: Sequence[Image.Image]) -> Tensor | None:
-        """RGB images by ``own``: (batch, channels, height, width)."""
+        """RGB or grey images by ``own``: (batch, channels, height, width); ``None`` where it cannot."""
         return None

@@ -45,6 +45,8 @@ class Transformers(Format):
         state = {k: v.contiguous() for k, v in key_tables.translate(model.state(), rows).items()}
         safetensors.torch.save_file(state, place / "model.safetensors", metadata={"format": "pt", **model.about()})
         self.config(model).save_pretrained(place)
+        if model.in_chans != 3:
+            return  # its image processors know RGB only: better none than one that is wrong
         size = model.image_size
         processor = {
             "_comment": f"Near, not exact; README.md has exact code. {self.own_note}",
@@ -74,6 +76,7 @@ class Transformers(Format):
             basic = isinstance(encoder.layer1[0], BasicBlock)
             widths = [stage[-1].conv2.out_channels * stage[-1].expansion for stage in stages]
             return ResNetConfig(
+                num_channels=model.in_chans,
                 embedding_size=encoder.conv1.out_channels,
                 hidden_sizes=widths,
                 depths=[len(stage) for stage in stages],
@@ -82,6 +85,7 @@ class Transformers(Format):
             )
         width = model.encoder.num_features
         return ViTConfig(
+            num_channels=model.in_chans,
             hidden_size=width,
             num_hidden_layers=model.depth,
             num_attention_heads=model.heads,
@@ -119,8 +123,10 @@ class Transformers(Format):
             f"features = model(pixel_values=images).{features}"
         )
 
-    def prepared(self, place: Path, images: Sequence[Image.Image]) -> Tensor:
-        """By the image processor, of the default backend."""
+    def prepared(self, place: Path, images: Sequence[Image.Image]) -> Tensor | None:
+        """By the image processor, of the default backend; there is none for other than RGB."""
+        if not (place / "preprocessor_config.json").exists():
+            return None
         from transformers import AutoImageProcessor
 
         processor: Any = AutoImageProcessor.from_pretrained(str(place))

@@ -43,7 +43,8 @@ class Deit(Format):
     def write(self, model: Exported, place: Path) -> None:
         """One file of ``torch.save``."""
         state = model.state()
-        checkpoint.write(place, {"model": state, **convert.heads_entry(model.dims.get("num_heads"), state)})
+        told = convert.beside(model.dims.get("num_heads"), state, model.view_entry)
+        checkpoint.write(place, {"model": state, **told})
 
     def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Read back as any DeiT file is, into a fresh backbone."""
@@ -127,6 +128,7 @@ class Timm(Format):
         state = {k.removeprefix("backbone.").replace("projector.", head): v for k, v in model.state().items()}
         safetensors.torch.save_file(state, place / "model.safetensors", metadata={"format": "pt", **model.about()})
         config = {
+            "images": model.channels,
             "architecture": name,
             "num_classes": model.classes,
             "num_features": model.encoder.num_features,
@@ -141,7 +143,8 @@ class Timm(Format):
                 "crop_mode": "center",
                 "mean": model.mean,
                 "std": model.std,
-                "first_conv": base.get("first_conv"),
+                # what timm would sum or repeat for other channels has them already
+                "first_conv": base.get("first_conv") if model.in_chans == 3 else None,
                 "classifier": base.get("classifier"),
                 "license": model.licence,
             },
@@ -151,19 +154,19 @@ class Timm(Format):
     @staticmethod
     def named(model: Exported) -> tuple[str, dict[str, Any]]:
         """timm's name of the arch, and the arguments that make it ours."""
+        args: dict[str, Any] = {} if model.in_chans == 3 else {"in_chans": model.in_chans}
         if model.arch.startswith("timm/"):
             name = model.arch.removeprefix("timm/")
             sized = getattr(getattr(model.encoder, "backbone", None), "patch_embed", None) is not None
-            return name, {"img_size": model.image_size} if sized else {}
+            return name, args | ({"img_size": model.image_size} if sized else {})
         if model.arch == "resnet10":
-            return "resnet18", {"layers": [1, 1, 1, 1]}
+            return "resnet18", args | {"layers": [1, 1, 1, 1]}
         if is_resnet(model.arch):
-            return model.arch, {}
-        args: dict[str, Any] = {}
+            return model.arch, args
         arch = model.arch
         if arch == "vit_micro":  # which timm does not have
-            arch, args = "vit_tiny", {"embed_dim": model.encoder.num_features, "depth": model.depth}
-        if args or arch == "vit_small" or model.heads != HEADS[WIDTHS[model.arch]]:
+            arch, args = "vit_tiny", args | {"embed_dim": model.encoder.num_features, "depth": model.depth}
+        if model.arch in ("vit_small", "vit_micro") or model.heads != HEADS[WIDTHS[model.arch]]:
             args["num_heads"] = model.heads
         if model.image_size != 224:
             args["img_size"] = model.image_size
@@ -233,7 +236,7 @@ class Torchvision(Format):
         if is_resnet(model.arch):
             network = getattr(tv, model.arch)() if model.arch in RESNETS else tv.ResNet(BasicBlock, [1, 1, 1, 1])
             network.fc = nn.Linear(model.encoder.num_features, model.classes) if model.classes else nn.Identity()
-            return network
+            return _with_channels(network, model)
         width = model.encoder.num_features
         stem = [ConvStemConfig(width // part, 3, 2) for part in (8, 4, 2, 1)] if model.arch in CONV_VITS else None
         network = tv.VisionTransformer(
@@ -250,7 +253,7 @@ class Torchvision(Format):
         if model.classes:
             head.add_module("head", nn.Linear(width, model.classes))
         network.heads = head
-        return network
+        return _with_channels(network, model)
 
     def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """By torchvision's class, loaded strictly."""
@@ -281,6 +284,33 @@ class Torchvision(Format):
             top = f"torch.nn.Linear({model.encoder.num_features}, {model.classes})"
             head += ".head" if head == "heads" else ""
         return (
-            f"import torchvision\n{imports}\nmodel = {call}\nmodel.{head} = {top}\n"
+            f"import torchvision\n{imports}\nmodel = {call}\nmodel.{head} = {top}\n{_channels_line(model)}"
             f'model.load_state_dict(torch.load("{name}", weights_only=True))\n{model.output} = model.eval()(images)'
         )
+
+
+def _with_channels(network: nn.Module, model: Exported) -> nn.Module:
+    """torchvision's network, whose constructors know three channels only, with a first convolution for the model's."""
+    if model.in_chans != 3:
+        name, (out, kernel, stride, padding), bias = _first_convolution(model)
+        network.set_submodule(name, nn.Conv2d(model.in_chans, out, kernel, stride, padding, bias=bias))
+    return network
+
+
+def _channels_line(model: Exported) -> str:
+    """The same as a line of Python; empty for three channels."""
+    if model.in_chans == 3:
+        return ""
+    name, sizes, bias = _first_convolution(model)
+    layer = f"torch.nn.Conv2d({model.in_chans}, {', '.join(map(str, sizes))}, bias={bias})"
+    return f'model.set_submodule("{name}", {layer})\n'
+
+
+def _first_convolution(model: Exported) -> tuple[str, tuple[int, int, int, int], bool]:
+    """Its name in torchvision's network; channels out, kernel, stride, padding; whether it has a bias."""
+    if is_resnet(model.arch):
+        return "conv1", (64, 7, 2, 3), False
+    width = model.encoder.num_features
+    if model.arch in CONV_VITS:
+        return "conv_proj.conv_bn_relu_0.0", (width // 8, 3, 2, 1), False
+    return "conv_proj", (width, model.patch_size, model.patch_size, 0), True
