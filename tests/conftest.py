@@ -106,6 +106,13 @@ def tree(root, *names):
     return root
 
 
+def documented(title):
+    """Commands of the program below a title of docs/formats.md, without what is said behind them."""
+    section = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8").split(f"\n{title}\n")[1].split("\n## ")[0]
+    lines = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0] for line in lines if line.startswith("mocov3 ")]
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

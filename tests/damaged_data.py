@@ -257,9 +257,50 @@ def _read_list(path: Path) -> None:
         raise
 
 
+# --- DICOM --------------------------------------------------------------------------------------------------------
+
+
+def _dicom() -> dict[str, bytes]:
+    """Files that pydicom brings along, of many transfer syntaxes and layouts."""
+    from dicom_files import test_file
+
+    names = "MR_small_RLE MR_small_jp2klossless MR_small_jpeg_ls_lossless MR_small_implicit MR_small_bigendian"
+    names += " JPGExtended SC_rgb_small_odd_jpeg SC_rgb_dcmtk_+eb+cy+s4 SC_rgb_jls_lossy_line SC_rgb_rle_16bit_2frame"
+    names += " JPEGLSNearLossless_16 SC_ybr_full_422_uncompressed examples_jpeg2k image_dfl CT_small"
+    return {f"{name}.dcm": test_file(name).read_bytes() for name in names.split()}
+
+
+def _read_dicom(path: Path) -> None:
+    from mocov3.data.sources import dicom, frames
+    from mocov3.data.sources.opening import open_source
+    from mocov3.data.views import decode
+
+    decode.MAX_PIXELS = dicom.MAX_PIXELS = frames.MAX_PIXELS = MOST_PIXELS
+    folder = path.parent / "studies"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    (folder / path.name).hardlink_to(path)
+    source = open_source(str(folder))
+    assert len(source) < 100_000
+    steps = [partial(_see, source, i) for i in {*range(min(len(source), 3)), len(source) - 1}]
+    take_all([*steps, lambda: decode.ImageBytes(path.read_bytes()).pixels()])
+
+
+def _see(source: Any, index: int) -> None:
+    from mocov3.data.views.decode import DecodeError, ImageBytes
+
+    try:
+        data = source.read(index)
+    except OSError as error:
+        raise DecodeError(str(error)) from None
+    assert ImageBytes(data).pixels()[0].dtype == np.uint8
+
+
 DATA = {
     "images": Kind(_images, _change_image, _read_image, 100),
     "archives": Kind(_archives, _change_archive, _read_source, 50),
     "tables": Kind(_tables, _change_table, _read_source, 150),
     "lists": Kind(_lists, _change_list, _read_list, 100),
+    "dicom": Kind(_dicom, lambda rng, _, data: damaged(rng, data), _read_dicom, 100),
 }

@@ -26,7 +26,7 @@ _CURES = (
     ),
     (
         "convert to .png, .tif or .jpg",
-        ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .dcm .dicom .nii .nii.gz .svs .ndpi .mrxs .czi .nd2 .lif "
+        ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .nii .nii.gz .svs .ndpi .mrxs .czi .nd2 .lif "
         ".svg .pdf .eps .psd .xcf .exr .hdr .jxr .fits",
     ),
     ("weights", ".pth.tar .pt.tar"),
@@ -60,6 +60,11 @@ def cure(file: str) -> str | None:
     """What to do about a file that is named but not read; ``None`` where its ending does not tell."""
     ending = _ending(file)
     return formats.cure(ending) or _CURE.get(ending)
+
+
+def has_ending(file: bytes) -> bool:
+    """Whether a name ends in what is usually an ending, and not in a part of a name or number."""
+    return bool(_ending(os.fsdecode(file[file.rfind(b".") :] if b"." in file else b"")))
 
 
 def hidden(folder: bytes) -> bool:

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from mocov3.data.sources import archives, tables
+from mocov3.data.sources import archives, dicom, tables
 from mocov3.data.sources.classes import ordered, renumbered
 from mocov3.data.sources.embedded import BUILT_IN, FashionMnist
 from mocov3.data.sources.index import Index
@@ -126,7 +126,7 @@ def _open_one(data: str, split: str) -> Source:
     if os.path.isfile(data) and place.suffix.lower() in ENDINGS:
         if split == "val":
             raise UserError(f"data {data}: is a list and has no val part; name a folder that holds train and val")
-        return Folder(*read_list(place))
+        return _told(Folder(*read_list(place)))
     if packed := open_packed(data, split):
         return packed
     if not is_folder:
@@ -144,8 +144,19 @@ def _open_one(data: str, split: str) -> Source:
     if part.files:
         return open_files(list(part.files), list(part.remarks))
     folder = Folder(*scan_tree(Path(part.place), part.without))
-    folder.skipped = [*part.remarks, *folder.skipped]
-    return folder
+    return _told(folder, part.remarks)
+
+
+def _told(folder: "Folder", remarks: Sequence[str] = ()) -> Source:
+    """A folder or list as what it is by its files, with remarks on what was chosen of it."""
+    special = dicom.opened(folder.root, folder.index, folder.classes, folder.skipped)
+    if special is None:
+        folder.skipped = [*remarks, *folder.skipped]
+        return folder
+    if remarks:  # they name folders
+        said = f"{folder.root}: {len(remarks)} remarks on its folders are not shown, whose names may be patients'"
+        special.skipped.insert(0, said)
+    return special
 
 
 def scan(folder: Path) -> "Folder":
@@ -261,6 +272,19 @@ class Roots:
         part, place = self._place(index)
         return f"{part + 1}:{self.parts[part].name(place)}"
 
+    def path_name(self, index: int) -> str:
+        """As ``name``, of what a list may call the image."""
+        part, place = self._place(index)
+        return f"{part + 1}:{called(self.parts[part], place)}"
+
+    def groups(self) -> list[str] | None:
+        """As the parts say; an image of one that says nothing is a group of its own. A key may be in several parts."""
+        known = [groups_of(part) for part in self.parts]
+        if all(keys is None for keys in known):
+            return None
+        own = ([f"={n}:{i}" for i in range(len(part))] for n, part in enumerate(self.parts))
+        return [key for keys, single in zip(known, own, strict=True) for key in keys or single]
+
 
 class Subset:
     """Some images of a source, by increasing index."""
@@ -303,6 +327,30 @@ class Subset:
     def name(self, index: int) -> str:
         """The image's name in the whole."""
         return self.whole.name(int(self.indices[index]))
+
+    def path_name(self, index: int) -> str:
+        """What a list may call the image."""
+        return called(self.whole, int(self.indices[index]))
+
+    def groups(self) -> list[str] | None:
+        """As the whole says."""
+        keys = groups_of(self.whole)
+        return None if keys is None else [keys[i] for i in self.indices.tolist()]
+
+
+def called(source: Source, index: int) -> str:
+    """What a list of the user's may call an image: its name, or a path that is not to be shown (``path_name``)."""
+    known = getattr(source, "path_name", None)
+    return str(known(index)) if known is not None else source.name(index)
+
+
+def groups_of(source: Source) -> list[str] | None:
+    """A key of every image's group, as the source knows it by itself (a patient, a slide); ``None`` where it does not.
+
+    Images of one key belong together: they are no negatives of each other, and none of them is judged by another.
+    """
+    known = getattr(source, "groups", None)
+    return known() if known is not None else None
 
 
 def file_bytes(source: Source, index: int) -> int:
