@@ -297,10 +297,46 @@ def _see(source: Any, index: int) -> None:
     assert ImageBytes(data).pixels()[0].dtype == np.uint8
 
 
+# --- slides -------------------------------------------------------------------------------------------------------
+
+
+def _slides() -> dict[str, bytes]:
+    import tempfile
+
+    from slide_files import HALF_MICRON, pyramid, tissue
+
+    image = tissue(200, 150)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {f"{kind}.tif": pyramid(Path(folder, kind), image, kind, **HALF_MICRON) for kind in _KINDS}
+        return {name: path.read_bytes() for name, path in files.items()}
+
+
+_KINDS = ("deflate", "jpeg", "lzw")
+
+
+def _read_slide(path: Path) -> None:
+    from mocov3.data.sources.slides import open_slide
+    from mocov3.data.sources.tissue import Grid, tiles_of
+    from mocov3.data.views.bands import Unfit
+    from mocov3.data.views.decode import DecodeError
+
+    try:
+        slide = open_slide(str(path))
+        try:
+            for _, tile in zip(range(5), tiles_of(slide, Grid(32, tissue=0.1)), strict=False):
+                assert slide.read(0, tile.x, tile.y, 32, 32).dtype == np.uint8
+            slide.read(len(slide.sizes) - 1, 0, 0, 64, 64)
+        finally:
+            slide.close()
+    except Unfit as error:
+        raise DecodeError(str(error)) from None
+
+
 DATA = {
     "images": Kind(_images, _change_image, _read_image, 100),
     "archives": Kind(_archives, _change_archive, _read_source, 50),
     "tables": Kind(_tables, _change_table, _read_source, 150),
     "lists": Kind(_lists, _change_list, _read_list, 100),
+    "slides": Kind(_slides, lambda rng, _, data: damaged(rng, data), _read_slide, 100),
     "dicom": Kind(_dicom, lambda rng, _, data: damaged(rng, data), _read_dicom, 100),
 }

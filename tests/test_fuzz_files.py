@@ -19,6 +19,7 @@ PROMISES = {
     "archives": "tar archives",
     "tables": "Parquet tables",
     "lists": "lists of images",
+    "slides": "slides (TIFF pyramids by tifffile)",
     "dicom": "DICOM files (15 transfer syntaxes and layouts)",
     "weights": "weights in wrappers, safetensors, pickles with other names and calls",
 }

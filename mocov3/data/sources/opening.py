@@ -23,6 +23,7 @@ from mocov3.data.sources.left_out import PASSED_OVER, cure
 from mocov3.data.sources.lists import ENDINGS, read_list
 from mocov3.data.sources.scan import EXTENSIONS, scan_tree
 from mocov3.data.sources.splits import apart, choose, no_part, remark_on_mix
+from mocov3.data.sources.tiles import Tiles, is_tiles
 from mocov3.errors import UserError, no_file
 
 SEPARATOR = "\n"
@@ -393,6 +394,10 @@ def open_files(files: list[str], remarks: list[str]) -> Source:
         shards = archives.open_shards(files)
         shards.skipped = [*remarks, *shards.skipped]
         return shards
+    if is_tiles(tables.columns(files[0])):
+        tiles = Tiles(files)
+        tiles.skipped = [*remarks, *tiles.skipped]
+        return tiles
     table = tables.Parquet(files)
     rows = tables.used_rows(table)
     passed = [f"{files[0]}: {PASSED_OVER.format(f'{n} rows')}"] if (n := len(table) - len(rows)) else []

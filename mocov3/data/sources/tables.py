@@ -145,6 +145,16 @@ def _opened(file: str) -> Iterator[Any]:
         raise UserError(f"data {file}: cannot be read as Parquet ({reason.splitlines()[0]})") from None
 
 
+def columns(file: str) -> list[str]:
+    """Names of a table's columns.
+
+    Raises:
+        UserError: if pyarrow is missing, or the file is damaged.
+    """
+    with _opened(file) as table:
+        return list(table.schema_arrow.names)
+
+
 def _rows(table: Any, file: str) -> list[int]:
     """Rows of each group, by the footer, which a damaged file may have claim any number."""
     rows = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
