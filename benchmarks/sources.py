@@ -1,9 +1,11 @@
-"""Opening many images: time to open a tree again, and memory of ten million paths with sixteen loader processes.
+"""Reaching images: time to open a tree again, memory of ten million paths with sixteen loader processes, tables read in
+random order by row groups and by their unpacked copy.
 
     python benchmarks/sources.py tree 1280000    # makes and removes a tree of empty files in the temporary folder
     python benchmarks/sources.py paths 10000000
+    python benchmarks/sources.py tables 20000
 
-Linux only (reads proportional set sizes from /proc).
+``paths``: Linux only (reads proportional set sizes from /proc).
 """
 
 import multiprocessing
@@ -20,6 +22,7 @@ from mocov3.data import open_source
 from mocov3.data.loading.order import Order
 from mocov3.data.sources.index import Chunk, Index
 from mocov3.data.sources.opening import Folder
+from mocov3.data.sources.tables import Parquet
 
 _PROCESSES = 16
 
@@ -50,6 +53,36 @@ def _timed(data: str) -> float:
     assert source.digest
     assert source.labels is not None
     return time.perf_counter() - began
+
+
+def tables(count: int) -> None:
+    """Time to read ``count`` images of 2,500 bytes in random order, in row groups of 100 (Hugging Face's)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tempfile.mkdtemp(prefix="mocov3-tables-")
+    os.environ["XDG_CACHE_HOME"] = folder
+    try:
+        rng = np.random.default_rng(0)
+        pq.write_table(pa.table({"image": [rng.bytes(2500) for _ in range(count)]}), f"{folder}/a.parquet", 100)
+        order = rng.permutation(count).tolist()
+        by_groups, by_copy = Parquet([f"{folder}/a.parquet"]), Parquet([f"{folder}/a.parquet"])
+        few = order[: max(count // 20, 1)]  # by row groups it takes minutes
+        began = time.perf_counter()
+        for index in few:
+            by_groups._reader.read(0, index // 100)
+            by_groups._reader._read.clear()  # no copy
+        groups = (time.perf_counter() - began) / len(few)
+        began = time.perf_counter()
+        for index in order:
+            by_copy.read(index)
+        copy = (time.perf_counter() - began) / count
+        print(
+            f"{count} images in a table: {1e3 * groups:.3f} ms an image by row groups, {1e3 * copy:.3f} by a copy, "
+            f"making it included (ratio {groups / copy:.0f})"
+        )
+    finally:
+        shutil.rmtree(folder)
 
 
 def paths(count: int) -> None:
@@ -103,6 +136,6 @@ def _proportional(pid: int) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("tree", "paths"):
+    if len(sys.argv) != 3 or sys.argv[1] not in ("tree", "paths", "tables"):
         sys.exit(__doc__)
-    {"tree": tree, "paths": paths}[sys.argv[1]](int(sys.argv[2]))
+    {"tree": tree, "paths": paths, "tables": tables}[sys.argv[1]](int(sys.argv[2]))

@@ -1,15 +1,13 @@
 """Images in Parquet tables, as Hugging Face keeps data sets: a column of file bytes, and optionally one of classes.
 
-Needs pyarrow (``pip install mocov3[parquet]``). An image is reached by reading the row group it lies in, so shuffled
-training reads much more than it uses; for many epochs, ``mocov3 pack`` the tables into archives first.
+Needs pyarrow (``pip install mocov3[parquet]``). An image is reached by reading the row group it lies in; where row
+groups come to be read again, as in shuffled training, an unpacked copy is read (``mocov3.data.sources.unpacked``).
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ import numpy as np
 
 from mocov3.data.sources.classes import ordered, remarks_on_missing, renumbered
 from mocov3.data.sources.left_out import MAY_BE_PASSED_OVER, passed_over
+from mocov3.data.sources.row_groups import RowGroups, opened
 from mocov3.data.sources.rows import LABEL_COLUMNS
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.errors import UserError, printable
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "picture", "bytes")
-_KEPT = 4  # row groups a process holds
 _MOST_NUMBERS = 100_000
 _MOST_ROWS = 100  # a byte of a file: of images that are all one, and packed
 _NUMBER = re.compile("0|-?[1-9][0-9]{0,17}")
@@ -51,7 +49,7 @@ class Parquet:
         self._groups: list[tuple[int, int]] = []
         ends, labels, name_hash = [], [], hashlib.sha256()
         for number, file in enumerate(files):
-            with _opened(file) as table:
+            with opened(file) as table:
                 if number == 0:
                     self.column, self._label = _image_column(table, file, self.skipped), _label_column(table)
                 elif not {self.column, self._label or self.column} <= set(table.schema_arrow.names):
@@ -69,7 +67,7 @@ class Parquet:
         if self.labels is not None:
             name_hash.update(self.labels.tobytes())
         self.digest = name_hash.hexdigest()
-        self._kept: dict[int, Any] = {}
+        self._reader = RowGroups(files, self.column)
 
     def _joined(self, labels: "list[_Labels | None]") -> tuple[np.ndarray | None, list[str]]:
         """int32 class of every row, and the names of the classes, of the labels of all files."""
@@ -92,9 +90,6 @@ class Parquet:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_kept": {}}
-
     def read(self, index: int) -> bytes:
         """The image's file bytes.
 
@@ -102,18 +97,9 @@ class Parquet:
             OSError: if the table cannot be read any more, or the row is empty.
         """
         group = int(np.searchsorted(self.ends, index, side="right"))
-        if group not in self._kept:
-            number, part = self._groups[group]
-            try:
-                with _opened(self.files[number]) as table:
-                    rows = table.read_row_group(part, [self.column]).column(self.column).combine_chunks()
-            except UserError as error:
-                raise OSError(str(error)) from None
-            while len(self._kept) >= _KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._kept[group] = rows
+        rows = self._reader.read(*self._groups[group])
         row = index - (int(self.ends[group - 1]) if group else 0)
-        data = _bytes_of(self._kept[group][row]) if row < len(self._kept[group]) else None
+        data = _bytes_of(rows[row]) if row < len(rows) else None
         if not isinstance(data, bytes) or not data:
             raise OSError("the row holds no bytes")
         return data
@@ -124,34 +110,13 @@ class Parquet:
         return f"{os.path.basename(self.files[self._groups[group][0]])}:{index}"
 
 
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError("Parquet files need pyarrow: pip install mocov3[parquet]") from None
-    return pq
-
-
-@contextlib.contextmanager
-def _opened(file: str) -> Iterator[Any]:
-    pq = _pyarrow()
-    try:
-        with pq.ParquetFile(file) as table:
-            yield table
-    except UserError:
-        raise
-    except Exception as error:  # damage makes pyarrow raise errors of many kinds
-        reason = str(error) or type(error).__name__
-        raise UserError(f"data {file}: cannot be read as Parquet ({reason.splitlines()[0]})") from None
-
-
 def columns(file: str) -> list[str]:
     """Names of a table's columns.
 
     Raises:
         UserError: if pyarrow is missing, or the file is damaged.
     """
-    with _opened(file) as table:
+    with opened(file) as table:
         return list(table.schema_arrow.names)
 
 
@@ -293,7 +258,7 @@ def used_rows(tables: Parquet) -> np.ndarray:
 
     passed, begin = [np.empty(0, np.int64)], 0
     for file in tables.files:
-        with _opened(file) as table:
+        with opened(file) as table:
             kind = table.schema_arrow.field(tables.column).type
             if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
                 paths = table.read([f"{tables.column}.path"]).column(0).combine_chunks().field("path")
