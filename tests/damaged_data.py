@@ -224,6 +224,7 @@ def _lists() -> dict[str, bytes]:
         "c.txt": text.encode("utf-16"),
         "a.csv": cells.encode(),
         "b.csv": cells.replace(",", ";").encode("utf-16"),
+        "a.jsonl": "".join(json.dumps({"image": path, "label": label}) + "\n" for path, label in rows).encode(),
         "a.tsv": cells.replace(",", "\t").encode(),
     }
 

@@ -117,8 +117,10 @@ class Dicom:
             raise OSError(error.strerror or type(error).__name__) from None
 
 
-def opened(place: str, index: Index, classes: list[str], skipped: list[str]) -> Dicom | None:
+def opened(place: str, index: Index, classes: list[str], skipped: list[str], *, by_folder: bool = True) -> Dicom | None:
     """The images of an index as ``Dicom``, if one is; ``None`` if none is, or pydicom is missing.
+
+    ``by_folder`` says that the classes are subfolders, which may be patients.
 
     Raises:
         UserError: if no file holds an image.
@@ -135,7 +137,8 @@ def opened(place: str, index: Index, classes: list[str], skipped: list[str]) -> 
     if not frames.any():
         raise UserError(f"data {place}: its {len(paths)} DICOM files hold no image")
     labels = None if index.labels is None else np.repeat(index.labels, frames)
-    names, said = _classes(labels, classes, np.repeat(records["group"], frames))
+    groups = np.repeat(records["group"], frames)
+    names, said = _classes(labels, classes, groups) if by_folder else (classes, [])
     entries = [
         b"%b\0%d\0%b" % (path, -1 if record["frames"] == _OTHER else frame, bytes(record["group"]))
         for path, record, count in zip(paths, records, frames.tolist(), strict=True)

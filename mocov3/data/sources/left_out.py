@@ -49,6 +49,7 @@ _PASSED_OVER = {
 MAY_BE_PASSED_OVER = f"(?i)(^|/)(\\.|{'|'.join(map(re.escape, sorted(_PASSED_OVER)))})"
 """An expression that every path matches which is passed over: quicker to ask for many."""
 _SYSTEM_FILES = {b"Thumbs.db", b"thumbs.db", b"Desktop.ini", b"desktop.ini"}
+_SYSTEM_FILES |= {b"metadata.csv", b"metadata.jsonl", b"README.md", b"dataset_infos.json"}  # read, if it is (hub)
 _USUAL = re.compile("[0-9]*[a-z][0-9a-z_~-]{0,11}")
 _DOUBLE = {case for ending in (b".tar", b".gz", b".bz2", b".xz", b".zst", b".lz4") for case in (ending, ending.upper())}
 _NAMED = 5

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from mocov3.data.sources import archives, dicom, tables
+from mocov3.data.sources import archives, dicom, hub, tables
 from mocov3.data.sources.classes import ordered, renumbered
 from mocov3.data.sources.embedded import BUILT_IN, FashionMnist
 from mocov3.data.sources.index import Index
@@ -127,7 +127,7 @@ def _open_one(data: str, split: str) -> Source:
     if os.path.isfile(data) and place.suffix.lower() in ENDINGS:
         if split == "val":
             raise UserError(f"data {data}: is a list and has no val part; name a folder that holds train and val")
-        return _told(Folder(*read_list(place)))
+        return _told(Folder(*read_list(place)), by_folder=False)
     if packed := open_packed(data, split):
         return packed
     if not is_folder:
@@ -142,20 +142,29 @@ def _open_one(data: str, split: str) -> Source:
     part = choose(data, split)
     if part is None:
         raise no_part(data, split)
+    names = hub.class_names(data)
     if part.files:
-        return open_files(list(part.files), list(part.remarks))
+        return open_files(list(part.files), list(part.remarks), names)
     folder = Folder(*scan_tree(Path(part.place), part.without))
-    return _told(folder, part.remarks)
+    beside = hub.labelled(data, part.place, folder.index, names)
+    if beside is None:
+        return _told(folder, part.remarks)
+    index, classes, said = beside
+    if not classes:
+        return _told(folder, [*part.remarks, *said])
+    folder.index, folder.classes = index, classes
+    folder.skipped = [line for line in folder.skipped if " class folders: " not in line]
+    return _told(folder, [*part.remarks, *said], by_folder=False)
 
 
-def _told(folder: "Folder", remarks: Sequence[str] = ()) -> Source:
-    """A folder or list as what it is by its files, with remarks on what was chosen of it."""
-    special = dicom.opened(folder.root, folder.index, folder.classes, folder.skipped)
+def _told(folder: "Folder", remarks: Sequence[str] = (), *, by_folder: bool = True) -> Source:
+    """A folder or list as what it is by its files, with remarks on it; ``by_folder``: its subfolders are classes."""
+    special = dicom.opened(folder.root, folder.index, folder.classes, folder.skipped, by_folder=by_folder)
     if special is None:
         folder.skipped = [*remarks, *folder.skipped]
         return folder
-    if remarks:  # they name folders
-        said = f"{folder.root}: {len(remarks)} remarks on its folders are not shown, whose names may be patients'"
+    if remarks:  # they name folders and files
+        said = f"{folder.root}: {len(remarks)} remarks are not shown, as names in them may be patients'"
         special.skipped.insert(0, said)
     return special
 
@@ -384,8 +393,8 @@ def open_packed(data: str, split: str) -> Source | None:
     return open_files(files, remark_on_mix(data, files))
 
 
-def open_files(files: list[str], remarks: list[str]) -> Source:
-    """Images in archives or in tables; ``remarks`` come before those on the files.
+def open_files(files: list[str], remarks: list[str], names: Sequence[str] = ()) -> Source:
+    """Images in archives or in tables; ``remarks`` come before those on the files, ``names`` are those of classes.
 
     Raises:
         UserError: if they cannot be used.
@@ -398,7 +407,7 @@ def open_files(files: list[str], remarks: list[str]) -> Source:
         tiles = Tiles(files)
         tiles.skipped = [*remarks, *tiles.skipped]
         return tiles
-    table = tables.Parquet(files)
+    table = tables.Parquet(files, names)
     rows = tables.used_rows(table)
     passed = [f"{files[0]}: {PASSED_OVER.format(f'{n} rows')}"] if (n := len(table) - len(rows)) else []
     table.skipped = [*remarks, *passed, *table.skipped]

@@ -118,7 +118,8 @@ def _share(sums: np.ndarray, part: tuple[float, float, float, float]) -> float:
     left, top = min(int(x * width), width - 1), min(int(y * height), height - 1)
     right, bottom = max(round((x + w) * width), left + 1), max(round((y + h) * height), top + 1)
     total = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
-    return int(total) / ((right - left) * (bottom - top))
+    share: float = int(total) / ((right - left) * (bottom - top))
+    return share
 
 
 def thumbnail(slide: Slide, longest: int) -> np.ndarray:
