@@ -115,7 +115,7 @@ def _add(writer: Any, path: str, name: str, base: Path, args: argparse.Namespace
         try:
             grid = Grid(args.size, args.mpp, 0.0 if slide.is_map else args.tissue, args.file_mpp)
             for tiles in _chunks(tiles_of(slide, grid)):
-                same = {"path": os.path.relpath(path, base), "slide": name, "size": args.size, "digest": said}
+                same = {"path": _relative(path, base), "slide": name, "size": args.size, "digest": said}
                 rows = [{**vars(tile), **same} for tile in tiles]
                 _write(writer, pa.Table.from_pylist(rows, writer.schema), args.out)
                 count += len(rows)
@@ -129,6 +129,13 @@ def _add(writer: Any, path: str, name: str, base: Path, args: argparse.Namespace
         if not count:
             warn(f"left out: {printable(path)}: no tile of {args.size} pixels is {args.tissue:g} tissue")
     return count
+
+
+def _relative(path: str, base: Path) -> str:
+    try:
+        return os.path.relpath(path, base)
+    except ValueError:  # on another drive
+        return os.path.abspath(path)
 
 
 def _write(writer: Any, rows: Any, out: str) -> None:

@@ -68,6 +68,8 @@ LONG = (
     "test_gpu_program",
     "test_data",
     "test_golden_convert",
+    "test_tiles",
+    "test_dicom",
 )
 """Files that take 15 core-seconds or more, longest first: so none is left alone at the end."""
 

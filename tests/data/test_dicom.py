@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from mocov3.config.presets import PRESETS, Reading
 from mocov3.data import open_source
 from mocov3.data.sources import dicom as source_module
 from mocov3.data.sources.labels import Labelled, read_labels
-from mocov3.data.sources.opening import Roots, Subset, called, groups_of
+from mocov3.data.sources.opening import Roots, Subset, called, field_groups
+from mocov3.data.sources.survey import Survey, propose
 from mocov3.data.views import decode, formats, remarks
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.errors import UserError
@@ -203,7 +205,7 @@ def test_every_frame_is_an_image(syntax, tmp_path):
     assert len(source) == 5
     for i in range(5):
         assert np.array_equal(shown(source.read(i)), film[i] >> 4)
-    assert len(set(groups_of(source))) == 1
+    assert len(set(field_groups(source, ""))) == 1
     assert len({source.name(i) for i in range(5)}) == 5
 
 
@@ -263,7 +265,7 @@ def test_a_clinics_folder(clinic):
     saved(clinic, dataset(radiograph(1), patient="0", BurnedInAnnotation="YES"), "burned.dcm")
     source = open_source(str(clinic))
     assert len(source) == 4 * (3 + 3) + 1
-    keys = groups_of(source)
+    keys = list(field_groups(source, ""))
     assert len(set(keys)) == 4
     by_folder = {}
     for i, key in enumerate(keys):
@@ -294,13 +296,13 @@ def test_headers_are_remembered_until_a_file_changes(clinic, monkeypatch):
     header = source_module._header
     monkeypatch.setattr(source_module, "_header", lambda *a: asked.append(a[1]) or header(*a))
     again = open_source(str(clinic))
-    assert (again.digest, groups_of(again), asked) == (before.digest, groups_of(before), [])
+    assert (again.digest, list(field_groups(again, "")), asked) == (before.digest, list(field_groups(before, "")), [])
     place = clinic / f"{SECRET}_0^JANE" / "IM0001"
     saved(place.parent, dataset(np.stack([TWELVE] * 4), bits=12, NumberOfFrames=4, patient="9"), place.name)
     changed = open_source(str(clinic))
     assert len(changed) == len(before) + 3
     assert len(asked) == 1
-    assert len(set(groups_of(changed))) == 5
+    assert len(set(field_groups(changed, ""))) == 5
     for file in (clinic.parent / "cache").rglob("dicom-*"):
         assert SECRET.encode() not in file.read_bytes()
 
@@ -339,13 +341,23 @@ def test_lists_and_labels_call_files_by_their_paths(clinic, tmp_path):
 def test_groups_go_through_parts_and_several_sources(clinic, images):
     source = open_source(str(clinic))
     part = Subset(source, np.array([0, 7, 8]))
-    assert groups_of(part) == [groups_of(source)[i] for i in (0, 7, 8)]
+    assert list(field_groups(part, "")) == [list(field_groups(source, ""))[i] for i in (0, 7, 8)]
     both = open_source(f"{clinic}\n{images}")
-    keys = groups_of(both)
+    keys = list(field_groups(both, ""))
     assert len(keys) == len(both)
-    assert len(set(keys)) == 4 + 64
-    assert groups_of(open_source(str(images))) is None
-    assert groups_of(Roots([open_source(str(images))] * 2, [1, 1])) is None
+    assert (len(set(keys)), keys.count("")) == (4 + 1, 64)
+    assert field_groups(open_source(str(images)), "") is None
+    assert field_groups(Roots([open_source(str(images))] * 2, [1, 1]), "") is None
+
+
+def test_groups_by_another_element_are_hashes_too(clinic):
+    source = open_source(str(clinic))
+    studies = field_groups(source, "StudyInstanceUID")
+    assert len(set(studies)) == 4
+    assert all(len(key) == 16 and "1.2.3" not in key for key in studies)
+    assert set(field_groups(source, "PatientSex")) == {""}  # which no file says
+    assert len(set(field_groups(source, "SOPInstanceUID"))) == 16  # a film is one
+    assert field_groups(source, "patient") is None  # DICOM has no such element
 
 
 def test_other_images_among_them_keep_their_pixels(clinic):
@@ -425,6 +437,9 @@ def test_without_pydicom_it_says_what_to_install(tmp_path, monkeypatch):
 def test_the_preset_for_radiographs():
     preset = PRESETS["xray"]
     assert (preset.flip_probability, preset.vertical_flip_probability, preset.solarize_probability) == (0, 0, (0, 0))
+    few = Survey(5, 5, formats={"DICOM MONOCHROME2 12 bits": 2, "DICOM MONOCHROME1 8 bits": 1, "PNG RGB": 2})
+    assert propose(few) == ("xray", "3 of 5 images are grey DICOM")
+    assert propose(replace(few, formats={"DICOM RGB 8 bits": 5}))[0] != "xray"
     asked = cli.parse_script("main_moco.py", ["x", "--view-preset", "xray", "--flip-probability", "0.5"]).preset
     assert asked.flip_probability == 0.5
 
@@ -446,7 +461,8 @@ def test_no_output_of_any_command_names_a_patient(clinic, tmp_path, monkeypatch,
         spoken.append("".join(capfd.readouterr()))
 
     usual = ["-j", "0", "--device", "cpu"]
-    more = {"pretrain": [*TINY, "-b", "8", "--max-corrupt", "0.5", "--logger", "tensorboard"], "report": usual[2:]}
+    more = {"check": [*usual, *TINY[2:6], "-b", "8"], "report": usual[2:]}
+    more["pretrain"] = [*TINY, "-b", "8", "--max-corrupt", "0.5", "--logger", "tensorboard"]
     for line in documented("## DICOM"):
         line = (
             line.replace("STUDIES", str(clinic)).replace("findings", str(tmp_path / "labels")).replace("0099", "0001")
@@ -460,6 +476,7 @@ def test_no_output_of_any_command_names_a_patient(clinic, tmp_path, monkeypatch,
     for file in made:
         assert SECRET.encode() not in file.read_bytes(), file
         assert SECRET not in str(file.relative_to(out))
+    assert "grey DICOM" in text  # why check proposes xray
     metrics = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["corrupt"] > 0  # the cut file was met
     assert any("unreadable" in line for line in text.splitlines())

@@ -19,7 +19,7 @@ from trials import record, trials
 from mocov3 import cli
 from mocov3.data import open_source
 from mocov3.data.sources import pyramids, slides
-from mocov3.data.sources.opening import Subset, groups_of
+from mocov3.data.sources.opening import Subset, field_groups
 from mocov3.data.sources.pyramids import Pyramid
 from mocov3.data.sources.tissue import Grid, thumbnail, tiles_of
 from mocov3.data.views.bands import Unfit
@@ -276,16 +276,18 @@ def test_tiles_are_read_from_their_slides(laid):
     source = open_source(str(laid))
     rows = pq.read_table(laid).to_pylist()
     assert len(source) == len(rows) > 60
-    assert groups_of(source) == [row["slide"] for row in rows]
-    assert set(groups_of(source)) == {"s0", "s1", "s2"}
+    assert list(field_groups(source, "")) == [row["slide"] for row in rows]
+    assert set(field_groups(source, "")) == {"s0", "s1", "s2"}
     assert {row["path"] for row in rows} == {os.path.join("slides", f"s{i}.tif") for i in range(3)}
+    whole = {name: tissue(seed=int(name[1]))[::2, ::2] for name in ("s0", "s2")}  # JPEG, of s1, changes pixels
     for i, row in enumerate(rows):
-        if row["slide"] != "s1":  # JPEG changes pixels
+        if row["slide"] in whole:
             x, y = row["x"] // 2, row["y"] // 2
-            want = tissue(seed=int(row["slide"][1]))[::2, ::2][y : y + 32, x : x + 32]
-            assert np.array_equal(source.read(i), want)
+            assert np.array_equal(source.read(i), whole[row["slide"]][y : y + 32, x : x + 32])
     assert len({source.name(i) for i in range(len(source))}) == len(source)
-    assert groups_of(Subset(source, np.array([3, 1]))) == [groups_of(source)[i] for i in (3, 1)]
+    assert list(field_groups(Subset(source, np.array([3, 1])), "")) == [
+        list(field_groups(source, ""))[i] for i in (3, 1)
+    ]
     again = pickle.loads(pickle.dumps(source))
     assert np.array_equal(again.read(5), source.read(5))
     assert len(pickle.dumps(source)) < 20_000
@@ -402,11 +404,11 @@ def test_memory_and_open_files_stay_flat_over_many_tiles(tmp_path):
     table = tmp_path / "t.parquet"
     assert cli.main(["tiles", str(tmp_path), "--size", "32", "--mpp", "0.6", "--tissue", "0", "--out", str(table)]) == 0
     source = open_source(str(table))
-    count = trials(1000, 50_000)
-    order = np.random.default_rng(0).integers(0, len(source), count + 500)
+    count = trials(500, 50_000)
+    order = np.random.default_rng(0).integers(0, len(source), count + 300)
     most_files = 0
     for step, index in enumerate(order.tolist()):
-        if step == 500:
+        if step == 300:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         source.read(index)
         if step % 100 == 0:
@@ -437,11 +439,12 @@ def test_the_documented_commands_run(tmp_path, monkeypatch, capsys):
     options = {"photometric": "minisblack", "planarconfig": "contig", "tile": (SIDE, SIDE)}
     flat(tmp_path / "SCENE.tif", DEEP, **options, extratags=[*GEO, geo_keys(1, 3072, 0, 1, 32633)])
     usual = ["-j", "0", "--device", "cpu"]
-    more = {"pretrain": [*TINY, "-b", "8"], "embed": usual, "check": [*usual, "-a", "resnet10_w16"]}
+    more = {"pretrain": [*TINY, "-b", "8", "--epochs", "1", "--warmup-epochs", "0"], "embed": usual}
+    more["check"] = [*usual, *TINY[2:6], "-b", "8"]
     lines = documented("## Slides and satellite images")
     assert len(lines) > 4
     for line in lines:
-        line = line.replace("--size 224", "--size 32").replace("0099", "0001")
+        line = line.replace("--size 224", "--size 32").replace("0099", "0000")
         assert cli.main([*line.split()[1:], *more.get(line.split()[1], [])]) == 0, line
     metrics = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["corrupt"] == 0

@@ -80,12 +80,23 @@ class Dicom:
     def _file(self, path: bytes) -> bytes:
         return os.path.join(os.fsencode(self.place), path)
 
-    def groups(self) -> list[str]:
-        """A key of every image's patient, the first 16 digits of sha256: images of one key are of one group.
+    def groups(self, field: str) -> np.ndarray | None:
+        """A key of every image's group, 16 digits of sha256, by an element of DICOM's (``StudyInstanceUID``).
 
-        By the patient's ID, else name, else the study; an image without them is a group of its own.
+        By themselves, images are of patients: by their ID, else name, else study; a file without any is a group.
+        An image that lacks ``field`` has no group; ``None`` if DICOM knows no such element.
         """
-        return [self._entry(i)[2] for i in range(len(self))]
+        if not field:
+            return np.array([self._entry(i)[2] for i in range(len(self))], object)
+        from pydicom import datadict
+
+        if datadict.tag_for_keyword(field) is None:
+            return None
+        paths = [path if frame >= 0 else b"" for path, frame, _ in map(self._entry, range(len(self)))]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            files = sorted(set(paths) - {b""})
+            keys = dict(zip(files, pool.map(lambda path: _field(self._file(path), field), files), strict=True))
+        return np.array([keys.get(path, "") for path in paths], object)
 
     def name(self, index: int) -> str:
         """A hash of the path below the folder, and the frame of a file of several."""
@@ -249,7 +260,7 @@ def _header(file: BinaryIO, path: str) -> tuple[int, str, bool]:
             if not (ds or marked):
                 return _DAMAGED, "", False
             burned = str(ds.get("BurnedInAnnotation") or "").strip().upper() == "YES"
-            group = _patient(ds)
+            group = _key(ds, _PATIENT)
             if str(ds.get("SOPClassUID")) in _NO_IMAGES or not (ds.get("Rows") and ds.get("Columns")):
                 return _NO_IMAGE, group, False
             return min(max(int(ds.get("NumberOfFrames") or 1), 1), _room(ds, file)), group, burned
@@ -264,8 +275,18 @@ def _room(ds: "pydicom.Dataset", file: BinaryIO) -> int:
     return max(size // (_SMALLEST if compressed else frame_bytes(ds)), 1)
 
 
-def _patient(ds: "pydicom.Dataset") -> str:
-    for name in _PATIENT:
+def _field(path: bytes, name: str) -> str:
+    """The key of a file's element; '' where it has none."""
+    try:
+        with open(path, "rb") as file, dicom.quiet("reading its header"):
+            return _key(dicom.dataset(file, MAX_PIXELS, (name,), pixels=False), (name,))
+    except (OSError, Unfit):
+        return ""
+
+
+def _key(ds: "pydicom.Dataset", names: Sequence[str]) -> str:
+    """A hash of the first of some elements that says something; '' where none does."""
+    for name in names:
         if value := str(ds.get(name) or "").strip():
             return hashlib.sha256(f"{name}\0{value}".encode(errors="surrogatepass")).hexdigest()[:_GROUP]
     return ""

@@ -56,6 +56,17 @@ class Source(Protocol):
         """What to call the image in messages."""
 
 
+@runtime_checkable
+class Grouped(Protocol):
+    """A source that can say which of its images belong together: what a source may have beside the rest."""
+
+    def groups(self, field: str) -> np.ndarray | None:
+        """Name of every image's group, empty where it has none, by a field of this name; ``None`` without such a field.
+
+        ``""`` asks for the groups that the images have by themselves, which count unless others are asked for.
+        """
+
+
 def open_source(data: str, split: str = "train") -> Source:
     """The images named by ``data``: a folder, a list, archives, tables, or the built-in ``fashion-mnist[:ROOT]``; or
     several, a line each, with the fraction of their images that an epoch uses: ``DIR1``, ``DIR2:0.3``.
@@ -277,6 +288,15 @@ class Roots:
         part, place = self._place(index)
         return file_bytes(self.parts[part], place)
 
+    def groups(self, field: str) -> np.ndarray | None:
+        """As the parts say; an image of a part without such a field has no group."""
+        named = [field_groups(part, field) for part in self.parts]
+        if all(names is None for names in named):
+            return None
+        return np.concatenate(
+            [np.full(len(p), "") if n is None else n for p, n in zip(self.parts, named, strict=True)], dtype=object
+        )
+
     def name(self, index: int) -> str:
         """The part's number and the image's name in it."""
         part, place = self._place(index)
@@ -286,14 +306,6 @@ class Roots:
         """As ``name``, of what a list may call the image."""
         part, place = self._place(index)
         return f"{part + 1}:{called(self.parts[part], place)}"
-
-    def groups(self) -> list[str] | None:
-        """As the parts say; an image of one that says nothing is a group of its own. A key may be in several parts."""
-        known = [groups_of(part) for part in self.parts]
-        if all(keys is None for keys in known):
-            return None
-        own = ([f"={n}:{i}" for i in range(len(part))] for n, part in enumerate(self.parts))
-        return [key for keys, single in zip(known, own, strict=True) for key in keys or single]
 
 
 class Subset:
@@ -334,6 +346,11 @@ class Subset:
         """As the whole says."""
         return file_bytes(self.whole, int(self.indices[index]))
 
+    def groups(self, field: str) -> np.ndarray | None:
+        """As the whole says."""
+        named = field_groups(self.whole, field)
+        return None if named is None else named[self.indices]
+
     def name(self, index: int) -> str:
         """The image's name in the whole."""
         return self.whole.name(int(self.indices[index]))
@@ -342,11 +359,6 @@ class Subset:
         """What a list may call the image."""
         return called(self.whole, int(self.indices[index]))
 
-    def groups(self) -> list[str] | None:
-        """As the whole says."""
-        keys = groups_of(self.whole)
-        return None if keys is None else [keys[i] for i in self.indices.tolist()]
-
 
 def called(source: Source, index: int) -> str:
     """What a list of the user's may call an image: its name, or a path that is not to be shown (``path_name``)."""
@@ -354,19 +366,15 @@ def called(source: Source, index: int) -> str:
     return str(known(index)) if known is not None else source.name(index)
 
 
-def groups_of(source: Source) -> list[str] | None:
-    """A key of every image's group, as the source knows it by itself (a patient, a slide); ``None`` where it does not.
-
-    Images of one key belong together: they are no negatives of each other, and none of them is judged by another.
-    """
-    known = getattr(source, "groups", None)
-    return known() if known is not None else None
-
-
 def file_bytes(source: Source, index: int) -> int:
     """Size of an image's file where the source knows it without reading, else 0."""
     known = getattr(source, "file_bytes", None)
     return int(known(index)) if known is not None else 0
+
+
+def field_groups(source: Source, field: str) -> np.ndarray | None:
+    """Names of the images' groups by a field, where the source has it; see ``Grouped``."""
+    return source.groups(field) if isinstance(source, Grouped) else None
 
 
 def fractions(source: Source) -> list[tuple[int, float]]:

@@ -110,9 +110,11 @@ class Tiles:
         """sha256 over all places and labels."""
         return self._index.digest
 
-    def groups(self) -> list[str]:
-        """The slide of every tile."""
-        return [self._names[_ENTRY.unpack(self._index.path(i))[0]] for i in range(len(self))]
+    def groups(self, field: str) -> np.ndarray | None:
+        """The slide of every tile, by itself or as ``slide``; ``None`` of another field."""
+        if field not in ("", "slide"):
+            return None
+        return np.array([self._names[_ENTRY.unpack(self._index.path(i))[0]] for i in range(len(self))], object)
 
     def name(self, index: int) -> str:
         """The slide, and level and corner of the tile."""

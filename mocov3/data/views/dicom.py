@@ -119,7 +119,7 @@ def kind(data: bytes, most: int) -> str:
     """
     with quiet("reading its header"):
         ds = dataset(io.BytesIO(data), most, SHAPE, pixels=False)
-        return f"{ds.PhotometricInterpretation} {ds.get('BitsStored')} bits"
+        return f"{ds.get('PhotometricInterpretation', '?')} {ds.get('BitsStored', '?')} bits"
 
 
 def size_of(ds: "pydicom.Dataset") -> tuple[int, int]:
