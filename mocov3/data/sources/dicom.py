@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import pydicom
 
 _THREADS = 16
+_AT_ONCE = 1 << 18
 _SMALLEST = 64  # bytes of a compressed frame, by which a damaged number of frames is told
 _FORMAT = 1
 _PATIENT = ("PatientID", "PatientName", "StudyInstanceUID")
@@ -195,13 +196,16 @@ def _remarks(records: np.ndarray) -> list[str]:
 def _candidates(index: Index) -> np.ndarray:
     """Which paths may be DICOM: those that do not end as other images do."""
     n = len(index)
-    others = {e[-4:].encode() for e in EXTENSIONS if e not in formats.DICOM}
-    offsets, base = index.array[8 : 16 + 8 * n].view(np.int64), 16 + 12 * n
-    padded = index.array
-    ends = np.stack([padded[np.maximum(base + offsets[1:] - back, 0)] for back in (4, 3, 2, 1)], 1)
-    lower = np.where((ends >= 65) & (ends <= 90), ends + 32, ends).astype(np.uint8)
-    known = np.array([int.from_bytes(e, "big") for e in others], np.uint32)
-    return ~np.isin(np.ascontiguousarray(lower).view(">u4").ravel(), known)
+    tails = {e[-4:].encode() for e in EXTENSIONS if e not in formats.DICOM}
+    others = np.array([int.from_bytes(tail, "big") for tail in tails], np.uint32)
+    ends = index.array[8 : 16 + 8 * n].view(np.int64)[1:]
+    texts, found = index.array[16 + 12 * n :], np.empty(n, bool)
+    for first in range(0, n, _AT_ONCE):  # so that little memory is taken
+        part = ends[first : first + _AT_ONCE]
+        last = np.stack([texts[np.maximum(part - back, 0)] for back in (4, 3, 2, 1)], 1)
+        lower = np.where((last >= 65) & (last <= 90), last | 32, last)
+        found[first : first + _AT_ONCE] = ~np.isin(lower.view(">u4").ravel(), others)
+    return found
 
 
 def _headers(root: bytes, paths: Sequence[bytes], index: Index) -> np.ndarray:
