@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import TINY, documented
+from conftest import ROOT, TINY, documented
 from doors import refused
+from starting import run
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom (extra dicom) is not installed")
 pytest.importorskip("libjpeg", reason="pylibjpeg-libjpeg (extra dicom) is not installed")
@@ -421,6 +423,18 @@ def test_a_forged_number_of_frames_makes_no_million_images(tmp_path):
     ds = dataset(TWELVE, bits=12)
     ds.NumberOfFrames = 10**9
     assert len(open_source(str(saved(tmp_path, ds)))) == 1  # by the size of the file
+
+
+def test_without_pylibjpeg_what_others_decode_is_read():
+    want = shown(brought("SC_rgb_jpeg_dcmtk").read_bytes(), Reading(3))
+    code = "import sys; sys.modules.update(dict.fromkeys(('libjpeg', 'openjpeg', 'pylibjpeg')))\n"
+    code += "from mocov3.data.views.decode import DecodeError, ImageBytes\n"
+    code += "read = lambda p: ImageBytes(open(p, 'rb').read()).pixels()[0]\n"
+    code += f"print(read({str(brought('SC_rgb_jpeg_dcmtk'))!r}).sum(), read({str(brought('SC_rgb_rle'))!r}).sum())\n"
+    code += f"try: read({str(brought('MR_small_jpeg_ls_lossless'))!r})\nexcept DecodeError as e: print(e)"
+    first, second = run([sys.executable, "-c", code], cwd=ROOT).stdout.splitlines()
+    assert first == f"{want.sum()} {shown(brought('SC_rgb_rle').read_bytes(), Reading(3)).sum()}"
+    assert second == "is DICOM compressed as JPEG-LS Lossless Image Compression: pip install 'mocov3[dicom]'"
 
 
 def test_without_pydicom_it_says_what_to_install(tmp_path, monkeypatch):
