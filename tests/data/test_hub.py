@@ -34,6 +34,10 @@ dataset_info:
 ---
 """
 
+BOMB = "---\nx0: &x0 [ha, ha, ha, ha]\n" + "".join(
+    f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 8)}]\n" for i in range(1, 20)
+)
+BOMB += "dataset_info: {features: [{name: label, dtype: {class_label: {names: *x19}}}]}\n---\n"
 OTHER_LABEL = """  - name: site
     dtype:
       class_label:
@@ -159,6 +163,7 @@ def test_json_lines_are_lists_too(tmp_path):
         "---\ndataset_info:\n  features: [1]\n---",
         "---\n&a [*a]\n---\n",
         CARD.replace("'2': emu", "two: emu"),
+        BOMB,
         CARD.replace("  - name: image\n    dtype: image\n", OTHER_LABEL),
     ],
 )

@@ -110,4 +110,7 @@ def _in_order(names: Any) -> list[str]:
     values: Iterable[Any] = names
     if isinstance(names, dict):
         values = [names[key] for key in sorted(names, key=int)]
-    return [str(name) for name in values]
+    found = list(values)
+    if not all(isinstance(name, str | int | float) for name in found):  # lists of lists may unfold to any length
+        raise TypeError("names of classes are texts or numbers")
+    return [str(name) for name in found]
