@@ -1,15 +1,15 @@
-"""Choices of pre-training compared at equal time: ``python benchmarks/equal_time.py local|schedule|vit [--seeds 3]``.
+"""Choices of pre-training compared at equal time: ``python benchmarks/equal_time.py QUESTION [--seeds 3]``.
 
     python benchmarks/equal_time.py local --train DIR/train.parquet --test DIR/test.parquet --readme docs/budget.md
     python benchmarks/equal_time.py vit --minutes 60 --train … --test …
     python benchmarks/equal_time.py schedule --rehearse
 
 Every way of a question trains by ``mocov3 pretrain``'s own loop, on one thread, for about ``--minutes`` of processor
-time, loading included: a few steps are timed, which gives it as many epochs as fit (``schedule``: all as many as the
-first way, since it is about equal steps). Printed: k-NN (k 20, τ 0.07) and ridge accuracy on the test images, images
-seen and processor minutes, mean over seeds. Runs are kept in ``--results`` as they come, so that a measurement that was
-stopped can be resumed. ``--rehearse`` runs everything on a few of the embedded images for a few steps; it writes
-nothing.
+time, loading included: a few steps are timed, which gives it as many epochs as fit (``schedule`` and ``precision``: all
+as many as the first way, since they are about equal steps). Printed: k-NN (k 20, τ 0.07) and ridge accuracy on the test
+images, images seen and processor minutes, mean over seeds. Runs are kept in ``--results`` as they come, so that a
+measurement that was stopped can be resumed. ``--rehearse`` runs everything on a few of the embedded images for a few
+steps; it writes nothing.
 """
 
 import argparse
@@ -48,6 +48,12 @@ RESNET = (
     "--moco-m-cos --moco-dim 128 --moco-mlp-dim 512 --warmup-epochs 1"
 )
 VIT = "--recipe vit_small_images --warmup-epochs 1"
+MICRO = (
+    "-a vit_conv_micro --patch-size 8 --image-size 32 --crop-min .2 --optimizer adamw -b 256 --lr 1e-3 --wd .05 "
+    "--moco-t .2 --moco-m-cos --moco-dim 128 --moco-mlp-dim 512 --warmup-epochs 1"
+)
+EQUAL_STEPS = ("schedule", "precision")
+"""Questions whose ways all take the first one's epochs."""
 QUESTIONS: dict[str, dict[str, str]] = {
     "local": {
         "two views": RESNET,
@@ -60,6 +66,8 @@ QUESTIONS: dict[str, dict[str, str]] = {
         "cosine": RESNET,
         **{f"wsd, {share}": f"{RESNET} --schedule wsd --decay-share {share}" for share in (0.1, 0.2, 0.4)},
     },
+    "width": {"resnet10_w16": RESNET, "resnet10_w32": RESNET.replace("w16", "w32")},
+    "precision": {"32 bits": MICRO, "16 bits": f"{MICRO} --precision bf16"},
     "vit": {
         "the recipe": VIT,
         "trained projection": f"{VIT} --no-stop-grad-conv1",
@@ -206,7 +214,7 @@ def main() -> None:
             key = f"{args.question}/{way}/{args.minutes:g}/{seed}"
             if key in results:
                 continue
-            of = next(iter(ways)) if args.question == "schedule" else way
+            of = next(iter(ways)) if args.question in EQUAL_STEPS else way
             timed = results.setdefault("epochs", {})
             if (name := f"{args.question}/{of}/{args.minutes:g}") not in timed:
                 timed[name] = measurement.epochs(ways[of], seed)

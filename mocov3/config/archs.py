@@ -22,26 +22,28 @@ RESNETS = [
 SMALL_RESNETS = ["resnet10", "resnet10_w16", "resnet10_w32", "resnet10_w48", "resnet10_w64"]
 """ResNet-10 (one basic block a stage): torchvision's widths and stem, or narrower with a 3×3 stem (``_wN``)."""
 
-VITS = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
-CONV_VITS = ["vit_conv_tiny", "vit_conv_small", "vit_conv_base"]
+VITS = ["vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+CONV_VITS = ["vit_conv_micro", "vit_conv_tiny", "vit_conv_small", "vit_conv_base"]
 STEM_PARTS = {16: (8, 4, 2, 1), 8: (4, 2, 1), 4: (2, 1)}
 """Patch size → what the width is divided by in the strided convolutions of a convolutional stem: half a side each."""
 
 BUILT_IN_ARCHS = RESNETS + SMALL_RESNETS + VITS + CONV_VITS
 
 WIDTHS = {
+    "vit_micro": 128,
     "vit_tiny": 192,
     "vit_small": 384,
     "vit_base": 768,
     "vit_large": 1024,
     "vit_huge": 1280,
+    "vit_conv_micro": 128,
     "vit_conv_tiny": 192,
     "vit_conv_small": 384,
     "vit_conv_base": 768,
 }
 """ViT → width of its tokens."""
-HEADS = {192: 3, 384: 12, 768: 12, 1024: 16, 1280: 16}
-"""Width → attention heads, as MoCo v3 has them (192: DeiT's)."""
+HEADS = {128: 4, 192: 3, 384: 12, 768: 12, 1024: 16, 1280: 16}
+"""Width → attention heads, as MoCo v3 has them (192: DeiT's; 128: ours)."""
 OTHERS_HEADS = {384: 6}
 """Width → attention heads in DeiT, DINO and timm, where these differ: the same shapes, another network."""
 

@@ -66,6 +66,8 @@ def build(start: files.Start, classes: int, world: World, *, script_door: bool) 
     cuda = world.device.type == "cuda"
     layout = torch.channels_last if cuda else torch.preserve_format
     model.to(world.device, memory_format=layout).train()  # type: ignore[call-overload]
+    precision = precision_of(c.precision, world.device, script_door=script_door)
+    precision.suit(model)
     depth = Depth(model, c.seed)
     optimizer = build_optimizer(
         parameter_groups(model, weight_decay=c.weight_decay, layer_decay=c.layer_decay),
@@ -76,7 +78,6 @@ def build(start: files.Start, classes: int, world: World, *, script_door: bool) 
         optimizer, epochs=c.epochs, warmup_epochs=c.warmup_epochs, warmup_lr=c.warmup_lr, min_lr=c.min_lr
     )
     ema = ModelEmaV3(model, decay=c.model_ema_decay) if c.model_ema else None
-    precision = precision_of(c.precision, world.device, script_door=script_door)
     step = TuneStep(
         model,
         optimizer,

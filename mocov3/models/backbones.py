@@ -205,11 +205,13 @@ _SMALL: dict[str, dict[str, Any]] = {
     **{f"resnet10_w{width}": {**_RESNET10, "width": width, "stem": "small_stride2"} for width in (16, 32, 48, 64)},
 }
 _VITS: dict[str, dict[str, Any]] = {
+    "vit_micro": {"embed_dim": 128, "depth": 6, "num_heads": 4},  # ours, for small images on CPUs
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},  # DeiT's Ti; not in the reference
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 12},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},  # the paper's; not in the reference
     "vit_huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},  # with --patch-size 14, as in the paper
+    "vit_conv_micro": {"embed_dim": 128, "depth": 6, "num_heads": 4},
     "vit_conv_tiny": {"embed_dim": 192, "depth": 11, "num_heads": 3},  # not in the reference
     "vit_conv_small": {"embed_dim": 384, "depth": 11, "num_heads": 12},
     "vit_conv_base": {"embed_dim": 768, "depth": 11, "num_heads": 12},

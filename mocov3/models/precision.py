@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import nn
 
 
 class Precision:
@@ -16,6 +17,13 @@ class Precision:
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def suit(self, network: nn.Module) -> None:
+        """Give a network that is to be trained the kernels that are fastest in this arithmetic."""
+        if self.name == "bf16" and self.device.type == "cpu":
+            from mocov3.models.attention import use_attention_products  # timm, which ResNets do not need
+
+            use_attention_products(network)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which networks are run."""

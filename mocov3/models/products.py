@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_FACTS = Path("/proc/cpuinfo")
+
 ENOUGH = 4_000_000
 """Multiplications from which the convolution's overhead is earned (measured: even at 2 to 4 million)."""
 
@@ -63,9 +65,18 @@ def mkl_is_half_wide() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and "Intel" not in _maker()
 
 
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bfloat16 matrices (AMX, AVX512-BF16)."""
+    known = set(_fact("flags").split())
+    return torch.backends.mkldnn.is_available() and bool(known & {"amx_bf16", "avx512_bf16"})
+
+
 def _maker() -> str:
-    facts = Path("/proc/cpuinfo")
-    if not facts.exists():
-        return platform.processor()
-    lines = facts.read_text().splitlines()
-    return next((line for line in lines if line.startswith("vendor_id")), "")
+    return _fact("vendor_id") if _FACTS.exists() else platform.processor()
+
+
+def _fact(name: str) -> str:
+    """What Linux says of the processor; empty elsewhere."""
+    lines = _FACTS.read_text().splitlines() if _FACTS.exists() else []
+    return next((line for line in lines if line.startswith(name)), "")

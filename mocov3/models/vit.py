@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 
 from mocov3.config.archs import STEM_PARTS
+from mocov3.models.attention import attend
 from mocov3.models.gelu import use_fused_gelu
 from mocov3.models.patches import resized_kernel, sincos_of_places, use_patch_products
 from mocov3.models.positions import sincos_position_embedding
@@ -168,7 +169,7 @@ class VisionTransformer(TimmVisionTransformer):
 def _first_token(block: Any, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1 dim"]:
     """What a block makes of the first token: all tokens are attended to, but the others' outputs are not needed."""
     attention = block.attn
-    plain = type(block) is Block and type(attention) is Attention and attention.fused_attn
+    plain = type(block) is Block and type(attention) is Attention
     if not plain or getattr(attention, "gate", None) is not None:
         tokens: Tensor = block(x)
         return tokens[:, :1]
@@ -179,8 +180,7 @@ def _first_token(block: Any, x: Float[Tensor, "batch tokens dim"]) -> Float[Tens
     kv = token_linear(y, weight[width:], None if bias is None else bias[width:])
     q = q.view(n, 1, attention.num_heads, -1).transpose(1, 2)
     k, v = kv.view(n, x.shape[1], 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
-    dropout = attention.attn_drop.p if attention.training else 0.0
-    out = F.scaled_dot_product_attention(attention.q_norm(q), attention.k_norm(k), v, dropout_p=dropout)
+    out = attend(attention, attention.q_norm(q), attention.k_norm(k), v)
     out = attention.proj_drop(attention.proj(attention.norm(out.transpose(1, 2).reshape(n, 1, width))))
     first = first + block.drop_path1(block.ls1(out))
     result: Tensor = first + block.drop_path2(block.ls2(block.mlp(block.norm2(first))))

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from mocov3.config.archs import is_vit
-from mocov3.planning.auto import Choice
+from mocov3.planning.choices import Choice
 
 NOT_MEASURED = "not measured"
 HEADS_FIRST, THAW = 1, 1

@@ -13,22 +13,17 @@ from typing import Any
 from mocov3.config.archs import is_resnet, is_vit
 from mocov3.config.fields import Fields
 from mocov3.config.presets import PRESETS
+from mocov3.planning.choices import Choice, duration
+from mocov3.planning.rungs import RUNGS, SMALL_VIEWS, Rung
 
 GIB = 1 << 30
 _SMALL_SIDE = 96
 """Shorter side in pixels up to which images are used at their own size, by networks with a stem for it."""
-_CPU_SIDES = (64, 32)
-_CPU_REASONS = {
-    64: "on a CPU 224 px would take twelve times as long",
-    32: "at 64 px the time allows fewer than 40 epochs on this CPU",
-}
-_FEW_EPOCHS = 40
 _PLANNED, _LATEST = 0.85, 1.2
 """Shares of the budget: what steps are planned to take (judging and writing take some too), and where a run is cut."""
 _LEAST_BATCH = 64
 """A contrastive step with fewer others to tell an image from teaches little."""
 _PASSES = 100 * 1.28e6**0.3
-_NO_SETTINGS = ("data", "recipe", "output_dir", "config", "resume", "quiet", "json")
 DEFAULT_HOURS = {"cpu": 1.0, "mps": 4.0, "cuda": 12.0}
 
 
@@ -42,6 +37,8 @@ class Machine:
     """Bytes that training may use."""
     cores: int
     name: str = ""
+    bf16: bool = False
+    """Whether its CPU has instructions for products of bfloat16 matrices."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +51,6 @@ class Images:
     reason: str
     mean_std: str
     gray: bool
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One setting and why."""
-
-    name: str
-    value: object
-    reason: str
 
 
 Speed = Callable[[Fields], tuple[float, Fields]]
@@ -93,34 +81,26 @@ def choose_settings(
         before: choices of another table, which go before the rules here; its epochs are what the time may shorten.
     """
 
-    def made(cpu_side: int) -> _Settings:
-        return _made(_Settings(given, before), images, machine, hours, speed, memory, cpu_side)
-
-    settings = made(_CPU_SIDES[0])
-    few = min([_FEW_EPOCHS, *(c.value for c in before if c.name == "epochs" and isinstance(c.value, int))])
-    if machine.device == "cpu" and settings["image_size"] > _CPU_SIDES[1] and settings["epochs"] < few:
-        settings = made(_CPU_SIDES[1])
-    return settings.choices
-
-
-def _made(
-    settings: "_Settings",
-    images: Images,
-    machine: Machine,
-    hours: float | None,
-    speed: Speed,
-    memory: Memory,
-    cpu_side: int,
-) -> "_Settings":
-    _views(settings, images, machine, cpu_side)
-    _network(settings, images, machine, memory)
-    _optimisation(settings)
-    _batch(settings, images, machine, memory)
-    _length(settings, images, machine, hours, speed)
-    _watching(settings, images)
-    for choice in list(settings.before.values()):
-        settings.choose(choice.name, choice.value, choice.reason)
-    return settings
+    made, seen = _Settings(given, before), None
+    asked = [n for n in (given.get("epochs"), *(c.value for c in before if c.name == "epochs")) if isinstance(n, int)]
+    for rung in RUNGS:
+        settings = _Settings(given, before)
+        _views(settings, images, machine, rung)
+        _network(settings, images, machine, memory, rung)
+        what = settings["image_size"], settings["arch"]
+        wide = rung is RUNGS[0] and "arch" not in given and settings["image_size"] <= SMALL_VIEWS
+        if what == seen or (wide and machine.device == "cpu"):
+            continue
+        made, seen = settings, what
+        _optimisation(made)
+        _precision(made, machine)
+        _batch(made, images, machine, memory)
+        if _length(made, images, machine, hours, speed) >= min([rung.enough, *asked]) or machine.device != "cpu":
+            break
+    _watching(made, images)
+    for choice in list(made.before.values()):
+        made.choose(choice.name, choice.value, choice.reason)
+    return made.choices
 
 
 class _Settings:
@@ -143,7 +123,7 @@ class _Settings:
         return self.values[name]
 
 
-def _views(settings: _Settings, images: Images, machine: Machine, cpu_side: int) -> None:
+def _views(settings: _Settings, images: Images, machine: Machine, rung: Rung) -> None:
     preset = settings.choose("view_preset", images.preset, images.reason)
     short = images.short_side
     arch = settings.values.get("arch", "")
@@ -153,10 +133,10 @@ def _views(settings: _Settings, images: Images, machine: Machine, cpu_side: int)
     if short <= _SMALL_SIDE:
         side = max(short // 4 * 4, 16)
         reason = f"half of the images are {short} px or less at their shorter side"
-        if machine.device == "cpu" and side > cpu_side:
-            side, reason = cpu_side, _CPU_REASONS[cpu_side]
+        if machine.device == "cpu" and side > rung.side:
+            side, reason = rung.side, rung.side_reason
     elif machine.device == "cpu":
-        side, reason = cpu_side, _CPU_REASONS[cpu_side]
+        side, reason = rung.side, rung.side_reason
     elif short < 160:
         side, reason = 128, f"images of about {short} px"
     else:
@@ -172,12 +152,10 @@ def _views(settings: _Settings, images: Images, machine: Machine, cpu_side: int)
         settings.choose("mean_std", images.mean_std, "measured on these images")
 
 
-def _network(settings: _Settings, images: Images, machine: Machine, memory: Memory) -> None:
+def _network(settings: _Settings, images: Images, machine: Machine, memory: Memory, rung: Rung) -> None:
     n, small, gb = images.count, settings["image_size"] <= _SMALL_SIDE, machine.memory / GIB
     if machine.device == "cpu":
-        arch, reason = ("resnet10_w32", "trains in minutes on a CPU")
-        if settings["image_size"] > 40:
-            arch, reason = "resnet10_w48", "a CPU trains it in an hour"
+        arch, reason = rung.arch, rung.arch_reason
     elif n < 5_000 or small:
         arch, reason = "resnet18", "few or small images do not fill a larger network"
     elif n >= 100_000 and gb >= 20:
@@ -206,6 +184,15 @@ def _fits(settings: Fields, batch: int, machine: Machine, memory: Memory) -> boo
     return memory(settings, batch) <= 0.85 * machine.memory
 
 
+def _precision(settings: _Settings, machine: Machine) -> None:
+    if machine.device == "cpu" and machine.bf16 and is_vit(settings["arch"]):
+        settings.choose("precision", "bf16", "this CPU multiplies 16-bit matrices about twice as fast (docs/budget.md)")
+    else:
+        settings.choose(
+            "precision", "auto", "16 bits where the device has them" if machine.device == "cuda" else "32 bits here"
+        )
+
+
 def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory) -> None:
     cap = 128 if machine.device == "cpu" else 1024 if is_vit(settings["arch"]) else 512
     useful = max(images.count // 8, 16)
@@ -217,9 +204,6 @@ def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory
         size //= 2
         limit = f"fits {machine.memory / GIB:.0f} GB (counted: {memory(settings.values, size) / GIB:.1f} GB)"
     settings.choose("batch_size", max(size, 2), limit)
-    settings.choose(
-        "precision", "auto", "16 bits where the device has them" if machine.device == "cuda" else "32 bits here"
-    )
     settings.choose(
         "workers",
         max(min(machine.cores, 16), 1),
@@ -245,7 +229,8 @@ def _optimisation(settings: _Settings) -> None:
     settings.choose("moco_m_cos", True, "the reference's in every recipe")
 
 
-def _length(settings: _Settings, images: Images, machine: Machine, hours: float | None, speed: Speed) -> None:
+def _length(settings: _Settings, images: Images, machine: Machine, hours: float | None, speed: Speed) -> int:
+    """Choose the epochs; how many the time allows."""
     budget = 3600 * (hours if hours is not None else DEFAULT_HOURS[machine.device])
     asked = settings.before.pop("epochs", None)
     wanted = min(max(round(_PASSES / max(images.count, 1) ** 0.3), 100), 800)
@@ -258,14 +243,14 @@ def _length(settings: _Settings, images: Images, machine: Machine, hours: float 
         settings.choices.append(Choice(name, value, "what fitted the memory when tried"))
     possible = int(_PLANNED * budget / max(seconds, 1e-9))
     if hours is not None and settings.values.get("schedule") == "wsd":
-        epochs, reason = max(possible, 1), f"about what {_duration(budget)} allow; the clock decides the end"
+        epochs, reason = max(possible, 1), f"about what {duration(budget)} allow; the clock decides the end"
     elif possible < 1:
         epochs, reason = (
             1,
-            f"one pass takes {_duration(seconds)}: take fewer images (DIR:0.1), a GPU or a longer --budget",
+            f"one pass takes {duration(seconds)}: take fewer images (DIR:0.1), a GPU or a longer --budget",
         )
     elif possible < wanted:
-        epochs, reason = possible, f"what {_duration(budget)} allow (without a limit: {wanted})"
+        epochs, reason = possible, f"what {duration(budget)} allow (without a limit: {wanted})"
     else:
         epochs, reason = wanted, "more passes over fewer images, 100 for ImageNet's 1.28 million"
         reason = asked.reason if asked is not None else reason
@@ -276,8 +261,9 @@ def _length(settings: _Settings, images: Images, machine: Machine, hours: float 
     settings.choose("warmup_epochs", warmup, "a tenth, at most the paper's")
     if hours is not None:
         settings.choose("max_hours", round(_LATEST * hours, 4), "the budget and a fifth, should the machine slow down")
-    how = f"{_duration(seconds)} an epoch, by the steps just measured" if seconds > 0 else "not measured"
-    settings.choices.append(Choice("(predicted time)", _duration(seconds * epochs), how))
+    how = f"{duration(seconds)} an epoch, by the steps just measured" if seconds > 0 else "not measured"
+    settings.choices.append(Choice("(predicted time)", duration(seconds * epochs), how))
+    return possible
 
 
 def _watching(settings: _Settings, images: Images) -> None:
@@ -289,25 +275,3 @@ def _watching(settings: _Settings, images: Images) -> None:
         if held:
             settings.choose("quality_every", max(epochs // 20, 1), "about twenty judgements; keeps the best network")
     settings.choose("checkpoint_every", max(epochs // 10, 1), "about ten files")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
-
-
-def block(choices: list[Choice], recipe: Fields, given: Fields) -> str:
-    """The plan as text: a setting a line, with its value and reason."""
-    rows = [(c.name.replace("_", "-"), _shown(c.value), c.reason) for c in choices]
-    rest = [(name, value, "of the recipe") for name, value in recipe.items() if name not in given]
-    rest += [(name, value, "given by you") for name, value in given.items() if name not in _NO_SETTINGS]
-    rows += [(name.replace("_", "-"), _shown(value), reason) for name, value, reason in rest]
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    return "\n".join(f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {reason}" for name, value, reason in rows)
-
-
-def _shown(value: object) -> str:
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)

@@ -21,7 +21,8 @@ from mocov3.data.sources.opening import SEPARATOR
 from mocov3.data.sources.survey import Survey, sample, survey
 from mocov3.errors import UserError, printable
 from mocov3.output.sheet import write_sheet
-from mocov3.planning.auto import GIB, block
+from mocov3.planning.auto import GIB
+from mocov3.planning.choices import block
 from mocov3.planning.choose import Proposal, propose_settings
 
 _SAMPLE = 5000
@@ -157,7 +158,10 @@ def _speed(proposal: Proposal) -> list[str]:
         )
     from mocov3.pretraining.assemble import count_memory
 
-    need = count_memory(c, sixteen_bits=proposal.machine.device == "cuda").peak(c.batch_size) / GIB
+    need = (
+        count_memory(c, sixteen_bits=proposal.machine.device == "cuda" or c.precision == "bf16").peak(c.batch_size)
+        / GIB
+    )
     lines.append(f"  memory           about {need:.1f} GB of {proposal.machine.memory / GIB:.1f} GB (counted)")
     return lines
 

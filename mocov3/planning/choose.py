@@ -16,7 +16,8 @@ from mocov3.data import Source
 from mocov3.data.sources.survey import Survey, propose, scattered, survey
 from mocov3.errors import UserError, no_file
 from mocov3.planning.adapting import choices_of, row_of
-from mocov3.planning.auto import Choice, Images, Machine, block, choose_settings
+from mocov3.planning.auto import Images, Machine, choose_settings
+from mocov3.planning.choices import Choice, block
 from mocov3.pretraining.inputs import open_images
 
 LOOKED_AT = 400
@@ -90,7 +91,7 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
 
     @functools.cache
     def count(config: PretrainConfig) -> Footprint:
-        return count_memory(config, sixteen_bits=machine.device == "cuda")
+        return count_memory(config, sixteen_bits=machine.device == "cuda" or config.precision == "bf16")
 
     def counted(values: Fields, batch: int) -> float:
         config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})

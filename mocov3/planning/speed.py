@@ -14,6 +14,7 @@ from mocov3.distributed import World
 from mocov3.distributed.launch import count_ranks, pick_device
 from mocov3.errors import UserError
 from mocov3.models.precision import precision_of
+from mocov3.models.products import multiplies_bf16
 from mocov3.optim import build_optimizer
 from mocov3.planning.auto import Machine
 from mocov3.planning.reading import image_seconds
@@ -35,7 +36,8 @@ def machine(device: str, gpu: int | None) -> Machine:
     torch_device = pick_device(device, gpu)
     if torch_device.type == "cuda":
         return Machine("cuda", free_memory(torch_device), usable_cores(), torch.cuda.get_device_name(torch_device))
-    return Machine(torch_device.type, int(_HALF * free_memory(torch_device)), usable_cores(), torch_device.type)
+    memory, name = int(_HALF * free_memory(torch_device)), torch_device.type
+    return Machine(name, memory, usable_cores(), name, bf16=name == "cpu" and multiplies_bf16())
 
 
 def epoch_seconds(
@@ -94,6 +96,7 @@ def _step_times(config: PretrainConfig, device: torch.device, batch: int) -> lis
         model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = build_optimizer(model.parameters(), config.optimizer, weight_decay=0.0, momentum=0.9)
         precision = precision_of(config.precision, device)
+        precision.suit(model)
         micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else 0
         preservation = Preservation(copy.deepcopy(model.momentum_encoder), config.preserve) if config.preserve else None
         step = Step(

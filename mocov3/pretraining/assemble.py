@@ -66,7 +66,9 @@ def build(
     arithmetic = resolve_precision(c.precision, world.device, script_door=script_door)
     micro_batch = resolve_micro_batch(c, world, arithmetic)  # of the memory that is free before there is a model
     torch.manual_seed(int(c.seed or 0))
+    precision = Precision(arithmetic, world.device)
     model = build_model(c, world)
+    precision.suit(model)
     check_micro_batch(micro_batch, c, world, model)
     preservation, start = _start(c, world, resume_from)
     compiled = resolve_compile(c, world, micro_batch, resume_from)
@@ -76,7 +78,6 @@ def build(
             compile_features([model.base_encoder, preservation.start], method="features_and_mean", say=warn)
     groups = parameter_groups(model, c.layer_decay, staged=c.freeze_epochs > 0)
     optimizer = optimizer_of(model, groups, c, world)
-    precision = Precision(arithmetic, world.device)
     step = Step(
         model,
         optimizer,

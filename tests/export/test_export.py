@@ -108,7 +108,7 @@ def test_tables_account_for_every_key(arch, tmp_path):
                 ours = key_tables.translate(state, rows)
                 theirs = _transformers_on_disk(WRITERS[to].config(model), tmp_path)
         assert shapes(ours) == shapes(theirs), to
-    wanted = {"resnet10": 3, "vit_conv_tiny": 1, "vit_conv_small": 1, "vit_conv_base": 1}.get(
+    wanted = {"resnet10": 3, "vit_conv_micro": 1, "vit_conv_tiny": 1, "vit_conv_small": 1, "vit_conv_base": 1}.get(
         arch, 0 if arch.startswith("resnet10_") else 3
     )
     assert len(held) == (2 if "next" in arch or "wide" in arch else wanted)

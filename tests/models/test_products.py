@@ -6,7 +6,9 @@ from torch import nn
 
 from mocov3 import models
 from mocov3.models import products
-from mocov3.models.products import TokenLinear, use_fast_products
+from mocov3.models.attention import use_attention_products
+from mocov3.models.precision import Precision
+from mocov3.models.products import TokenLinear, multiplies_bf16, use_fast_products
 
 
 @pytest.fixture
@@ -118,3 +120,44 @@ def test_networks_compute_what_they_did(monkeypatch, arch):
     assert abs(loss2 - loss) <= 1e-5 * loss
     assert (gradient2 - gradient).norm() <= 1e-5 * gradient.norm()
     assert not torch.equal(gradient, gradient2)  # it was another way
+
+
+@pytest.mark.parametrize("arch", ["vit_micro", "timm/vit_tiny_patch16_224"])
+def test_attention_by_products_is_the_same(arch):
+    """Outputs and gradients of both ways agree, of whole blocks and of the last, which asks for one token."""
+    torch.manual_seed(0)
+    found = []
+    network = models.build_backbone(arch, image_size=32, **({"patch_size": 8} if arch == "vit_micro" else {}))
+    x = torch.randn(3, 3, 32, 32)
+    for products_wanted in (False, True):
+        if products_wanted:
+            use_attention_products(network)
+        network.zero_grad()
+        y = network.features(x)
+        (y * torch.linspace(0.1, 1, y.numel()).view_as(y)).sum().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 20
+    for want, got in zip(*found, strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm() + 1e-6
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", False), ("fp32", True)])
+def test_only_training_in_bf16_on_cpus_takes_products(precision, expected):
+    network = models.build_backbone("vit_micro", image_size=32, patch_size=8)
+    Precision(precision, torch.device("cpu")).suit(network)
+    assert {block.attn.fused_attn for block in network.blocks} == {expected}
+    Precision(precision, torch.device("cuda")).suit(network)
+    assert {block.attn.fused_attn for block in network.blocks} == {expected}
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("fpu avx512_bf16 sse", True), ("amx_bf16", True), ("avx2", False)])
+def test_bf16_instructions_are_read_from_the_processors_flags(flags, expected, tmp_path, monkeypatch):
+    facts = tmp_path / "cpuinfo"
+    facts.write_text(f"vendor_id\t: Someone\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(products, "_FACTS", facts)
+    multiplies_bf16.cache_clear()
+    try:
+        assert multiplies_bf16() == expected
+        assert products._maker() == "vendor_id\t: Someone"
+    finally:
+        multiplies_bf16.cache_clear()

@@ -124,6 +124,49 @@ def test_a_budget_sets_epochs():
             parse_budget(text)
 
 
+def cpu_plan(times, **more):
+    """(arch, side) on a CPU where an epoch of each takes so many seconds, in an hour."""
+    images = Images(50_000, more.pop("side", 375), "photos", "because", "0.5,0.25", gray=False)
+    asked = []
+
+    def speed(values):
+        asked.append((values["arch"], values["image_size"]))
+        return times[values["arch"]], {}
+
+    machine = dataclasses.replace(MACHINES["cpu"], bf16=more.pop("bf16", False))
+    choices = choose_settings(images, machine, 1, more, speed, lambda values, batch: 0.0)
+    chosen = {c.name: c.value for c in choices} | more
+    assert asked[-1] == (chosen["arch"], chosen["image_size"])
+    assert len(set(asked)) == len(asked), "something was measured twice"
+    return chosen
+
+
+SLOW = {"resnet10_w48": 600, "resnet10_w32": 200, "resnet10_w16": 80}
+
+
+def test_a_cpu_takes_the_widest_that_sees_the_images_often_enough():
+    assert (cpu_plan(dict.fromkeys(SLOW, 60))["arch"], cpu_plan(dict.fromkeys(SLOW, 60))["image_size"]) == (
+        "resnet10_w48",
+        64,
+    )
+    plan = cpu_plan({**SLOW, "resnet10_w32": 90})
+    assert (plan["arch"], plan["image_size"]) == ("resnet10_w32", 32)
+    assert cpu_plan(SLOW)["arch"] == "resnet10_w16"
+    assert cpu_plan(SLOW, side=32)["arch"] == "resnet10_w16"
+    assert cpu_plan({"resnet10_w32": 90}, side=32)["arch"] == "resnet10_w32", "the widest is for larger images"
+    # what is given: few epochs that are wanted anyhow are no reason, and an arch stays
+    assert cpu_plan(SLOW, epochs=5)["arch"] == "resnet10_w48"
+    given = cpu_plan({"resnet18": 600}, arch="resnet18")
+    assert given["image_size"] == 32
+
+
+def test_a_cpu_that_multiplies_16_bits_trains_vits_in_them():
+    times = {"vit_micro": 60, **SLOW}
+    assert cpu_plan(times, arch="vit_micro", bf16=True)["precision"] == "bf16"
+    assert cpu_plan(times, arch="vit_micro")["precision"] == "auto"
+    assert cpu_plan(times, bf16=True)["precision"] == "auto"
+
+
 def test_what_is_given_stays_and_decides_the_rest():
     config, choices = planned(5_000, MACHINES["12 GB"], given={"arch": "vit_small", "batch_size": 48, "hold_out": 0})
     assert (config.arch, config.batch_size, config.optimizer, config.quality_every) == ("vit_small", 48, "adamw", 0)

@@ -160,14 +160,17 @@ class Timm(Format):
         if is_resnet(model.arch):
             return model.arch, {}
         args: dict[str, Any] = {}
-        if model.arch == "vit_small" or model.heads != HEADS[WIDTHS[model.arch]]:
+        arch = model.arch
+        if arch == "vit_micro":  # which timm does not have
+            arch, args = "vit_tiny", {"embed_dim": model.encoder.num_features, "depth": model.depth}
+        if args or arch == "vit_small" or model.heads != HEADS[WIDTHS[model.arch]]:
             args["num_heads"] = model.heads
         if model.image_size != 224:
             args["img_size"] = model.image_size
         patch = 14 if model.arch == "vit_huge" else 16
         if model.patch_size != patch:
             args["patch_size"] = model.patch_size
-        return f"{model.arch}_patch{patch}_224", args
+        return f"{arch}_patch{patch}_224", args
 
     def features(self, model: Exported, place: Path, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """By ``create_model`` with the file's path, which loads strictly."""
