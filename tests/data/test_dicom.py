@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, documented
 from doors import refused
-from starting import run
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom (extra dicom) is not installed")
 pytest.importorskip("libjpeg", reason="pylibjpeg-libjpeg (extra dicom) is not installed")
@@ -432,7 +432,9 @@ def test_without_pylibjpeg_what_others_decode_is_read():
     code += "read = lambda p: ImageBytes(open(p, 'rb').read()).pixels()[0]\n"
     code += f"print(read({str(brought('SC_rgb_jpeg_dcmtk'))!r}).sum(), read({str(brought('SC_rgb_rle'))!r}).sum())\n"
     code += f"try: read({str(brought('MR_small_jpeg_ls_lossless'))!r})\nexcept DecodeError as e: print(e)"
-    first, second = run([sys.executable, "-c", code], cwd=ROOT).stdout.splitlines()
+    first, second = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert first == f"{want.sum()} {shown(brought('SC_rgb_rle').read_bytes(), Reading(3)).sum()}"
     assert second == "is DICOM compressed as JPEG-LS Lossless Image Compression: pip install 'mocov3[dicom]'"
 
