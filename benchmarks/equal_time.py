@@ -34,7 +34,7 @@ from torch import Tensor
 
 from mocov3.config import PretrainConfig
 from mocov3.config.command_lines import parse_pretrain
-from mocov3.data import CentreView, open_source
+from mocov3.data import CentreView, Source, open_source
 from mocov3.data.sources.opening import Subset
 from mocov3.distributed import World
 from mocov3.evaluation.features import Extractor, extract
@@ -126,27 +126,41 @@ class Measurement:
             if run.is_complete() or (self.args.rehearse and run.position.step >= 6):
                 return
 
-    def train(self, flags: str, epochs: int, seed: int) -> dict[str, float]:
-        """A run, and what its features are worth."""
+    def trained(self, flags: str, epochs: int, seed: int) -> tuple[dict[str, float], Pretraining, PretrainConfig]:
+        """A run: what it took, its end, and its settings."""
         with tempfile.TemporaryDirectory() as folder:
             config = self.configuration(flags, epochs, seed, folder)
             with owned(self.world, folder) as owner, Pretraining(self.world, Job(config), owner) as run:
                 seconds = sum(self.steps(run))
-            images = run.position.step * config.batch_size
-            scores = self.scores(run, config)
-        return {"seconds": seconds, "images": images, "epochs": epochs, **scores}
+        images = run.position.step * config.batch_size
+        return {"seconds": seconds, "images": images, "epochs": epochs}, run, config
+
+    def train(self, flags: str, epochs: int, seed: int) -> dict[str, float]:
+        """A run, and what its features are worth."""
+        result, run, config = self.trained(flags, epochs, seed)
+        return {**result, **self.scores(run, config)}
 
     def scores(self, run: Pretraining, config: PretrainConfig) -> dict[str, float]:
         """k-NN and ridge accuracy, in %."""
-        encoder, preset = run.model.base_encoder, config.preset
-        view = CentreView(config.image_size, preset.evaluation_zoom)
-        extractor = Extractor(encoder, encoder.features, view, preset.mean, preset.std)
         sources: list[Any] = [open_source(self.args.train, "train"), open_source(self.args.test, self.args.part)]
         if self.args.rehearse:
             sources = [Subset(source, np.arange(400)) for source in sources]
-        x = [extract(extractor, source, self.world) for source in sources]
-        y = [torch.as_tensor(source.labels, dtype=torch.long) for source in sources]
-        return {"knn": knn_accuracy(x[0], y[0], x[1], y[1]), "ridge": ridge(x[0], y[0], x[1], y[1])}
+        return score(extractor_of(run, config), *sources)
+
+
+def extractor_of(run: Pretraining, config: PretrainConfig) -> Extractor:
+    """What makes a trained network's features of images."""
+    encoder, preset = run.model.base_encoder, config.preset
+    view = CentreView(config.image_size, preset.evaluation_zoom)
+    return Extractor(encoder, encoder.features, view, preset.mean, preset.std)
+
+
+def score(extractor: Extractor, bank: Source, queries: Source) -> dict[str, float]:
+    """k-NN (k 20, τ 0.07) and ridge accuracy of features, in %."""
+    sources = bank, queries
+    x = [extract(extractor, source, World(0, 1, torch.device("cpu"))) for source in sources]
+    y = [torch.as_tensor(source.labels, dtype=torch.long) for source in sources]
+    return {"knn": knn_accuracy(x[0], y[0], x[1], y[1]), "ridge": ridge(x[0], y[0], x[1], y[1])}
 
 
 def ridge(x: Tensor, y: Tensor, queries: Tensor, wanted: Tensor) -> float:
