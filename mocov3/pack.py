@@ -24,7 +24,8 @@ from mocov3.data.loading.loader import usable_cores
 from mocov3.data.sources.archives import CLASSES_FILE
 from mocov3.data.sources.scan import EXTENSIONS
 from mocov3.data.sources.splits import parts_of
-from mocov3.data.views import bands
+from mocov3.data.views import bands, formats
+from mocov3.data.views.bare import is_dicom
 from mocov3.data.views.decode import DecodeError, ImageBytes
 from mocov3.data.views.formats import opened
 from mocov3.errors import UserError, printable, reason
@@ -148,6 +149,8 @@ def _image(data: bytes | np.ndarray) -> tuple[ImageBytes, bool]:
 
 
 def _ending(data: bytes) -> str:
+    if is_dicom(data):
+        return formats.DICOM[0]
     with opened(data) as image:
         return f".{(image.format or 'png').lower()}".replace("jpeg", "jpg")
 

@@ -69,6 +69,8 @@ LONG = (
     "test_gpu_program",
     "test_data",
     "test_golden_convert",
+    "test_tiles",
+    "test_dicom",
 )
 """Files that take 15 core-seconds or more, longest first: so none is left alone at the end."""
 
@@ -105,6 +107,13 @@ def tree(root, *names):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
     return root
+
+
+def documented(title):
+    """Commands of the program below a title of docs/formats.md, without what is said behind them."""
+    section = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8").split(f"\n{title}\n")[1].split("\n## ")[0]
+    lines = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0] for line in lines if line.startswith("mocov3 ")]
 
 
 @pytest.fixture(autouse=True)

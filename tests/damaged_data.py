@@ -224,6 +224,7 @@ def _lists() -> dict[str, bytes]:
         "c.txt": text.encode("utf-16"),
         "a.csv": cells.encode(),
         "b.csv": cells.replace(",", ";").encode("utf-16"),
+        "a.jsonl": "".join(json.dumps({"image": path, "label": label}) + "\n" for path, label in rows).encode(),
         "a.tsv": cells.replace(",", "\t").encode(),
     }
 
@@ -257,9 +258,86 @@ def _read_list(path: Path) -> None:
         raise
 
 
+# --- DICOM --------------------------------------------------------------------------------------------------------
+
+
+def _dicom() -> dict[str, bytes]:
+    """Files that pydicom brings along, of many transfer syntaxes and layouts."""
+    from dicom_files import test_file
+
+    names = "MR_small_RLE MR_small_jp2klossless MR_small_jpeg_ls_lossless MR_small_implicit MR_small_bigendian"
+    names += " JPGExtended SC_rgb_small_odd_jpeg SC_rgb_dcmtk_+eb+cy+s4 SC_rgb_jls_lossy_line SC_rgb_rle_16bit_2frame"
+    names += " JPEGLSNearLossless_16 SC_ybr_full_422_uncompressed examples_jpeg2k image_dfl CT_small"
+    return {f"{name}.dcm": test_file(name).read_bytes() for name in names.split()}
+
+
+def _read_dicom(path: Path) -> None:
+    from mocov3.data.sources import dicom, frames
+    from mocov3.data.sources.opening import open_source
+    from mocov3.data.views import decode
+
+    decode.MAX_PIXELS = dicom.MAX_PIXELS = frames.MAX_PIXELS = MOST_PIXELS
+    folder = path.parent / "studies"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    (folder / path.name).hardlink_to(path)
+    source = open_source(str(folder))
+    assert len(source) < 100_000
+    steps = [partial(_see, source, i) for i in {*range(min(len(source), 3)), len(source) - 1}]
+    take_all([*steps, lambda: decode.ImageBytes(path.read_bytes()).pixels()])
+
+
+def _see(source: Any, index: int) -> None:
+    from mocov3.data.views.decode import DecodeError, ImageBytes
+
+    try:
+        data = source.read(index)
+    except OSError as error:
+        raise DecodeError(str(error)) from None
+    assert ImageBytes(data).pixels()[0].dtype == np.uint8
+
+
+# --- slides -------------------------------------------------------------------------------------------------------
+
+
+def _slides() -> dict[str, bytes]:
+    import tempfile
+
+    from slide_files import HALF_MICRON, pyramid, tissue
+
+    image = tissue(200, 150)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {f"{kind}.tif": pyramid(Path(folder, kind), image, kind, **HALF_MICRON) for kind in _KINDS}
+        return {name: path.read_bytes() for name, path in files.items()}
+
+
+_KINDS = ("deflate", "jpeg", "lzw")
+
+
+def _read_slide(path: Path) -> None:
+    from mocov3.data.sources.slides import open_slide
+    from mocov3.data.sources.tissue import Grid, tiles_of
+    from mocov3.data.views.bands import Unfit
+    from mocov3.data.views.decode import DecodeError
+
+    try:
+        slide = open_slide(str(path))
+        try:
+            for _, tile in zip(range(5), tiles_of(slide, Grid(32, tissue=0.1)), strict=False):
+                assert slide.read(0, tile.x, tile.y, 32, 32).dtype == np.uint8
+            slide.read(len(slide.sizes) - 1, 0, 0, 64, 64)
+        finally:
+            slide.close()
+    except Unfit as error:
+        raise DecodeError(str(error)) from None
+
+
 DATA = {
     "images": Kind(_images, _change_image, _read_image, 100),
     "archives": Kind(_archives, _change_archive, _read_source, 50),
     "tables": Kind(_tables, _change_table, _read_source, 150),
     "lists": Kind(_lists, _change_list, _read_list, 100),
+    "slides": Kind(_slides, lambda rng, _, data: damaged(rng, data), _read_slide, 100),
+    "dicom": Kind(_dicom, lambda rng, _, data: damaged(rng, data), _read_dicom, 100),
 }

@@ -21,6 +21,7 @@ ROOMS = [
     "cli",
     "demo",
     "pack",
+    "tiles",
     "report",
     "planning",
     "export",

@@ -19,6 +19,8 @@ PROMISES = {
     "archives": "tar archives",
     "tables": "Parquet tables",
     "lists": "lists of images",
+    "slides": "slides (TIFF pyramids by tifffile)",
+    "dicom": "DICOM files (15 transfer syntaxes and layouts)",
     "weights": "weights in wrappers, safetensors, pickles with other names and calls",
 }
 
@@ -28,6 +30,9 @@ PROMISES = {
 def test_damaged_files(kind, tmp_path):
     if kind == "tables":
         pytest.importorskip("pyarrow")
+    if kind == "dicom":
+        pytest.importorskip("pydicom")
+        pytest.importorskip("openjpeg")
     count, refused = trials(150, 10_000), 0
     for first in range(0, count, AT_ONCE):
         number = min(AT_ONCE, count - first)

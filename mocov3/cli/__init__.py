@@ -55,6 +55,7 @@ usage: mocov3 COMMAND … (mocov3 COMMAND --help lists its flags)
   compare    compare networks, without labels or with few
   finetune   train a classifier end to end from pre-trained weights (DeiT's recipe), and transfer
   pack       a folder of images into tar archives
+  tiles      where the tiles of slides and satellite images lie, to train on them without cutting any out
   lincls     linear evaluation of frozen features, many learning rates in one pass
   knn        k-NN accuracy and retrieval of frozen features
   embed      features of every image of a folder, as .parquet or .npy

@@ -203,6 +203,12 @@ def _pack(argv: list[str]) -> int:
     return main(argv)
 
 
+def _tiles(argv: list[str]) -> int:
+    from mocov3.tiles import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": _pretrain,
     "check": _check,
@@ -219,5 +225,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": _report,
     "demo": _demo,
     "pack": _pack,
+    "tiles": _tiles,
 }
 """Name of a command → what runs it; returns the exit code."""

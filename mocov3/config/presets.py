@@ -87,6 +87,19 @@ PRESETS: dict[str, ViewPreset] = {
         crop_min=0.4,
         local_views=False,
     ),
+    # Ours. Grey of a body that has a left and a right, where brightness has a meaning: mild, and no mirror.
+    "xray": ViewPreset(
+        brightness=0.2,
+        contrast=0.2,
+        saturation=0.0,
+        hue=0.0,
+        gray_probability=0.0,
+        blur_probability=(0.5, 0.1),
+        blur_sigma=(0.1, 1.0),
+        solarize_probability=(0.0, 0.0),
+        flip_probability=0.0,
+        crop_min=0.2,
+    ),
     # Ours. Seen from above nothing is up: all eight turns and reflections are as likely.
     "aerial": ViewPreset(
         gray_probability=0.1,

@@ -132,7 +132,7 @@ def preset_of(values: Fields) -> ViewPreset:
     elif channels != len(preset.mean):  # all channels alike: by the middle of the three
         for name in ("mean", "std"):
             changed[name] = (sum(getattr(preset, name)) / 3,) * channels
-    changed["reading"] = Reading(channels, _window(str(values.get("bit_window") or "")))
+    changed["reading"] = Reading(channels, window(str(values.get("bit_window") or "")))
     return dataclasses.replace(preset, **changed)
 
 
@@ -168,7 +168,12 @@ def _pair(name: str, text: str, low: float, high: float) -> tuple[float, float]:
     return numbers[0], numbers[1]
 
 
-def _window(text: str) -> tuple[float, float] | None:
+def window(text: str) -> tuple[float, float] | None:
+    """LOW,HIGH of a flag; ``None`` where it is not given.
+
+    Raises:
+        UserError: if it is not two numbers, the lower one first.
+    """
     if not text:
         return None
     numbers = _numbers(text, "--bit-window")

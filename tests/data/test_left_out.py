@@ -145,7 +145,7 @@ def test_broken_links_are_said_and_looked_at_again(tmp_path, monkeypatch):
         (["a/t/1.tar", "a/t/2.TAR"], ["left out 2 .tar: name the files, or the folder"]),
         (["data/train.arrow", "data/0.parquet"], ["1 .arrow: write their images", "1 .parquet: name the files"]),
         (["a/0fe3", "a/IMG.0001", "b/1.2.840.1", "a/x.jpeg?w=640"], ["left out 4 without an ending: not taken"]),
-        (["a/s.dcm", "a/raw.NEF", "v.mp4"], ["1 .dcm, 1 .nef: convert", "1 .mp4: save their frames"]),
+        (["a/s.nii", "a/raw.NEF", "v.mp4"], ["1 .nef, 1 .nii: convert", "1 .mp4: save their frames"]),
         (["a/1.txt", "a/2.txt", "README", "b/data.csv.gz"], ["2 .txt, 1 without an ending: not", "1 .gz: unpack"]),
         ([".DS_Store", "a/Thumbs.db", ".git/x.heic", "a/._1.heic", "$RECYCLE.BIN/1.jpg", "@Recycle/2.zip"], []),
     ],
@@ -169,10 +169,11 @@ def test_what_is_left_out_of_folders_and_archives(files, lines, packed, tmp_path
 def test_formats_that_need_an_extra(monkeypatch):
     monkeypatch.setattr(formats, "_there", lambda module: False)
     left_out = LeftOut()
-    left_out.add([b"2.heif", b"1.HEIC", b"3.heic", b"x.jxl", b"d.dcm"])
-    first, second = left_out.lines()
+    left_out.add([b"2.heif", b"1.HEIC", b"3.heic", b"x.jxl", b"d.dcm", b"s.nii"])
+    first, third, second = left_out.lines()
     assert first == "left out 2 .heic, 1 .heif, 1 .jxl: pip install 'mocov3[formats]'; first: 1.HEIC"
-    assert second.startswith("left out 1 .dcm: convert")
+    assert second == "left out 1 .dcm: pip install 'mocov3[dicom]'; first: d.dcm"
+    assert third.startswith("left out 1 .nii: convert")
 
 
 def test_many_kinds_are_few_lines(tmp_path):
@@ -225,7 +226,7 @@ def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("x.tar.xz", "re-pack as plain .tar"), ("a/x.dicom", "convert"), ("b/c/0.tar", "name the files"), ("x", "a list")],
+    [("x.tar.xz", "re-pack as plain .tar"), ("a/x.nii", "convert"), ("b/c/0.tar", "name the files"), ("x", "a list")],
 )
 def test_a_folder_without_images_says_what_is_there(name, words, tmp_path):
     tree(tmp_path / "d", name)

@@ -14,8 +14,9 @@ from PIL import Image
 
 from mocov3.config.presets import RGB, Reading
 from mocov3.data.sources.opening import Source
-from mocov3.data.views import remarks
+from mocov3.data.views import dicom, remarks
 from mocov3.data.views.bands import Unfit, deep_samples
+from mocov3.data.views.bare import is_dicom
 from mocov3.data.views.decode import MAX_PIXELS, DecodeError, ImageBytes
 from mocov3.data.views.formats import opened
 from mocov3.errors import printable, reason
@@ -123,6 +124,8 @@ def _fact(source: Source, index: int, reading: Reading) -> Fact:
 
 def _header(data: bytes, count: int) -> tuple[str, str, bool]:
     """Format and mode by Pillow's names, and whether EXIF says that it is shown turned."""
+    if is_dicom(data):
+        return "DICOM", dicom.kind(data, MAX_PIXELS), False
     try:
         with opened(data) as header:
             return header.format or "?", header.mode, _turned(header)

@@ -5,6 +5,7 @@ a regular expression on names. Unless it is given, the groups that images have b
 some (``mocov3.data.sources.opening.Grouped``); ``none`` asks for no groups.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mocov3.data.sources.opening import Source, Subset, field_groups
+from mocov3.data.sources.opening import Source, Subset, called, field_groups
 from mocov3.data.sources.table import read_table, split_name
 from mocov3.errors import UserError, printable
 
@@ -74,11 +75,19 @@ def named_groups(parts: Sequence[Source], by: str, *, needed: bool = True) -> li
     if by == NONE or not sum(map(len, parts)):
         return None
     if by and split_name(by)[0]:
-        return _of_table(parts, by, needed)
+        return _hidden(parts, _of_table(parts, by, needed))
     fields = [field_groups(part, by) for part in parts]
     if any(names is not None for names in fields):
         return [np.full(len(p), "") if names is None else names for p, names in zip(parts, fields, strict=True)]
-    return _of_names(parts, by, needed) if by else None
+    return _hidden(parts, _of_names(parts, by, needed)) if by else None
+
+
+def _hidden(parts: Sequence[Source], named: list[np.ndarray] | None) -> list[np.ndarray] | None:
+    """Hashes in place of names, if the images of a part have paths that are not to be shown, as a patient's name."""
+    if named is None or all(not len(part) or called(part, 0) == part.name(0) for part in parts):
+        return named
+    hashed = {name: name and hashlib.sha256(name.encode()).hexdigest()[:16] for names in named for name in names}
+    return [np.array([hashed[name] for name in names], object) for names in named]
 
 
 def _of_names(parts: Sequence[Source], pattern: str, needed: bool) -> list[np.ndarray] | None:
@@ -86,7 +95,7 @@ def _of_names(parts: Sequence[Source], pattern: str, needed: bool) -> list[np.nd
         expression = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{FLAG} {pattern!r}: is not a regular expression ({error})") from None
-    named = [[_matched(expression, part.name(i)) for i in range(len(part))] for part in parts]
+    named = [[_matched(expression, called(part, i)) for i in range(len(part))] for part in parts]
     if not any(map(any, named)):
         if not needed:
             return None

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mocov3.data.sources.classes import numbered, remarks_on_missing, renumbered
-from mocov3.data.sources.opening import Roots, Source, Subset
+from mocov3.data.sources.opening import Roots, Source, Subset, called
 from mocov3.data.sources.rows import read_rows
 from mocov3.data.sources.survey import scattered
 from mocov3.data.sources.table import Names
@@ -99,18 +99,20 @@ def read_labels(file: Path, images: Source, *, flag: str = "--labels") -> Labels
     """
     if not file.is_file():
         raise UserError(f"{flag} {file}: {no_file(file)}; give a CSV of path,label")
-    names = Names([images.name(i) for i in range(len(images))])
+    names = Names([called(images, i) for i in range(len(images))])
     rows = read_rows(file, names.places(), flag)
     label_of: dict[int, str] = {}
+    private = called(images, 0) != images.name(0)
     for path, label, line in zip(rows.paths, rows.labels, rows.lines, strict=True):
         name = os.fsdecode(path).replace("\\", "/")
+        title = "the image" if private else printable(name)
         ends = names.ending_in(name)
         if len(ends) != 1:
             why = "is the end of several paths" if ends else "is none of the images judged"
-            raise UserError(f"{flag} {file}: line {line}: {printable(name)} {why}; write the path below the folder")
+            raise UserError(f"{flag} {file}: line {line}: {title} {why}; write the path below the folder")
         if label and label_of.setdefault(ends[0], label) != label:
             before = label_of[ends[0]]
-            raise UserError(f"{flag} {file}: line {line}: {printable(name)} has two labels, {before} and {label}")
+            raise UserError(f"{flag} {file}: line {line}: {title} has two labels, {before} and {label}")
     indices = np.array(sorted(label_of), np.int64)
     numbers, classes = numbered([label_of[i] for i in indices.tolist()])
     if numbers is None or len(classes) < 2 or len(label_of) < 4:

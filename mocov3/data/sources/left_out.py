@@ -26,7 +26,7 @@ _CURES = (
     ),
     (
         "convert to .png, .tif or .jpg",
-        ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .dcm .dicom .nii .nii.gz .svs .ndpi .mrxs .czi .nd2 .lif "
+        ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .nii .nii.gz .svs .ndpi .mrxs .czi .nd2 .lif "
         ".svg .pdf .eps .psd .xcf .exr .hdr .jxr .fits",
     ),
     ("weights", ".pth.tar .pt.tar"),
@@ -49,6 +49,7 @@ _PASSED_OVER = {
 MAY_BE_PASSED_OVER = f"(?i)(^|/)(\\.|{'|'.join(map(re.escape, sorted(_PASSED_OVER)))})"
 """An expression that every path matches which is passed over: quicker to ask for many."""
 _SYSTEM_FILES = {b"Thumbs.db", b"thumbs.db", b"Desktop.ini", b"desktop.ini"}
+_SYSTEM_FILES |= {b"metadata.csv", b"metadata.jsonl", b"README.md", b"dataset_infos.json"}  # read, if it is (hub)
 _USUAL = re.compile("[0-9]*[a-z][0-9a-z_~-]{0,11}")
 _DOUBLE = {case for ending in (b".tar", b".gz", b".bz2", b".xz", b".zst", b".lz4") for case in (ending, ending.upper())}
 _NAMED = 5
@@ -60,6 +61,11 @@ def cure(file: str) -> str | None:
     """What to do about a file that is named but not read; ``None`` where its ending does not tell."""
     ending = _ending(file)
     return formats.cure(ending) or _CURE.get(ending)
+
+
+def has_ending(file: bytes) -> bool:
+    """Whether a name ends in what is usually an ending, and not in a part of a name or number."""
+    return bool(_ending(os.fsdecode(file[file.rfind(b".") :] if b"." in file else b"")))
 
 
 def hidden(folder: bytes) -> bool:

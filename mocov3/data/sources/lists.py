@@ -1,4 +1,4 @@
-"""Lists of images: text files and CSV files that name files and maybe their classes (``rows``: in which forms).
+"""Lists of images: text, CSV and JSON lines that name files and maybe their classes (``rows``: in which forms).
 
 Paths are relative to the list's folder, or absolute. Where that finds none, they are looked for from the folder above
 and from the working directory, then by name, with or without ending, in the list's folder and those in it. A list is
@@ -13,11 +13,11 @@ from unicodedata import normalize
 
 from mocov3.data.sources.classes import numbered, remarks_on_missing
 from mocov3.data.sources.index import Index
-from mocov3.data.sources.rows import Place, read_rows
+from mocov3.data.sources.rows import JSON_LINES, Place, read_rows
 from mocov3.data.sources.scan import list_folder
 from mocov3.errors import UserError
 
-ENDINGS = (".txt", ".lst", ".list", ".csv", ".tsv")
+ENDINGS = (".txt", ".lst", ".list", ".csv", ".tsv", JSON_LINES)
 _MOST_FOLDERS = 100
 
 

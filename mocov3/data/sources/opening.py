@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from mocov3.data.sources import archives, tables
+from mocov3.data.sources import archives, dicom, hub, tables
 from mocov3.data.sources.classes import ordered, renumbered
 from mocov3.data.sources.embedded import BUILT_IN, FashionMnist
 from mocov3.data.sources.index import Index
@@ -23,6 +23,7 @@ from mocov3.data.sources.left_out import PASSED_OVER, cure
 from mocov3.data.sources.lists import ENDINGS, read_list
 from mocov3.data.sources.scan import EXTENSIONS, scan_tree
 from mocov3.data.sources.splits import apart, choose, no_part, remark_on_mix
+from mocov3.data.sources.tiles import Tiles, is_tiles
 from mocov3.errors import UserError, no_file
 
 SEPARATOR = "\n"
@@ -140,7 +141,7 @@ def _open_one(data: str, split: str) -> Source:
     if os.path.isfile(data) and place.suffix.lower() in ENDINGS:
         if split == "val":
             raise UserError(f"data {data}: is a list and has no val part; name a folder that holds train and val")
-        return Folder(*read_list(place))
+        return _told(Folder(*read_list(place)), by_folder=False)
     if packed := open_packed(data, split):
         return packed
     if not is_folder:
@@ -155,11 +156,31 @@ def _open_one(data: str, split: str) -> Source:
     part = choose(data, split)
     if part is None:
         raise no_part(data, split)
+    names = hub.class_names(data)
     if part.files:
-        return open_files(list(part.files), list(part.remarks))
+        return open_files(list(part.files), list(part.remarks), names)
     folder = Folder(*scan_tree(Path(part.place), part.without))
-    folder.skipped = [*part.remarks, *folder.skipped]
-    return folder
+    beside = hub.labelled(data, part.place, folder.index, names)
+    if beside is None:
+        return _told(folder, part.remarks)
+    index, classes, said = beside
+    if not classes:
+        return _told(folder, [*part.remarks, *said])
+    folder.index, folder.classes = index, classes
+    folder.skipped = [line for line in folder.skipped if " class folders: " not in line]
+    return _told(folder, [*part.remarks, *said], by_folder=False)
+
+
+def _told(folder: "Folder", remarks: Sequence[str] = (), *, by_folder: bool = True) -> Source:
+    """A folder or list as what it is by its files, with remarks on it; ``by_folder``: its subfolders are classes."""
+    special = dicom.opened(folder.root, folder.index, folder.classes, folder.skipped, by_folder=by_folder)
+    if special is None:
+        folder.skipped = [*remarks, *folder.skipped]
+        return folder
+    if remarks:  # they name folders and files
+        said = f"{folder.root}: {len(remarks)} remarks are not shown, as names in them may be patients'"
+        special.skipped.insert(0, said)
+    return special
 
 
 def scan(folder: Path) -> "Folder":
@@ -284,6 +305,11 @@ class Roots:
         part, place = self._place(index)
         return f"{part + 1}:{self.parts[part].name(place)}"
 
+    def path_name(self, index: int) -> str:
+        """As ``name``, of what a list may call the image."""
+        part, place = self._place(index)
+        return f"{part + 1}:{called(self.parts[part], place)}"
+
 
 class Subset:
     """Some images of a source, by increasing index."""
@@ -332,6 +358,16 @@ class Subset:
         """The image's name in the whole."""
         return self.whole.name(int(self.indices[index]))
 
+    def path_name(self, index: int) -> str:
+        """What a list may call the image."""
+        return called(self.whole, int(self.indices[index]))
+
+
+def called(source: Source, index: int) -> str:
+    """What a list of the user's may call an image: its name, or a path that is not to be shown (``path_name``)."""
+    known = getattr(source, "path_name", None)
+    return str(known(index)) if known is not None else source.name(index)
+
 
 def file_bytes(source: Source, index: int) -> int:
     """Size of an image's file where the source knows it without reading, else 0."""
@@ -355,7 +391,7 @@ def file_name(source: Source, index: int) -> str:
             source = source.parts[part]
         else:
             break
-    return os.path.abspath(os.fsdecode(source.path(index))) if isinstance(source, Folder) else source.name(index)
+    return os.path.abspath(os.fsdecode(source.path(index))) if isinstance(source, Folder) else called(source, index)
 
 
 def fractions(source: Source) -> list[tuple[int, float]]:
@@ -382,8 +418,8 @@ def open_packed(data: str, split: str) -> Source | None:
     return open_files(files, remark_on_mix(data, files))
 
 
-def open_files(files: list[str], remarks: list[str]) -> Source:
-    """Images in archives or in tables; ``remarks`` come before those on the files.
+def open_files(files: list[str], remarks: list[str], names: Sequence[str] = ()) -> Source:
+    """Images in archives or in tables; ``remarks`` come before those on the files, ``names`` are those of classes.
 
     Raises:
         UserError: if they cannot be used.
@@ -392,7 +428,11 @@ def open_files(files: list[str], remarks: list[str]) -> Source:
         shards = archives.open_shards(files)
         shards.skipped = [*remarks, *shards.skipped]
         return shards
-    table = tables.Parquet(files)
+    if is_tiles(tables.columns(files[0])):
+        tiles = Tiles(files)
+        tiles.skipped = [*remarks, *tiles.skipped]
+        return tiles
+    table = tables.Parquet(files, names)
     rows = tables.used_rows(table)
     passed = [f"{files[0]}: {PASSED_OVER.format(f'{n} rows')}"] if (n := len(table) - len(rows)) else []
     table.skipped = [*remarks, *passed, *table.skipped]

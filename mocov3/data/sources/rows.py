@@ -6,6 +6,7 @@ the first form by which most of some probed rows name an image. So a list is rea
 
 import csv
 import io
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ LABEL_COLUMNS = (
     *("label", "labels", "class", "class_name", "classname", "category", "target", "label_name", "fine_label"),
     *("class_id", "y", "cls"),
 )
+JSON_LINES = ".jsonl"
 _NO_LABEL = ("nan", "null", "<na>")
 _PROBED = 50
 _MOST_COLUMNS = 1000  # that are tried: a damaged line may have a million
@@ -87,20 +89,21 @@ class _Form:
         return self.place.find(_encoded(self.spell(cell)))
 
 
-def read_rows(file: Path, places: Iterator[Place], flag: str = "data") -> Rows:
+def read_rows(file: Path, places: Iterator[Place], flag: str = "data", labels_in: Sequence[str] | None = None) -> Rows:
     """Rows of a list, read in the form by which most of them name an image of the first of ``places`` that has them.
 
     Args:
         file: the list.
         places: where its paths may lead, at least one.
         flag: names the file in messages.
+        labels_in: columns that may hold labels; otherwise one may be called by any name.
 
     Raises:
         UserError: naming the file, and the line where one is at fault.
     """
     where = f"{flag} {file}"
     text = _text(file, where)
-    is_csv = file.suffix.lower() in (".csv", ".tsv")
+    is_csv = file.suffix.lower() in (".csv", ".tsv", JSON_LINES)
     first = next(places)
     numbers, records, comments = _records(text, file, where, first, is_csv)
     form = _choose(records, first, places, is_csv) if records else None
@@ -112,7 +115,7 @@ def read_rows(file: Path, places: Iterator[Place], flag: str = "data") -> Rows:
         columns = " and ".join(names[i] if names else str(i + 1) for i in sorted((form.column, form.also)))
         raise UserError(f"{where}: columns {columns} both name images; call the one to use path in the first line")
     cells = [form.part(record) for record in body]
-    column = _label_column(names, form.column, cells)
+    column = _label_column(names, form.column, cells, labels_in)
     remarks = [_read_as(form, names, cells, column, comments)]
     labels = [""] * len(cells)
     if column is not None:
@@ -160,7 +163,9 @@ def _text(file: Path, where: str) -> str:
 def _records(text: str, file: Path, where: str, place: Place, is_csv: bool) -> tuple[list[int], list[Record], int]:
     """Numbers of lines, records without comments, and the number of comments."""
     rows: list[tuple[int, Record]]
-    if is_csv:
+    if file.suffix.lower() == JSON_LINES:
+        rows = list(_json_rows(text, where))
+    elif is_csv:
         head = next((line for line in text.split("\n") if line.strip() and not line.startswith("# ")), "")
         delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t|", key=head.count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
@@ -172,6 +177,33 @@ def _records(text: str, file: Path, where: str, place: Place, is_csv: bool) -> t
         rows = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     kept = [row for row in rows if not _is_comment(row[1], place)] if "#" in text else rows
     return [number for number, _ in kept], [record for _, record in kept], len(rows) - len(kept)
+
+
+def _json_rows(text: str, where: str) -> Iterator[tuple[int, Record]]:
+    """Cells of the objects of JSON lines, after their keys."""
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    objects: list[tuple[int, dict[str, object]]] = []
+    for number, line in lines:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{where}: line {number} is no JSON object; mend it")
+        objects.append((number, found))
+    keys = list(dict.fromkeys(key for _, found in objects for key in found))
+    if len(keys) > _MOST_COLUMNS:
+        raise UserError(f"{where}: its objects have {len(keys)} keys, more than {_MOST_COLUMNS}; leave some out")
+    if keys:
+        yield 0, keys
+    for number, found in objects:
+        yield number, [_json_cell(found.get(key)) for key in keys]
+
+
+def _json_cell(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_json_cell, value))
+    return "" if value is None else str(int(value)) if isinstance(value, bool) else str(value).strip()
 
 
 def _is_comment(record: Record, place: Place) -> bool:
@@ -304,10 +336,14 @@ def _header(records: list[Record], form: _Form, is_csv: bool) -> list[str] | Non
     return [cell.strip().lstrip("#").strip() for cell in cells] if known or guessed else None
 
 
-def _label_column(names: list[str] | None, path: int, rows: list[list[str]]) -> int | None:
+def _label_column(
+    names: list[str] | None, path: int, rows: list[list[str]], labels_in: Sequence[str] | None
+) -> int | None:
     """The column of labels: called so, or the only other one; without a header that behind the path."""
     if names and (known := [i for i in _columns(names, LABEL_COLUMNS) if i != path]):
         return known[0]
+    if labels_in is not None:
+        return None
     width = len(names) if names else max(map(len, rows))
     if not names and path + 1 < width:
         return path + 1

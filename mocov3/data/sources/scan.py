@@ -13,8 +13,9 @@ import numpy as np
 
 from mocov3.data.sources.classes import remarks_on_missing
 from mocov3.data.sources.index import Chunk, Index, recall, remember
-from mocov3.data.sources.left_out import LeftOut, hidden
+from mocov3.data.sources.left_out import LeftOut, has_ending, hidden
 from mocov3.data.views import formats
+from mocov3.data.views.bare import DICOM_HEAD, is_dicom
 from mocov3.errors import UserError
 
 EXTENSIONS = (
@@ -200,7 +201,7 @@ def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = ()
                     elif name.startswith(b"."):
                         continue
                     elif entry.is_file():
-                        left_out.append(name)
+                        (listing.images if _is_nameless_dicom(entry) else left_out).append(name)
                     elif entry.is_dir():
                         if not hidden(name):
                             _add_folder(listing, entry, place)
@@ -216,6 +217,14 @@ def list_folder(root: bytes, relative: bytes = b"", also: tuple[bytes, ...] = ()
     listing.folders.sort()
     listing.left_out.add(left_out)
     return listing
+
+
+def _is_nameless_dicom(entry: "os.DirEntry[bytes]") -> bool:
+    """Whether a file without an ending is DICOM that can be read here: scanners write them so."""
+    if has_ending(entry.name) or formats.cure(formats.DICOM[0]):
+        return False
+    with open(entry.path, "rb") as file:
+        return is_dicom(file.read(DICOM_HEAD))
 
 
 def _add_folder(listing: Listing, entry: "os.DirEntry[bytes]", place: bytes) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from mocov3.data.sources.contents import Contents, has_class_folders, holds, look, number
 from mocov3.data.sources.scan import EXTENSIONS
@@ -231,13 +232,14 @@ def _as_classes(folder: str, named: dict[str, str], holding: dict[str, str], oth
 
 
 def _whole(folder: str, split: str, top: Contents) -> Part | None:
-    """A folder without part folders: its archives or tables (those of Hugging Face lie in data/), or its images."""
+    """A folder without part folders: its archives or tables, or those of its only folder with any (as on Hugging Face:
+    data/, or a configuration's), or its images."""
     if top.packed:
         others = [name for name in top.folders if not split_of_folder(name) and holds(folder, name)]
         return _of_files(folder, split, top.packed, _beside(folder, others, top, within=True))
-    others = [name for name in top.folders if name != "data"]
-    if "data" in top.folders and not top.images and not any(holds(folder, name) for name in others):
-        inner = os.path.join(folder, "data")
+    holding = [] if top.images else list(islice((name for name in top.folders if holds(folder, name)), 2))
+    if len(holding) == 1:
+        inner = os.path.join(folder, holding[0])
         contents = look(inner)
         if contents.packed:
             return _whole(inner, split, contents)

@@ -204,6 +204,9 @@ def propose(survey: Survey) -> tuple[str, str]:
     """A view preset and the measured reason for it. Thresholds are ours, stated in ``docs/own-images.md``."""
     if survey.readable < 2:
         return "photos", "too few images to tell"
+    radiographs = sum(count for kind, count in survey.formats.items() if kind.startswith("DICOM MONOCHROME"))
+    if 2 * radiographs > survey.readable:
+        return "xray", f"{radiographs} of {survey.readable} images are grey DICOM"
     if survey.alike > _ALIKE:
         reason = f"the images resemble each other (mean correlation {survey.alike:.2f}, above {_ALIKE})"
         return "inspection", f"{reason}: small differences count"

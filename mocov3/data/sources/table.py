@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mocov3.data.sources.opening import Source, file_name
+from mocov3.data.sources.opening import Source, called, file_name
 from mocov3.data.sources.rows import Place, Rows, read_rows
 from mocov3.errors import UserError, nearest, no_file, printable
 
@@ -54,7 +54,8 @@ def read_table(file: Path, parts: Sequence[Source], flag: str) -> Table:
     if not file.is_file():
         raise UserError(f"{flag} {file}: {no_file(file)}; give a CSV of a row an image")
     full = [file_name(part, i) for part in parts for i in range(len(part))]
-    short = [part.name(i) for part in parts for i in range(len(part))]
+    short = [called(part, i) for part in parts for i in range(len(part))]
+    private = short[0] != next(part for part in parts if len(part)).name(0)
     for names in map(Names, (full, short)):  # the second for paths of another machine
         rows = read_rows(file, names.places(), flag)
         spelled = [os.fsdecode(path).replace("\\", "/") for path in rows.paths]
@@ -62,12 +63,13 @@ def read_table(file: Path, parts: Sequence[Source], flag: str) -> Table:
         if any(images):
             break
     else:
-        first = printable(spelled[0])
+        first = "a path" if private else printable(spelled[0])
         raise UserError(f"{flag} {file}: names none of the {len(full)} images, first: line {rows.lines[0]}: {first}")
     several = next((i for i, found in enumerate(images) if len(found) > 1), None)
     if several is not None:
+        title = "the image" if private else printable(spelled[several])
         raise UserError(
-            f"{flag} {file}: line {rows.lines[several]}: {printable(spelled[several])} is the end of several paths; "
+            f"{flag} {file}: line {rows.lines[several]}: {title} is the end of several paths; "
             "write the path below the folder"
         )
     return Table(file, rows, images)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -39,11 +40,15 @@ def is_parquet(data: str) -> bool:
 class Parquet:
     """Rows of tables.
 
+    Args:
+        files: the tables.
+        names: of numbered classes, where the tables do not declare them themselves.
+
     Raises:
         UserError: if pyarrow is missing, or a file is damaged or has no column of images.
     """
 
-    def __init__(self, files: list[str]) -> None:
+    def __init__(self, files: list[str], names: Sequence[str] = ()) -> None:
         self.files = files
         self.skipped: list[str] = []
         self._groups: list[tuple[int, int]] = []
@@ -58,7 +63,7 @@ class Parquet:
                 self._groups += [(number, group) for group in range(len(rows))]
                 ends += rows
                 if self._label:
-                    labels.append(_read_labels(table, self._label, sum(rows)))
+                    labels.append(_read_labels(table, self._label, sum(rows), names))
             name_hash.update(f"{os.path.basename(file)}:{os.path.getsize(file)}\n".encode(errors="surrogateescape"))
         self.ends = np.cumsum(ends, dtype=np.int64)
         if not len(self):
@@ -124,6 +129,16 @@ class Parquet:
         """The table and the row in all tables."""
         group = int(np.searchsorted(self.ends, index, side="right"))
         return f"{os.path.basename(self.files[self._groups[group][0]])}:{index}"
+
+
+def columns(file: str) -> list[str]:
+    """Names of a table's columns.
+
+    Raises:
+        UserError: if pyarrow is missing, or the file is damaged.
+    """
+    with opened(file) as table:
+        return list(table.schema_arrow.names)
 
 
 def _rows(table: Any, file: str) -> list[int]:
@@ -224,7 +239,7 @@ def _names(used: set[str]) -> list[str]:
     return [str(i) for i in range(most + 1)] if least >= 0 and most < _MOST_NUMBERS else ordered(used)
 
 
-def _read_labels(table: "pyarrow.parquet.ParquetFile", column: str, rows: int) -> _Labels | None:
+def _read_labels(table: "pyarrow.parquet.ParquetFile", column: str, rows: int, beside: Sequence[str]) -> _Labels | None:
     """The labels of a file; ``None`` if they are not one class a row."""
     import pyarrow as pa
 
@@ -233,6 +248,9 @@ def _read_labels(table: "pyarrow.parquet.ParquetFile", column: str, rows: int) -
         raise ValueError(f"{len(values)} labels of {rows} rows")
     names = _declared(table).get(column)
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if names is None and beside and pa.types.is_integer(kind) and values.type == kind:
+        most = values.fill_null(-1).to_numpy(zero_copy_only=False).max(initial=-1)
+        names = list(beside) if most < len(beside) else None
     if names is not None and pa.types.is_integer(kind):
         numbers = values.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         return _Labels(numbers.clip(min=-1), names, True) if numbers.max(initial=-1) < len(names) else None

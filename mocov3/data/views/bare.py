@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 JPEG, PNG, TIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*")
 EXIF = b"Exif\0\0"
+DICOM_HEAD = 132
+"""Bytes by which a file is told to be DICOM."""
 APP0, APP1, APP14, APP15, COMMENT = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
 _SCANS = (0xC0, 0xC1, 0xC2, 0xDA)  # the frame or the scan begins: nothing beside the pixels from here on
 _CHUNK = struct.Struct(">I4s")
@@ -20,6 +22,11 @@ _TIFF_TAGS = frozenset(
     (256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332, 334, 336)
 ) | {338, 339, 340, 341, 347, *range(512, 522), 529, 530, 531, 532, 50674}
 """Tags that decoding needs, and the orientation."""
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether the first bytes of a file are those of DICOM."""
+    return data[128:DICOM_HEAD] == b"DICM"
 
 
 def bare(data: bytes) -> bytes:

@@ -9,6 +9,7 @@
 | 32-bit integers | taken as 16-bit, clipped; floats: 0–255, clipped |
 | several frames or pages | the first |
 | HEIC, AVIF, JPEG XL | where the extra ``formats`` is installed, turned as the format itself says |
+| DICOM | where the extra ``dicom`` is installed: windowed as the file says (``dicom``) |
 | text, profiles, damaged EXIF | ignored (``bare``); what libraries say is counted (``remarks``), not printed |
 | one channel wanted | grey, by Pillow's weights of red, green and blue |
 | four or more wanted | the file's samples as stored (``bands``); as many as wanted, or it is refused |
@@ -26,8 +27,8 @@ import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mocov3.config.presets import RGB, Reading
-from mocov3.data.views import bands, jxl, remarks
-from mocov3.data.views.bare import APP1, EXIF, JPEG, PNG, png, segments
+from mocov3.data.views import bands, dicom, jxl, remarks
+from mocov3.data.views.bare import APP1, EXIF, JPEG, PNG, is_dicom, png, segments
 from mocov3.data.views.formats import missing, opened
 from mocov3.errors import nature, one_line
 
@@ -70,6 +71,8 @@ class ImageBytes:
         self._turn = 1
         if isinstance(data, np.ndarray):
             self._pixels = _with_channels(data, reading.channels)
+        elif is_dicom(data):
+            self._pixels = _of_dicom(data, reading)
         elif reading != RGB:
             self._pixels = _by_reading(data, reading)
         elif not self._is_plain_jpeg(data):
@@ -121,6 +124,15 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
         DecodeError: if the bytes are no image, a truncated one, or one of more than ``MAX_PIXELS`` pixels.
     """
     return Image.fromarray(ImageBytes(data).pixels()[0])
+
+
+def _of_dicom(data: bytes, reading: Reading) -> np.ndarray:
+    if name := missing(data):
+        raise DecodeError(f"is {name}")
+    try:
+        return _with_channels(dicom.read(data, reading, MAX_PIXELS), reading.channels)
+    except bands.Unfit as error:
+        raise DecodeError(str(error)) from None
 
 
 def _by_reading(data: bytes, reading: Reading) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Formats that Pillow reads by a plug-in, or in some builds only: the extra ``formats``."""
+"""Formats that are read by what an extra installs: ``formats`` (plug-ins of Pillow), ``dicom``."""
 
 import contextlib
 import functools
@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from PIL import Image, UnidentifiedImageError
 
 from mocov3.data.views import remarks
-from mocov3.data.views.bare import bare
+from mocov3.data.views.bare import bare, is_dicom
 from mocov3.data.views.jxl import SIGNATURES
 
+DICOM = (".dcm", ".dicom", ".dic", ".ima")
+"""Endings of DICOM files, which may as well have none."""
 _HEIF = "pillow_heif"
 _MODULES = {".heic": _HEIF, ".heif": _HEIF, ".hif": _HEIF, ".avif": "PIL._avif", ".jxl": "pillow_jxl"}
+_MODULES |= dict.fromkeys(DICOM, "pydicom")
 """Ending → what reads such files."""
-_CURE = "pip install 'mocov3[formats]'"
+_CURE = "pip install 'mocov3[{}]'"
 
 
 @functools.cache
@@ -31,7 +34,8 @@ def endings() -> tuple[str, ...]:
 def cure(ending: str) -> str:
     """How files of an ending (as ``.heic``) become readable here; '' where they are, or where nothing is known."""
     module = _MODULES.get(ending.lower())
-    return _CURE if module and not _there(module) else ""
+    extra = "dicom" if module == "pydicom" else "formats"
+    return _CURE.format(extra) if module and not _there(module) else ""
 
 
 def missing(data: bytes) -> str:
@@ -41,7 +45,9 @@ def missing(data: bytes) -> str:
         ending, name = (".avif", "AVIF") if data[8:11] == b"avi" else (".heic", "HEIF")
     elif data.startswith(SIGNATURES):
         ending, name = ".jxl", "JPEG XL"
-    return f"{name}: {_CURE}" if cure(ending) else ""
+    elif is_dicom(data):
+        ending, name = DICOM[0], "DICOM"
+    return f"{name}: {command}" if (command := cure(ending)) else ""
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from PIL import _imaging
 
 from mocov3.errors import printable
 
-_LOGGERS = ("PIL.TiffImagePlugin", "tifffile")
-_MODULES = r"(PIL|pillow_heif|pillow_jxl|tifffile)\b"
+_LOGGERS = ("PIL.TiffImagePlugin", "tifffile", "pydicom", "pylibjpeg")
+_MODULES = r"(PIL|pillow_heif|pillow_jxl|tifffile|pydicom|pylibjpeg|openjpeg|libjpeg)\b"
 _of_thread = threading.local()
 _print_warning: Any = warnings.showwarning
 
@@ -32,18 +32,24 @@ def taken() -> str:
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
-    """What libraries say in this thread meanwhile is noted. Other threads, and other modules, are not touched."""
+def kept(*, dropped: bool = False) -> Iterator[None]:
+    """What libraries say in this thread meanwhile is noted. Other threads, and other modules, are not touched.
+
+    With ``dropped`` it is not even noted: of files whose words are nobody's business.
+    """
     global _print_warning
     if warnings.showwarning is not _show:  # not yet, or undone by a ``catch_warnings`` that ended
         _print_warning, warnings.showwarning = warnings.showwarning, _show
         warnings.filterwarnings("always", module=_MODULES)
     _listen()
     before, _of_thread.listens = getattr(_of_thread, "listens", False), True
+    words = getattr(_of_thread, "remark", "")
     try:
         yield
     finally:
         _of_thread.listens = before
+        if dropped:
+            _of_thread.remark = words
 
 
 class Tally:
