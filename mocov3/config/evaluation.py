@@ -11,6 +11,7 @@ from mocov3.config.fields import check_bounds, flag, path
 from mocov3.config.own import ADAPTER_HELP, GROUP_HELP
 from mocov3.config.presets import PRESETS
 from mocov3.config.running import DATA, DEVICES, FROZEN_PRECISIONS, MODEL, RUN
+from mocov3.config.views import ReadingFlags, window
 from mocov3.errors import UserError, nearest, no_file
 
 OUTPUT = "result"
@@ -48,7 +49,7 @@ integers.__name__, several.__name__ = "comma list of integers", "comma list of n
 
 
 @dataclass(frozen=True)
-class FeatureConfig:
+class FeatureConfig(ReadingFlags):
     """Which features of which images: shared by k-NN evaluation and embedding."""
 
     data: str = flag(
@@ -124,6 +125,7 @@ class FeatureConfig:
             check_arch(self.arch)
         check_heads(self.heads, self.arch if Path(self.model).is_file() else self.model)
         check_bounds(self)
+        window(self.bit_window)
         check_model_flags(self)
 
 

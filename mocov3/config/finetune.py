@@ -12,7 +12,7 @@ from mocov3.config.loggers import logger_names
 from mocov3.config.own import GROUP_HELP
 from mocov3.config.presets import ViewPreset
 from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RunFlags
-from mocov3.config.views import MOST_CHANNELS, preset_of
+from mocov3.config.views import ReadingFlags, preset_of
 from mocov3.errors import UserError
 
 DATA_SETS = ("IMNET", "folder", "cifar10", "cifar100", "flowers", "pets", "fashion-mnist")
@@ -22,7 +22,7 @@ _DEIT_NAMES = {f"deit_{size}_patch16_224": f"vit_{size}" for size in ("tiny", "s
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(RunFlags):
+class FinetuneConfig(ReadingFlags, RunFlags):
     """End-to-end fine-tuning (DeiT, Touvron et al. 2021); ``batch_size`` is per process, as there."""
 
     data_set: str = flag(
@@ -81,19 +81,6 @@ class FinetuneConfig(RunFlags):
     )
     mean_std: str = flag(
         "", "normalise by mean,std or six numbers (default: of the weights, unless a preset is given)", group=DATA
-    )
-    channels: int = flag(
-        0,
-        "channels of an image: 1 (grey), 3 (RGB), or those that every file holds (default: of the weights, else 3)",
-        group=DATA,
-        low=0,
-        high=MOST_CHANNELS,
-    )
-    bit_window: str = flag(
-        "",
-        "LOW,HIGH: values that become black and white in images of more than 8 bits (default: of the weights, else "
-        "their upper 8)",
-        group=DATA,
     )
     finetune: str = flag(
         "",

@@ -14,6 +14,7 @@ from mocov3.config.loggers import logger_names
 from mocov3.config.own import ADAPTER_HELP, GROUP_HELP
 from mocov3.config.presets import PRESETS
 from mocov3.config.running import DATA, FROZEN_PRECISIONS, METHOD, MODEL, RANKS, RUN, RankFlags
+from mocov3.config.views import ReadingFlags, window
 from mocov3.errors import UserError
 
 KINDS = ("linear", "bn-linear")
@@ -31,7 +32,7 @@ numbers.__name__ = "number or comma list"  # argparse names it in its message
 
 
 @dataclass(frozen=True)
-class LinclsConfig(RankFlags):
+class LinclsConfig(ReadingFlags, RankFlags):
     """Linear classifiers on frozen features (arXiv 2104.02057, §4): one, or many in one pass."""
 
     data: str = flag(
@@ -173,6 +174,7 @@ class LinclsConfig(RankFlags):
             check_arch(self.arch)
         check_heads(self.heads, self.arch)
         check_bounds(self)
+        window(self.bit_window)
         for name, values in (("--lr", self.lrs), ("--wd", self.weight_decays)):
             for value in values:
                 if not (value >= 0 and math.isfinite(value)):

@@ -7,6 +7,7 @@ from typing import Any
 
 from mocov3.config.fields import Fields, flag
 from mocov3.config.presets import PRESETS, Reading, ViewPreset
+from mocov3.config.running import DATA
 from mocov3.errors import UserError
 
 VIEWS = "strengths of the views (default: the preset's)"
@@ -109,6 +110,25 @@ class ViewFlags:
         preset_of(dataclasses.asdict(self))
 
 
+@dataclass(frozen=True)
+class ReadingFlags:
+    """How the images are read that weights are used on."""
+
+    channels: int = flag(
+        0,
+        "channels of an image: 1 (grey), 3 (RGB), or those that every file holds (default: of the weights, else 3)",
+        group=DATA,
+        low=0,
+        high=MOST_CHANNELS,
+    )
+    bit_window: str = flag(
+        "",
+        "LOW,HIGH: values that become black and white in images of more than 8 bits (default: of the weights, else "
+        "their upper 8)",
+        group=DATA,
+    )
+
+
 def preset_of(values: Fields) -> ViewPreset:
     """The views of a configuration, given as its fields by name (as a checkpoint stores them).
 
@@ -129,10 +149,20 @@ def preset_of(values: Fields) -> ViewPreset:
     mean_std = str(values.get("mean_std") or "")
     if mean_std and mean_std != "auto":
         changed["mean"], changed["std"] = _mean_std(mean_std, channels)
-    elif channels != len(preset.mean):  # all channels alike: by the middle of the three
+    return as_read(dataclasses.replace(preset, **changed), channels, str(values.get("bit_window") or ""))
+
+
+def as_read(preset: ViewPreset, channels: int, bit_window: str) -> ViewPreset:
+    """A preset for images that are read so; of another number of channels than it has, all are normalised alike.
+
+    Raises:
+        UserError: for a window that cannot be read.
+    """
+    changed: dict[str, Any] = {"reading": Reading(channels, window(bit_window))}
+    if channels != len(preset.mean):  # by the middle
         for name in ("mean", "std"):
-            changed[name] = (sum(getattr(preset, name)) / 3,) * channels
-    changed["reading"] = Reading(channels, window(str(values.get("bit_window") or "")))
+            numbers = getattr(preset, name)
+            changed[name] = (sum(numbers) / len(numbers),) * channels
     return dataclasses.replace(preset, **changed)
 
 

@@ -5,20 +5,20 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from mocov3 import models
 from mocov3.config.archs import HEAD_KEYS, check_heads, is_vit, stored_heads
 from mocov3.config.evaluation import FeatureConfig
-from mocov3.config.presets import PRESETS, ViewPreset
+from mocov3.config.presets import PRESETS, Reading, ViewPreset
+from mocov3.config.views import as_read
 from mocov3.data import CentreView
 from mocov3.errors import UserError
 from mocov3.evaluation.features import Extractor
-from mocov3.models.backbones import Encoder, ResNet, Settings, TimmEncoder, build_backbone, places_of
+from mocov3.evaluation.layers import Pixels, layer_of
+from mocov3.models.backbones import Encoder, Settings, TimmEncoder, build_backbone
 from mocov3.weights import Contents, attention_heads, checkpoint, our_entry
 from mocov3.weights.adapters import read_adapter, with_adapter
 from mocov3.weights.convert import load_into, settings_of, views_of
@@ -82,22 +82,6 @@ class Frozen:
         return total.hexdigest()
 
 
-class Pixels(nn.Module):
-    """No network: the pixels themselves, averaged down to at most 32×32. The baseline of small images."""
-
-    projector_name = "head"
-
-    def __init__(self, image_size: int, channels: int = 3) -> None:
-        super().__init__()
-        self.side = min(image_size, 32)
-        self.num_features = channels * self.side**2
-        self.head: nn.Module = nn.Identity()
-
-    def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
-        """Pixels as one row an image."""
-        return nn.functional.adaptive_avg_pool2d(x, self.side).flatten(1)
-
-
 def open_frozen(
     model: str,
     *,
@@ -111,6 +95,8 @@ def open_frozen(
     seed: int = 0,
     heads: int | None = None,
     adapter: str = "",
+    channels: int = 0,
+    bit_window: str = "",
 ) -> Frozen:
     """The backbone that ``model`` names.
 
@@ -127,12 +113,15 @@ def open_frozen(
         seed: of a fresh initialisation.
         heads: attention heads of a ViT, of a file that does not tell, or of a fresh one.
         adapter: what a run with ``--lora`` trained on a file's weights; its views are then those of that run.
+        channels: of an image; 0: as in pre-training, else 3.
+        bit_window: LOW,HIGH of images of more than 8 bits; empty: as in pre-training, else none.
 
     Raises:
         UserError: if the file holds no backbone, or not of this arch (naming those that fit) or these heads.
     """
     if Path(model).is_file():
-        return _from_file(model, f"{flag} {model}", arch, encoder, image_size, view_preset, layer, heads, adapter)
+        read = channels, bit_window
+        return _from_file(model, f"{flag} {model}", arch, encoder, image_size, view_preset, layer, heads, adapter, read)
     if adapter:
         raise UserError(f"--adapter {adapter}: belongs to a file of weights; {flag} {model} names none")
     check_heads(heads, model)
@@ -140,13 +129,15 @@ def open_frozen(
         what = "momentum encoder" if encoder == "momentum" else "projector"
         raise UserError(f"{flag} {model}: has no {what}; a pre-training checkpoint has")
     torch.manual_seed(seed)
-    preset = PRESETS[view_preset or "photos"]
+    size, channels = image_size or 224, channels or 3
+    preset = as_read(PRESETS[view_preset or "photos"], channels, bit_window)
     if model == PIXELS:
-        return _frozen(Pixels(image_size or 224), PIXELS, image_size or 224, preset, {}, "pixels, no network", layer)
+        return _frozen(Pixels(size, channels), PIXELS, size, preset, {}, "pixels, no network", layer)
     if model.startswith("timm/") and not untrained:
-        return _published(model, image_size, view_preset, layer)
-    size = image_size or 224
+        return _published(model, image_size, preset if view_preset else None, layer, channels, bit_window)
     settings: Settings = {"image_size": size, **({"num_heads": heads} if heads else {})}
+    if channels != 3:
+        settings["in_chans"] = channels
     return _frozen(
         build_backbone(model, **settings), model, size, preset, settings, f"{model}, untrained (seed {seed})", layer
     )
@@ -170,6 +161,8 @@ def open_configured(config: FeatureConfig) -> Frozen:
         seed=config.seed,
         heads=config.heads,
         adapter=config.adapter,
+        channels=config.channels,
+        bit_window=config.bit_window,
     )
 
 
@@ -183,6 +176,7 @@ def _from_file(
     layer: str,
     heads: int | None,
     adapter: str,
+    read: tuple[int, str],
 ) -> Frozen:
     contents = checkpoint.read(path)
     weights = find_backbone(contents, where, momentum=encoder == "momentum", heads=heads, arch=arch or None)
@@ -201,6 +195,7 @@ def _from_file(
         preset = views_of(contents, where, view_preset)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         raise UserError(f"{where}: its entry 'mocov3' is damaged; give a whole file") from None
+    preset = _read(preset, *read, where, known=bool(config) or "view" in (entry or {}))
     settings: Settings = {"image_size": size, **settings_of(weights.state, name), **weights.sizes(name, where)}
     if preset.reading.channels != 3:
         settings["in_chans"] = preset.reading.channels
@@ -216,6 +211,15 @@ def _from_file(
     which = f", {encoder} encoder" if weights.kind.startswith("pre-training") else ""
     about = f"{name} of {path} ({weights.kind}{which})"
     return _frozen(network, name, size, preset, settings, about, layer)
+
+
+def _read(preset: ViewPreset, channels: int, bit_window: str, where: str, *, known: bool) -> ViewPreset:
+    """The views of a file's weights, of images that are read as flags say."""
+    own = preset.reading
+    if known and channels not in (0, own.channels):
+        raise UserError(f"{where}: is of images of {own.channels} channels, not --channels {channels}; leave that out")
+    asked = as_read(preset, channels or own.channels, bit_window)
+    return asked if bit_window else dataclasses.replace(asked, reading=Reading(asked.reading.channels, own.window))
 
 
 def _with_projector(contents: Contents, arch: str, encoder: str, settings: Settings, where: str) -> Encoder:
@@ -234,14 +238,16 @@ def _with_projector(contents: Contents, arch: str, encoder: str, settings: Setti
     raise UserError(f"{where}: holds no projector; a pre-training checkpoint does")
 
 
-def _published(model: str, image_size: int, view_preset: str, layer: str) -> Frozen:
+def _published(
+    model: str, image_size: int, asked: ViewPreset | None, layer: str, channels: int, bit_window: str
+) -> Frozen:
     import timm
 
     name = model.removeprefix("timm/")
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
     size = image_size or (cfg.input_size[-1] if cfg else 224)
     try:
-        network = TimmEncoder(name, size, pretrained=True)
+        network = TimmEncoder(name, size, pretrained=True, **({"in_chans": channels} if channels != 3 else {}))
     except UserError:
         raise
     except Exception as error:  # whatever the hub's client raises without a network
@@ -251,18 +257,13 @@ def _published(model: str, image_size: int, view_preset: str, layer: str) -> Fro
             f"with -a {model}, or --untrained"
         ) from None
     data_config = timm.data.resolve_model_data_config(network.backbone)
-    preset = (
-        PRESETS[view_preset]
-        if view_preset
-        else dataclasses.replace(
-            PRESETS["photos"],
-            mean=tuple(data_config["mean"]),
-            std=tuple(data_config["std"]),
-            evaluation_zoom=1 / data_config["crop_pct"],
-        )
+    mean, std, zoom = tuple(data_config["mean"]), tuple(data_config["std"]), 1 / data_config["crop_pct"]
+    preset = asked or as_read(
+        dataclasses.replace(PRESETS["photos"], mean=mean, std=std, evaluation_zoom=zoom), channels, bit_window
     )
+    settings: Settings = {"image_size": size, **({"in_chans": channels} if channels != 3 else {})}
     about = f"{model}, timm's published weights"
-    return _frozen(network, model, size, preset, {"image_size": size}, about, layer)
+    return _frozen(network, model, size, preset, settings, about, layer)
 
 
 def _frozen(
@@ -279,22 +280,4 @@ def _frozen(
         about += f", {unusual} attention heads"
     if layer:
         about += f", layer {layer}"
-    return Frozen(network, _layer(network, arch, layer), arch, size, preset, settings, about)
-
-
-def _layer(network: Any, arch: str, layer: str) -> Callable[[Tensor], Tensor]:
-    if layer in ("", "projector"):
-        features: Callable[[Tensor], Tensor] = network if layer else network.features
-        return features
-    if isinstance(network, Pixels):
-        raise UserError(f"--layer {layer}: pixels have no layers")
-    body = network.backbone if isinstance(network, TimmEncoder) else network
-    if layer == "cls":
-        if not int(getattr(body, "num_prefix_tokens", 0)):
-            raise UserError(f"--layer cls: {arch} has no cls token; use mean")
-        return lambda x: body.forward_features(x)[:, 0]
-
-    def patches(x: Tensor) -> Tensor:
-        return places_of(body, body.feature_map(x) if isinstance(body, ResNet) else body.forward_features(x))
-
-    return patches if layer == "patches" else lambda x: patches(x).mean(1)
+    return Frozen(network, layer_of(network, arch, layer), arch, size, preset, settings, about)

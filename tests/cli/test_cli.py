@@ -44,7 +44,7 @@ FROZEN_LINCLS = """
 --multiprocessing-distributed --pretrained
 --head --cache-features --solver --encoder --image-size --view-preset --crop-min --output-dir --recipe --config
 --checkpoint-steps --max-steps --max-hours --deterministic --device --precision --nprocs-per-node --allow-config-change
---quiet --json --logger --heads --adapter --group-by --labels --measures
+--quiet --json --logger --heads --adapter --group-by --labels --measures --channels --bit-window
 """
 
 

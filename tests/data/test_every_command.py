@@ -17,7 +17,7 @@ from PIL import Image
 
 from mocov3 import load_backbone
 from mocov3.cli import main
-from mocov3.config.presets import Reading
+from mocov3.config.presets import PRESETS, Reading
 from mocov3.data.loading.supervised import DeitAugment
 from mocov3.evaluation.frozen import open_frozen
 from mocov3.output.log import warn_once
@@ -111,6 +111,26 @@ def test_embed_and_knn(kind, tmp_path, capsys):
     else:
         command("knn", kind.data, "--model", "pixels", "-j", 0, "--image-size", 32)
         assert "24 images were read with remarks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["pixels", "resnet10_w16"])
+def test_networks_that_say_nothing_read_images_as_flags_say(kind, model, tmp_path, capsys):
+    flags = ["--image-size", 32, "-j", 0, *kind.reading]
+    command("embed", kind.data, "--model", model, "-o", tmp_path / "e.npy", *flags)
+    frozen = open_frozen(model, flag="--model", image_size=32, channels=kind.channels)
+    mean, std = (sum(numbers) / 3 for numbers in (PRESETS["photos"].mean, PRESETS["photos"].std))
+    images = (kind.inputs("train", 32, Image.Resampling.BILINEAR) * 0.3 + 0.2 - mean) / std
+    with torch.no_grad():
+        want = frozen.features(images)
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "e.npy")), want, rtol=1e-3, atol=1e-3)
+    command("knn", kind.data, "--model", model, *flags, "--json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])
+    more = ["--epochs", 1, "-b", 8, "--cache-features", "--output-dir", tmp_path / "linear"]
+    command("lincls", kind.data, "-a", model, *flags, *more)
+    capsys.readouterr()
+    said = refused("knn", kind.data, "--model", kind.file, "-j", "0", "--channels", "2")
+    assert f"is of images of {kind.channels} channels, not --channels 2" in said
+    assert "--bit-window" in refused("knn", kind.data, "--model", model, "--bit-window", "9,1")
 
 
 def test_looking_at_images_and_runs(kind, tmp_path, capsys):

@@ -55,7 +55,10 @@ def open_backbone(
     saved = our_entry(contents)
     drawn = secrets.randbelow(2**31) if c.seed is None else c.seed
     seed = saved["seed"] if c.seed is None and isinstance(saved.get("seed"), int) else world.broadcast(drawn)
-    common: dict[str, Any] = {"image_size": c.image_size, "view_preset": c.view_preset, "seed": seed, "heads": c.heads}
+    common: dict[str, Any] = {
+        name: getattr(c, name) for name in ("image_size", "view_preset", "heads", "channels", "bit_window")
+    }
+    common["seed"] = seed
     pretrained = None
     if c.pretrained:
         pretrained = open_frozen(
