@@ -106,6 +106,7 @@ def _facts(source: Source, survey: Survey, values: Fields) -> list[str]:
         lines += [
             f"  formats          {formats}",
             f"  shorter side     {middle} px (5 % up to {low}, 5 % above {high}); longer {survey.long_side[1]} px",
+            *_detail(survey),
             f"  grey             {100 * survey.gray_share:.0f} %",
             *_deep(survey, values),
             f"  turned by EXIF   {100 * survey.turned_share:.0f} %",
@@ -129,6 +130,12 @@ def _facts(source: Source, survey: Survey, values: Fields) -> list[str]:
             index = next(i for i, r in survey.unreadable if r == reason)
             lines.append(f"    {count} × {reason}, as {printable(source.name(index))}")
     return lines
+
+
+def _detail(survey: Survey) -> list[str]:
+    """What smaller sizes keep; nothing where the images are as small."""
+    kept = [f"{100 * share:.0f} % at {side} px" for side, share in survey.detail.items() if side < survey.short_side[1]]
+    return [f"  detail           of the edges' energy {', '.join(kept)}"] if kept else []
 
 
 def _deep(survey: Survey, values: Fields) -> list[str]:

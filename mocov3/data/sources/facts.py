@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mocov3.config.presets import RGB, Reading
+from mocov3.data.sources.detail import kept_detail
 from mocov3.data.sources.opening import Source
 from mocov3.data.views import dicom, remarks
 from mocov3.data.views.bands import Unfit, deep_samples
@@ -52,6 +53,8 @@ class Fact:
     """Smallest and largest value (but for a thousandth each) of an image of more than 8 bits."""
     thumb: np.ndarray | None = None
     """uint8, (16, 16, 3)."""
+    detail: tuple[float, ...] = ()
+    """Shares of its edges that smaller sizes keep (``mocov3.data.sources.detail``)."""
     sums: tuple[float, ...] = ()
     """Of a small version's pixels: per channel the mean of x and of x², x in 0–1."""
 
@@ -117,6 +120,7 @@ def _fact(source: Source, index: int, reading: Reading) -> Fact:
         gray=bool(np.percentile(spread, 99) <= _GRAY_SPREAD),
         turned=turned,
         deep=deep,
+        detail=tuple(kept_detail(pixels).tolist()),
         thumb=small.reshape(THUMB, _STATISTICS_SIDE // THUMB, THUMB, -1, 3).mean((1, 3)).astype(np.uint8),
         sums=(*scaled.mean(0).tolist(), *(scaled**2).mean(0).tolist()),
     )

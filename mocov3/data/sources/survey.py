@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mocov3.config.presets import RGB, Reading
+from mocov3.data.sources.detail import SIDES
 from mocov3.data.sources.facts import THUMB, Fact, examine
 from mocov3.data.sources.opening import Source
 from mocov3.data.views.draws import permutation
@@ -53,6 +54,8 @@ class Survey:
     """Mean correlation of two images' thumbnails: 0 unrelated scenes, 1 all the same."""
     deep: tuple[int, float, float] = (0, 0.0, 0.0)
     """Images of more than 8 bits, and from where to where their values reach."""
+    detail: dict[int, float] = field(default_factory=dict)
+    """Shorter side in pixels → mean share of the edges' energy that it keeps."""
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     """Of the pixels in 0–1, by channel."""
@@ -129,6 +132,7 @@ def add_up(images: int, facts: Iterable[Fact]) -> Survey:
         upright=uprightness(gray),
         alike=alikeness(gray),
         deep=(len(deep), min((d[0] for d in deep), default=0.0), max((d[1] for d in deep), default=0.0)),
+        detail=dict(zip(SIDES, np.mean([f.detail for f in good], 0).tolist(), strict=True)),
         mean=tuple(sums[:channels].tolist()),
         std=tuple(np.sqrt(np.maximum(sums[channels:] - sums[:channels] ** 2, 0)).tolist()),
     )
