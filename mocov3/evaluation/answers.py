@@ -11,7 +11,7 @@ from torch import Tensor
 from mocov3.errors import UserError
 from mocov3.evaluation import measures
 from mocov3.evaluation.intervals import interval_of, resamplings
-from mocov3.evaluation.neighbours import TEMPERATURE, Groups, K, nearest, shares, vote
+from mocov3.evaluation.neighbours import TEMPERATURE, nearest_others, shares, vote
 from mocov3.evaluation.paired import Paired
 from mocov3.metrics import JsonLine
 
@@ -87,12 +87,8 @@ def answered(
     Raises:
         UserError: if all images are of one group.
     """
-    own = Groups.among(groups, len(features))
-    if not own.available:
-        raise UserError(f"all {len(features)} labelled images are of one group, so none can be judged by others")
-    k = min(K, own.available)
     labels = torch.as_tensor(truth, dtype=torch.long)
-    found = nearest(features, features, k, groups=own)
+    found, k = nearest_others(features, groups)
     if labels.ndim == 2:
         return Answers(truth, shares(found, labels, k, TEMPERATURE).numpy(), groups, names, np.empty(0))
     voted = vote(found, labels, [k], [TEMPERATURE], classes=len(names))[k, TEMPERATURE]

@@ -246,6 +246,21 @@ def recalled(
     return [int(same[:, :k].any(1).sum()) for k in ks]
 
 
+def nearest_others(
+    features: Float[Tensor, "images dim"], groups: np.ndarray | None, k: int = K
+) -> tuple[Neighbours, int]:
+    """The nearest of every image among the others, its own group left out, and how many: k, or all that there are.
+
+    Raises:
+        UserError: if all images are of one group.
+    """
+    own = Groups.among(groups, len(features))
+    if not own.available:
+        raise UserError(f"all {len(features)} labelled images are of one group, so none can be judged by others")
+    k = min(k, own.available)
+    return nearest(features, features, k, groups=own), k
+
+
 def right_among(
     features: Float[Tensor, "images dim"], labels: Int[Tensor, "images"], groups: np.ndarray | None = None
 ) -> Bool[Tensor, "images"]:
@@ -254,11 +269,7 @@ def right_among(
     Raises:
         UserError: if all images are of one group.
     """
-    own = Groups.among(groups, len(features))
-    if not own.available:
-        raise UserError(f"all {len(features)} labelled images are of one group, so none can be judged by others")
-    k = min(K, own.available)
-    neighbours = nearest(features, features, k, groups=own)
+    neighbours, k = nearest_others(features, groups)
     return vote(neighbours, labels, [k], [TEMPERATURE], classes=int(labels.max()) + 1)[k, TEMPERATURE] == labels
 
 
