@@ -447,7 +447,7 @@ def linear_evaluation(name, dtype, epochs=0):
         stack.enter_context(_default(dtype))
         for place, attribute, value in (
             (linear, "Evaluation", Watched),
-            (linear, "open_labelled", lambda _: (train, val)),
+            (linear, "open_labelled", lambda *_: (train, val)),
             (runs, "Loader", Fed),
             (linear, "normalise", _as_it_is),
             (features, "Loader", Fed),
