@@ -22,6 +22,7 @@ import numpy as np
 
 from mocov3.data.sources.frames import frame_bytes, frame_of
 from mocov3.data.sources.index import Index, cache_folder, write_atomically
+from mocov3.data.sources.pseudonyms import DIGITS, image_name, key_of, nameless, own_key, told_apart
 from mocov3.data.sources.scan import EXTENSIONS
 from mocov3.data.views import dicom, formats
 from mocov3.data.views.bands import Unfit
@@ -43,9 +44,8 @@ _NO_IMAGES = (
     "1.2.840.10008.5.1.4.1.1.66.4",  # segmentations, by pixels and by labels
     "1.2.840.10008.5.1.4.1.1.66.7",
 )
-_GROUP = 16  # digits of a hash
 _OTHER, _NO_IMAGE, _DAMAGED = 0, -1, -2
-_RECORD = np.dtype([("size", "<i8"), ("time", "<i8"), ("frames", "<i4"), ("group", f"S{_GROUP}"), ("burned", "?")])
+_RECORD = np.dtype([("size", "<i8"), ("time", "<i8"), ("frames", "<i4"), ("group", f"S{DIGITS}"), ("burned", "?")])
 """What is remembered of a file; ``frames`` may be ``_OTHER`` (not DICOM), ``_NO_IMAGE`` or ``_DAMAGED``."""
 
 
@@ -88,7 +88,9 @@ class Dicom:
         An image that lacks ``field`` has no group; ``None`` if DICOM knows no such element.
         """
         if not field:
-            return np.array([self._entry(i)[2] for i in range(len(self))], object)
+            place = os.path.realpath(os.fsencode(self.place))
+            entries = map(self._entry, range(len(self)))
+            return np.array([told_apart(place, path, group) for path, _, group in entries], object)
         from pydicom import datadict
 
         if datadict.tag_for_keyword(field) is None:
@@ -100,10 +102,9 @@ class Dicom:
         return np.array([keys.get(path, "") for path in paths], object)
 
     def name(self, index: int) -> str:
-        """A hash of the path below the folder, and the frame of a file of several."""
+        """A hash of the folder's own name and the path below it, and the frame of a file of several."""
         path, frame, _ = self._entry(index)
-        hashed = hashlib.sha256(path).hexdigest()[:16]
-        return f"dicom-{hashed}:{frame}" if frame > 0 else f"dicom-{hashed}"
+        return image_name(self.place, path, frame)
 
     def path_name(self, index: int) -> str:
         """The path below the folder, by which a list of the user's may call the image: never to be shown."""
@@ -158,11 +159,6 @@ def opened(place: str, index: Index, classes: list[str], skipped: list[str], *, 
     ]
     remarks = [f"{place}: {line}" for line in (*_remarks(records), *said)]
     return Dicom(place, Index.build(entries, labels if names else None), names, [*map(nameless, skipped), *remarks])
-
-
-def nameless(remark: str) -> str:
-    """A remark on a folder without the example at its end, whose name may be a patient's."""
-    return remark.partition("; first: ")[0]
 
 
 def _classes(labels: np.ndarray | None, classes: list[str], groups: np.ndarray) -> tuple[list[str], list[str]]:
@@ -226,8 +222,8 @@ def _headers(root: bytes, paths: Sequence[bytes], index: Index) -> np.ndarray:
     if known is None or not np.array_equal(known, records[asked]):
         with contextlib.suppress(OSError):  # no room: headers are read again
             write_atomically(file, lambda f: np.save(f, records[asked]))
-    own = [hashlib.sha256(b"file\0" + path).hexdigest()[:_GROUP].encode() for path in paths]
-    records["group"] = np.where(records["group"] == b"", np.array(own, f"S{_GROUP}"), records["group"])
+    own = [own_key(path).encode() for path in paths]
+    records["group"] = np.where(records["group"] == b"", np.array(own, f"S{DIGITS}"), records["group"])
     return records
 
 
@@ -264,7 +260,7 @@ def _header(file: BinaryIO, path: str) -> tuple[int, str, bool]:
             if not (ds or marked):
                 return _DAMAGED, "", False
             burned = str(ds.get("BurnedInAnnotation") or "").strip().upper() == "YES"
-            group = _key(ds, _PATIENT)
+            group = key_of(ds, _PATIENT)
             if str(ds.get("SOPClassUID")) in _NO_IMAGES or not (ds.get("Rows") and ds.get("Columns")):
                 return _NO_IMAGE, group, False
             return min(max(int(ds.get("NumberOfFrames") or 1), 1), _room(ds, file)), group, burned
@@ -283,14 +279,6 @@ def _field(path: bytes, name: str) -> str:
     """The key of a file's element; '' where it has none."""
     try:
         with open(path, "rb") as file, dicom.quiet("reading its header"):
-            return _key(dicom.dataset(file, MAX_PIXELS, (name,), pixels=False), (name,))
+            return key_of(dicom.dataset(file, MAX_PIXELS, (name,), pixels=False), (name,))
     except (OSError, Unfit):
         return ""
-
-
-def _key(ds: "pydicom.Dataset", names: Sequence[str]) -> str:
-    """A hash of the first of some elements that says something; '' where none does."""
-    for name in names:
-        if value := str(ds.get(name) or "").strip():
-            return hashlib.sha256(f"{name}\0{value}".encode(errors="surrogatepass")).hexdigest()[:_GROUP]
-    return ""

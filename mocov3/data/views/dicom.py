@@ -5,7 +5,7 @@
 | rescale slope and intercept, modality LUT | applied: CT is in Hounsfield units from here on |
 | ``Reading.window``, of more than 8 bits | these values become black and white |
 | else VOI LUT, or else window centre and width (the first of each) | applied, over its whole range of output |
-| neither, or one that makes no sense | the upper 8 of the bits stored |
+| neither, or one that makes no sense, or such a slope | the upper 8 of the bits stored, with a remark |
 | MONOCHROME1 | inverted |
 | palette, YBR, RGB in any planar configuration | RGB |
 
@@ -24,7 +24,8 @@ import numpy as np
 
 from mocov3.config.presets import Reading
 from mocov3.data.views import remarks
-from mocov3.data.views.bands import Unfit, to_bytes
+from mocov3.data.views.bands import Unfit
+from mocov3.data.views.windows import shown
 
 if TYPE_CHECKING:
     import pydicom
@@ -150,10 +151,10 @@ def read(data: bytes, reading: Reading, most: int) -> np.ndarray:
         ds.file_meta.TransferSyntaxUID = syntax_of(ds)
     samples = _decoded(ds)
     with quiet("windowing it"), np.errstate(all="ignore"):
-        shown = np.ascontiguousarray(_shown(samples, ds, reading))
-    if _has_no_window(ds, reading):
-        remarks.note("has no window: the upper 8 of its bits are taken (give --bit-window LOW,HIGH)")
-    return shown
+        image, remark = shown(samples, ds, reading)
+    if remark:
+        remarks.note(remark)
+    return np.ascontiguousarray(image)
 
 
 def syntax_of(ds: "pydicom.Dataset") -> Any:
@@ -198,88 +199,3 @@ def _check_stream(frame: bytes, shape: tuple[int, int], syntax: str) -> None:
     said = library.get_parameters(frame)
     if (said["rows"], said["columns"]) != shape:
         raise Unfit(f"is damaged DICOM: its pixels are {said['columns']}×{said['rows']}, not {shape[1]}×{shape[0]}")
-
-
-# --- from samples to what is shown ------------------------------------------------------------------------------
-
-
-def _shown(samples: np.ndarray, ds: "pydicom.Dataset", reading: Reading) -> np.ndarray:
-    from pydicom import pixels
-
-    kind = str(ds.get("PhotometricInterpretation", ""))
-    bits = int(ds.get("BitsStored") or 0)
-    if kind == "PALETTE COLOR":
-        samples = pixels.apply_color_lut(samples, ds)
-        return _upper(samples, 8 * samples.dtype.itemsize, 0)
-    if samples.ndim == 3:
-        deep = reading.window and bits > 8
-        return to_bytes(samples, reading) if deep or samples.dtype.kind == "f" else _upper(samples, bits, 0)
-    if not kind.startswith("MONOCHROME"):
-        raise Unfit("is DICOM of one sample a pixel that is neither grey nor of a palette")
-    gray = _gray(samples, ds, reading, bits)
-    return 255 - gray if kind == "MONOCHROME1" else gray
-
-
-def _gray(samples: np.ndarray, ds: "pydicom.Dataset", reading: Reading, bits: int) -> np.ndarray:
-    """uint8, before any inversion."""
-    from pydicom import pixels
-
-    values = pixels.apply_modality_lut(samples, ds)
-    if samples.dtype.kind == "f" or (reading.window and bits > 8):
-        return to_bytes(values, reading)
-    table = ds.get("ModalityLUTSequence")
-    scaled = _windowed(values, ds)
-    if scaled is not None:
-        rounded: np.ndarray = np.clip(np.rint(scaled * 255), 0, 255).astype(np.uint8)
-        return rounded
-    if table:
-        return _upper(values, _depth(table[0]), 0)
-    least = -(1 << (bits - 1)) if ds.get("PixelRepresentation") else 0
-    upper = _upper(samples, bits, least)
-    return 255 - upper if float(ds.get("RescaleSlope") or 1) < 0 else upper
-
-
-def _has_no_window(ds: "pydicom.Dataset", reading: Reading) -> bool:
-    windowed = reading.window or "VOILUTSequence" in ds or "WindowCenter" in ds or "ModalityLUTSequence" in ds
-    gray = str(ds.get("PhotometricInterpretation", "")).startswith("MONOCHROME")
-    return not windowed and gray and int(ds.get("BitsStored") or 0) > 8
-
-
-def _windowed(values: np.ndarray, ds: "pydicom.Dataset") -> np.ndarray | None:
-    """Values in 0–1 by the file's VOI LUT or window; ``None`` where it has none that makes sense."""
-    from pydicom import pixels
-
-    if ds.get("VOILUTSequence"):
-        table = ds.VOILUTSequence[0]
-        whole = values if values.dtype.kind in "iu" else np.rint(values).astype(np.int32)
-        looked_up: np.ndarray = pixels.apply_voi(whole, ds)
-        return looked_up / ((1 << _depth(table)) - 1)
-    if "WindowCenter" not in ds or "WindowWidth" not in ds:
-        return None
-    try:
-        # the library's output has the range of the samples stored: what lies far outside shows its ends
-        low, high = pixels.apply_windowing(np.array([-1e30, 1e30]), ds)
-        if low == high:
-            return None
-        shown: np.ndarray = pixels.apply_windowing(values, ds)
-    except (ValueError, TypeError, IndexError, NotImplementedError):
-        return None
-    share: np.ndarray = (shown - low) / (high - low)
-    return share
-
-
-def _depth(table: "pydicom.Dataset") -> int:
-    """Bits of what a look-up table gives."""
-    bits = int(table.LUTDescriptor[2])
-    return bits if 8 <= bits <= 16 else 16
-
-
-def _upper(samples: np.ndarray, bits: int, least: int) -> np.ndarray:
-    """The upper 8 of ``bits`` bits of samples from ``least`` on; of fewer bits their whole range."""
-    if not 1 <= bits <= 64:
-        raise Unfit(f"is damaged DICOM: {bits} bits stored")
-    if samples.dtype == np.uint8 and bits == 8 and not least:
-        return samples
-    over = (1 << bits) - 1
-    raised = np.clip(samples.astype(np.int64) - least, 0, over)
-    return ((raised * 255 // over) if bits < 8 else raised >> (bits - 8)).astype(np.uint8)
