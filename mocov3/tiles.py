@@ -7,7 +7,9 @@ slides. Satellite images are read the same way; all their tiles are kept, and ha
 import argparse
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +35,44 @@ def main(argv: Sequence[str]) -> int:
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError("tables of tiles need pyarrow: pip install 'mocov3[slides]'") from None
+    if out.exists() and not (args.overwrite and out.is_file()):
+        raise UserError(f"--out {out}: exists; name another, or give --overwrite")
     slides = slides_in(args.slides)
     names = _names(slides)
     partial = out.with_name(f"{out.name}.partial")
-    total = used = 0
+    total, left_out = 0, _LeftOut()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(partial, _schema(args.bit_window)) as writer:
             for slide in slides:
-                count = _add(writer, slide, names[slide], out.parent, args)
-                total, used = total + count, used + bool(count)
+                total += _add(writer, slide, names[slide], args, left_out)
         if not total:
-            raise UserError(f"{printable(slides[0])}: no tile of {len(slides)} slides is left; see --tissue and --size")
+            raise UserError(f"no tile of {len(slides)} slides is left: {'; '.join(left_out.lines())}")
         os.replace(partial, out)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({reason(error)})") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-    print(f"{printable(str(out))}: {total} tiles of {used} slides")
+    for line in left_out.lines():
+        warn(f"left out: {line}")
+    print(f"{printable(str(out))}: {total} tiles of {len(slides) - len(left_out.why)} slides")
     return 0
+
+
+@dataclass
+class _LeftOut:
+    """Slides of which there are no tiles, and why."""
+
+    why: dict[str, str] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """A line a reason, the most frequent first."""
+        said = []
+        for text, count in Counter(self.why.values()).most_common():
+            first = printable(next(path for path, why in self.why.items() if why == text))
+            said.append(f"{first} {text}" if count == 1 else f"{count} slides, first {first}: {text}")
+        return said
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -61,9 +81,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=path, required=True, metavar="FILE", help="table to write, .parquet")
     parser.add_argument("--size", type=int, default=224, metavar="PX", help="side of a tile (default 224)")
     parser.add_argument(
-        "--mpp", type=float, default=0.0, help="micrometres a pixel of a tile (default: those of the file)"
+        "--mpp", type=float, default=None, help="micrometres a pixel of a tile (default: those of the file)"
     )
-    parser.add_argument("--file-mpp", type=float, default=0.0, metavar="MPP", help="of files that do not say theirs")
+    parser.add_argument("--file-mpp", type=float, default=None, metavar="MPP", help="of files that do not say theirs")
     parser.add_argument(
         "--tissue",
         type=float,
@@ -74,14 +94,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--bit-window", default="", metavar="LOW,HIGH", help="values that become black and white, of more than 8 bits"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the table if it exists")
     args = parser.parse_args(list(argv))
     if not 1 <= args.size <= 1 << 12:
         raise UserError(f"--size must lie between 1 and {1 << 12}, not {args.size}")
     if not 0 <= args.tissue <= 1:
         raise UserError(f"--tissue must lie between 0 and 1, not {args.tissue:g}")
     for name in ("mpp", "file_mpp"):
-        if not 0 <= getattr(args, name) < 1e12:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name):g}")
+        value = getattr(args, name)
+        if value is not None and not 0 < value < 1e12:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and below 1e12, not {value:g}")
     window(args.bit_window)
     return args
 
@@ -104,8 +126,8 @@ def _names(slides: Sequence[str]) -> dict[str, str]:
     return {slide: stem if stems.count(stem) == 1 else slide for slide, stem in zip(slides, stems, strict=True)}
 
 
-def _add(writer: Any, path: str, name: str, base: Path, args: argparse.Namespace) -> int:
-    """Write the tiles of a slide; how many. What cannot be read is left out, and said."""
+def _add(writer: Any, path: str, name: str, args: argparse.Namespace, left_out: _LeftOut) -> int:
+    """Write the tiles of a slide; how many. Why one has none goes to ``left_out``."""
     import pyarrow as pa
 
     count = 0
@@ -113,21 +135,23 @@ def _add(writer: Any, path: str, name: str, base: Path, args: argparse.Namespace
         said = digest(path)
         slide = open_slide(path, window(args.bit_window))
         try:
-            grid = Grid(args.size, args.mpp, 0.0 if slide.is_map else args.tissue, args.file_mpp)
+            grid = Grid(args.size, args.mpp or 0.0, 0.0 if slide.is_map else args.tissue, args.file_mpp or 0.0)
             for tiles in _chunks(tiles_of(slide, grid)):
-                same = {"path": _relative(path, base), "slide": name, "size": args.size, "digest": said}
+                place = _relative(path, Path(args.out).parent)
+                same = {"path": place, "slide": name, "size": args.size, "digest": said}
                 rows = [{**vars(tile), **same} for tile in tiles]
                 _write(writer, pa.Table.from_pylist(rows, writer.schema), args.out)
                 count += len(rows)
         finally:
             slide.close()
     except Unfit as error:
-        warn(f"left out: {printable(path)} {error}")
+        why = str(error)
     except OSError as error:
-        warn(f"left out: {printable(path)}: {reason(error)}")
+        why = f"cannot be read ({reason(error)})"
     else:
-        if not count:
-            warn(f"left out: {printable(path)}: no tile of {args.size} pixels is {args.tissue:g} tissue")
+        why = "" if count else f"has no tile of --size {args.size} that is --tissue {args.tissue:g}"
+    if why:
+        left_out.why[path] = why
     return count
 
 

@@ -370,10 +370,11 @@ def test_what_the_command_refuses(tmp_path, monkeypatch, capsys):
     out = tmp_path / "t.parquet"
     assert "ends in .parquet" in refused("tiles", path, "--out", tmp_path / "t.csv")
     assert cli.main(["tiles", str(path), "--size", "1000", "--out", str(out)]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
-    assert "no tile of 1000 pixels is 0.5 tissue" in said[0]
-    assert "no tile of 1 slides is left" in said[1]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"no tile of 1 slides is left: {path} has 700×500 pixels: it is smaller than a tile of --size 1000" in said
+    assert "at --mpp 2: it is smaller" in refused("tiles", path, "--size", "300", "--mpp", "2", "--out", out)
+    assert "--mpp must be above 0" in refused("tiles", path, "--mpp", "0", "--out", out)
+    assert "--file-mpp must be above 0" in refused("tiles", path, "--file-mpp", "nan", "--out", out)
     assert "--size must lie" in refused("tiles", path, "--size", "0", "--out", out)
     assert "--tissue must lie" in refused("tiles", path, "--tissue", "2", "--out", out)
     assert "takes two values" in refused("tiles", path, "--bit-window", "5", "--out", out)

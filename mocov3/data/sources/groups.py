@@ -34,7 +34,7 @@ def groups_of(parts: Sequence[Source], by: str, *, needed: bool = True) -> list[
         needed: refuse what says nothing of any image; else that is the same as no groups.
 
     Returns:
-        ``None`` where there are no groups.
+        ``None`` where there are no groups, or the images' own ones are a single one.
 
     Raises:
         UserError: if ``by`` cannot be used, leaves an image out, or puts all images into one group.
@@ -54,8 +54,9 @@ def groups_of(parts: Sequence[Source], by: str, *, needed: bool = True) -> list[
                 numbers[-1][i] = len(seen) + alone
                 alone += 1
     if len(seen) + alone < 2:
-        what = f"{FLAG} {by!r}" if by else f"{FLAG} is not given: the images' own groups"
-        raise UserError(f"{what}: puts all images into one group; name others, or give {FLAG} {NONE}")
+        if not by:  # one slide, or one patient: nothing to tell apart
+            return None
+        raise UserError(f"{FLAG} {by!r}: puts all images into one group; name others, or give {FLAG} {NONE}")
     return numbers
 
 

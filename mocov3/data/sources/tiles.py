@@ -134,6 +134,9 @@ class Tiles:
                 raise Unfit(f"has no level {level}")
             width, height = slide.sizes[level]
             scale = slide.sizes[0][0] / width
+            ends = (length - scale * side + 1 for length in slide.sizes[0])  # 1: of rounding
+            if not all(0 <= place < max(end, 1) for place, end in zip((x, y), ends, strict=True)):
+                raise Unfit("reaches over the edge of its slide")
             corner = min(round(x / scale), width - side), min(round(y / scale), height - side)
             pixels = slide.read(level, *corner, side, side)
         except Unfit as error:

@@ -54,10 +54,13 @@ def tiles_of(slide: Slide, grid: Grid) -> Iterator[Tile]:
     """The tiles of a slide, row by row; those at the right and lower edge that would not be whole are left out.
 
     Raises:
-        Unfit: if its resolution is unknown or too low, or it cannot be read.
+        Unfit: if its resolution is unknown or too low, it is smaller than a tile, or it cannot be read.
     """
     shrink = _shrink(slide, grid)
     width, height = slide.sizes[0]
+    if min(width, height) < grid.size * shrink:
+        seen = f"{int(width / shrink)}×{int(height / shrink)} pixels" + (f" at --mpp {grid.mpp:g}" if grid.mpp else "")
+        raise Unfit(f"has {seen}: it is smaller than a tile of --size {grid.size}")
     level, scale = _level(slide, shrink)
     side, read = grid.size * shrink, max(round(grid.size * shrink / scale), 1)
     mask = _tissue(slide, side) if grid.tissue else None
