@@ -5,7 +5,7 @@ from pathlib import Path
 from mocov3.config import KnnConfig
 from mocov3.config.evaluation import KS, RECALLS
 from mocov3.data import Source, open_source
-from mocov3.data.sources.findings import names_findings, with_findings
+from mocov3.data.sources.findings import names_findings, refuse_one_sided, with_findings
 from mocov3.data.sources.labels import Labelled, matched, read_labels, with_labels
 from mocov3.data.sources.opening import has_unseen
 from mocov3.errors import UserError
@@ -21,16 +21,24 @@ def open_sets(data: str, labels: str = "") -> tuple[Source, Source | None]:
     if labels:
         parts = (bank, open_source(data, "val")) if has_unseen(data) else (bank,)
         if not names_findings(labels, parts, "--labels"):
-            return Labelled(bank, read_labels(Path(labels), bank)), None
+            return Labelled(bank, read_labels(Path(labels), bank, others=parts[1:])), None
         bank, *others = (part for part in with_findings(labels, parts) if len(part))
+        refuse_one_sided(others[0] if others else bank, f"--labels {labels}")
         return bank, others[0] if others else None
     queries = open_source(data, "val") if has_unseen(data) else None
     for part, images in (("bank", bank), ("val", queries)):
         if images is not None and (images.labels is None or len(images.classes) < 2):
             raise UserError(
                 f"data {data} ({part}): needs two or more class folders, images with labels, or --labels some.csv"
+                f"{_said(images)}"
             )
     return with_labels(bank), queries and matched(bank.classes, queries, f"data {data}")
+
+
+def _said(images: Source) -> str:
+    """Why there are no labels, where reading them said that."""
+    said = [line for line in getattr(images, "skipped", []) if "label" in line or "metadata" in line]
+    return f" ({said[0]})" if said else ""
 
 
 def limits(config: KnnConfig, available: int) -> tuple[tuple[int, ...], tuple[int, ...], list[str]]:

@@ -216,10 +216,11 @@ def test_compare_refuses(watched, images, tmp_path):
     assert "too few" in refused("compare", ckpt, few)
     table = tmp_path / "l.csv"
     for text, message in (
-        ("class0/none.jpg,a\n", "none of the images"),
+        ("class0/none.jpg,a\n", "names none of the 16 images"),
+        ("class0/none.jpg,a\nclass0/00.jpg,b\n", "none of the images judged"),
         ("class0/00.jpg,a\nclass0/00.jpg,b\n", "two labels"),
         ("class0/00.jpg,a\n", "too few"),
-        ("class0/00.jpg\n", "too few"),
+        ("class0/00.jpg\n", "holds no labels"),
         ("00.jpg,a\n", "several"),
     ):
         table.write_text(text)

@@ -110,9 +110,13 @@ class Dicom:
         """The path below the folder, by which a list of the user's may call the image: never to be shown."""
         return os.fsdecode(self._entry(index)[0])
 
+    def path(self, index: int) -> bytes:
+        """The file, as the system names it: never to be shown."""
+        return self._file(self._entry(index)[0])
+
     def file_bytes(self, index: int) -> int:
         """Size of the file, without reading it."""
-        return os.stat(self._file(self._entry(index)[0])).st_size
+        return os.stat(self.path(index)).st_size
 
     def read(self, index: int) -> bytes:
         """DICOM of the frame alone, or the bytes of a file that is not DICOM.

@@ -30,14 +30,15 @@ class Findings(Labelled):
 
 
 def names_findings(text: str, parts: Sequence[Source], flag: str) -> bool:
-    """Whether ``FILE.csv``, by its columns, or ``FILE.csv:COLUMN,COLUMN`` means findings and not one class an image."""
+    """Whether ``FILE.csv``, by its columns, or ``FILE.csv:COLUMN,COLUMN`` means findings and not one class an image.
+
+    Raises:
+        UserError: if it cannot be read, or names none of the images.
+    """
     file, columns = split_name(text)
     if columns or not file:
         return bool(columns)
-    try:
-        return len(_columns(read_table(Path(file), parts, flag))) > 1
-    except UserError:  # said by what reads it as labels
-        return False
+    return len(_columns(read_table(Path(file), parts, flag))) > 1
 
 
 def with_findings(text: str, parts: Sequence[Source], flag: str = "--labels") -> list[Source]:
@@ -71,7 +72,7 @@ def known_findings(text: str, parts: Sequence[Source], flag: str = "--labels") -
     seen: dict[int, int] = {}
     for row, images in enumerate(table.images):
         cells = [
-            _value(column[row], f"{flag} {file}: line {table.rows.lines[row]}, column {name}")
+            _value(column[row], f"{flag} {file}: line {table.rows.lines[row]}, column {name}", table.private)
             for column, name in zip(columns, names, strict=True)
         ]
         for i in images:
@@ -123,13 +124,12 @@ def refuse_one_sided(source: Source, where: str) -> None:
         )
 
 
-def _value(cell: str, where: str) -> int:
+def _value(cell: str, where: str, private: bool) -> int:
     if cell.lower() in _UNKNOWN:
         return -1
     if cell.lower() not in _VALUES:
-        raise UserError(
-            f"{where}: holds {printable(cell)}; write 1, 0 or nothing, or name the columns to use after a colon"
-        )
+        what = "something else" if private else printable(cell)
+        raise UserError(f"{where}: holds {what}; write 1, 0 or nothing, or name the columns to use after a colon")
     return _VALUES[cell.lower()]
 
 
@@ -139,9 +139,10 @@ def _columns(table: Table) -> list[str]:
     names = rows.names or []
     if any(name.strip().lower().replace(" ", "_") in LABEL_COLUMNS for i, name in enumerate(names) if i != rows.column):
         return []
-    found = []
+    found, known = [], False
     for i, name in enumerate(names):
         cells = {row[i].strip().lower() if i < len(row) else "" for row in rows.cells} if i != rows.column else {"x"}
-        if cells <= {*_VALUES, *_UNKNOWN} and cells & set(_VALUES):
+        if cells <= {*_VALUES, *_UNKNOWN}:
             found.append(name)
-    return found
+            known |= bool(cells & set(_VALUES))
+    return found if known else []

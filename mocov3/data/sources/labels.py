@@ -1,17 +1,17 @@
 """Known classes of some images: from a CSV file, or from the images' own source; and classes matched by name."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mocov3.data.sources.classes import numbered, remarks_on_missing, renumbered
-from mocov3.data.sources.opening import Roots, Source, Subset, called
-from mocov3.data.sources.rows import read_rows
+from mocov3.data.sources.opening import Roots, Source, Subset
 from mocov3.data.sources.survey import scattered
-from mocov3.data.sources.table import Names
-from mocov3.errors import UserError, no_file, printable
+from mocov3.data.sources.table import read_table
+from mocov3.errors import UserError, printable
 
 _MOST = 2000
 
@@ -89,30 +89,31 @@ def matched(classes: list[str], val: Source, where: str) -> Source:
     return Labelled(val, Labels(np.arange(len(val)), numbers, classes, said))
 
 
-def read_labels(file: Path, images: Source, *, flag: str = "--labels") -> Labels:
+def read_labels(file: Path, images: Source, *, flag: str = "--labels", others: Sequence[Source] = ()) -> Labels:
     """Labels of a CSV file for images named as ``images`` names them, or by a unique end of the path.
 
-    ``flag`` names the file in messages.
+    ``flag`` names the file in messages. Rows about images of ``others`` are passed over.
 
     Raises:
         UserError: if an image is not there, is named twice, or there are fewer than two classes.
     """
-    if not file.is_file():
-        raise UserError(f"{flag} {file}: {no_file(file)}; give a CSV of path,label")
-    names = Names([called(images, i) for i in range(len(images))])
-    rows = read_rows(file, names.places(), flag)
+    table = read_table(file, (images, *others), flag)
+    rows = table.rows
+    if not any(rows.labels):
+        known = printable(", ".join(rows.names or ["no header"]))
+        raise UserError(
+            f"{flag} {file}: holds no labels; call their column label, or give columns of findings that hold 1, 0 or "
+            f"nothing (its columns: {known})"
+        )
     label_of: dict[int, str] = {}
-    private = called(images, 0) != images.name(0)
-    for path, label, line in zip(rows.paths, rows.labels, rows.lines, strict=True):
-        name = os.fsdecode(path).replace("\\", "/")
-        title = "the image" if private else printable(name)
-        ends = names.ending_in(name)
-        if len(ends) != 1:
-            why = "is the end of several paths" if ends else "is none of the images judged"
-            raise UserError(f"{flag} {file}: line {line}: {title} {why}; write the path below the folder")
-        if label and label_of.setdefault(ends[0], label) != label:
-            before = label_of[ends[0]]
-            raise UserError(f"{flag} {file}: line {line}: {title} has two labels, {before} and {label}")
+    for path, label, line, found in zip(rows.paths, rows.labels, rows.lines, table.images, strict=True):
+        title = "the image" if table.private else printable(os.fsdecode(path).replace("\\", "/"))
+        if not found:
+            where = f"{flag} {file}: line {line}"
+            raise UserError(f"{where}: {title} is none of the images judged; write the path below the folder")
+        if label and found[0] < len(images) and label_of.setdefault(found[0], label) != label:
+            which = "" if table.private else f", {label_of[found[0]]} and {label}"
+            raise UserError(f"{flag} {file}: line {line}: {title} has two labels{which}")
     indices = np.array(sorted(label_of), np.int64)
     numbers, classes = numbered([label_of[i] for i in indices.tolist()])
     if numbers is None or len(classes) < 2 or len(label_of) < 4:

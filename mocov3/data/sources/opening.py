@@ -381,7 +381,7 @@ def field_groups(source: Source, field: str) -> np.ndarray | None:
 
 
 def file_name(source: Source, index: int) -> str:
-    """The whole path of an image's file, where it has one of its own, else its name."""
+    """The whole path of an image's file, where it has one, else what a list calls it; maybe not to be shown."""
     while True:
         if isinstance(source, Subset):
             index = int(source.indices[index])
@@ -391,7 +391,8 @@ def file_name(source: Source, index: int) -> str:
             source = source.parts[part]
         else:
             break
-    return os.path.abspath(os.fsdecode(source.path(index))) if isinstance(source, Folder) else called(source, index)
+    known = getattr(source, "path", None)
+    return os.path.abspath(os.fsdecode(known(index))) if known is not None else called(source, index)
 
 
 def fractions(source: Source) -> list[tuple[int, float]]:
