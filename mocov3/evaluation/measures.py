@@ -7,7 +7,6 @@ are in groups, 95 % intervals come from resampling whole groups.
 
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 
 import numpy as np
 
@@ -30,8 +29,11 @@ def require(why: str) -> None:
     Raises:
         UserError: saying how to install it, after ``why`` it is needed.
     """
-    if find_spec("sklearn") is None:
-        raise UserError(f"{why} needs scikit-learn: pip install 'mocov3[measures]'")
+    try:
+        import sklearn.metrics  # noqa: F401
+    except ImportError as error:
+        reason = "" if isinstance(error, ModuleNotFoundError) else f" (here it fails: {error})"
+        raise UserError(f"{why} needs scikit-learn: pip install 'mocov3[measures]'{reason}") from None
 
 
 def of_classes(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_measures_of_knn(images, capfd, monkeypatch):
     text = knn(capfd, images, "--measures")
     assert "macro-F1" in text
     assert "measures" not in json.loads(knn(capfd, images, "--json"))
-    monkeypatch.setattr(measures, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     assert "--measures needs scikit-learn: pip install" in refused(
         "knn", images, "--model", "pixels", "--measures", "--device", "cpu"
     )
