@@ -14,7 +14,7 @@ from mocov3.cli import main
 from mocov3.data.loading.labelled import open_labelled
 from mocov3.data.loading.order import hold_out
 from mocov3.data.loading.supervised import stratified
-from mocov3.data.sources.groups import groups_in, groups_of, suggested
+from mocov3.data.sources.groups import groups_in, groups_of, suggested, without_shared
 from mocov3.data.sources.opening import Roots, Subset, field_groups, open_source, scan
 from mocov3.data.sources.transfer import open_pair
 from mocov3.errors import UserError
@@ -245,6 +245,17 @@ def test_groups_of_the_images_themselves(patients):
     assert groups_in(own, "none") is None
     assert groups_in(Subset(own, np.arange(10)), "").max() == 4
     assert groups_in(own.whole, "") is None
+
+
+def test_one_patient_alone_is_judged_within_and_that_is_said(patients):
+    part = OwnGroups(scan(patients / "data" / "train"), np.arange(2))
+    assert groups_in(part, "") is None
+    judged = without_shared(part, part, "", "data x")
+    assert len(judged) == 2
+    assert judged.skipped == [
+        "data x: all images, of training too, are of one group of their own; they are judged within it"
+    ]
+    assert without_shared(part, part, "none", "data x") is part
 
 
 def test_what_cannot_be_used(patients, tmp_path):

@@ -177,7 +177,10 @@ def without_shared(val: Source, train: Source, by: str, where: str) -> Source:
     """
     groups = groups_of((train, val), by)
     if groups is None:
-        return val
+        if named_groups((train, val), by) is None:
+            return val
+        said = f"{where}: all images, of training too, are of one group of their own; they are judged within it"
+        return Said(val, np.arange(len(val)), said)
     own = ~np.isin(groups[1], groups[0])
     if own.all():
         return val
