@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ class FashionMnist:
     def __len__(self) -> int:
         return len(self.images)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of the pixels."""
         return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()
