@@ -9,7 +9,7 @@ def use_attention_products(network: nn.Module) -> None:
     """Make a network's attention the two matrix products and the softmax, not torch's fused kernel.
 
     On CPUs the fused kernel's backward pass takes three to seven times as long as these in bfloat16 (torch 2.14 with
-    AMX, 33 to 197 tokens; ``python benchmarks/step.py``). In float32 the fused kernel is the faster.
+    AMX, 33 to 197 tokens; ``python benchmarks/precision.py``). In float32 the fused kernel is the faster.
     """
     for module in network.modules():
         if isinstance(module, Attention):
