@@ -182,7 +182,7 @@ def table(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str
         return "\n".join(lines)
     for way in ways:
         runs = [results[f"{keys[way]}/{seed}"] for seed in seeds]
-        cells = [_spread([run[name] for run in runs]) for name in ("knn", "ridge")]
+        cells = [spread([run[name] for run in runs]) for name in ("knn", "ridge")]
         epochs, images, seconds = (mean(run[name] for run in runs) for name in ("epochs", "images", "seconds"))
         lines.append(f"| {way} | {' | '.join(cells)} | {epochs:.0f} | {images:,.0f} | {seconds / 60:.1f} |")
     several = f"Seeds {', '.join(map(str, seeds))}; ± is the standard deviation over seeds."
@@ -190,7 +190,8 @@ def table(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str
     return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """Mean, and of several the standard deviation."""
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 

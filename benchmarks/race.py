@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 import torchvision
-from equal_time import RESNET, Measurement, extractor_of, score
+from equal_time import RESNET, Measurement, extractor_of, score, spread
 from PIL import Image
 from torch import Tensor, nn
 
@@ -319,7 +319,7 @@ def tables(results: dict[str, Result]) -> str:
         for name in TRIALS:
             runs = [value for key, value in sorted(results.items()) if key.startswith(f"{part}/{name}/")]
             if runs:
-                cells = [_spread([run[measure] for run in runs]) for measure in ("knn", "ridge")]
+                cells = [spread([run[measure] for run in runs]) for measure in ("knn", "ridge")]
                 seen = [run["images"] for run in runs if "images" in run]
                 minutes = mean(run["seconds"] for run in runs) / 60
                 cells += [f"{mean(seen):,.0f}" if seen else "–", f"{minutes:.1f}"]
@@ -337,10 +337,6 @@ def tables(results: dict[str, Result]) -> str:
             settings = settings or TRIALS[name][int(number)]
             lines.append(f"| {name} | {', '.join(f'{k} {v}' for k, v in settings.items())} | {value['knn']:.1f} |")
     return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def main() -> None:

@@ -136,8 +136,7 @@ def open_frozen(
     if model.startswith("timm/") and not untrained:
         return _published(model, image_size, preset if view_preset else None, layer, channels, bit_window)
     settings: Settings = {"image_size": size, **({"num_heads": heads} if heads else {})}
-    if channels != 3:
-        settings["in_chans"] = channels
+    settings |= _of_channels(channels)
     return _frozen(
         build_backbone(model, **settings), model, size, preset, settings, f"{model}, untrained (seed {seed})", layer
     )
@@ -197,8 +196,7 @@ def _from_file(
         raise UserError(f"{where}: its entry 'mocov3' is damaged; give a whole file") from None
     preset = _read(preset, *read, where, known=bool(config) or "view" in (entry or {}))
     settings: Settings = {"image_size": size, **settings_of(weights.state, name), **weights.sizes(name, where)}
-    if preset.reading.channels != 3:
-        settings["in_chans"] = preset.reading.channels
+    settings |= _of_channels(preset.reading.channels)
     try:
         network = (
             _with_projector(contents, name, encoder, settings, where)
@@ -220,6 +218,10 @@ def _read(preset: ViewPreset, channels: int, bit_window: str, where: str, *, kno
         raise UserError(f"{where}: is of images of {own.channels} channels, not --channels {channels}; leave that out")
     asked = as_read(preset, channels or own.channels, bit_window)
     return asked if bit_window else dataclasses.replace(asked, reading=Reading(asked.reading.channels, own.window))
+
+
+def _of_channels(channels: int) -> Settings:
+    return {} if channels == 3 else {"in_chans": channels}
 
 
 def _with_projector(contents: Contents, arch: str, encoder: str, settings: Settings, where: str) -> Encoder:
@@ -261,7 +263,7 @@ def _published(
     preset = asked or as_read(
         dataclasses.replace(PRESETS["photos"], mean=mean, std=std, evaluation_zoom=zoom), channels, bit_window
     )
-    settings: Settings = {"image_size": size, **({"in_chans": channels} if channels != 3 else {})}
+    settings: Settings = {"image_size": size, **_of_channels(channels)}
     about = f"{model}, timm's published weights"
     return _frozen(network, model, size, preset, settings, about, layer)
 

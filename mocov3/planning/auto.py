@@ -40,6 +40,10 @@ class Machine:
     bf16: bool = False
     """Whether its CPU has instructions for products of bfloat16 matrices."""
 
+    def trains_in_16_bits(self, precision: str) -> bool:
+        """Whether ``--precision`` means 16 bits here."""
+        return self.device == "cuda" or precision == "bf16"
+
 
 @dataclass(frozen=True)
 class Images:

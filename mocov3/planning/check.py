@@ -59,7 +59,7 @@ def main(args: argparse.Namespace, layers: Layers) -> int:
     source = open_source(data)
     n, grouped = len(source), _groups(source, values)
     indices = np.arange(n) if args.all else sample(n, args.sample)
-    facts = survey(source, indices, workers=max(usable_cores(), 1), reading=preset_of(values).reading)
+    facts = survey(source, indices, workers=max(usable_cores(), 1), reading=preset_of(values).reading, detail=True)
     as_json = bool(values.get("json"))
     if not as_json:
         print("\n".join(_facts(source, facts, values)), flush=True)
@@ -170,10 +170,7 @@ def _speed(proposal: Proposal) -> list[str]:
         )
     from mocov3.pretraining.assemble import count_memory
 
-    need = (
-        count_memory(c, sixteen_bits=proposal.machine.device == "cuda" or c.precision == "bf16").peak(c.batch_size)
-        / GIB
-    )
+    need = count_memory(c, sixteen_bits=proposal.machine.trains_in_16_bits(c.precision)).peak(c.batch_size) / GIB
     lines.append(f"  memory           about {need:.1f} GB of {proposal.machine.memory / GIB:.1f} GB (counted)")
     return lines
 

@@ -91,7 +91,7 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
 
     @functools.cache
     def count(config: PretrainConfig) -> Footprint:
-        return count_memory(config, sixteen_bits=machine.device == "cuda" or config.precision == "bf16")
+        return count_memory(config, sixteen_bits=machine.trains_in_16_bits(config.precision))
 
     def counted(values: Fields, batch: int) -> float:
         config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})

@@ -54,41 +54,45 @@ class Fact:
     thumb: np.ndarray | None = None
     """uint8, (16, 16, 3)."""
     detail: tuple[float, ...] = ()
-    """Shares of its edges that smaller sizes keep (``mocov3.data.sources.detail``)."""
+    """Shares of its edges that smaller sizes keep (``mocov3.data.sources.detail``), where that is asked for."""
     sums: tuple[float, ...] = ()
     """Of a small version's pixels: per channel the mean of x and of x², x in 0–1."""
 
 
-def examine(source: Source, indices: Sequence[int], *, workers: int, reading: Reading = RGB) -> Iterator[Fact]:
-    """Facts of the images ``indices``, in order, as they are read by ``reading``."""
+def examine(
+    source: Source, indices: Sequence[int], *, workers: int, reading: Reading = RGB, detail: bool = False
+) -> Iterator[Fact]:
+    """Facts of the images ``indices``, in order, as read by ``reading``; ``detail``, which takes time, if asked."""
     chunks = [list(indices[i : i + _CHUNK]) for i in range(0, len(indices), _CHUNK)]
     if workers < 2 or len(chunks) < 2 * workers:
         for chunk in chunks:
-            yield from _examine_chunk(source, chunk, reading)
+            yield from _examine_chunk(source, chunk, reading, detail)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_keep, initargs=(source, reading)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_keep, initargs=(source, reading, detail)
+    ) as pool:
         for facts in pool.map(_examine_kept, chunks):
             yield from facts
 
 
-_kept: list[tuple[Source, Reading]] = []
+_kept: list[tuple[Source, Reading, bool]] = []
 
 
-def _keep(source: Source, reading: Reading) -> None:
-    _kept[:] = [(source, reading)]
+def _keep(source: Source, reading: Reading, detail: bool) -> None:
+    _kept[:] = [(source, reading, detail)]
 
 
 def _examine_kept(indices: list[int]) -> list[Fact]:
-    source, reading = _kept[0]
-    return _examine_chunk(source, indices, reading)
+    source, reading, detail = _kept[0]
+    return _examine_chunk(source, indices, reading, detail)
 
 
-def _examine_chunk(source: Source, indices: list[int], reading: Reading) -> list[Fact]:
-    return [_fact(source, index, reading) for index in indices]
+def _examine_chunk(source: Source, indices: list[int], reading: Reading, detail: bool) -> list[Fact]:
+    return [_fact(source, index, reading, detail) for index in indices]
 
 
-def _fact(source: Source, index: int, reading: Reading) -> Fact:
+def _fact(source: Source, index: int, reading: Reading, detail: bool) -> Fact:
     try:
         data = source.read(index)
         remarks.taken()
@@ -120,7 +124,7 @@ def _fact(source: Source, index: int, reading: Reading) -> Fact:
         gray=bool(np.percentile(spread, 99) <= _GRAY_SPREAD),
         turned=turned,
         deep=deep,
-        detail=tuple(kept_detail(pixels).tolist()),
+        detail=tuple(kept_detail(pixels).tolist()) if detail else (),
         thumb=small.reshape(THUMB, _STATISTICS_SIDE // THUMB, THUMB, -1, 3).mean((1, 3)).astype(np.uint8),
         sums=(*scaled.mean(0).tolist(), *(scaled**2).mean(0).tolist()),
     )

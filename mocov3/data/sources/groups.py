@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mocov3.data.sources.opening import Source, Subset, called, field_groups
+from mocov3.data.sources.opening import Source, Subset, called, field_groups, hides_paths
 from mocov3.data.sources.table import read_table, split_name
 from mocov3.errors import UserError, printable
 
@@ -85,7 +85,7 @@ def named_groups(parts: Sequence[Source], by: str, *, needed: bool = True) -> li
 
 def _hidden(parts: Sequence[Source], named: list[np.ndarray] | None) -> list[np.ndarray] | None:
     """Hashes in place of names, if the images of a part have paths that are not to be shown, as a patient's name."""
-    if named is None or all(not len(part) or called(part, 0) == part.name(0) for part in parts):
+    if named is None or not any(map(hides_paths, parts)):
         return named
     hashed = {name: name and hashlib.sha256(name.encode()).hexdigest()[:16] for names in named for name in names}
     return [np.array([hashed[name] for name in names], object) for names in named]

@@ -369,6 +369,11 @@ def called(source: Source, index: int) -> str:
     return str(known(index)) if known is not None else source.name(index)
 
 
+def hides_paths(source: Source) -> bool:
+    """Whether the paths of a source's images are not to be shown, as a patient's name may be among them."""
+    return len(source) > 0 and called(source, 0) != source.name(0)
+
+
 def file_bytes(source: Source, index: int) -> int:
     """Size of an image's file where the source knows it without reading, else 0."""
     known = getattr(source, "file_bytes", None)

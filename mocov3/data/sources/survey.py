@@ -88,9 +88,11 @@ def scattered(n: int, limit: int) -> np.ndarray:
     return np.arange(n) if n <= limit else np.sort(permutation(_SEED, 1, n)[:limit])
 
 
-def survey(source: Source, indices: np.ndarray, *, workers: int, reading: Reading = RGB) -> Survey:
-    """Examine the images ``indices``, read by ``reading``."""
-    return add_up(len(source), examine(source, indices.tolist(), workers=workers, reading=reading))
+def survey(
+    source: Source, indices: np.ndarray, *, workers: int, reading: Reading = RGB, detail: bool = False
+) -> Survey:
+    """Examine the images ``indices``, read by ``reading``; ``detail`` too, if asked for."""
+    return add_up(len(source), examine(source, indices.tolist(), workers=workers, reading=reading, detail=detail))
 
 
 def add_up(images: int, facts: Iterable[Fact]) -> Survey:
@@ -132,7 +134,7 @@ def add_up(images: int, facts: Iterable[Fact]) -> Survey:
         upright=uprightness(gray),
         alike=alikeness(gray),
         deep=(len(deep), min((d[0] for d in deep), default=0.0), max((d[1] for d in deep), default=0.0)),
-        detail=dict(zip(SIDES, np.mean([f.detail for f in good], 0).tolist(), strict=True)),
+        detail=dict(zip(SIDES, np.mean([f.detail for f in good], 0).tolist(), strict=True)) if good[0].detail else {},
         mean=tuple(sums[:channels].tolist()),
         std=tuple(np.sqrt(np.maximum(sums[channels:] - sums[:channels] ** 2, 0)).tolist()),
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mocov3.data.sources.opening import Source, called, file_name
+from mocov3.data.sources.opening import Source, called, file_name, hides_paths
 from mocov3.data.sources.rows import Place, Rows, read_rows
 from mocov3.data.sources.splits import split_of_folder
 from mocov3.errors import UserError, nearest, no_file, printable
@@ -58,7 +58,7 @@ def read_table(file: Path, parts: Sequence[Source], flag: str) -> Table:
     """
     if not file.is_file():
         raise UserError(f"{flag} {file}: {no_file(file)}; give a CSV of a row an image")
-    private = any(len(part) and called(part, 0) != part.name(0) for part in parts)
+    private = any(map(hides_paths, parts))
     images: list[list[int]] = []
     for foreign in (False, True):
         names = Names(parts, foreign=foreign)
