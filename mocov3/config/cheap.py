@@ -1,10 +1,12 @@
 """Flags of cheaper pre-training: parts of the run at fewer tokens or smaller images, back to full before the end.
 
 Random token dropout and larger patches (Lin et al. 2024, arXiv 2410.22364, who report 4× for MoCo v3), smaller images
-(FFCV-SSL: 160 before 224 pixels). The first share of the epochs is cheap, the rest is unchanged.
+(FFCV-SSL: 160 before 224 pixels). The first share of the epochs, or of the time where ``--schedule wsd`` has a
+``--budget``, is cheap, the rest is unchanged.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,7 +50,7 @@ class CheapFlags:
     token_keep: str = flag(
         "",
         "fraction of a ViT's patches to keep, drawn afresh for each view: KEEP[:SHARE][,…], for the first SHARE of "
-        f"the epochs (default {SHARE:g}), then all",
+        f"the epochs (default {SHARE:g}; of the time by --schedule wsd with --budget), then all",
         group=CHEAP,
         metavar="KEEP:SHARE",
     )
@@ -63,6 +65,13 @@ class CheapFlags:
         "larger patches of a ViT first: PIXELS[:SHARE][,…], as in 32:0.8; then --patch-size",
         group=CHEAP,
         metavar="PIXELS:SHARE",
+    )
+    stage_ends: str = flag(
+        "",
+        "steps before which cheap parts ended by the clock of --budget, as a run recorded them: STEP[,STEP]",
+        result=False,
+        group=CHEAP,
+        metavar="STEP",
     )
 
 
@@ -97,12 +106,38 @@ def stages(config: "CheapFlags") -> list[Stage]:
                 f"{stage.patch_size} px; change --image-size-schedule or --patch-size-schedule"
             )
         stage_list.append(stage)
+    ends = ends_of(config.stage_ends)
+    if ends and (len(ends) >= len(stage_list) or values["schedule"] != "wsd"):
+        raise UserError(
+            f"--stage-ends {config.stage_ends}: ends {len(ends)} cheap parts; with --schedule {values['schedule']} "
+            f"{len(stage_list) - 1 if values['schedule'] == 'wsd' else 0} end by the clock"
+        )
     return stage_list
 
 
 def stage_of(stages: list[Stage], epoch: int) -> Stage:
     """The stage of an epoch."""
     return next(stage for stage in stages if epoch < stage.end)
+
+
+def ends_of(text: str) -> list[int]:
+    """The steps that ``--stage-ends`` holds.
+
+    Raises:
+        UserError: if it cannot be read, or they do not rise.
+    """
+    try:
+        ends = [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        ends = [0]
+    if not all(a < b for a, b in itertools.pairwise([0, *ends])):
+        raise UserError(f"--stage-ends '{printable(text)}': takes STEP[,STEP], whole numbers above 0 that rise")
+    return ends
+
+
+def ends_text(ends: Sequence[int]) -> str:
+    """What ``ends_of`` reads."""
+    return ",".join(map(str, ends))
 
 
 def _check(name: str, value: float, full: float) -> None:

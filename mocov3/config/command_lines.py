@@ -20,6 +20,7 @@ _OF_ONE_RUN = (
     "max_hours",
     "max_steps",
     "decay",
+    "stage_ends",
     "prolong",
     "quiet",
     "json",

@@ -1,17 +1,21 @@
 """How long a run is, and the rates of its steps: by epochs, or for ``--schedule wsd`` by decisions, also the clock's.
 
-With ``--budget`` rank 0 decides by the clock when the decay begins and how many steps it takes; later decisions correct
-its pace. All else is a function of the step and of the decisions, so that a run is bit-equal from the recorded
-decisions.
+With ``--budget`` rank 0 decides by the clock when cheap stages end, when the decay begins and how many steps it takes;
+later decisions correct its pace. All else is a function of the step and of the decisions, so that a run is bit-equal
+from the recorded decisions.
 """
 
+import dataclasses
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from mocov3 import schedules
 from mocov3.config import PretrainConfig
-from mocov3.config.schedule import budget_hours, decays_of
+from mocov3.config.cheap import Stage, ends_of, ends_text, stage_of, stages
+from mocov3.config.schedule import budget_hours, decays_of, decays_text
 from mocov3.distributed import World
 from mocov3.schedules import Decay
 from mocov3.weights.checkpoint import Position
@@ -65,6 +69,14 @@ class Clock:
         while len(self._seen) > 2 and self._seen[1][0] < spent - max(_RECENT * spent, _LEAST):
             self._seen.popleft()
 
+    def forget_pace(self) -> None:
+        """Measure the pace anew: what a step does has changed."""
+        self._seen.clear()
+
+    def is_past(self, share: float) -> bool:
+        """Whether this share of the budget is spent."""
+        return self.spent() >= share * (self.budget - self.reserve)
+
     def pace(self) -> float:
         """Seconds a step, of late."""
         (first, a), (last, b) = self._seen[0], self._seen[-1]
@@ -72,6 +84,8 @@ class Clock:
 
     def decay(self, step: int, decays: Sequence[Decay], share: float) -> int:
         """Steps that the decay, or what is left of it, should take from here; 0 where nothing is to be decided."""
+        if len(self._seen) < 2:
+            return 0
         left = self.budget - self.reserve - self.spent()
         possible = max(int(left / self.pace()), 1)
         if not decays:
@@ -83,11 +97,47 @@ class Clock:
         return possible if abs(possible - rest) * self.pace() > _OFF * self.budget else 0
 
 
+class Decisions(NamedTuple):
+    """What a run decided on its way."""
+
+    decays: tuple[Decay, ...] = ()
+    stage_ends: tuple[int, ...] = ()
+    """Steps before which a cheap stage ended."""
+
+    @classmethod
+    def of(cls, config: PretrainConfig) -> "Decisions":
+        """Those that a configuration records.
+
+        Raises:
+            UserError: if they cannot be read.
+        """
+        return cls(tuple(decays_of(config.decay)), tuple(ends_of(config.stage_ends)))
+
+    def recorded(self, config: PretrainConfig) -> PretrainConfig:
+        """The configuration, with these decisions."""
+        return dataclasses.replace(config, decay=decays_text(self.decays), stage_ends=ends_text(self.stage_ends))
+
+    def news(self, before: "Decisions", stages: Sequence[Stage]) -> list[str]:
+        """What was decided, in words."""
+        news = []
+        if len(self.stage_ends) > len(before.stage_ends):
+            stage = stages[len(self.stage_ends)]
+            kept = f", {stage.keep:.0%} of the tokens" if stage.keep < 1 else ""
+            news.append(
+                f"step {self.stage_ends[-1]}: the cheap part ends; views of {stage.image_size} px"
+                f"{f', patches of {stage.patch_size} px{kept}' if any(s.grid for s in stages) else ''}"
+            )
+        if self.decays[-1:] != before.decays[-1:] or (self.decays and self == before):
+            what = "the decay goes on for" if before.decays else "the stable part ends; the decay takes"
+            news.append(f"step {self.decays[-1].step}: {what} {self.decays[-1].steps} steps")
+        return news
+
+
 class Length:
-    """Rates and end of a run.
+    """Rates, stages and end of a run.
 
     Args:
-        config: of the run; its ``decay`` holds the decisions so far.
+        config: of the run, which records the decisions so far.
         world: this rank.
         iterations: steps of an epoch.
         clock: where the clock decides, on every rank; rank 0's is asked.
@@ -95,12 +145,23 @@ class Length:
 
     def __init__(self, config: PretrainConfig, world: World, iterations: int, clock: Clock | None = None) -> None:
         self.config, self.world, self.iterations, self.clock = config, world, iterations, clock
-        self.decays = decays_of(config.decay)
+        self.decisions = Decisions.of(config)
+        self.stages = stages(config)
+        self._stages_by_clock = clock is not None or bool(self.decisions.stage_ends)
+        if clock is not None or self.decisions.decays:  # the end is not known in epochs: the last stage lasts
+            self.stages[-1] = self.stages[-1]._replace(end=ENDLESS)
 
     @property
-    def endless(self) -> bool:
-        """Whether the end is not known in epochs."""
-        return self.clock is not None or bool(self.decays)
+    def decays(self) -> tuple[Decay, ...]:
+        """The decay's decisions so far."""
+        return self.decisions.decays
+
+    def stage(self, position: Position) -> Stage:
+        """How the next step is trained; where the clock ends stages, they are not bound to epochs."""
+        if not self._stages_by_clock:
+            return stage_of(self.stages, position.epoch)
+        index = bisect_right(self.decisions.stage_ends, position.step)
+        return self.stages[index]._replace(first=0, end=ENDLESS)
 
     def rates(self, epoch: float, step: int) -> tuple[float, float]:
         """Learning rate and momentum of a step, at so many epochs."""
@@ -118,8 +179,8 @@ class Length:
             return position.step >= self.decays[-1].end
         return self.clock is None and position.epoch >= self.config.epochs
 
-    def due(self, position: Position) -> Decay | None:
-        """The decision that is to be taken before the next step, the same on every rank, which all call it."""
+    def due(self, position: Position) -> Decisions | None:
+        """All decisions, where one is to be taken before the next step; the same on every rank, which all call it."""
         if self.config.schedule == "cosine" or self.is_over(position):
             return None
         step = position.step
@@ -128,21 +189,30 @@ class Length:
         self.clock.note(step)
         if self.world.size > 1 and step % _ASKED:
             return None
-        steps = self.clock.decay(step, self.decays, self.config.decay_share) if self.world.main else 0
+        decays, ends = self.decisions
+        if len(ends) < len(self.stages) - 1 and self.world.any(int(self.world.main and self._stage_is_over())):
+            self.clock.forget_pace()
+            return Decisions(decays, (*ends, step))
+        steps = self.clock.decay(step, decays, self.config.decay_share) if self.world.main else 0
         steps = self.world.any(steps)
-        return Decay(step, steps) if steps else None
+        return Decisions((*decays, Decay(step, steps)), ends) if steps else None
 
-    def _planned(self, step: int) -> Decay | None:
+    def _stage_is_over(self) -> bool:
+        stage = self.stages[len(self.decisions.stage_ends)]
+        return self.clock is not None and self.clock.is_past(stage.end / self.config.epochs)
+
+    def _planned(self, step: int) -> Decisions | None:
         """The decay of a run by epochs; of one with recorded decisions its first, so that its start is kept."""
         if self.decays:
-            return self.decays[0] if self.decays[0].step == step else None
+            return self.decisions if self.decays[0].step == step else None
         end = self.config.epochs * self.iterations
         begin = round((1 - self.config.decay_share) * end)
-        return Decay(step, max(end - step, 1)) if step >= begin else None
+        decay = Decay(step, max(end - step, 1))
+        return self.decisions._replace(decays=(decay,)) if step >= begin else None
 
-    def take(self, decays: Sequence[Decay]) -> None:
+    def take(self, decisions: Decisions) -> None:
         """Go by these decisions."""
-        self.decays = list(decays)
+        self.decisions = decisions
 
     def begins_decay(self, step: int) -> bool:
         """Whether the stable part ends before ``step``."""

@@ -5,14 +5,14 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
 from mocov3 import schedules
 from mocov3.config import PretrainConfig
-from mocov3.config.cheap import stage_of, stages
-from mocov3.config.schedule import STABLE, decays_text
+from mocov3.config.cheap import Stage
+from mocov3.config.schedule import STABLE
 from mocov3.data import Batch, TwoViews
 from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
 from mocov3.data.device.token_strips import cheaper
@@ -26,7 +26,7 @@ from mocov3.pretraining.assemble import describe_micro_batch
 from mocov3.pretraining.groups import scale_backbone
 from mocov3.pretraining.inputs import check_divides, copies_of, open_images, say_copies
 from mocov3.pretraining.label_free_evaluation import LabelFreeEvaluation
-from mocov3.pretraining.length import ENDLESS, Length, clock_of
+from mocov3.pretraining.length import Decisions, Length, clock_of
 from mocov3.pretraining.log import PretrainingLog
 from mocov3.pretraining.online_knn import OnlineKnn
 from mocov3.pretraining.recorder import Recorder
@@ -36,7 +36,6 @@ from mocov3.pretraining.step import Outcome
 from mocov3.running.folder import Owner, owned
 from mocov3.running.job import Job
 from mocov3.running.run import Run
-from mocov3.schedules import Decay
 from mocov3.weights import Contents
 from mocov3.weights.checkpoint import Position
 
@@ -77,7 +76,7 @@ class Pretraining(Run):
         if resume_from is not None:
             resume.check_same_run(resume_from, job.config, self.source)
         self.config = c = assemble.completed(job.config, world, resume_from)
-        self.preset, self.stages = c.preset, stages(c)
+        self.preset = c.preset
         # networks are drawn from the seed, and moved to the device, before a checkpoint is read into them
         self.parts = assemble.build(c, world, resume_from, script_door=job.script_door)
         self.model, self.step = self.parts.model, self.parts.step
@@ -118,13 +117,9 @@ class Pretraining(Run):
 
     def _length(self, resume_from: resume.ResumeFrom | None, began: float) -> Length:
         """The run's length and rates, with the decisions taken so far."""
-        decay, seconds = resume.recorded(resume_from, self.config)
-        self.config = c = dataclasses.replace(self.config, decay=decay)
-        resumed = resume_from is not None and not resume.is_of_other_run(resume_from, c)
-        length = Length(c, self.world, self.iterations, clock_of(c, began=began, seconds=seconds, resumed=resumed))
-        if length.endless:  # cheap stages are by the planned epochs, the last one lasts
-            self.stages[-1] = self.stages[-1]._replace(end=ENDLESS)
-        return length
+        self.config, seconds = resume.recorded(resume_from, self.config)
+        c, resumed = self.config, resume_from is not None and not resume.is_of_other_run(resume_from, self.config)
+        return Length(c, self.world, self.iterations, clock_of(c, began=began, seconds=seconds, resumed=resumed))
 
     def _name_run(self, resume_from: resume.ResumeFrom | None) -> str:
         """The run's name: the checkpoint's, or a new one; config.yaml and the list of images go with it."""
@@ -164,30 +159,35 @@ class Pretraining(Run):
 
     def batches(self) -> Iterator[Batch]:
         """Batches from the present position to the end of the last epoch, prepared ahead."""
-        c, world, position = self.config, self.world, self.position
         if self.is_done():
             return
-        if not position.step:
+        if not self.position.step:
             self.online_knn.show_views(0)
-        start = (position.epoch, position.iteration)
-        for stage in (s for s in self.stages if s.end > start[0]):
-            views = TwoViews(
-                stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device", c.local, self.copies
-            )
-            local = c.batch_size // world.size
-            works = batches(
-                len(self.source),
-                seed=self.seed,
-                batch_size=c.batch_size,
-                rank=world.rank,
-                ranks=world.size,
-                start=max(start, (stage.first, 0)),
-                epochs=stage.end,
-                order=self.order,
-            )
-            for batch in self.load(self.source, views, works, batch_size=local, seed=self.seed):
+        while not self.is_complete():
+            stage = self.length.stage(self.position)
+            for batch in self._batches_of(stage):
                 self.log.batch_came()
                 yield batch
+                if self.length.stage(self.position) != stage:  # ended by a decision: other views from here on
+                    break
+
+    def _batches_of(self, stage: Stage) -> Iterator[Batch]:
+        """Batches from the present position to the end of a stage."""
+        c, size = self.config, self.config.batch_size // self.world.size
+        views = TwoViews(
+            stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device", c.local, self.copies
+        )
+        works = batches(
+            len(self.source),
+            seed=self.seed,
+            batch_size=c.batch_size,
+            rank=self.world.rank,
+            ranks=self.world.size,
+            start=(self.position.epoch, self.position.iteration),
+            epochs=stage.end,
+            order=self.order,
+        )
+        return self.load(self.source, views, works, batch_size=size, seed=self.seed)
 
     def views(self, batch: Batch) -> tuple[ViewBatch, ViewBatch, ViewBatch | None]:
         """The two views, made on the device when the step asks for them; strips of them in a cheap stage of a ViT.
@@ -204,7 +204,7 @@ class Pretraining(Run):
             draws = batch.colour_draws
             rest = None if draws is None else draws[2:].reshape(-1, draws.shape[2])
             local = PixelViewBatch(pixels.reshape(-1, *pixels.shape[2:]), device, mean, std, rest)
-        two = cheaper(x1, x2, stage_of(self.stages, batch.work.epoch), batch.work, seed=self.seed, device=device)
+        two = cheaper(x1, x2, self.length.stage(self.position), batch.work, seed=self.seed, device=device)
         return *two, local
 
     def schedule(self, batch: Batch) -> tuple[float, float]:
@@ -254,29 +254,29 @@ class Pretraining(Run):
         return self.length.is_over(self.position)
 
     def decide(self) -> None:
-        """Begin the decay of ``--schedule wsd``, or correct its pace, where due; on the disk before its first step."""
-        decay, before = self.length.due(self.position), self.length.decays
-        if decay is None:
+        """End a cheap stage, begin the decay of ``--schedule wsd``, or correct its pace, where due.
+
+        A decision is on the disk before the first step that follows it.
+        """
+        decisions, before = self.length.due(self.position), self.length.decisions
+        if decisions is None:
             return
-        self._go_by([*before, decay] if decay not in before else before)
+        self._go_by(decisions)
         self.save(again=True)
         if unsaved := self.flushed():
             self._go_by(before)
             if self.world.main:
-                warn(f"the decay waits for the disk ({unsaved}): a decision is kept before it is followed")
+                warn(f"the next part waits for the disk ({unsaved}): a decision is kept before it is followed")
             return
         self._write_config()
-        self.log.say(
-            f"step {decay.step}: {'the decay goes on for' if before else 'the stable part ends; the decay takes'} "
-            f"{decay.steps} steps"
-        )
+        for news in decisions.news(before, self.length.stages):
+            self.log.say(news)
         self.log.restart_clock()
 
-    def _go_by(self, decays: Sequence[Decay]) -> None:
-        self.length.take(decays)
-        text = decays_text(decays)
-        self.config = dataclasses.replace(self.config, decay=text)
-        self.saver.config = dataclasses.replace(self.saver.config, decay=text)
+    def _go_by(self, decisions: Decisions) -> None:
+        self.length.take(decisions)
+        self.config = decisions.recorded(self.config)
+        self.saver.config = decisions.recorded(self.saver.config)
 
     def must_stop(self) -> bool:
         """Refuse to continue where too many images cannot be read or numbers stay bad; then as every run."""

@@ -1,10 +1,14 @@
 """Where a run resumes: finds the checkpoint, refuses one of another run, and restores everything counted."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from mocov3.config import PretrainConfig
+from mocov3.config.cheap import ends_of, ends_text
 from mocov3.config.schedule import STABLE, decays_of, decays_text
 from mocov3.data import Source
 from mocov3.distributed import World
@@ -19,6 +23,7 @@ from mocov3.running.counters import Counters
 from mocov3.weights import Contents, checkpoint, our_entry, trained_with
 from mocov3.weights.checkpoint import Position
 
+T = TypeVar("T")
 ResumeFrom = tuple[Path, Contents]
 """A checkpoint's file and its contents."""
 
@@ -44,22 +49,34 @@ def is_of_other_run(resume_from: ResumeFrom | None, config: PretrainConfig) -> b
     return resume_from is not None and bool(config.prolong) and resume_from[0] == Path(config.prolong) / STABLE
 
 
-def recorded(resume_from: ResumeFrom | None, config: PretrainConfig) -> tuple[str, float | None]:
-    """The decisions of ``--schedule wsd`` so far, and the seconds that the run was up, where it counts them.
+def recorded(resume_from: ResumeFrom | None, config: PretrainConfig) -> tuple[PretrainConfig, float | None]:
+    """The configuration with the decisions so far, and the seconds that the run was up, where it counts them.
+
+    A run that is prolonged keeps the ends of its cheap stages, and decides all else anew.
 
     Raises:
         UserError: if other decisions are given than the checkpoint was trained by.
     """
-    if resume_from is None or is_of_other_run(resume_from, config):
-        return config.decay, None
+    if resume_from is None:
+        return config, None
     path, contents = resume_from
-    saved, seconds = trained_with(contents).get("decay"), our_entry(contents).get("seconds")
-    saved = saved if isinstance(saved, str) else ""
-    given, taken = decays_of(config.decay), decays_of(saved)
+    saved, entry = trained_with(contents), our_entry(contents)
+    decay, ends = (value if isinstance(value := saved.get(name), str) else "" for name in ("decay", "stage_ends"))
+    if is_of_other_run(resume_from, config):
+        kept = [end for end in ends_of(ends) if end < int(entry.get("step", 0))]
+        return dataclasses.replace(config, stage_ends=config.stage_ends or ends_text(kept)), None
+    decays = _longer(path, "--decay", decays_of(config.decay), decays_of(decay), decays_text)
+    stage_ends = _longer(path, "--stage-ends", ends_of(config.stage_ends), ends_of(ends), ends_text)
+    seconds = entry.get("seconds")
+    config = dataclasses.replace(config, decay=decays, stage_ends=stage_ends)
+    return config, float(seconds) if isinstance(seconds, int | float) else None
+
+
+def _longer(path: Path, name: str, given: list[T], taken: list[T], text: Callable[[list[T]], str]) -> str:
     few, many = sorted((given, taken), key=len)  # a kill can come between checkpoint and config.yaml
     if many[: len(few)] != few:
-        raise UserError(f"--resume {path}: was trained with --decay {saved}, not {config.decay}; leave it out")
-    return decays_text(many), float(seconds) if isinstance(seconds, int | float) else None
+        raise UserError(f"--resume {path}: was trained with {name} {text(taken)}, not {text(given)}; leave it out")
+    return text(many)
 
 
 def _newest(folder: Path, world: World) -> ResumeFrom | None:

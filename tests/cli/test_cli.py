@@ -35,7 +35,7 @@ FROZEN = """
 --grad-checkpoint --deterministic
 --allow-config-change --allow-data-change --quiet --json --views-on --micro-batch --fsdp --logger
 --token-keep --image-size-schedule --patch-size-schedule --heads --local-views --local-weight
---schedule --decay-share --decay --prolong --smaller-copies
+--schedule --decay-share --decay --stage-ends --prolong --smaller-copies
 """
 
 FROZEN_LINCLS = """

@@ -13,6 +13,7 @@ from killing import Process, assert_same_run, difference, kill_until_done, stead
 
 from mocov3.cli import main
 from mocov3.config import PretrainConfig, read_yaml
+from mocov3.config.cheap import ends_of
 from mocov3.config.schedule import STABLE, decays_of, decays_text
 from mocov3.distributed import World
 from mocov3.errors import UserError
@@ -33,8 +34,8 @@ def test_rates_are_flat_and_then_fall():
     for step in range(100):
         rates.append(length.rates(step / 10, step))
         if decay := length.due(Position(0, 0, step + 1)):
-            assert decay == Decay(80, 20)
-            length.take([decay])
+            assert decay.decays == (Decay(80, 20),)
+            length.take(decay)
     lr, m = zip(*rates, strict=True)
     assert lr[:20] == pytest.approx([0.6 * step / 20 for step in range(20)])
     assert lr[20:80] == pytest.approx([0.6] * 60)
@@ -71,7 +72,8 @@ def test_the_end_is_within_the_budget_though_the_machine_is_disturbed(disturbed)
     budget, now = 600.0, Watch()
     clock = Clock(budget, began=0, now=now)
     clock._start = now()  # whatever the time of day
-    config = PretrainConfig(schedule="wsd", batch_size=256, warmup_epochs=0, recipe="auto", budget="10m")
+    cheap = {"image_size": 32, "image_size_schedule": "16:0.3,24:0.2"}
+    config = PretrainConfig(schedule="wsd", batch_size=256, warmup_epochs=0, recipe="auto", budget="10m", **cheap)
     length = Length(config, ALONE, 50, clock)
     rng = random.Random(0)
     when = {
@@ -82,18 +84,21 @@ def test_the_end_is_within_the_budget_though_the_machine_is_disturbed(disturbed)
         "from the decay on": lambda t: t > 0.8,
         "at the end": lambda t: t > 0.9,
     }[disturbed]
-    step = decisions = 0
-    while not length.is_over(Position(step // 50, step % 50, step)):
+    step, times = 0, []
+    while not length.is_over(at := Position(step // 50, step % 50, step)):
+        cost = length.stage(at).image_size ** 2 / 32**2
         step += 1
-        now.seconds += 0.2 * rng.uniform(0.8, 1.3) * (2 if when(clock.spent() / budget) else 1)
-        if decay := length.due(Position(step // 50, step % 50, step)):
-            length.take([*length.decays, decay])
-            decisions += 1
+        now.seconds += 0.2 * cost * rng.uniform(0.8, 1.3) * (2 if when(clock.spent() / budget) else 1)
+        if decisions := length.due(Position(step // 50, step % 50, step)):
+            length.take(decisions)
+            times.append(clock.spent())
             now.seconds += 0.3  # writing it
     assert clock.spent() == pytest.approx(budget, rel=0.03)
-    assert 1 <= decisions <= 6
-    share = sum(d.steps for d in length.decays[:1]) / length.decays[-1].end
-    assert 0.08 < share < 0.3
+    decays, ends = length.decisions
+    assert times[:2] == pytest.approx([0.3 * budget, 0.5 * budget], rel=0.02)
+    assert [length.stage(Position(0, 0, s)).image_size for s in (ends[0] - 1, *ends)] == [16, 24, 32]
+    assert 1 <= len(decays) <= 6
+    assert times[2] == pytest.approx(0.8 * budget, rel=0.02)
 
 
 def test_time_down_does_not_count():
@@ -111,8 +116,8 @@ def run(images, folder, *flags):
     return folder
 
 
-def recorded(folder):
-    return read_yaml(folder / "config.yaml", PretrainConfig)["decay"]
+def recorded(folder, name="decay"):
+    return read_yaml(folder / "config.yaml", PretrainConfig)[name]
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +187,23 @@ def test_killed_by_the_clock_is_bit_equal_from_the_recorded_decisions(images, tm
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX process groups")
 def test_ranks_share_the_decision(images, tmp_path):
-    Process(budgeted(images, "5s", "--nprocs-per-node", "2")(tmp_path / "two")).finish()
-    assert_equal_from_the_decisions(images, tmp_path / "two", tmp_path / "again", "--nprocs-per-node", "2")
+    """Also of a cheap part, which the clock ends within an epoch or after it."""
+    flags = "--nprocs-per-node", "2", "--image-size-schedule", "16:0.5"
+    two = tmp_path / "two"
+    Process(budgeted(images, "5s", *flags)(two)).finish()
+    (end,) = ends_of(recorded(two, "stage_ends"))
+    assert 0 < end <= decays_of(recorded(two))[0].step
+    assert read(two / last_of(two))["mocov3"]["config"]["stage_ends"] == str(end)
+    assert_equal_from_the_decisions(images, two, tmp_path / "again", *flags[:2])
+    assert recorded(tmp_path / "again", "stage_ends") == str(end)
+
+
+def test_a_prolonged_run_keeps_the_cheap_parts_that_had_ended(images, tmp_path):
+    flags = [*SMALL, "--image-size-schedule", "16:0.3,24:0.5", "--stage-ends", "3", "--decay", "6:2"]
+    assert main(["pretrain", str(images), *flags, "--epochs", "6", "--output-dir", str(tmp_path / "a")]) == 0
+    on = ["--prolong", str(tmp_path / "a"), "--budget", "1h", "--max-steps", "8", "--output-dir", str(tmp_path / "b")]
+    assert main(["pretrain", *on]) == 0
+    assert (recorded(tmp_path / "b"), recorded(tmp_path / "b", "stage_ends")) == ("", "3")
 
 
 def test_a_decision_is_durable_before_it_is_followed(images, tmp_path, monkeypatch):
@@ -232,6 +252,9 @@ def test_a_decision_is_durable_before_it_is_followed(images, tmp_path, monkeypat
         ({"schedule": "wsd", "decay": "5:0"}, "takes STEP:STEPS"),
         ({"schedule": "wsd", "warmup_epochs": 90}, "leaves no stable part of 100 epochs"),
         ({"schedule": "wsd", "budget": "soon"}, "write a time above 0"),
+        ({"schedule": "wsd", "stage_ends": "5,3"}, "whole numbers above 0 that rise"),
+        ({"schedule": "wsd", "stage_ends": "5"}, "ends 1 cheap parts; with --schedule wsd 0 end by the clock"),
+        ({"arch": "resnet18", "image_size_schedule": "112:0.5", "stage_ends": "5"}, "with --schedule cosine 0 end"),
         ({"budget": "1h"}, "--schedule wsd uses up"),
         ({"prolong": "nowhere"}, "needs a run with --schedule wsd"),
         ({"prolong": "nowhere", "schedule": "wsd"}, "has no stable.pth.tar"),
