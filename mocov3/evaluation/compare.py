@@ -22,7 +22,7 @@ from mocov3.errors import UserError, printable
 from mocov3.evaluation.intervals import rank_correlation
 from mocov3.evaluation.measures import described, require
 from mocov3.evaluation.paired import Paired, against_start, findings_against_start
-from mocov3.metrics import JsonLine
+from mocov3.metrics import JsonLine, plain
 from mocov3.output.log import warn_left_out
 
 _CORRELATE_FROM = 8
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if args.json:
         for row in rows:
-            print(json.dumps(row))
+            print(json.dumps(plain(row)))
         return 0
     left_out = min(len(images), IMAGES) - rows[0]["pictures"]
     _print(rows, labels, args.labels, held_out=unseen is not None, left_out=left_out)
@@ -142,6 +142,7 @@ _COLUMNS = {
     "lidar": ("LiDAR", ".1f"),
     "alignment": ("align.", ".2f"),
     "uniformity": ("unif.", ".2f"),
+    "dimension": ("IdEst", ".1f"),
 }
 _NAME = 34
 
@@ -164,7 +165,7 @@ def _print(rows: list[JsonLine], labels: Labels | None, file: str, *, held_out: 
         name = name if len(name) < _NAME else "…" + name[2 - _NAME :]
         mark = "*" if row["kind"] in ("checkpoint", "blend") and row["retrieval"] == best else " "
         print(f"{mark} {name:<{_NAME}}" + " ".join(cells))
-    print("\nBetter: more found, higher RankMe and LiDAR, lower alignment and uniformity. The share found")
+    print("\nBetter: more found, higher RankMe and LiDAR, lower alignment, uniformity and IdEst. The share found")
     print("again goes along with k-NN best (docs/own-images.md). Compare on the same images only.")
     if labels is not None:
         kind = "findings" if what == "auroc" else "classes"

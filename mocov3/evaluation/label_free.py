@@ -1,4 +1,4 @@
-"""Quality of a network, judged without labels: held-out images, views of kinds never trained on, six measures.
+"""Quality of a network, judged without labels: held-out images, views of kinds never trained on, seven measures.
 
 Sources of the measures: ``mocov3.evaluation.quality``. How each correlates with k-NN accuracy:
 ``docs/own-images.md``.
@@ -39,6 +39,8 @@ class LabelFreeQuality:
     lidar: float
     alignment: float
     uniformity: float
+    dimension: float = float("nan")
+    """Intrinsic, by trees."""
 
     def as_dict(self) -> dict[str, float]:
         """Name → value, for JSON; there ``images`` has been called ``pictures`` from the first version."""
@@ -65,6 +67,7 @@ def judge(views: Float[Tensor, "images views dim"], groups: np.ndarray | None = 
         lidar=quality.lidar(views[:, 1:]),
         alignment=quality.alignment(views[:, 1], views[:, 2]),
         uniformity=quality.uniformity(views[:, 0]),
+        dimension=quality.tree_dimension(views[:, 0]),
     )
 
 

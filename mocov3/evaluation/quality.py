@@ -12,6 +12,8 @@ from torch import Tensor
 _EPSILON = 1e-7
 _FIRST_RANK, _LAST_RANK = 3, 100
 """Eigenvalues that α-ReQ fits: the first ones follow no power law, the last ones are noise."""
+_LEAST_TREE = 64
+"""Points below which trees say nothing of a dimension."""
 
 
 def rankme(features: Float[Tensor, "images dim"]) -> float:
@@ -81,6 +83,44 @@ def uniformity(features: Float[Tensor, "images dim"]) -> float:
     for part in x.split(1024):
         total += (2 - 2 * part @ x.T).clamp(min=0).mul(-2).exp().sum()
     return float(((total - n) / max(n * (n - 1), 1)).log())
+
+
+def tree_dimension(features: Float[Tensor, "images dim"], seed: int = 0) -> float:
+    """Intrinsic dimension by the growth of minimum spanning trees (IdEst, Mordacq et al. 2026, arXiv 2606.03338).
+
+    The length of the tree of n points of a d-dimensional set grows like n^((d−1)/d); the exponent is the slope of
+    log length over log n, by least squares over nested draws of an eighth to all of the images. The authors found
+    better linear probes where it is smaller. Infinite where trees grow as fast as the images' number, NaN below 64
+    images.
+    """
+    x = _double(features).numpy()
+    if len(x) < _LEAST_TREE:
+        return float("nan")
+    x = x[np.random.Generator(np.random.PCG64(seed)).permutation(len(x))]
+    squares = (x * x).sum(1)
+    squared_distances = squares + squares[:, None] - 2 * (x @ x.T)
+    sizes = np.unique(np.geomspace(len(x) / 8, len(x), 8).astype(int))
+    lengths = [_tree_length(squared_distances[:n, :n]) for n in sizes]
+    if min(lengths) <= 0:
+        return 0.0  # all the same
+    slope = float(np.polyfit(np.log(sizes), np.log(lengths), 1)[0])
+    return 1 / (1 - slope) if slope < 1 else float("inf")
+
+
+def _tree_length(squared_distances: np.ndarray) -> float:
+    """Length of the minimum spanning tree, by Prim's algorithm.
+
+    scipy's is for sparse graphs: it sorts all n² edges, which takes thirty times as long, and drops those of length 0.
+    """
+    left, at, total = np.arange(1, len(squared_distances)), 0, 0.0
+    nearest = np.full(len(left), np.inf)
+    while len(left):
+        nearest = np.minimum(nearest, squared_distances[at, left])
+        best = int(nearest.argmin())
+        at, total = left[best], total + max(float(nearest[best]), 0.0) ** 0.5
+        left[best], nearest[best] = left[-1], nearest[-1]
+        left, nearest = left[:-1], nearest[:-1]
+    return total
 
 
 def retrieval(

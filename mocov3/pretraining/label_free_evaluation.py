@@ -20,7 +20,7 @@ from mocov3.errors import UserError
 from mocov3.evaluation.features import Extractor
 from mocov3.evaluation.label_free import IMAGES, LabelFreeQuality, features_of_views, judge, pixel_features
 from mocov3.evaluation.paired import Conclusion
-from mocov3.metrics import QUALITY, JsonLine
+from mocov3.metrics import QUALITY, JsonLine, plain
 from mocov3.models import Encoder, MoCo
 from mocov3.output.log import cut, warn
 from mocov3.pretraining.against_start import AgainstStart
@@ -148,7 +148,7 @@ class LabelFreeEvaluation:
         if self.world.main:
             line = {"name": name, "epoch": position.epoch, "step": position.step, **label_free.as_dict()}
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(plain(line)) + "\n")
 
     def _keep(self, label_free: LabelFreeQuality, position: Position) -> None:
         state = whole(self.model.state_dict(), keep=self.world.main)  # --fsdp: every rank gives its part

@@ -10,6 +10,7 @@ import timm
 import torch
 from conftest import TINY
 from doors import refused
+from scipy.sparse.csgraph import minimum_spanning_tree
 
 from mocov3 import load_backbone
 from mocov3.cli import main
@@ -72,6 +73,20 @@ def test_alignment_and_uniformity_of_known_points():
     unit = (many / many.norm(dim=1, keepdim=True)).numpy()
     d = ((unit[:, None] - unit[None]) ** 2).sum(2)[np.triu_indices(1500, 1)]
     assert quality.uniformity(many) == pytest.approx(np.log(np.exp(-2 * d).mean()), rel=1e-9)
+
+
+def test_the_dimension_of_trees_is_that_of_the_points():
+    rng = np.random.Generator(np.random.PCG64(0))
+    turn = np.linalg.qr(rng.normal(size=(16, 16)))[0]
+    for dimension in (1, 2, 5):
+        points = np.zeros((1500, 16))
+        points[:, :dimension] = rng.uniform(size=(1500, dimension))
+        assert quality.tree_dimension(torch.from_numpy(points @ turn)) == pytest.approx(dimension, rel=0.15)
+    x = gaussian(200, 6)
+    squares = torch.cdist(x, x).square().numpy()
+    assert quality._tree_length(squares) == pytest.approx(minimum_spanning_tree(squares**0.5).sum(), rel=1e-9)
+    assert quality.tree_dimension(torch.ones(100, 3)) == 0
+    assert math.isnan(quality.tree_dimension(x[:60]))
 
 
 def test_retrieval_counts_the_nearest_and_no_ties():
