@@ -1,25 +1,28 @@
 """Adapting existing weights: what a new kind of images gains, what the old kind loses, by way and number of images.
 
-    python benchmarks/adapt.py --old CIFAR10 --out runs/adapt    # every run that is missing, one after the other
+    python benchmarks/adapt.py --old CIFAR10 --out runs/adapt    # every run that is missing, two at a time
     python benchmarks/adapt.py --out runs/adapt --tables         # the tables, of what is there
     python benchmarks/adapt.py --rehearse                        # everything at toy size, without data
 
 Old kind: labelled colour photographs with a train and a validation or test part (``--old``: anything that mocov3 takes,
 as the two Parquet files of CIFAR-10). New kind: embedded Fashion-MNIST images, 28 px and grey, as a camera mounted
 askew might see them: turned, shifted, scaled, darker, noisy. A base is trained on the old kind, then on 200, 1,000 and
-5,000 of the new in the ways of ``WAYS``: 29 trainings with the base. All k-NN is leave-one-out on images that neither a
+5,000 of the new in the ways of ``WAYS``: 28 trainings with the base. All k-NN is leave-one-out on images that neither a
 training nor a guard has seen; blends of start and end are judged as well and cost no training. A result is written when
-its run ends (OUT/results.jsonl), and a run that was stopped resumes. ``--device cuda`` where there is a GPU.
+its run ends (OUT/results.jsonl), and a run that was stopped resumes. The base trains on all cores, the others each on
+one (``--together``). ``--device cuda`` where there is a GPU.
 """
 
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -33,23 +36,26 @@ from mocov3.data import FashionMnist, Source, open_source
 from mocov3.errors import KEEP_YOURS
 
 Result = dict[str, Any]
-RATE = 5e-4
+RATE = 2e-3
+"""For 256 images; at the batches of adapting each step has the rate of the base's own steps."""
 RUINOUS = 100 * RATE
 BLENDS = "0,.25,.5,.75,1"
 WAYS: dict[str, list[str]] = {
     "unprotected": ["--lr", str(RATE)],
     "layer decay": ["--lr", str(RATE), "--layer-decay", ".75", "--freeze-epochs", "1"],
-    "LoRA": ["--lr", str(4 * RATE), "--lora", "8"],
-    "LoRA, preserved": ["--lr", str(4 * RATE), "--lora", "8", "--preserve", "1"],
+    "LoRA": ["--lr", str(2 * RATE), "--lora", "8"],
+    "LoRA, preserved": ["--lr", str(2 * RATE), "--lora", "8", "--preserve", "1"],
     "LoRA, preserved, last block": ["--lr", str(RATE), "--lora", "8", "--preserve", "1", "--unfreeze-last", "1"],
-    "LoRA, preserved, guarded": ["--lr", str(4 * RATE), "--lora", "8", "--preserve", "1"],
+    "LoRA, preserved, guarded": ["--lr", str(2 * RATE), "--lora", "8", "--preserve", "1"],
     "ruinous, guarded": ["--lr", str(RUINOUS)],
 }
+FIRST = ("unprotected", "layer decay", "LoRA, preserved", "LoRA, preserved, guarded")
+"""Ways of which other seeds are trained before anything else."""
 GUARDED = tuple(way for way in WAYS if way.endswith("guarded"))
-EPOCHS = {200: 100, 1000: 40, 5000: 20}
-NETWORK = ["-a", "vit_tiny", "--image-size", "32", "--optimizer", "adamw", "--weight-decay", ".05", "--moco-t", ".2"]
-NETWORK += ["--moco-m-cos", "--moco-dim", "128", "--moco-mlp-dim", "1024", "--crop-min", ".2", "--stop-grad-conv1"]
-NETWORK += ["--recipe", "defaults", "--logger", "none", "--quiet", "--seed"]
+EPOCHS = {200: 40, 1000: 20, 5000: 8}
+NETWORK = ["-a", "vit_conv_micro", "--image-size", "32", "--optimizer", "adamw", "--weight-decay", ".05"]
+NETWORK += ["--moco-t", ".2", "--moco-m-cos", "--moco-dim", "128", "--moco-mlp-dim", "512", "--crop-min", ".2"]
+NETWORK += ["--recipe", "defaults", "--logger", "none", "--quiet", "--precision", "bf16", "-j", "0", "--seed"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Sizes:
     patch: int
     base_images: int
     base_epochs: int
+    base_batch: int
     batch: int
     guard: int
     """Old images for the guard, half of which decide."""
@@ -70,21 +77,23 @@ class Sizes:
     """New images → epochs."""
 
 
-FULL = Sizes(4, 50_000, 60, 128, 4000, 1000, 2000, EPOCHS)
-TOY = Sizes(16, 64, 1, 16, 40, 20, 40, {32: 1})
+FULL = Sizes(8, 50_000, 11, 256, 128, 4000, 1000, 4000, EPOCHS)
+TOY = Sizes(16, 64, 1, 16, 16, 40, 20, 40, {32: 1})
 
 
 def plan(sizes: Sizes) -> Iterator[tuple[str, int, int]]:
-    """(way, images, seed) of every training but the base's: 28 at full size."""
+    """(way, images, seed) of every training but the base's, 27 at full size: what matters most first."""
     *fewer, most = sorted(sizes.epochs)
-    for way in WAYS:
-        for seed in (0, 1, 2) if sizes is FULL and not way.startswith("ruinous") else (0,):
-            yield way, most, seed
-    for images in fewer:
-        for way in ("unprotected", "layer decay", "LoRA", "LoRA, preserved"):
-            yield way, images, 0
+    yield from ((way, most, 0) for way in WAYS)
+    if sizes is FULL:
+        yield from ((way, most, seed) for seed in (1, 2) for way in FIRST)
+    yield from ((way, images, 0) for images in fewer for way in FIRST[:3])
     if fewer:
+        yield "LoRA", fewer[-1], 0
         yield "LoRA, preserved, guarded", fewer[-1], 0
+    if sizes is FULL:
+        rest = [way for way in WAYS if way not in FIRST and not way.startswith("ruinous")]
+        yield from ((way, most, seed) for seed in (1, 2) for way in rest)
 
 
 def other_camera(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -150,10 +159,10 @@ def make_images(out: Path, old: str, sizes: Sizes) -> None:
     (data / "complete").touch()
 
 
-def mocov3(*args: object, codes: tuple[int, ...] = (0,)) -> tuple[str, int]:
+def mocov3(*args: object, codes: tuple[int, ...] = (0,), threads: str = "1") -> tuple[str, int]:
     """Run a command of ours; what it printed, and its exit code."""
     command = [sys.executable, "-m", "mocov3", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads})
     if done.returncode not in codes:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout, done.returncode
@@ -172,9 +181,11 @@ def judged(file: Path, folder: Path, device: str, *, blend: bool) -> dict[str, R
 
 def train_base(out: Path, sizes: Sizes, device: str) -> tuple[Path, Result]:
     """The base, and how it stands beside pixels on old images."""
-    flags = [*NETWORK, 0, "--patch-size", sizes.patch, "-b", sizes.batch, "--lr", 1e-3, "--epochs", sizes.base_epochs]
-    flags += ["--warmup-epochs", min(5, sizes.base_epochs - 1), "--device", device, "--keep-last", 1]
-    mocov3("pretrain", out / "data" / "base", *flags, "--output-dir", out / "base", "--resume", "auto")
+    flags = [*NETWORK, 0, "--patch-size", sizes.patch, "-b", sizes.base_batch, "--lr", 1e-3]
+    flags += ["--epochs", sizes.base_epochs, "--warmup-epochs", min(1, sizes.base_epochs - 1), "--schedule", "wsd"]
+    flags += ["--device", device, "--keep-last", 1, "--output-dir", out / "base", "--resume", "auto"]
+    flags += ["--compile"] * (sizes is FULL)
+    mocov3("pretrain", out / "data" / "base", *flags, threads=str(os.cpu_count()))
     file = out / "base" / f"checkpoint_{sizes.base_epochs - 1:04d}.pth.tar"
     rows = judged(file, out / "data" / "old", device, blend=False)
     return file, {"old": rows["end"]["knn"], "pixels": rows["pixels"]["knn"]}
@@ -187,7 +198,7 @@ def adapt(out: Path, base: Path, way: str, images: int, seed: int, sizes: Sizes,
     flags = [*NETWORK, seed, "--patch-size", sizes.patch, "-b", min(sizes.batch, images // 2), *WAYS[way]]
     flags += ["--epochs", max(epochs, 2), "--warmup-epochs", 1, "--moco-m", ".996", "--init", base, "--keep-last", 1]
     flags += ["--guard", data / "guard", "--guard-drop", 2 if way in GUARDED else 100, "--new-labels", "folders"]
-    flags += ["--quality-every", max(epochs // 10, 1), "--device", device, "--resume", "auto", "--output-dir", folder]
+    flags += ["--quality-every", max(epochs // 6, 1), "--device", device, "--resume", "auto", "--output-dir", folder]
     began = time.monotonic()
     said, code = mocov3("pretrain", data / f"new{images}", *flags, codes=(0, KEEP_YOURS))
     seconds = time.monotonic() - began
@@ -208,21 +219,22 @@ def adapt(out: Path, base: Path, way: str, images: int, seed: int, sizes: Sizes,
     }  # fmt: skip
 
 
-def measure(out: Path, old: str, sizes: Sizes, device: str, base: Path | None) -> list[Result]:
-    """Every run that is missing; all results."""
+def measure(out: Path, old: str, sizes: Sizes, device: str, base: Path | None, together: int) -> list[Result]:
+    """Every run that is missing, so many at a time; all results."""
     make_images(out, old, sizes)
     results_file = out / "results.jsonl"
     results = read(out)
     if base is None:
         base, standing = train_base(out, sizes, device)
         (out / "base.json").write_text(json.dumps(standing))
-    for way, images, seed in plan(sizes):
-        if any((r["way"], r["images"], r["seed"]) == (way, images, seed) for r in results):
-            continue
-        results.append(adapt(out, base, way, images, seed, sizes, device))
-        with results_file.open("a") as file:
-            file.write(json.dumps(results[-1]) + "\n")
-        print(_row([results[-1]]), flush=True)
+    there = {(r["way"], r["images"], r["seed"]) for r in results}
+    with ThreadPoolExecutor(together) as pool:
+        runs = [pool.submit(adapt, out, base, *run, sizes, device) for run in plan(sizes) if run not in there]
+        for run in as_completed(runs):
+            results.append(run.result())
+            with results_file.open("a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+            print(_row([results[-1]]), flush=True)
     return results
 
 
@@ -251,7 +263,8 @@ def tables(out: Path, results: list[Result]) -> str:
     lines += ["| way | images | old kind, by seed | mean change | new kind, by seed | mean change | the run says |"]
     lines += ["|---|---:|---|---:|---|---:|---|"]
     groups: dict[tuple[str, int], list[Result]] = {}
-    for result in results:
+    ways = list(WAYS)
+    for result in sorted(results, key=lambda r: (-r["images"], ways.index(r["way"]), r["seed"])):
         groups.setdefault((result["way"], result["images"]), []).append(result)
     lines += [_row(group) for group in groups.values()]
     lines += ["", "| blend of | " + " | ".join(BLENDS.split(",")) + " |", "|---|" + "---|" * 5]
@@ -278,6 +291,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/adapt"), help="images, runs and results")
     parser.add_argument("--base", type=Path, help="weights trained on the old kind, in place of a training here")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--together", type=int, default=2, help="trainings at a time, each on one thread")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is there")
     parser.add_argument("--rehearse", action="store_true", help="everything once, at toy size, without data")
     args = parser.parse_args()
@@ -286,12 +300,12 @@ def main() -> int:
         return 0
     if args.rehearse:
         with tempfile.TemporaryDirectory() as folder:
-            results = measure(Path(folder), "", TOY, args.device, None)
+            results = measure(Path(folder), "", TOY, args.device, None, args.together)
             print(tables(Path(folder), results) + "\n\nA rehearsal at toy size: the numbers mean nothing.")
         return 0
     if not args.old:
         parser.error("--old names the labelled photographs")
-    print(tables(args.out, measure(args.out, args.old, FULL, args.device, args.base)))
+    print(tables(args.out, measure(args.out, args.old, FULL, args.device, args.base, args.together)))
     return 0
 
 

@@ -5,9 +5,9 @@
     python benchmarks/equal_time.py schedule --rehearse
 
 Every way of a question trains by ``mocov3 pretrain``'s own loop, on one thread, for about ``--minutes`` of processor
-time, loading included: a few steps are timed, which gives it as many epochs as fit (``schedule`` and ``precision``: all
-as many as the first way, since they are about equal steps). Printed: k-NN (k 20, τ 0.07) and ridge accuracy on the test
-images, images seen and processor minutes, mean over seeds. Runs are kept in ``--results`` as they come, so that a
+time, loading included: a few steps are timed, which gives it as many epochs as fit (``schedule`` and the precisions:
+all as many as the first way, since they are about equal steps). Printed: k-NN (k 20, τ 0.07) and ridge accuracy on the
+test images, images seen and processor minutes, mean over seeds. Runs are kept in ``--results`` as they come, so that a
 measurement that was stopped can be resumed. ``--rehearse`` runs everything on a few of the embedded images for a few
 steps; it writes nothing.
 """
@@ -47,12 +47,9 @@ RESNET = (
     "-a resnet10_w16 --image-size 32 --crop-min .2 --optimizer adamw -b 128 --lr 8e-3 --wd .05 --moco-t .2 "
     "--moco-m-cos --moco-dim 128 --moco-mlp-dim 512 --warmup-epochs 1"
 )
-VIT = "--recipe vit_small_images --warmup-epochs 1"
-MICRO = (
-    "-a vit_conv_micro --patch-size 8 --image-size 32 --crop-min .2 --optimizer adamw -b 256 --lr 1e-3 --wd .05 "
-    "--moco-t .2 --moco-m-cos --moco-dim 128 --moco-mlp-dim 512 --warmup-epochs 1"
-)
-EQUAL_STEPS = ("schedule", "precision")
+VIT = "--recipe vit_small_images --warmup-epochs 1 --schedule wsd"
+VIT16 = f"{VIT} --precision bf16"
+EQUAL_STEPS = ("schedule", "precision", "vit_precision")
 """Questions whose ways all take the first one's epochs."""
 QUESTIONS: dict[str, dict[str, str]] = {
     "local": {
@@ -67,14 +64,16 @@ QUESTIONS: dict[str, dict[str, str]] = {
         **{f"wsd, {share}": f"{RESNET} --schedule wsd --decay-share {share}" for share in (0.1, 0.2, 0.4)},
     },
     "width": {"resnet10_w16": RESNET, "resnet10_w32": RESNET.replace("w16", "w32")},
-    "precision": {"32 bits": MICRO, "16 bits": f"{MICRO} --precision bf16"},
+    "precision": {"32 bits": f"{RESNET} --schedule wsd", "16 bits": f"{RESNET} --schedule wsd --precision bf16"},
+    "vit_precision": {"32 bits": VIT, "16 bits": VIT16},
     "vit": {
-        "the recipe": VIT,
-        "trained projection": f"{VIT} --no-stop-grad-conv1",
-        "all tokens": f"{VIT} --token-keep=",
-        "convolutional stem": f"{VIT} -a vit_conv_tiny --token-keep= --no-stop-grad-conv1",
-        "lr 5e-4": f"{VIT} --lr 5e-4",
-        "lr 2e-3": f"{VIT} --lr 2e-3",
+        "the recipe": VIT16,
+        "patches of 4": f"{VIT16} --patch-size 4",
+        "patches projected": f"{VIT16} -a vit_micro",
+        "projection frozen": f"{VIT16} -a vit_micro --stop-grad-conv1",
+        "patches of 4, projected, a quarter kept": f"{VIT16} -a vit_micro --patch-size 4 --token-keep .25:.8",
+        "lr 5e-4": f"{VIT16} --lr 5e-4",
+        "lr 2e-3": f"{VIT16} --lr 2e-3",
     },
 }
 COMMON = "-j 0 -p 1000000 --device cpu --quiet --checkpoint-every 1000000 --logger none"

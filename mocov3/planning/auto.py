@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mocov3.config.archs import is_resnet, is_vit
+from mocov3.config.archs import CONV_VITS, VITS, is_resnet, is_vit
 from mocov3.config.fields import Fields
 from mocov3.config.presets import PRESETS
 from mocov3.planning.choices import Choice, duration
@@ -133,7 +133,7 @@ def _views(settings: _Settings, images: Images, machine: Machine, rung: Rung) ->
     arch = settings.values.get("arch", "")
     # views of ViTs divide into patches: those of the starting weights or the stem, else the smallest chosen below
     patches = is_vit(arch) or arch.startswith("timm/")
-    patch = settings.values.get("patch_size", 4) if patches else 4
+    patch = settings.values.get("patch_size", _patch(arch, machine)) if patches else 4
     if short <= _SMALL_SIDE:
         side = max(short // 4 * 4, 16)
         reason = f"half of the images are {short} px or less at their shorter side"
@@ -156,6 +156,11 @@ def _views(settings: _Settings, images: Images, machine: Machine, rung: Rung) ->
         settings.choose("mean_std", images.mean_std, "measured on these images")
 
 
+def _patch(arch: str, machine: Machine) -> int:
+    """Pixels of a side of the patches of small views."""
+    return 8 if machine.device == "cpu" and arch in CONV_VITS else 4
+
+
 def _network(settings: _Settings, images: Images, machine: Machine, memory: Memory, rung: Rung) -> None:
     n, small, gb = images.count, settings["image_size"] <= _SMALL_SIDE, machine.memory / GIB
     if machine.device == "cpu":
@@ -169,7 +174,7 @@ def _network(settings: _Settings, images: Images, machine: Machine, memory: Memo
     else:
         arch, reason = "resnet50", "the reference's; ViTs need more images or memory"
     arch = settings.choose("arch", arch, reason)
-    tiny = arch.startswith("resnet10")
+    tiny = arch.startswith("resnet10") or arch.endswith("_micro")
     if is_resnet(arch) and "_w" not in arch:
         settings.choose(
             "small_stem", small, f"views of {settings['image_size']} px" + (" would shrink to nothing" * small)
@@ -177,10 +182,13 @@ def _network(settings: _Settings, images: Images, machine: Machine, memory: Memo
     if tiny:
         settings.choose("moco_dim", 128, "the demo's head for this width")
         settings.choose("moco_mlp_dim", 512, "the demo's head for this width")
-    if is_vit(arch):
+    if arch in VITS:
         settings.choose("stop_grad_conv1", True, "keeps ViTs stable (paper, §4.2)")
-        if settings["image_size"] <= _SMALL_SIDE:
-            settings.choose("patch_size", 4, f"views of {settings['image_size']} px")
+    if is_vit(arch) and small:
+        patch, reason = _patch(arch, machine), f"views of {settings['image_size']} px"
+        if patch > 4:
+            reason = "patches of 4 would see the images a third as often in the same time (docs/budget.md)"
+        settings.choose("patch_size", patch, reason)
 
 
 def _fits(settings: Fields, batch: int, machine: Machine, memory: Memory) -> bool:
@@ -198,7 +206,8 @@ def _precision(settings: _Settings, machine: Machine) -> None:
 
 
 def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory) -> None:
-    cap = 128 if machine.device == "cpu" else 1024 if is_vit(settings["arch"]) else 512
+    micro = settings["arch"].endswith("_micro")
+    cap = 256 if micro else 128 if machine.device == "cpu" else 1024 if is_vit(settings["arch"]) else 512
     useful = max(images.count // 8, 16)
     size = min(2 ** int(math.log2(min(cap, useful))), max(images.count, 1))
     limit = "128 did better than 256 in the demo" if cap == 128 else "larger ones need other learning rates"
@@ -217,7 +226,11 @@ def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory
 
 def _optimisation(settings: _Settings) -> None:
     arch = settings["arch"]
-    if is_vit(arch) or arch.startswith("timm/"):
+    if arch.endswith("_micro"):
+        settings.choose("optimizer", "adamw", "the paper's for ViTs")
+        settings.choose("lr", 1e-3, "half and twice as much did not do better on CIFAR-10 (docs/budget.md)")
+        settings.choose("weight_decay", 0.05, "that of the small ResNets")
+    elif is_vit(arch) or arch.startswith("timm/"):
         settings.choose("optimizer", "adamw", "the paper's for ViTs")
         settings.choose("lr", 1.5e-4, "the paper's for ViTs")
         settings.choose("weight_decay", 0.1, "the paper's for ViTs")

@@ -36,13 +36,14 @@ def test_a_view_of_another_size_goes_through_the_stem():
 def test_the_recipe_trains_and_its_backbone_loads(images, tmp_path, capsys):
     flags = [str(images), "--recipe", "vit_small_images", "-b", "16", "--epochs", "2", "--warmup-epochs", "1"]
     flags += ["--max-steps", "1", "-j", "0", "-p", "1", "--device", "cpu", "--seed", "1", "--output-dir", str(tmp_path)]
-    for more in ([], ["-a", "vit_conv_tiny", "--token-keep", "", "--no-stop-grad-conv1"]):
-        folder = tmp_path / str(len(more))
+    tokens_of = {"--patch-size": (64, 128), "-a": (16, 192)}
+    for more in (["--patch-size", "4"], ["-a", "vit_conv_tiny"]):
+        folder = tmp_path / more[1]
         assert main(["pretrain", *flags[:-1], str(folder), *more]) == 0
         line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         assert 0 < line["loss"] < 1.3 * line["loss_start"]
         backbone = load_backbone(str(next(folder.glob("checkpoint_*"))))
         tokens = backbone.patch_embed(torch.randn(1, 3, 32, 32))
-        assert tokens.shape == (1, 64, 192)
-    assert main(["pretrain", *flags, "-a", "vit_conv_tiny"]) == 2  # whose tokens are not dropped
+        assert tokens.shape == (1, *tokens_of[more[0]])
+    assert main(["pretrain", *flags, "--token-keep", "0.5:0.8"]) == 2  # whose tokens are not dropped
     assert "--token-keep is for" in capsys.readouterr().err

@@ -172,6 +172,16 @@ def test_a_cpu_that_multiplies_16_bits_trains_vits_in_them():
     assert cpu_plan(times, bf16=True)["precision"] == "auto"
 
 
+def test_small_vits_take_what_was_measured_for_them():
+    plan = cpu_plan({"vit_conv_micro": 60, **SLOW}, arch="vit_conv_micro")
+    assert (plan["patch_size"], plan["image_size"], plan["batch_size"], plan["lr"]) == (8, 32, 256, 1e-3)
+    assert (plan["moco_dim"], plan["moco_mlp_dim"]) == (128, 512)
+    assert "stop_grad_conv1" not in plan, "there is no projection of patches"
+    plain = cpu_plan({"vit_micro": 60, **SLOW}, arch="vit_micro")
+    assert plain["stop_grad_conv1"]
+    assert plain["patch_size"] == 4
+
+
 def test_what_is_given_stays_and_decides_the_rest():
     config, choices = planned(5_000, MACHINES["12 GB"], given={"arch": "vit_small", "batch_size": 48, "hold_out": 0})
     assert (config.arch, config.batch_size, config.optimizer, config.quality_every) == ("vit_small", 48, "adamw", 0)
