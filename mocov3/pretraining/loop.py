@@ -168,7 +168,7 @@ class Pretraining(Run):
             for batch in self._batches_of(stage):
                 self.log.batch_came()
                 yield batch
-                if self.length.stage(self.position) != stage:  # ended by a decision: other views from here on
+                if self.is_complete() or self.length.stage(self.position) != stage:  # other views from here on
                     break
 
     def _batches_of(self, stage: Stage) -> Iterator[Batch]:
