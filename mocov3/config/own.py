@@ -69,7 +69,8 @@ class OwnFlags(ViewFlags):
 
     lora: int = flag(
         0,
-        "train pairs of this rank beside the matrices of a ViT's blocks, and norms; all else stays as --init",
+        "train pairs of this rank beside the matrices of a ViT's blocks, and norms; all else stays as --init, a stem's "
+        "batch statistics too",
         group=OWN,
         metavar="RANK",
         low=0,

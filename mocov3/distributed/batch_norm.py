@@ -186,6 +186,18 @@ def statistics_at_rest(*modules: nn.Module) -> Iterator[None]:
             norm.track_running_stats = before
 
 
+def hold_statistics(network: nn.Module, *, but: nn.Module) -> None:
+    """Let the batch norms of ``network``, outside ``but``, normalise by their running statistics and keep them.
+
+    Also in training: ``train()`` of the network does not change that any more.
+    """
+    left = set(but.modules())
+    for norm in network.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm not in left:
+            norm.eval()
+            norm.train = lambda mode=True, norm=norm: norm  # type: ignore[method-assign, misc]
+
+
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:
     """Make every batch norm of ``model`` use the batch of all ranks. Names and values stay; works on every device."""
     for name, child in model.named_children():

@@ -12,6 +12,7 @@ from mocov3 import models
 from mocov3.config import PretrainConfig
 from mocov3.config.archs import is_vit, stored_heads
 from mocov3.distributed import World, synchronise_batch_norm
+from mocov3.distributed.batch_norm import hold_statistics
 from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import UserError
 from mocov3.models import MoCo, shapes_only
@@ -103,7 +104,7 @@ def _start(
     if world.size > 1:
         synchronise_batch_norm(start)
     start.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Preservation(start, config.preserve), digest
+    return Preservation(start, config.preserve, by_batch=not config.lora), digest
 
 
 def build_model(config: PretrainConfig, world: World) -> MoCo:
@@ -131,6 +132,9 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
     model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
     if sharded:
         shard_model(model, world)
+    if c.lora:  # what stays as it starts includes a stem's statistics: those of other images would be another network
+        for encoder in (model.base_encoder, model.momentum_encoder):
+            hold_statistics(encoder, but=getattr(encoder, encoder.projector_name))
     return model.train()
 
 

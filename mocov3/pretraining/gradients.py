@@ -236,9 +236,10 @@ def gradients_of(
 
 
 def _norms(encoder: Encoder) -> list[_Norm]:
-    """Batch norms of the backbone; those of the projector see the whole batch."""
+    """Batch norms of the backbone that move; those of the projector see the whole batch."""
     heads = set(getattr(encoder, encoder.projector_name).modules())
-    return [m for m in encoder.modules() if isinstance(m, _Norm) and m.running_mean is not None and m not in heads]
+    norms = [m for m in encoder.modules() if isinstance(m, _Norm) and m not in heads]
+    return [norm for norm in norms if norm.running_mean is not None and norm.training]
 
 
 @contextmanager

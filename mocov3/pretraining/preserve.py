@@ -23,14 +23,15 @@ class Preservation:
     Args:
         start: the backbone as the run began, on this rank's device.
         weight: of the mean distance beside the contrastive loss.
+        by_batch: whether the batch norms of the backbone that is trained normalise by the batch.
     """
 
-    def __init__(self, start: Encoder, weight: float) -> None:
+    def __init__(self, start: Encoder, weight: float, *, by_batch: bool = True) -> None:
         self.start, self.weight = start.requires_grad_(False).eval(), weight
         for module in start.modules():
-            # normalised by the batch as the query backbone is, so that equal weights have no distance
+            # normalised as the query backbone is, so that equal weights have no distance
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train()
+                module.train(by_batch)
         start.training = True  # what is compiled is what trains (``mocov3.models.compiled``)
 
     def distances(

@@ -92,6 +92,44 @@ def test_a_step_moves_pairs_norms_and_heads_alone_and_micro_batches_agree():
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
 
 
+def test_a_stem_keeps_the_statistics_it_starts_with(images, tmp_path):
+    """Those of other images would be another network; in parts and at once the step is the same then."""
+    model = models.build("vit_conv_tiny", image_size=32, patch_size=8, dim=8, mlp_dim=16)
+    for encoder in (model.base_encoder, model.momentum_encoder):
+        for module in encoder.patch_embed.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.1, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    base = tmp_path / "base.pth.tar"
+    state = {f"module.{k}": v for k, v in model.state_dict().items()}
+    checkpoint.write(base, {"arch": "vit_conv_tiny", "epoch": 1, "state_dict": state})
+    weights = []
+    for micro_batch in ("0", "4"):
+        folder = tmp_path / micro_batch
+        flags = [
+            *FLAGS,
+            "-a",
+            "vit_conv_tiny",
+            "--patch-size",
+            "8",
+            "--lora",
+            "4",
+            "--init",
+            str(base),
+            "--max-steps",
+            "2",
+        ]
+        flags += ["--lr", "1e-3", "--hold-out", "8", "--quality-every", "1", "--output-dir", str(folder)]
+        assert main(["pretrain", str(images), *flags, "--micro-batch", micro_batch]) == 0
+        trained = checkpoint.read(newest(folder))["state_dict"]
+        held = [k for k in state if "patch_embed" in k and "running" in k]
+        assert len(held) == 12
+        assert all(torch.equal(trained[k], state[k.replace("momentum", "base")]) for k in held)
+        assert not torch.equal(trained["module.predictor.1.running_mean"], state["module.predictor.1.running_mean"])
+        weights.append([v for k, v in trained.items() if k.endswith((DOWN, UP))])
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*weights, strict=True))
+
+
 def test_the_last_blocks_are_trained_whole_where_asked():
     model = tiny(unfreeze_last=1)
     assert not any(isinstance(m, PairedLinear) for m in model.base_encoder.blocks[1].modules())
