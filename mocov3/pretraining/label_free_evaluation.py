@@ -163,7 +163,7 @@ class LabelFreeEvaluation:
                 "step": position.step,
                 "seed": self.config.seed,
                 "config": dataclasses.asdict(self.config),
-                "quality": label_free.as_dict(),
+                "quality": plain(label_free.as_dict()),
                 **origin_of_run(self.config.init),
             },
         }
