@@ -9,7 +9,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
 from mocov3.config import PretrainConfig
 from mocov3.config.archs import CONV_VITS, is_resnet
@@ -17,9 +16,6 @@ from mocov3.config.fields import Parser
 from mocov3.errors import UserError
 from mocov3.metrics import JsonLine
 from mocov3.pretraining.inputs import check_divides
-
-if TYPE_CHECKING:
-    from mocov3.pretraining.footprint import Footprint
 
 GIB = 1 << 30
 IMAGENET = 1_281_167
@@ -157,7 +153,10 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> JsonLine:
     sixteen_bits = config.precision != "fp32"
     figures = count_memory(config, sixteen_bits=sixteen_bits)
     shards = args.gpus if config.fsdp else 1
-    size = _images_a_pass(args, config, figures, shards)
+    asked = config.micro_batch if isinstance(config.micro_batch, int) else 0
+    size = min(asked, local) if asked else figures.fitting(local, args.gpu_memory * GIB - LIBRARIES, shards)
+    if not size:
+        raise _too_little_memory(args, config, figures.peak(local, 1, shards) + LIBRARIES)
     micro = size if size < local else 0
     parts = -(-local // size)
     sent = traffic(
@@ -198,18 +197,12 @@ def plan_run(args: argparse.Namespace, config: PretrainConfig) -> JsonLine:
     return result
 
 
-def _images_a_pass(args: argparse.Namespace, config: PretrainConfig, figures: "Footprint", shards: int) -> int:
-    local: int = config.batch_size // args.gpus
-    if isinstance(config.micro_batch, int) and config.micro_batch:
-        return min(config.micro_batch, local)
-    size = figures.fitting(local, args.gpu_memory * GIB - LIBRARIES, shards)
-    if size:
-        return size
-    need = (figures.peak(local, 1, shards) + LIBRARIES) / GIB
+def _too_little_memory(args: argparse.Namespace, config: PretrainConfig, need: float) -> UserError:
+    local = config.batch_size // args.gpus
     cure = "more GPUs, a smaller --batch-size" + ("" if config.fsdp or args.gpus == 1 else ", or --fsdp")
-    raise UserError(
+    return UserError(
         f"--gpu-memory {args.gpu_memory:g}: weights, optimizer and heads of {local} images a GPU "
-        f"need {need:.1f} GB even an image at a time; take {cure}"
+        f"need {need / GIB:.1f} GB even an image at a time; take {cure}"
     )
 
 

@@ -174,7 +174,7 @@ def test_a_cpu_that_multiplies_16_bits_trains_vits_in_them():
 
 def test_small_vits_take_what_was_measured_for_them():
     plan = cpu_plan({"vit_conv_micro": 60, **SLOW}, arch="vit_conv_micro")
-    assert (plan["patch_size"], plan["image_size"], plan["batch_size"], plan["lr"]) == (8, 32, 256, 1e-3)
+    assert (plan["patch_size"], plan["image_size"], plan["batch_size"], plan["lr"]) == (8, 64, 256, 1e-3)
     assert (plan["moco_dim"], plan["moco_mlp_dim"]) == (128, 512)
     assert "stop_grad_conv1" not in plan, "there is no projection of patches"
     plain = cpu_plan({"vit_micro": 60, **SLOW}, arch="vit_micro")
