@@ -16,8 +16,6 @@ kept in ``--out``; what is there is not made again.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -26,6 +24,8 @@ from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from adapt import mocov3
 
 from mocov3.data import open_source
 from mocov3.weights.checkpoint import listed
@@ -52,15 +52,6 @@ PLAIN = ("last checkpoint", "training loss")
 """What a measure must beat."""
 
 
-def mocov3(*args: object) -> str:
-    """Run a command of ours on one thread; what it printed."""
-    command = [sys.executable, "-m", "mocov3", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout
-
-
 def run(folder: Path, kind: Sequence[str], recipe: Sequence[str], seen: int, more: Sequence[str]) -> list[Judged]:
     """Train until so many images are seen, and judge the checkpoints."""
     train, images, *labels = kind
@@ -68,7 +59,7 @@ def run(folder: Path, kind: Sequence[str], recipe: Sequence[str], seen: int, mor
     flags = [*COMMON.split(), *recipe, *more, "--epochs", epochs, "--checkpoint-every", epochs // CHECKPOINTS]
     mocov3("pretrain", train, *flags, "--output-dir", folder, "--resume", "auto")
     files = [file for file in listed(folder) if file.suffixes[-2:] == [".pth", ".tar"]]
-    out = mocov3("compare", *files, images, "--json", "-j", 0, *(["--labels", labels[0]] if labels else []))
+    out, _ = mocov3("compare", *files, images, "--json", "-j", 0, *(["--labels", labels[0]] if labels else []))
     losses = {}
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         losses.setdefault(line["epoch"], []).append(line["loss"])

@@ -186,7 +186,7 @@ def statistics_at_rest(*modules: nn.Module) -> Iterator[None]:
             norm.track_running_stats = before
 
 
-def hold_statistics(network: nn.Module, *, but: nn.Module) -> None:
+def freeze_statistics(network: nn.Module, *, but: nn.Module) -> None:
     """Let the batch norms of ``network``, outside ``but``, normalise by their running statistics and keep them.
 
     Also in training: ``train()`` of the network does not change that any more.

@@ -12,7 +12,7 @@ from mocov3 import models
 from mocov3.config import PretrainConfig
 from mocov3.config.archs import is_vit, stored_heads
 from mocov3.distributed import World, synchronise_batch_norm
-from mocov3.distributed.batch_norm import hold_statistics
+from mocov3.distributed.batch_norm import freeze_statistics
 from mocov3.distributed.sharding import is_sharded
 from mocov3.errors import UserError
 from mocov3.models import MoCo, shapes_only
@@ -134,7 +134,7 @@ def build_model(config: PretrainConfig, world: World) -> MoCo:
         shard_model(model, world)
     if c.lora:  # what stays as it starts includes a stem's statistics: those of other images would be another network
         for encoder in (model.base_encoder, model.momentum_encoder):
-            hold_statistics(encoder, but=getattr(encoder, encoder.projector_name))
+            freeze_statistics(encoder, but=getattr(encoder, encoder.projector_name))
     return model.train()
 
 

@@ -108,18 +108,11 @@ def test_a_stem_keeps_the_statistics_it_starts_with(images, tmp_path):
         folder = tmp_path / micro_batch
         flags = [
             *FLAGS,
-            "-a",
-            "vit_conv_tiny",
-            "--patch-size",
-            "8",
-            "--lora",
-            "4",
+            *["-a", "vit_conv_tiny", "--patch-size", "8", "--lora", "4", "--max-steps", "2", "--lr", "1e-3"],
             "--init",
             str(base),
-            "--max-steps",
-            "2",
         ]
-        flags += ["--lr", "1e-3", "--hold-out", "8", "--quality-every", "1", "--output-dir", str(folder)]
+        flags += ["--hold-out", "8", "--quality-every", "1", "--output-dir", str(folder)]
         assert main(["pretrain", str(images), *flags, "--micro-batch", micro_batch]) == 0
         trained = checkpoint.read(newest(folder))["state_dict"]
         held = [k for k in state if "patch_embed" in k and "running" in k]
