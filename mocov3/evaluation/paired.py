@@ -175,20 +175,26 @@ def findings_against_start(network: str, change: JsonLine) -> str:
     else:
         verdict = "not told apart: keep your weights, or label more images"
     return (
-        f"{network} against its start: AUROC {change['auroc_before']:.1f} → {change['auroc']:.1f} %: with 95 % at most "
-        f"{_points(change['most'])}, with 95 % at least {_points(change['least'])}; {verdict}."
+        f"{network} against its start: AUROC {change['auroc_before']:.1f} → {change['auroc']:.1f} %: "
+        f"{_between(change['least'], change['most'])}; {verdict}."
     )
 
 
 def _shown(pair: Paired) -> str:
     return (
         f"k-NN {pair.before:.1f} → {pair.after:.1f} % of {pair.images} images, {pair.lost} lost and {pair.gained} "
-        f"gained: with 95 % at most {_points(pair.most)}, with 95 % at least {_points(pair.least)}"
+        f"gained: {_between(pair.least, pair.most)}"
     )
 
 
-def _points(drop: float) -> str:
-    return f"{abs(drop):.1f} points {'lost' if drop >= 0 else 'gained'}"
+def _between(least: float, most: float) -> str:
+    """Two bounds of a drop in words, in which a drop below 0 is a gain."""
+    if least < 0 <= most:
+        bounds = f"between {-least:.1f} points gained and {most:.1f} lost"
+    else:
+        low, high = sorted((abs(least), abs(most)))
+        bounds = f"between {low:.1f} and {high:.1f} points {'gained' if most < 0 else 'lost'}"
+    return f"{bounds} (each bound: 95 %)"
 
 
 def _wanting(old: Paired, limit: float) -> str:

@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import brentq, minimize_scalar
 
 from mocov3.evaluation.neighbours import right_among, shared_neighbours
-from mocov3.evaluation.paired import Paired, conclude, kept, old_verdict, smallest_set
+from mocov3.evaluation.paired import Paired, against_start, conclude, kept, old_verdict, smallest_set
 
 Z = 1.6448536
 
@@ -124,3 +124,16 @@ def test_answers_and_neighbours_of_features():
     other = torch.randn(60, 7, generator=torch.Generator().manual_seed(1))
     assert shared_neighbours(x, other) == pytest.approx(100 * 14 / 59, abs=6), "chance"
     assert np.isnan(shared_neighbours(x, other / 0))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ((2.41, 5.63), "between 2.4 and 5.6 points lost"),
+        ((-5.63, -2.41), "between 2.4 and 5.6 points gained"),
+        ((-1.13, 0.42), "between 1.1 points gained and 0.4 lost"),
+    ],
+)
+def test_bounds_read_as_a_range(bounds, words):
+    """The smaller number first, and a gain never as a loss."""
+    assert words in against_start("net", Paired(1000, 600, 30, 30, bounds))
