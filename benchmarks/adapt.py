@@ -6,16 +6,18 @@
 
 Old kind: labelled colour photographs with a train and a validation or test part (``--old``: anything that mocov3 takes,
 as the two Parquet files of CIFAR-10). New kind: embedded Fashion-MNIST images, 28 px and grey, as a camera mounted
-askew might see them: turned, shifted, scaled, darker, noisy. A base is trained on the old kind, then on 200, 1,000 and
-5,000 of the new in the ways of ``WAYS``: 28 trainings with the base. All k-NN is leave-one-out on images that neither a
-training nor a guard has seen; blends of start and end are judged as well and cost no training. A result is written when
-its run ends (OUT/results.jsonl), and a run that was stopped resumes. The base trains on all cores, the others each on
-one (``--together``). ``--device cuda`` where there is a GPU.
+askew might see them: turned, shifted, scaled, darker, noisy. The base is trained on the old kind without labels, then
+with them, as weights that know more than new images can teach. What it is adapted to has no labels: 200, 1,000 and
+5,000 images in the ways of ``WAYS``, 29 trainings with the base's two. All k-NN is leave-one-out on images that neither
+a training nor a guard has seen; blends of start and end are judged as well and cost no training. A result is written
+when its run ends (OUT/results.jsonl), and a run that was stopped resumes. The base trains on all cores, the others each
+on one (``--together``). ``--device cuda`` where there is a GPU.
 """
 
 import argparse
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,37 +27,54 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
 
 from mocov3.data import FashionMnist, Source, open_source
+from mocov3.distributed import World
+from mocov3.distributed.launch import pick_device
 from mocov3.errors import KEEP_YOURS
+from mocov3.evaluation.answers import answered
+from mocov3.evaluation.features import Extractor, extract
+from mocov3.evaluation.frozen import open_frozen
+from mocov3.evaluation.label_free import pixel_features
+from mocov3.evaluation.network_scores import blended
+from mocov3.models import build_backbone
 
 Result = dict[str, Any]
 RATE = 2e-3
 """For 256 images; at the batches of adapting each step has the rate of the base's own steps."""
 RUINOUS = 100 * RATE
-BLENDS = "0,.25,.5,.75,1"
+BLENDS = (0.25, 0.5, 0.75)
+KINDS = ("old", "new")
+SIDE = 32
 WAYS: dict[str, list[str]] = {
     "unprotected": ["--lr", str(RATE)],
     "layer decay": ["--lr", str(RATE), "--layer-decay", ".75", "--freeze-epochs", "1"],
     "LoRA": ["--lr", str(2 * RATE), "--lora", "8"],
-    "LoRA, preserved": ["--lr", str(2 * RATE), "--lora", "8", "--preserve", "1"],
-    "LoRA, preserved, last block": ["--lr", str(RATE), "--lora", "8", "--preserve", "1", "--unfreeze-last", "1"],
-    "LoRA, preserved, guarded": ["--lr", str(2 * RATE), "--lora", "8", "--preserve", "1"],
+    "LoRA, preserved": ["--lr", str(2 * RATE), "--lora", "8", "--preserve", "4"],
+    "LoRA, preserved, last block": ["--lr", str(RATE), "--lora", "8", "--preserve", "4", "--unfreeze-last", "1"],
+    "LoRA, preserved, guarded": ["--lr", str(2 * RATE), "--lora", "8", "--preserve", "4"],
     "ruinous, guarded": ["--lr", str(RUINOUS)],
 }
 FIRST = ("unprotected", "layer decay", "LoRA, preserved", "LoRA, preserved, guarded")
 """Ways of which other seeds are trained before anything else."""
 GUARDED = tuple(way for way in WAYS if way.endswith("guarded"))
-EPOCHS = {200: 60, 1000: 40, 5000: 20}
-NETWORK = ["-a", "vit_conv_micro", "--image-size", "32", "--optimizer", "adamw", "--weight-decay", ".05"]
+STUDENT = {2: 6.314, 3: 2.920}
+"""Seeds → Student's t at 95 %, one side."""
+EPOCHS = {200: 30, 1000: 20, 5000: 10}
+NETWORK = ["-a", "vit_conv_micro", "--image-size", str(SIDE), "--optimizer", "adamw", "--weight-decay", ".05"]
 NETWORK += ["--moco-t", ".2", "--moco-m-cos", "--moco-dim", "128", "--moco-mlp-dim", "512", "--crop-min", ".2"]
 NETWORK += ["--recipe", "defaults", "--logger", "none", "--quiet", "--precision", "bf16", "-j", "0", "--seed"]
+TUNING = ["--data-set", "folder", "--lr", "2e-3", "--transfer-transform", "--aa", "none", "--mixup", "0"]
+TUNING += ["--cutmix", "0", "--reprob", "0", "--no-repeated-aug", "--drop-path", "0", "--no-model-ema"]
+TUNING += ["--precision", "bf16", "--logger", "none", "--quiet", "-j", "0", "--seed", "0"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,7 @@ class Sizes:
     patch: int
     base_images: int
     base_epochs: int
+    tuning_epochs: int
     base_batch: int
     batch: int
     guard: int
@@ -77,8 +97,8 @@ class Sizes:
     """New images → epochs."""
 
 
-FULL = Sizes(8, 50_000, 11, 256, 128, 4000, 1000, 4000, EPOCHS)
-TOY = Sizes(16, 64, 1, 16, 16, 40, 20, 40, {32: 1})
+FULL = Sizes(8, 50_000, 11, 5, 256, 128, 4000, 1000, 4000, EPOCHS)
+TOY = Sizes(16, 64, 1, 1, 16, 16, 40, 20, 40, {32: 1})
 
 
 def plan(sizes: Sizes) -> Iterator[tuple[str, int, int]]:
@@ -120,7 +140,7 @@ def old_images(source: Source, count: int) -> list[tuple[np.ndarray, str]]:
     for index in chosen.tolist():
         data = source.read(index)
         whole = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else Image.fromarray(data)
-        pixels = np.asarray(whole.convert("RGB").resize((32, 32), Image.Resampling.BOX))
+        pixels = np.asarray(whole.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX))
         images.append((pixels, source.classes[source.labels[index]]))
     return images
 
@@ -134,7 +154,7 @@ def toy_images(count: int, seed: int) -> list[tuple[np.ndarray, str]]:
 
 
 def make_images(out: Path, old: str, sizes: Sizes) -> None:
-    """OUT/data: base (train), guard, old, and for every number of new images a folder of train and val; new."""
+    """OUT/data: base, guard, old, new, and a folder of train and val a number of images."""
     data = out / "data"
     if (data / "complete").exists():
         return
@@ -168,27 +188,59 @@ def mocov3(*args: object, codes: tuple[int, ...] = (0,), threads: str = "1") -> 
     return done.stdout, done.returncode
 
 
-def judged(file: Path, folder: Path, device: str, *, blend: bool) -> dict[str, Result]:
-    """Rows of ``mocov3 compare`` by name; the file's is called ``end``, blends by their fraction."""
-    flags = ["--blend", BLENDS] if blend else []
-    out, _ = mocov3("compare", file, folder, "--json", "--device", device, "-j", 0, *flags)
-    rows = {}
-    for row in map(json.loads, out.splitlines()):
-        name = "start" if row["kind"] == "start" else row["name"].removeprefix(f"{file} ")
-        rows["end" if name == str(file) else name] = row
+def judged(networks: dict[str, Extractor], folder: Path, device: str) -> dict[str, Result]:
+    """Network → k-NN on labelled images, leave-one-out, and what changed since the first of them."""
+    source, world = open_source(str(folder)), World(0, 1, pick_device(device, None))
+    assert source.labels is not None
+    answers, rows = [], {}
+    for name, extractor in networks.items():
+        extractor.network.to(world.device)
+        answers.append(answered(extract(extractor, source, world), source.labels, list(source.classes), None))
+        rows[name] = {**answers[-1].line(further=False), "against_first": answers[-1].against(answers[0])}
     return rows
 
 
-def train_base(out: Path, sizes: Sizes, device: str) -> tuple[Path, Result]:
-    """The base, and how it stands beside pixels on old images."""
+def networks_of(base: Path, file: Path, *, blend: bool) -> dict[str, Extractor]:
+    """The base, what was trained from it, and blends of their weights by name."""
+    start, end = (open_frozen(str(f), flag="base", image_size=SIDE) for f in (base, file))
+    networks = {"start": start.extractor, "end": end.extractor}
+    for fraction in BLENDS if blend else ():
+        network = blended(start.network, end.network, fraction)
+        networks[f"blend {fraction:g}"] = end.extractor._replace(network=network, features=network.features)
+    return networks
+
+
+def standing(base: Path, data: Path, device: str) -> dict[str, dict[str, Result]]:
+    """Kind → network → k-NN, before adapting."""
+    network = open_frozen(str(base), flag="base", image_size=SIDE)
+    torch.manual_seed(0)
+    untrained = build_backbone(network.arch, **network.settings).eval()
+    networks = {
+        "pixels": network.extractor._replace(network=nn.Identity(), features=pixel_features),
+        "untrained": network.extractor._replace(network=untrained, features=untrained.features),
+        "the base": network.extractor,
+    }
+    return {kind: judged(networks, data / kind, device) for kind in KINDS}
+
+
+def train_base(out: Path, sizes: Sizes, device: str) -> Path:
+    """The base: pre-trained on the old kind, then trained with its labels."""
+    epochs, cores = sizes.base_epochs, str(os.cpu_count())
     flags = [*NETWORK, 0, "--patch-size", sizes.patch, "-b", sizes.base_batch, "--lr", 1e-3]
-    flags += ["--epochs", sizes.base_epochs, "--warmup-epochs", min(1, sizes.base_epochs - 1), "--schedule", "wsd"]
+    flags += ["--epochs", epochs, "--warmup-epochs", min(1, epochs - 1), "--schedule", "wsd"]
     flags += ["--device", device, "--keep-last", 1, "--output-dir", out / "base", "--resume", "auto"]
     flags += ["--compile"] * (sizes is FULL)
-    mocov3("pretrain", out / "data" / "base", *flags, threads=str(os.cpu_count()))
-    file = out / "base" / f"checkpoint_{sizes.base_epochs - 1:04d}.pth.tar"
-    rows = judged(file, out / "data" / "old", device, blend=False)
-    return file, {"old": rows["end"]["knn"], "pixels": rows["pixels"]["knn"]}
+    mocov3("pretrain", out / "data" / "base", *flags, threads=cores)
+    pretrained, labelled = out / "base" / f"checkpoint_{epochs - 1:04d}.pth.tar", out / "data" / "labelled"
+    labelled.mkdir(exist_ok=True)
+    for part, folder in (("train", "base"), ("val", "guard")):
+        if not (labelled / part).is_symlink():
+            (labelled / part).symlink_to(Path("..") / folder)
+    flags = [*TUNING, "--data-path", labelled, "--finetune", pretrained, "-b", sizes.base_batch, "--device", device]
+    flags += ["--epochs", sizes.tuning_epochs, "--eval-freq", sizes.tuning_epochs]
+    flags += ["--warmup-epochs", min(1, sizes.tuning_epochs - 1), "--output-dir", out / "tuned", "--resume", "auto"]
+    mocov3("finetune", *flags, threads=cores)
+    return out / "tuned" / "checkpoint.pth"
 
 
 def adapt(out: Path, base: Path, way: str, images: int, seed: int, sizes: Sizes, device: str) -> Result:
@@ -206,7 +258,8 @@ def adapt(out: Path, base: Path, way: str, images: int, seed: int, sizes: Sizes,
     file = folder / "best_unlabelled.pth.tar" if way in GUARDED else last
     curve = [json.loads(line) for line in (folder / "guard.jsonl").read_text().splitlines()]
     blend = way not in GUARDED and seed == 0
-    rows = {kind: judged(file, data / kind, device, blend=blend) for kind in ("old", "new")}
+    networks = networks_of(base, file, blend=blend)
+    rows = {kind: judged(networks, data / kind, device) for kind in KINDS}
     return {
         "way": way,
         "images": images,
@@ -215,9 +268,8 @@ def adapt(out: Path, base: Path, way: str, images: int, seed: int, sizes: Sizes,
         "exit": code,
         "said": said.splitlines()[-3:],
         "curve": [{"agreement": line["agreement"], "drop": line["verdict"]["drop"]} for line in curve],
-        **{kind: {name: {"knn": row["knn"], "pair": row.get("against_start")} for name, row in table.items()}
-           for kind, table in rows.items()},
-    }  # fmt: skip
+        **rows,
+    }
 
 
 def measure(out: Path, old: str, sizes: Sizes, device: str, base: Path | None, together: int) -> list[Result]:
@@ -225,9 +277,9 @@ def measure(out: Path, old: str, sizes: Sizes, device: str, base: Path | None, t
     make_images(out, old, sizes)
     results_file = out / "results.jsonl"
     results = read(out)
-    if base is None:
-        base, standing = train_base(out, sizes, device)
-        (out / "base.json").write_text(json.dumps(standing))
+    base = base or train_base(out, sizes, device)
+    if not (out / "base.json").exists():
+        (out / "base.json").write_text(json.dumps(standing(base, out / "data", device)))
     there = {(r["way"], r["images"], r["seed"]) for r in results}
     with ThreadPoolExecutor(together) as pool:
         runs = [pool.submit(adapt, out, base, *run, sizes, device) for run in plan(sizes) if run not in there]
@@ -248,10 +300,14 @@ def read(out: Path) -> list[Result]:
 def _row(results: list[Result]) -> str:
     first = results[0]
     cells = [first["way"], f"{first['images']:,}"]
-    for kind in ("old", "new"):
+    for kind in KINDS:
         gains = [r[kind]["end"]["knn"] - r[kind]["start"]["knn"] for r in results]
-        cells += [" ".join(f"{r[kind]['end']['knn']:.1f}" for r in results), f"{mean(gains):+.1f}"]
-    cells.append(" ".join("keep yours" if r["exit"] == KEEP_YOURS else "use" for r in results))
+        bound = ""
+        if len(gains) in STUDENT:
+            bound = f", at least {mean(gains) - STUDENT[len(gains)] * stdev(gains) / math.sqrt(len(gains)):+.1f}"
+        cells += [" ".join(f"{r[kind]['end']['knn']:.1f}" for r in results), f"{mean(gains):+.1f}{bound}"]
+    guarded = first["way"] in GUARDED
+    cells.append(" ".join("keep yours" if r["exit"] == KEEP_YOURS else "use" for r in results) if guarded else "")
     return f"| {' | '.join(cells)} |"
 
 
@@ -260,20 +316,24 @@ def tables(out: Path, results: list[Result]) -> str:
     lines = []
     if (out / "base.json").exists():
         base = json.loads((out / "base.json").read_text())
-        lines += [f"Base: k-NN {base['old']:.1f} % on the old kind, pixels {base['pixels']:.1f} %.", ""]
-    lines += ["| way | images | old kind, by seed | mean change | new kind, by seed | mean change | the run says |"]
+        lines += ["| before adapting | old kind | new kind |", "|---|---:|---:|"]
+        lines += [
+            f"| {name} | {base['old'][name]['knn']:.1f} | {base['new'][name]['knn']:.1f} |" for name in base["old"]
+        ]
+        lines += [""]
+    lines += ["| way | images | old kind, by seed | change (95 %) | new kind, by seed | change (95 %) | guarded: |"]
     lines += ["|---|---:|---|---:|---|---:|---|"]
     groups: dict[tuple[str, int], list[Result]] = {}
     ways = list(WAYS)
     for result in sorted(results, key=lambda r: (-r["images"], ways.index(r["way"]), r["seed"])):
         groups.setdefault((result["way"], result["images"]), []).append(result)
     lines += [_row(group) for group in groups.values()]
-    lines += ["", "| seed 0, blend of | " + " | ".join(BLENDS.split(",")) + " |", "|---|" + "---|" * 5]
+    names = ["start", *(f"blend {f:g}" for f in BLENDS), "end"]
+    lines += ["", "| old / new kind, seed 0 | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for (way, images), group in groups.items():
-        names = [f"blend {float(f):g}" for f in BLENDS.split(",")]
-        if names[0] in group[0]["old"]:
-            cells = [" / ".join(f"{group[0][kind][n]['knn']:.1f}" for kind in ("old", "new")) for n in names]
-            lines.append(f"| {way}, {images:,} (old / new) | " + " | ".join(cells) + " |")
+        if names[1] in group[0]["old"]:
+            cells = [" / ".join(f"{group[0][kind][n]['knn']:.1f}" for kind in KINDS) for n in names]
+            lines.append(f"| {way}, {images:,} | " + " | ".join(cells) + " |")
     points = sorted((p["agreement"], p["drop"]) for r in results for p in r["curve"] if p["agreement"] is not None)
     lines += ["", "| neighbours as at the start, % | judgements | points lost on the old kind: least, mean, most |"]
     lines += ["|---|---:|---|"]
@@ -287,6 +347,7 @@ def tables(out: Path, results: list[Result]) -> str:
 
 def main() -> int:
     """Measure what is missing, print."""
+    torch.set_num_threads(1)  # judgements run beside trainings
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", default="", help="labelled photographs, as CIFAR-10's Parquet files in a folder")
     parser.add_argument("--out", type=Path, default=Path("runs/adapt"), help="images, runs and results")

@@ -24,6 +24,8 @@ SMALL_RESNETS = ["resnet10", "resnet10_w16", "resnet10_w32", "resnet10_w48", "re
 
 VITS = ["vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
 CONV_VITS = ["vit_conv_micro", "vit_conv_tiny", "vit_conv_small", "vit_conv_base"]
+SMALL_VITS = ["vit_micro", "vit_conv_micro"]
+"""Those of the ViTs that are for small images on CPUs (ours)."""
 STEM_PARTS = {16: (8, 4, 2, 1), 8: (4, 2, 1), 4: (2, 1)}
 """Patch size → what the width is divided by in the strided convolutions of a convolutional stem: half a side each."""
 
@@ -69,6 +71,11 @@ def is_resnet(arch: str) -> bool:
 def is_vit(arch: str) -> bool:
     """Whether ``arch`` is one of our Vision Transformers (their image side must divide into patches)."""
     return arch in VITS or arch in CONV_VITS
+
+
+def takes_pairs(arch: str) -> bool:
+    """Whether ``--lora`` works with an arch, by its name: it has blocks of attention and MLP."""
+    return is_vit(arch) or arch.startswith(("timm/vit_", "timm/deit_", "timm/deit3_"))
 
 
 def check_heads(heads: int | None, arch: str) -> None:

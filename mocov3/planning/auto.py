@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mocov3.config.archs import CONV_VITS, VITS, is_resnet, is_vit
+from mocov3.config.archs import CONV_VITS, SMALL_RESNETS, SMALL_VITS, VITS, is_resnet, is_vit
 from mocov3.config.fields import Fields
 from mocov3.config.presets import PRESETS
 from mocov3.planning.choices import Choice, duration
@@ -145,7 +145,7 @@ def _views(settings: _Settings, images: Images, machine: Machine, rung: Rung) ->
         side, reason = 128, f"images of about {short} px"
     else:
         side, reason = 224, "the size of the paper"
-    settings.choose("image_size", max(side // patch, 1) * patch, reason)
+    settings.choose("image_size", max(int(side / patch + 0.5), 1) * patch, reason)  # the nearest, up at a half
     if preset == "gray":
         settings.choose("crop_min", 0.3, "did better than 0.2 and 0.5 in the demo")
     elif preset == "photos":
@@ -174,7 +174,7 @@ def _network(settings: _Settings, images: Images, machine: Machine, memory: Memo
     else:
         arch, reason = "resnet50", "the reference's; ViTs need more images or memory"
     arch = settings.choose("arch", arch, reason)
-    tiny = arch.startswith("resnet10") or arch.endswith("_micro")
+    tiny = arch in SMALL_RESNETS or arch in SMALL_VITS
     if is_resnet(arch) and "_w" not in arch:
         settings.choose(
             "small_stem", small, f"views of {settings['image_size']} px" + (" would shrink to nothing" * small)
@@ -206,8 +206,12 @@ def _precision(settings: _Settings, machine: Machine) -> None:
 
 
 def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory) -> None:
-    micro = settings["arch"].endswith("_micro")
-    cap = 256 if micro else 128 if machine.device == "cpu" else 1024 if is_vit(settings["arch"]) else 512
+    if settings["arch"] in SMALL_VITS:
+        cap = 256
+    elif machine.device == "cpu":
+        cap = 128
+    else:
+        cap = 1024 if is_vit(settings["arch"]) else 512
     useful = max(images.count // 8, 16)
     size = min(2 ** int(math.log2(min(cap, useful))), max(images.count, 1))
     limit = "128 did better than 256 in the demo" if cap == 128 else "larger ones need other learning rates"
@@ -226,7 +230,7 @@ def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory
 
 def _optimisation(settings: _Settings) -> None:
     arch = settings["arch"]
-    if arch.endswith("_micro"):
+    if arch in SMALL_VITS:
         settings.choose("optimizer", "adamw", "the paper's for ViTs")
         settings.choose("lr", 1e-3, "half and twice as much did not do better on CIFAR-10 (docs/budget.md)")
         settings.choose("weight_decay", 0.05, "that of the small ResNets")
@@ -234,7 +238,7 @@ def _optimisation(settings: _Settings) -> None:
         settings.choose("optimizer", "adamw", "the paper's for ViTs")
         settings.choose("lr", 1.5e-4, "the paper's for ViTs")
         settings.choose("weight_decay", 0.1, "the paper's for ViTs")
-    elif arch.startswith("resnet10"):
+    elif arch in SMALL_RESNETS:
         settings.choose("optimizer", "adamw", "steadier than LARS at small batches (docs/demo.md)")
         settings.choose("lr", 8e-3, "measured on the demo's images")
         settings.choose("weight_decay", 0.05, "measured on the demo's images")

@@ -97,7 +97,10 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
         config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})
         return count(config).peak(max(batch // count_ranks(config).size, 1))
 
-    table = choices_of(row_of(fixed["arch"], len(source))) if first.recipe == "adapt" else []
+    table = []
+    if first.recipe == "adapt":  # what goes beside pairs, and what does not: PretrainConfig.check_own
+        pairs = fixed.get("lora") != 0 and not (first.fsdp or first.freeze_until)
+        table = choices_of(row_of(fixed["arch"], len(source), pairs=pairs))
     choices = choose_settings(images, machine, hours, fixed, measured, counted, table)
     settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}
     config = PretrainConfig(**layers.merged(settings))

@@ -18,7 +18,7 @@ from PIL import Image
 from mocov3 import load_backbone, models, schedules
 from mocov3.cli import main
 from mocov3.config import PretrainConfig, read_yaml
-from mocov3.config.archs import BUILT_IN_ARCHS
+from mocov3.config.archs import BUILT_IN_ARCHS, SMALL_RESNETS, SMALL_VITS
 from mocov3.config.command_lines import read_pretrain
 from mocov3.config.recipes import RECIPES
 from mocov3.config.schedule import parse_budget
@@ -375,26 +375,32 @@ def test_held_backbones_and_frozen_blocks_stay():
 
 def kind_of(arch):
     """(optimizer, highest base rate) that the kind of network was pre-trained with."""
+    if arch in SMALL_VITS:
+        return "adamw", 1e-3
     if arch.startswith(("vit", "timm/")):
         return "adamw", 1.5e-4  # arXiv 2104.02057, appendix
-    return ("adamw", 8e-3) if arch.startswith("resnet10") else ("lars", 0.3)
+    return ("adamw", 8e-3) if arch in SMALL_RESNETS else ("lars", 0.3)
 
 
 @pytest.mark.parametrize("arch", [*BUILT_IN_ARCHS, "timm/vit_small_patch16_224", "timm/convnext_atto"])
-def test_adapt_takes_the_rate_of_the_kind_of_network(arch):
-    given = {**RECIPES["adapt"].settings, "arch": arch}
+@pytest.mark.parametrize("pairs", [True, False])
+def test_adapt_takes_the_row_of_the_kind_of_network(arch, pairs):
+    given = {**RECIPES["adapt"].settings, "arch": arch, "init": "start.pth.tar"}
     optimizer, highest = kind_of(arch)
-    same = {"given": given, "before": choices_of(row_of(arch, 3000)), "memory": memory_by_pixels(arch)}
+    paired = pairs and arch.startswith(("vit", "timm/vit"))
+    small = paired and arch in SMALL_VITS
+    before = choices_of(row_of(arch, 3000, pairs=pairs))
+    same = {"given": given, "before": before, "memory": memory_by_pixels(arch)}
     for machine, side in itertools.product(MACHINES.values(), (28, 70, 375)):
         config, choices = planned(3000, machine, side=side, **same)
         config.check()
-        assert ("not measured" in choices["lr"].reason) != arch.startswith("resnet10")
-        assert "not measured" in choices["epochs"].reason
-        assert choices["preserve"].value == config.preserve
+        assert ("not measured" in choices["lr"].reason) != (small or arch in SMALL_RESNETS)
+        assert ("not measured" in choices["epochs"].reason) != small
+        assert choices["preserve"].value == config.preserve == 4.0 * paired
         assert config.optimizer == optimizer
-        assert 0 < config.lr <= highest
+        assert 0 < config.lr <= highest * (4 if paired else 1)
         assert choices["lr"].reason
-        assert 0 < config.layer_decay < 1
+        assert (config.layer_decay, config.lora, config.freeze_epochs) == ((1, 8, 0) if paired else (0.75, 0, 1))
         assert config.warmup_epochs > 0
         assert config.freeze_epochs + config.warmup_epochs < config.epochs
 
@@ -417,7 +423,15 @@ def test_the_table_of_adapt_goes_before_the_rules_and_after_flags():
     assert (config.freeze_epochs, config.warmup_epochs) == (0, 0)
 
 
-def test_adapt_on_a_vit_from_the_command_line(images, tmp_path):
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], (3e-4, 1.0, 8, 4.0)),
+        (["--lora", "0"], (1.5e-4, 0.75, 0, 0.0)),
+        (["--freeze-until", "blocks.2"], (1.5e-4, 0.75, 0, 0.0)),
+    ],
+)
+def test_adapt_on_a_vit_from_the_command_line(images, tmp_path, more, expected):
     start = tmp_path / "start.pth.tar"
     model = models.build("vit_tiny", image_size=32, dim=16, mlp_dim=32)
     checkpoint.write(
@@ -442,9 +456,10 @@ def test_adapt_on_a_vit_from_the_command_line(images, tmp_path):
         "--patch-size",
         "16",
     ]
-    assert main(["pretrain", str(images), *map(str, flags), "--output-dir", str(out)]) == 0
+    assert main(["pretrain", str(images), *map(str, flags), *more, "--output-dir", str(out)]) == 0
     saved = read_yaml(out / "config.yaml", PretrainConfig)
-    assert (saved["optimizer"], saved["lr"], saved["layer_decay"], saved["warmup_epochs"]) == ("adamw", 1.5e-4, 0.75, 1)
+    assert (saved["optimizer"], saved["warmup_epochs"]) == ("adamw", 1)
+    assert (saved["lr"], saved["layer_decay"], saved["lora"], saved["preserve"]) == expected
 
 
 def test_the_backbone_warms_up_when_it_thaws():
@@ -542,8 +557,8 @@ def test_adapt_holds_then_trains_and_resumes(images, tmp_path):
 @pytest.mark.parametrize(
     ("arch", "flags", "kept"),
     [
-        ("vit_tiny", {"patch_size": 8}, {"patch_size": 8, "image_size": 24}),
-        ("vit_tiny", {"patch_size": 16}, {"patch_size": 16, "image_size": 16}),
+        ("vit_tiny", {"patch_size": 8}, {"patch_size": 8, "image_size": 32}),
+        ("vit_tiny", {"patch_size": 16}, {"patch_size": 16, "image_size": 32}),
         ("resnet18", {}, {"small_stem": False, "image_size": 28}),
         ("resnet18", {"small_stem": True}, {"small_stem": True, "image_size": 28}),
     ],

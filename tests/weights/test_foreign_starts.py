@@ -115,4 +115,4 @@ def test_the_plan_takes_images_that_divide_into_patches():
     seen = Images(5000, 300, "photos", "", "", gray=False)
     table = choices_of(row_of(arch, 5000))
     chosen = choose_settings(seen, machine, None, given, lambda _: (1.0, {}), lambda *_: 1.0, table)
-    assert {c.name: c.value for c in chosen}["image_size"] == 56
+    assert {c.name: c.value for c in chosen}["image_size"] == 70
