@@ -5,8 +5,8 @@
     python benchmarks/equal_time.py schedule --rehearse
 
 Every way of a question trains by ``mocov3 pretrain``'s own loop, on one thread, for about ``--minutes`` of processor
-time, loading included: a few steps are timed, which gives it as many epochs as fit (``schedule`` and the precisions:
-all as many as the first way, since they are about equal steps). Printed: k-NN (k 20, τ 0.07) and ridge accuracy on the
+time, loading included: a few steps are timed, which gives it as many epochs as fit (those of
+``EQUAL_STEPS``: all as many as the first way). Printed: k-NN (k 20, τ 0.07) and ridge accuracy on the
 test images, images seen and processor minutes, mean over seeds. Runs are kept in ``--results`` as they come, so that a
 measurement that was stopped can be resumed. ``--rehearse`` runs everything on a few of the embedded images for a few
 steps; it writes nothing.
@@ -47,9 +47,11 @@ RESNET = (
     "-a resnet10_w16 --image-size 32 --crop-min .2 --optimizer adamw -b 128 --lr 8e-3 --wd .05 --moco-t .2 "
     "--moco-m-cos --moco-dim 128 --moco-mlp-dim 512 --warmup-epochs 1"
 )
+SIXTEEN = f"{RESNET} --schedule wsd --precision bf16"
+NO_BLUR = "--blur-probability 0,0"
 VIT = "--recipe vit_small_images --warmup-epochs 1 --schedule wsd"
 VIT16 = f"{VIT} --precision bf16"
-EQUAL_STEPS = ("schedule", "precision", "vit_precision")
+EQUAL_STEPS = ("schedule", "views", "settings", "precision", "vit_precision")
 """Questions whose ways all take the first one's epochs."""
 QUESTIONS: dict[str, dict[str, str]] = {
     "local": {
@@ -64,7 +66,21 @@ QUESTIONS: dict[str, dict[str, str]] = {
         **{f"wsd, {share}": f"{RESNET} --schedule wsd --decay-share {share}" for share in (0.1, 0.2, 0.4)},
     },
     "width": {"resnet10_w16": RESNET, "resnet10_w32": RESNET.replace("w16", "w32")},
-    "precision": {"32 bits": f"{RESNET} --schedule wsd", "16 bits": f"{RESNET} --schedule wsd --precision bf16"},
+    "precision": {"32 bits": f"{RESNET} --schedule wsd", "16 bits": SIXTEEN},
+    "views": {
+        "of the paper": SIXTEEN,
+        "no blur": f"{SIXTEEN} {NO_BLUR}",
+        "no blur, no solarizing": f"{SIXTEEN} {NO_BLUR} --solarize-probability 0,0",
+        "no blur, crops from 8 %": f"{SIXTEEN} {NO_BLUR} --crop-min .08",
+    },
+    "settings": {
+        "no blur": f"{SIXTEEN} {NO_BLUR}",
+        "τ .1": f"{SIXTEEN} {NO_BLUR} --moco-t .1",
+        "lr 4e-3": f"{SIXTEEN} {NO_BLUR} --lr 4e-3",
+        "lr 16e-3": f"{SIXTEEN} {NO_BLUR} --lr 16e-3",
+        "batch 256": f"{SIXTEEN} {NO_BLUR} -b 256",
+        "m .97": f"{SIXTEEN} {NO_BLUR} --moco-m .97",
+    },
     "vit_precision": {"32 bits": VIT, "16 bits": VIT16},
     "vit": {
         "the recipe": VIT16,

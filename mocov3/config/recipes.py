@@ -104,6 +104,7 @@ RECIPES: dict[str, Recipe] = {
             "moco_dim": 128,
             "moco_mlp_dim": 512,
             "crop_min": 0.2,
+            "blur_probability": "0,0",
         },
         "ours: a ViT with a convolutional stem for colour images of 28–96 px, one CPU or GPU",
     ),

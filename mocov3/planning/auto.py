@@ -152,6 +152,8 @@ def _views(settings: _Settings, images: Images, machine: Machine, rung: Rung) ->
         settings.choose("crop_min", 0.2, "the reference's in every recipe")
     else:
         settings.choose("crop_min", PRESETS[preset].crop_min, f"of the preset {preset}")
+    if preset == "photos" and settings["image_size"] <= SMALL_VIEWS:
+        settings.choose("blur_probability", "0,0", "blur of up to 2 px is for views of 224 px (docs/budget.md)")
     if preset != "photos" or images.gray:
         settings.choose("mean_std", images.mean_std, "measured on these images")
 

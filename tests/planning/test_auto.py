@@ -20,6 +20,7 @@ from mocov3.cli import main
 from mocov3.config import PretrainConfig, read_yaml
 from mocov3.config.archs import BUILT_IN_ARCHS, SMALL_RESNETS, SMALL_VITS
 from mocov3.config.command_lines import read_pretrain
+from mocov3.config.presets import PRESETS
 from mocov3.config.recipes import RECIPES
 from mocov3.config.schedule import parse_budget
 from mocov3.data.loading.order import Order
@@ -380,6 +381,14 @@ def kind_of(arch):
     if arch.startswith(("vit", "timm/")):
         return "adamw", 1.5e-4  # arXiv 2104.02057, appendix
     return ("adamw", 8e-3) if arch in SMALL_RESNETS else ("lars", 0.3)
+
+
+@pytest.mark.parametrize(("side", "given", "blur"), [(32, {}, "0,0"), (375, {}, ""), (32, {"view_preset": "gray"}, "")])
+def test_small_photographs_are_not_blurred(side, given, blur):
+    """Up to 2 px, as views of 224 px are, would leave nothing to see; other presets have their own."""
+    config, _ = planned(50_000, MACHINES["cpu"], side=side, given=given)
+    assert config.blur_probability == blur
+    assert config.preset.blur_probability == ((0.0, 0.0) if blur else PRESETS[config.view_preset].blur_probability)
 
 
 @pytest.mark.parametrize("arch", [*BUILT_IN_ARCHS, "timm/vit_small_patch16_224", "timm/convnext_atto"])
