@@ -23,6 +23,8 @@ _PLANNED, _LATEST = 0.85, 1.2
 """Shares of the budget: what steps are planned to take (judging and writing take some too), and where a run is cut."""
 _LEAST_BATCH = 64
 """A contrastive step with fewer others to tell an image from teaches little."""
+_FEWEST_JUDGED = 20
+"""Images that quality without labels is measured on, at least."""
 _PASSES = 100 * 1.28e6**0.3
 DEFAULT_HOURS = {"cpu": 1.0, "mps": 4.0, "cuda": 12.0}
 
@@ -55,6 +57,8 @@ class Images:
     reason: str
     mean_std: str
     gray: bool
+    unseen: int = 0
+    """Images of a validation part, which are not trained on."""
 
 
 Speed = Callable[[Fields], tuple[float, Fields]]
@@ -290,11 +294,12 @@ def _length(settings: _Settings, images: Images, machine: Machine, hours: float 
 
 
 def _watching(settings: _Settings, images: Images) -> None:
-    epochs = settings["epochs"]
-    held = min(2000, images.count // 10) if images.count >= 200 else 0
-    held = min(held, images.count - settings["batch_size"])
-    if held >= 20:
-        held = settings.choose("hold_out", held, "kept from training, to judge without labels")
-        if held:
+    epochs, apart = settings["epochs"], images.unseen >= _FEWEST_JUDGED
+    held = min(2000, images.count // 10) if images.count >= 200 and not apart else 0
+    held = max(min(held, images.count - settings["batch_size"]), 0)
+    reason = "the validation part is there to judge by" if apart else "kept from training, to judge without labels"
+    if apart or held >= _FEWEST_JUDGED:
+        held = settings.choose("hold_out", held, reason)
+        if apart or held:
             settings.choose("quality_every", max(epochs // 20, 1), "about twenty judgements; keeps the best network")
     settings.choose("checkpoint_every", max(epochs // 10, 1), "about ten files")

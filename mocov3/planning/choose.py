@@ -11,8 +11,10 @@ from pathlib import Path
 
 from mocov3.config import PretrainConfig, read_yaml
 from mocov3.config.fields import Fields, Layers
+from mocov3.config.presets import PRESETS
 from mocov3.config.schedule import budget_hours
 from mocov3.data import Source
+from mocov3.data.sources.opening import has_unseen, open_unseen
 from mocov3.data.sources.survey import Survey, propose, scattered, survey
 from mocov3.errors import UserError, no_file
 from mocov3.planning.adapting import choices_of, row_of
@@ -71,7 +73,7 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
     hours = budget_hours(first.budget)
     source, _, order = open_images(first)
     order.check()
-    images = look(source, first, facts)
+    images = dataclasses.replace(look(source, first, facts), unseen=_unseen(first))
     from mocov3.distributed.launch import count_ranks
     from mocov3.planning import speed
     from mocov3.pretraining.assemble import count_memory
@@ -97,10 +99,10 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
         config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})
         return count(config).peak(max(batch // count_ranks(config).size, 1))
 
-    table = []
+    table = _as_the_start_reads(first, images) if first.init else []
     if first.recipe == "adapt":  # what goes beside pairs, and what does not: PretrainConfig.check_own
         pairs = fixed.get("lora") != 0 and not (first.fsdp or first.freeze_until)
-        table = choices_of(row_of(fixed["arch"], len(source), pairs=pairs))
+        table += choices_of(row_of(fixed["arch"], len(source), pairs=pairs))
     choices = choose_settings(images, machine, hours, fixed, measured, counted, table)
     settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}
     config = PretrainConfig(**layers.merged(settings))
@@ -122,6 +124,22 @@ def _of_start(first: PretrainConfig, fixed: Fields) -> Fields:
     config = with_heads(dataclasses.replace(first, arch=arch, heads=fixed.get("heads")), weights=weights)
     # patch size and stem are the weights' own, whatever the images' size would suggest
     return {**settings_of(weights.state, arch), **fixed, "arch": arch, "heads": config.heads}
+
+
+def _as_the_start_reads(first: PretrainConfig, images: Images) -> list[Choice]:
+    """Images normalised, and for evaluation cut out, as the weights of ``--init`` know them: of others these would be
+    another network from the first step.
+    """
+    from mocov3.weights.start import views_of_start
+
+    name, views = views_of_start(first.init, first.adapter)
+    choices = []
+    if abs(PRESETS[images.preset].evaluation_zoom - views.evaluation_zoom) > 0.01 and name in PRESETS:
+        choices.append(Choice("view_preset", name, "the weights of --init were trained with it"))
+    if len(views.mean) == first.channels:
+        numbers = ",".join(f"{v:g}" for v in (*views.mean, *views.std))
+        choices.append(Choice("mean_std", numbers, "what the weights of --init were trained with"))
+    return choices
 
 
 def measured_normalisation(config: PretrainConfig) -> PretrainConfig:
@@ -159,6 +177,11 @@ def look(source: Source, config: PretrainConfig, facts: Survey | None = None) ->
         )
     preset, reason = propose(facts)
     return Images(len(source), facts.short_side[1], preset, reason, facts.mean_std, facts.gray_share > 0.95)
+
+
+def _unseen(config: PretrainConfig) -> int:
+    """Images of the validation part of what is trained on."""
+    return len(open_unseen(config.data)) if has_unseen(config.data) else 0
 
 
 def _known(values: Fields) -> Fields:

@@ -10,12 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from mocov3.config.archs import CLASSIFIER_KEYS, RESNETS
+from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.errors import UserError, nearest
 from mocov3.models import Encoder
 from mocov3.output.log import warn
-from mocov3.weights import attention_heads, checkpoint
+from mocov3.weights import attention_heads, checkpoint, trained_with
 from mocov3.weights.adapters import read_adapter, with_adapter
-from mocov3.weights.convert import load_into
+from mocov3.weights.convert import load_into, views_of
 from mocov3.weights.find import BackboneWeights, find_backbone, hint
 
 
@@ -36,6 +37,23 @@ def load_start(init: str, encoders: list[Encoder], arch: str, heads: int | None 
             load_into(encoder, weights, where)
     except UserError as error:
         raise UserError(f"{error} ({hint(weights)})") from None
+
+
+def views_of_start(init: str, adapter: str = "") -> tuple[str, ViewPreset]:
+    """The views that the weights of ``--init`` were trained with: the preset's name, and its values with their own
+    normalisation; ``photos`` where nothing is said, as by files of the reference and DeiT.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    if init.startswith("timm/") and not (adapter or Path(init).is_file()):
+        import timm
+
+        photos, cfg = PRESETS["photos"], timm.get_pretrained_cfg(init.removeprefix("timm/"))
+        return "photos", dataclasses.replace(photos, mean=tuple(cfg.mean), std=tuple(cfg.std)) if cfg else photos
+    contents = read_adapter(adapter).contents if adapter else checkpoint.read(init)
+    name = str(trained_with(contents).get("view_preset") or "photos")
+    return name, views_of(contents, f"--adapter {adapter}" if adapter else f"--init {init}")
 
 
 def for_channels(weights: BackboneWeights, encoder: Encoder, where: str) -> BackboneWeights:

@@ -39,7 +39,7 @@ from mocov3.weights import checkpoint
 from mocov3.weights.convert import BackboneWeights, load_into
 from mocov3.weights.locate import guess_arch
 from mocov3.weights.origin import origin_of
-from mocov3.weights.start import load_start, starting_weights
+from mocov3.weights.start import load_start, starting_weights, views_of_start
 
 MACHINES = {
     "cpu": Machine("cpu", 8 * GIB, 8),
@@ -391,6 +391,19 @@ def test_small_photographs_are_not_blurred(side, given, blur):
     assert config.preset.blur_probability == ((0.0, 0.0) if blur else PRESETS[config.view_preset].blur_probability)
 
 
+@pytest.mark.parametrize(("unseen", "held"), [(0, 24), (19, 24), (20, 0)])
+def test_a_validation_part_judges_in_place_of_training_images(unseen, held, tmp_path, monkeypatch):
+    for i in range(240 + unseen):
+        place = tmp_path / ("train" if i < 240 else "val") / f"class{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (i % 256, 0, 0)).save(place / f"{i}.png")
+    monkeypatch.setattr(speed, "epoch_seconds", lambda config, source, count: (1.0, 0.1, config.batch_size))
+    layers = read_pretrain([str(tmp_path), "--recipe", "auto", "--device", "cpu"], "x", None)
+    config = propose_settings(layers).config
+    config.check()
+    assert (config.hold_out, config.quality_every > 0) == (held, True)
+
+
 @pytest.mark.parametrize("arch", [*BUILT_IN_ARCHS, "timm/vit_small_patch16_224", "timm/convnext_atto"])
 @pytest.mark.parametrize("pairs", [True, False])
 def test_adapt_takes_the_row_of_the_kind_of_network(arch, pairs):
@@ -469,6 +482,39 @@ def test_adapt_on_a_vit_from_the_command_line(images, tmp_path, more, expected):
     saved = read_yaml(out / "config.yaml", PretrainConfig)
     assert (saved["optimizer"], saved["warmup_epochs"]) == ("adamw", 1)
     assert (saved["lr"], saved["layer_decay"], saved["lora"], saved["preserve"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("trained", "view_preset", "numbers"),
+    [
+        ({}, "photos", (*PRESETS["photos"].mean, *PRESETS["photos"].std)),
+        ({"view_preset": "gray", "mean_std": "0.3,0.4"}, "gray", (0.3, 0.3, 0.3, 0.4, 0.4, 0.4)),
+    ],
+)
+def test_adapting_reads_images_as_the_weights_know_them(trained, view_preset, numbers, tmp_path, monkeypatch):
+    """Grey images, of which the measured normalisation and the whole of the image would be another network's input."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (28, 30), dtype=np.uint8)).save(tmp_path / "data" / f"{i}.png")
+    start = tmp_path / "start.pth.tar"
+    model = models.build("vit_micro", image_size=32, patch_size=8, dim=16, mlp_dim=32)
+    state = {f"module.{k}": v for k, v in model.state_dict().items()}
+    entry = {"mocov3": {"config": {"arch": "vit_micro", **trained}}} if trained else {}
+    checkpoint.write(start, {"arch": "vit_micro", "epoch": 1, "state_dict": state, **entry})
+    monkeypatch.setattr(speed, "epoch_seconds", lambda config, source, count: (1.0, 0.1, config.batch_size))
+    given = [str(tmp_path / "data"), "--recipe", "adapt", "--init", str(start), "--device", "cpu"]
+    proposal = propose_settings(read_pretrain(given, "x", None))
+    assert proposal.images.preset == "gray"
+    assert proposal.config.view_preset == view_preset
+    assert (*proposal.config.preset.mean, *proposal.config.preset.std) == pytest.approx(numbers)
+    asked = propose_settings(read_pretrain([*given, "--mean-std", "0.5,0.5"], "x", None)).config
+    assert asked.preset.mean == (0.5, 0.5, 0.5)
+
+
+def test_timms_weights_are_read_by_their_own_normalisation():
+    name, views = views_of_start("timm/vit_small_patch16_224.augreg_in21k_ft_in1k")
+    assert (name, views.mean, views.std) == ("photos", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def test_the_backbone_warms_up_when_it_thaws():
