@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mocov3.config import PretrainConfig, read_yaml
 from mocov3.config.fields import Fields, Layers
-from mocov3.config.presets import PRESETS
+from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.config.schedule import budget_hours
 from mocov3.data import Source
 from mocov3.data.sources.opening import has_unseen, open_unseen
@@ -80,8 +80,9 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
     from mocov3.pretraining.footprint import Footprint
 
     machine = speed.machine(first.device, first.gpu)
+    beginning: list[Choice] = []
     if first.init:
-        fixed = _of_start(first, fixed)
+        fixed, beginning = _of_start(first, fixed, images)
     times = {"training": 0.0, "loading": 0.0}
 
     def measured(values: Fields) -> tuple[float, Fields]:
@@ -99,40 +100,42 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
         config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})
         return count(config).peak(max(batch // count_ranks(config).size, 1))
 
-    table = _as_the_start_reads(first, images) if first.init else []
+    table = beginning
     if first.recipe == "adapt":  # what goes beside pairs, and what does not: PretrainConfig.check_own
         pairs = fixed.get("lora") != 0 and not (first.fsdp or first.freeze_until)
-        table += choices_of(row_of(fixed["arch"], len(source), pairs=pairs))
+        table = beginning + choices_of(row_of(fixed["arch"], len(source), pairs=pairs))
     choices = choose_settings(images, machine, hours, fixed, measured, counted, table)
     settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}
     config = PretrainConfig(**layers.merged(settings))
     return Proposal(config, choices, images, machine, source, **times)
 
 
-def _of_start(first: PretrainConfig, fixed: Fields) -> Fields:
-    """``fixed`` with what the weights of ``--init``, read once, decide: arch, heads, patch size and stem."""
+def _of_start(first: PretrainConfig, fixed: Fields, images: Images) -> tuple[Fields, list[Choice]]:
+    """What the weights of ``--init``, read once, decide: ``fixed`` with arch, heads, patch size and stem, and how
+    images are read.
+    """
     from mocov3.pretraining.assemble import with_heads
+    from mocov3.weights import checkpoint
     from mocov3.weights.convert import settings_of
     from mocov3.weights.find import hint
     from mocov3.weights.locate import guess_arch
-    from mocov3.weights.start import starting_weights
+    from mocov3.weights.start import is_timms, starting_weights, views_of_start
 
-    weights = starting_weights(first.init, fixed.get("heads"), fixed.get("arch"))
+    contents = None if is_timms(first.init) else checkpoint.read(first.init)
+    weights = starting_weights(first.init, fixed.get("heads"), fixed.get("arch"), contents)
     arch = fixed.get("arch") or weights.arch or guess_arch(weights.state)
     if arch is None:
         raise UserError(f"--init {first.init}: does not say which arch it is; {hint(weights)}")
     config = with_heads(dataclasses.replace(first, arch=arch, heads=fixed.get("heads")), weights=weights)
     # patch size and stem are the weights' own, whatever the images' size would suggest
-    return {**settings_of(weights.state, arch), **fixed, "arch": arch, "heads": config.heads}
+    fixed = {**settings_of(weights.state, arch), **fixed, "arch": arch, "heads": config.heads}
+    return fixed, _as_the_start_reads(first, images, *views_of_start(first.init, first.adapter, contents))
 
 
-def _as_the_start_reads(first: PretrainConfig, images: Images) -> list[Choice]:
+def _as_the_start_reads(first: PretrainConfig, images: Images, name: str, views: ViewPreset) -> list[Choice]:
     """Images normalised, and for evaluation cut out, as the weights of ``--init`` know them: of others these would be
     another network from the first step.
     """
-    from mocov3.weights.start import views_of_start
-
-    name, views = views_of_start(first.init, first.adapter)
     choices = []
     if abs(PRESETS[images.preset].evaluation_zoom - views.evaluation_zoom) > 0.01 and name in PRESETS:
         choices.append(Choice("view_preset", name, "the weights of --init were trained with it"))

@@ -14,7 +14,7 @@ from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.errors import UserError, nearest
 from mocov3.models import Encoder
 from mocov3.output.log import warn
-from mocov3.weights import attention_heads, checkpoint, trained_with
+from mocov3.weights import Contents, attention_heads, checkpoint, trained_with
 from mocov3.weights.adapters import read_adapter, with_adapter
 from mocov3.weights.convert import load_into, views_of
 from mocov3.weights.find import BackboneWeights, find_backbone, hint
@@ -39,19 +39,25 @@ def load_start(init: str, encoders: list[Encoder], arch: str, heads: int | None 
         raise UserError(f"{error} ({hint(weights)})") from None
 
 
-def views_of_start(init: str, adapter: str = "") -> tuple[str, ViewPreset]:
+def is_timms(init: str) -> bool:
+    """Whether ``--init`` names weights that timm publishes, and no file."""
+    return init.startswith("timm/") and not Path(init).is_file()
+
+
+def views_of_start(init: str, adapter: str = "", contents: Contents | None = None) -> tuple[str, ViewPreset]:
     """The views that the weights of ``--init`` were trained with: the preset's name, and its values with their own
-    normalisation; ``photos`` where nothing is said, as by files of the reference and DeiT.
+    normalisation; ``photos`` where nothing is said, as by files of the reference and DeiT. ``contents``: of the file,
+    if that has been read.
 
     Raises:
         UserError: if there is no such file.
     """
-    if init.startswith("timm/") and not (adapter or Path(init).is_file()):
+    if is_timms(init) and not adapter:
         import timm
 
         photos, cfg = PRESETS["photos"], timm.get_pretrained_cfg(init.removeprefix("timm/"))
         return "photos", dataclasses.replace(photos, mean=tuple(cfg.mean), std=tuple(cfg.std)) if cfg else photos
-    contents = read_adapter(adapter).contents if adapter else checkpoint.read(init)
+    contents = read_adapter(adapter).contents if adapter else contents or checkpoint.read(init)
     name = str(trained_with(contents).get("view_preset") or "photos")
     return name, views_of(contents, f"--adapter {adapter}" if adapter else f"--init {init}")
 
@@ -76,15 +82,18 @@ def for_channels(weights: BackboneWeights, encoder: Encoder, where: str) -> Back
     return dataclasses.replace(weights, state={**state, **changed})
 
 
-def starting_weights(init: str, heads: int | None = None, arch: str | None = None) -> BackboneWeights:
-    """The backbone that ``--init`` names; ``heads`` and ``arch`` as for ``find_backbone``.
+def starting_weights(
+    init: str, heads: int | None = None, arch: str | None = None, contents: Contents | None = None
+) -> BackboneWeights:
+    """The backbone that ``--init`` names; ``heads`` and ``arch`` as for ``find_backbone``, ``contents`` of the file, if
+    that has been read.
 
     Raises:
         UserError: if there is no such file or model, it cannot be fetched, or is of other attention heads.
     """
-    if init.startswith("timm/") and not Path(init).is_file():
+    if is_timms(init):
         return _from_timm(init, heads)
-    return find_backbone(checkpoint.read(init), f"--init {init}", heads=heads, arch=arch)
+    return find_backbone(contents or checkpoint.read(init), f"--init {init}", heads=heads, arch=arch)
 
 
 def _from_timm(init: str, heads: int | None) -> BackboneWeights:
