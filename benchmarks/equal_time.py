@@ -49,37 +49,41 @@ RESNET = (
 )
 SIXTEEN = f"{RESNET} --schedule wsd --precision bf16"
 NO_BLUR = "--blur-probability 0,0"
+PLAIN = f"{SIXTEEN} {NO_BLUR}"
+WIDER = PLAIN.replace("w16", "w32")
 VIT = "--recipe vit_small_images --warmup-epochs 1 --schedule wsd"
 VIT16 = f"{VIT} --precision bf16"
 EQUAL_STEPS = ("schedule", "views", "settings", "precision", "vit_precision")
 """Questions whose ways all take the first one's epochs."""
 QUESTIONS: dict[str, dict[str, str]] = {
     "local": {
-        "two views": RESNET,
-        "2 local": f"{RESNET} --local-views 2:16",
-        "4 local": f"{RESNET} --local-views 4:16",
-        "4 local, half weight": f"{RESNET} --local-views 4:16 --local-weight .5",
-        "4 local of 12 px": f"{RESNET} --local-views 4:12",
+        "two views": WIDER,
+        "2 local": f"{WIDER} --local-views 2:16",
+        "4 local": f"{WIDER} --local-views 4:16",
+        "4 local, half weight": f"{WIDER} --local-views 4:16 --local-weight .5",
+        "4 local of 12 px": f"{WIDER} --local-views 4:12",
+        "resnet10_w16, two views": PLAIN,
+        "resnet10_w16, 2 local": f"{PLAIN} --local-views 2:16",
     },
     "schedule": {
         "cosine": RESNET,
         **{f"wsd, {share}": f"{RESNET} --schedule wsd --decay-share {share}" for share in (0.1, 0.2, 0.4)},
     },
-    "width": {"resnet10_w16": RESNET, "resnet10_w32": RESNET.replace("w16", "w32")},
+    "width": {"resnet10_w16": PLAIN, "resnet10_w32": WIDER, "resnet10_w48": PLAIN.replace("w16", "w48")},
     "precision": {"32 bits": f"{RESNET} --schedule wsd", "16 bits": SIXTEEN},
     "views": {
         "of the paper": SIXTEEN,
-        "no blur": f"{SIXTEEN} {NO_BLUR}",
-        "no blur, no solarizing": f"{SIXTEEN} {NO_BLUR} --solarize-probability 0,0",
-        "no blur, crops from 8 %": f"{SIXTEEN} {NO_BLUR} --crop-min .08",
+        "no blur": PLAIN,
+        "no blur, no solarizing": f"{PLAIN} --solarize-probability 0,0",
+        "no blur, crops from 8 %": f"{PLAIN} --crop-min .08",
     },
     "settings": {
-        "no blur": f"{SIXTEEN} {NO_BLUR}",
-        "τ .1": f"{SIXTEEN} {NO_BLUR} --moco-t .1",
-        "lr 4e-3": f"{SIXTEEN} {NO_BLUR} --lr 4e-3",
-        "lr 16e-3": f"{SIXTEEN} {NO_BLUR} --lr 16e-3",
-        "batch 256": f"{SIXTEEN} {NO_BLUR} -b 256",
-        "m .97": f"{SIXTEEN} {NO_BLUR} --moco-m .97",
+        "no blur": PLAIN,
+        "τ .1": f"{PLAIN} --moco-t .1",
+        "lr 4e-3": f"{PLAIN} --lr 4e-3",
+        "lr 16e-3": f"{PLAIN} --lr 16e-3",
+        "batch 256": f"{PLAIN} -b 256",
+        "m .97": f"{PLAIN} --moco-m .97",
     },
     "vit_precision": {"32 bits": VIT, "16 bits": VIT16},
     "vit": {

@@ -14,7 +14,7 @@ that ours took.
 
 One thread each, loading included, but for (b) ours, a command of its own with whatever processes it starts; their
 processor seconds are added up. Measures: k-NN (k 20, τ 0.07) and ridge. Results are kept in ``--results`` as they come:
-what was stopped goes on.
+what was stopped goes on. Once ours is there, two processes can share the rest, each with its ``--methods``.
 """
 
 import argparse
@@ -63,8 +63,8 @@ TRIALS: dict[str, list[Settings]] = {
     "ours": [
         {"flags": OURS},
         {"flags": f"{OURS} --lr 1.6e-2"},
-        {"flags": f"{OURS} --moco-t .1"},
-        {"flags": f"{OURS} --moco-m .97"},
+        {"flags": f"{OURS} --local-views 2:16"},
+        {"flags": f"{OURS} --local-views 2:16 --moco-m .97"},
     ],
     "SimCLR": [
         {"lr": 4e-3, "temperature": 0.5},
@@ -282,7 +282,9 @@ def run_all(race: Race, args: argparse.Namespace, results: dict[str, Result]) ->
 
     def once(key: str, measure: Callable[[], Result]) -> None:
         if key not in results:
-            results[key] = measure()
+            measured = measure()
+            results.update(kept(args.results))  # of another process, with other --methods
+            results[key] = measured
             args.results.write_text(json.dumps(results, indent=1) + "\n")
             print(f"{key}: k-NN {results[key]['knn']:.1f} %, {results[key]['seconds']:.0f} s", flush=True)
 
@@ -291,20 +293,29 @@ def run_all(race: Race, args: argparse.Namespace, results: dict[str, Result]) ->
             return race.ours(settings, seconds, seed, look=look)
         return race.lightly(name, settings, seconds, seed, look=look)
 
+    mine = {name: trials for name, trials in TRIALS.items() if name in args.methods}
     if "b" in args.parts:
         for seed in range(args.seeds):
-            once(f"b/ours/{seed}", partial(race.command, args.minutes, seed))
+            once(f"b/ours/{seed}", partial(race.command, args.minutes, seed))  # it says how long the others have
             for name, settings in DOCUMENTED.items():
+                if name not in args.methods:
+                    continue
                 seconds = results[f"b/ours/{seed}"]["seconds"]
                 once(f"b/{name}/{seed}", partial(train, name, settings, seconds, seed, look=False))
     if "a" in args.parts:
-        for name, trials in TRIALS.items():
+        for name, trials in mine.items():
             for number, settings in enumerate(trials):
                 once(f"look/{name}/{number}", partial(train, name, settings, 60 * args.trial_minutes, 0, look=True))
         for seed in range(args.seeds):
-            for name, trials in TRIALS.items():
+            for name, trials in mine.items():
                 settings = trials[best_of(name, results)]
                 once(f"a/{name}/{seed}", partial(train, name, settings, 60 * args.minutes, seed, look=False))
+
+
+def kept(file: Path) -> dict[str, Result]:
+    """What was measured so far."""
+    results: dict[str, Result] = json.loads(file.read_text()) if file.exists() else {}
+    return results
 
 
 def best_of(name: str, results: dict[str, Result]) -> int:
@@ -351,6 +362,7 @@ def main() -> None:
     parser.add_argument("--trial-minutes", type=float, default=4.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parts", default="ba")
+    parser.add_argument("--methods", nargs="+", default=list(TRIALS), choices=list(TRIALS), help="only these")
     parser.add_argument("--results", type=Path, default=Path("race.json"))
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--rehearse", action="store_true")
@@ -359,7 +371,7 @@ def main() -> None:
         args.minutes, args.trial_minutes, args.seeds = 1.0, 0.1, 1
         args.results = Path(tempfile.mkdtemp()) / "rehearsal.json"
     torch.set_num_threads(1)
-    results: dict[str, Result] = json.loads(args.results.read_text()) if args.results.exists() else {}
+    results = kept(args.results)
     if not args.tables:
         part = "train" if args.test else "val"
         run_all(Race(args.train, args.test or args.train, part, args.rehearse), args, results)

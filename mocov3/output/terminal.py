@@ -5,6 +5,7 @@ A style is one of ``bar`` (a bar on a terminal, else a line now and then), ``lin
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -69,6 +70,10 @@ class Terminal:
         self.clock.advance(done)
         if self.moves:
             self._start()
+
+    def expect(self, steps: int) -> None:
+        """The whole run is so many steps long, as far as is known now."""
+        self.clock.total, self.epochs = steps, math.ceil(steps / max(self.iterations, 1))
 
     def status(self, parts: Sequence[str]) -> None:
         """How the run stands, from the most important part to the least; what finds no room is left out."""
@@ -149,7 +154,7 @@ class Clock:
         if self._first is None or self.done <= self._first[0]:
             return "-:--:--"
         steps, seconds = self.done - self._first[0], self._now - self._first[1]
-        return duration((self.total - self.done) * seconds / steps)
+        return duration(max(self.total - self.done, 0) * seconds / steps)
 
 
 def duration(seconds: float) -> str:

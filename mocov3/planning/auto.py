@@ -25,6 +25,12 @@ _LEAST_BATCH = 64
 """A contrastive step with fewer others to tell an image from teaches little."""
 _FEWEST_JUDGED = 20
 """Images that quality without labels is measured on, at least."""
+_FEW_CORES = 2
+"""Cores that steps on small views use better alone."""
+_BETWEEN = 120
+"""Seconds between judgements, at least: each takes a few."""
+_WARMED = 3
+"""Epochs of the shortest run that is warmed up."""
 _PASSES = 100 * 1.28e6**0.3
 DEFAULT_HOURS = {"cpu": 1.0, "mps": 4.0, "cuda": 12.0}
 
@@ -89,7 +95,7 @@ def choose_settings(
         before: choices of another table, which go before the rules here; its epochs are what the time may shorten.
     """
 
-    made, seen = _Settings(given, before), None
+    made, seen, seconds = _Settings(given, before), None, 0.0
     asked = [n for n in (given.get("epochs"), *(c.value for c in before if c.name == "epochs")) if isinstance(n, int)]
     for rung in RUNGS:
         settings = _Settings(given, before)
@@ -103,9 +109,10 @@ def choose_settings(
         _optimisation(made)
         _precision(made, machine)
         _batch(made, images, machine, memory)
-        if _length(made, images, machine, hours, speed) >= min([rung.enough, *asked]) or machine.device != "cpu":
+        possible, seconds = _length(made, images, machine, hours, speed)
+        if machine.device != "cpu" or rung.allowed(possible, images.count, min([_unlimited(images), *asked])):
             break
-    _watching(made, images)
+    _watching(made, images, seconds)
     for choice in list(made.before.values()):
         made.choose(choice.name, choice.value, choice.reason)
     return made.choices
@@ -185,6 +192,9 @@ def _network(settings: _Settings, images: Images, machine: Machine, memory: Memo
         settings.choose(
             "small_stem", small, f"views of {settings['image_size']} px" + (" would shrink to nothing" * small)
         )
+    if _takes_local_views(settings, machine):
+        reason = "gained 1.4 to 2 points of k-NN in the same time on CIFAR-10 (docs/budget.md)"
+        settings.choose("local_views", f"2:{settings['image_size'] // 2}", reason)
     if tiny:
         settings.choose("moco_dim", 128, "the demo's head for this width")
         settings.choose("moco_mlp_dim", 512, "the demo's head for this width")
@@ -197,14 +207,22 @@ def _network(settings: _Settings, images: Images, machine: Machine, memory: Memo
         settings.choose("patch_size", patch, reason)
 
 
+def _takes_local_views(settings: _Settings, machine: Machine) -> bool:
+    """Where they were measured: small views of photographs, a small ResNet from scratch on a CPU."""
+    small = settings["view_preset"] == "photos" and settings["image_size"] <= SMALL_VIEWS
+    return small and machine.device == "cpu" and settings["arch"] in SMALL_RESNETS and not settings.values.get("init")
+
+
 def _fits(settings: Fields, batch: int, machine: Machine, memory: Memory) -> bool:
     """Whether a step fits the machine, with a seventh kept free."""
     return memory(settings, batch) <= 0.85 * machine.memory
 
 
 def _precision(settings: _Settings, machine: Machine) -> None:
-    if machine.device == "cpu" and machine.bf16 and is_vit(settings["arch"]):
-        settings.choose("precision", "bf16", "this CPU multiplies 16-bit matrices about twice as fast (docs/budget.md)")
+    if machine.device == "cpu" and machine.bf16:
+        settings.choose(
+            "precision", "bf16", "this CPU multiplies 16-bit matrices: more steps in the time (docs/budget.md)"
+        )
     else:
         settings.choose(
             "precision", "auto", "16 bits where the device has them" if machine.device == "cuda" else "32 bits here"
@@ -227,11 +245,14 @@ def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory
         size //= 2
         limit = f"fits {machine.memory / GIB:.0f} GB (counted: {memory(settings.values, size) / GIB:.1f} GB)"
     settings.choose("batch_size", max(size, 2), limit)
-    settings.choose(
-        "workers",
-        max(min(machine.cores, 16), 1),
-        f"{machine.cores} cores" + (", one of them for loading only while steps wait" * (machine.device == "cpu")),
-    )
+    workers = max(min(machine.cores, 16), 1)
+    if machine.device == "cpu" and machine.cores <= _FEW_CORES and images.short_side <= _SMALL_SIDE:
+        workers, reason = 0, f"{machine.cores} cores: steps would wait for the one that loads (docs/budget.md)"
+    elif machine.device == "cpu":
+        reason = f"{machine.cores} cores, one of them for loading only while steps wait"
+    else:
+        reason = f"{machine.cores} cores"
+    settings.choose("workers", workers, reason)
 
 
 def _optimisation(settings: _Settings) -> None:
@@ -256,13 +277,18 @@ def _optimisation(settings: _Settings) -> None:
     settings.choose("moco_m_cos", True, "the reference's in every recipe")
 
 
-def _length(settings: _Settings, images: Images, machine: Machine, hours: float | None, speed: Speed) -> int:
-    """Choose the epochs; how many the time allows."""
+def _unlimited(images: Images) -> int:
+    """Epochs where no time limits them."""
+    return int(min(max(round(_PASSES / max(images.count, 1) ** 0.3), 100), 800))
+
+
+def _length(
+    settings: _Settings, images: Images, machine: Machine, hours: float | None, speed: Speed
+) -> tuple[int, float]:
+    """Choose the epochs; how many the time allows, and what one takes (seconds)."""
     budget = 3600 * (hours if hours is not None else DEFAULT_HOURS[machine.device])
     asked = settings.before.pop("epochs", None)
-    wanted = min(max(round(_PASSES / max(images.count, 1) ** 0.3), 100), 800)
-    if asked is not None and isinstance(asked.value, int):
-        wanted = asked.value
+    wanted = asked.value if asked is not None and isinstance(asked.value, int) else _unlimited(images)
     seconds, changed = speed(settings.values)
     for name, value in changed.items():
         settings.values[name] = value
@@ -284,16 +310,17 @@ def _length(settings: _Settings, images: Images, machine: Machine, hours: float 
     epochs = settings.choose("epochs", epochs, reason)
     if epochs < 3:  # too few to hold anything back
         settings.before = {n: c for n, c in settings.before.items() if n not in ("freeze_epochs", "warmup_epochs")}
-    warmup = min(40 if is_vit(settings["arch"]) else 10, round(epochs / 10))
-    settings.choose("warmup_epochs", warmup, "a tenth, at most the paper's")
+    least = 1 if epochs >= _WARMED else 0
+    warmup = min(40 if is_vit(settings["arch"]) else 10, max(round(epochs / 10), least))
+    settings.choose("warmup_epochs", warmup, "a tenth, an epoch at least, at most the paper's")
     if hours is not None:
         settings.choose("max_hours", round(_LATEST * hours, 4), "the budget and a fifth, should the machine slow down")
     how = f"{duration(seconds)} an epoch, by the steps just measured" if seconds > 0 else "not measured"
     settings.choices.append(Choice("(predicted time)", duration(seconds * epochs), how))
-    return possible
+    return possible, seconds
 
 
-def _watching(settings: _Settings, images: Images) -> None:
+def _watching(settings: _Settings, images: Images, seconds: float) -> None:
     epochs, apart = settings["epochs"], images.unseen >= _FEWEST_JUDGED
     held = min(2000, images.count // 10) if images.count >= 200 and not apart else 0
     held = max(min(held, images.count - settings["batch_size"]), 0)
@@ -301,5 +328,9 @@ def _watching(settings: _Settings, images: Images) -> None:
     if apart or held >= _FEWEST_JUDGED:
         held = settings.choose("hold_out", held, reason)
         if apart or held:
-            settings.choose("quality_every", max(epochs // 20, 1), "about twenty judgements; keeps the best network")
+            apart_by = min(math.ceil(_BETWEEN / max(seconds, 1e-9)), epochs) if seconds > 0 else 1
+            every = max(epochs // 20, apart_by, 1)
+            settings.choose(
+                "quality_every", every, "about twenty judgements, two minutes apart; keeps the best network"
+            )
     settings.choose("checkpoint_every", max(epochs // 10, 1), "about ten files")

@@ -1,25 +1,31 @@
-"""What ``--recipe auto`` takes on a CPU: the first rung of which the time allows enough epochs."""
+"""What ``--recipe auto`` takes on a CPU: the first rung of which the time allows enough passes and images."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Rung:
-    """Views and network of a CPU, taken if the time allows enough epochs of them; else the next."""
+    """Views and network of a CPU, taken if the time allows enough of them; else the next."""
 
     side: int
     arch: str
-    enough: int
-    """Epochs."""
+    epochs: int
+    """Fewest."""
+    seen: int
+    """Fewest images seen, passes over all of them counted."""
     side_reason: str
     arch_reason: str
+
+    def allowed(self, epochs: int, images: int, wanted: int) -> bool:
+        """Whether ``epochs`` of ``images``, which the time allows, are enough; no more than ``wanted`` epochs are."""
+        return epochs >= min(max(self.epochs, self.seen / max(images, 1)), wanted)
 
 
 _SHORT = "at 64 px the time allows fewer than 40 epochs on this CPU"
 RUNGS = (
-    Rung(64, "resnet10_w48", 40, "on a CPU 224 px would take twelve times as long", "a CPU trains it in an hour"),
-    Rung(32, "resnet10_w32", 30, _SHORT, "the time allows 30 epochs of it or more"),
-    Rung(32, "resnet10_w16", 0, _SHORT, "twice the width would see the images fewer than 30 times (docs/budget.md)"),
+    Rung(64, "resnet10_w48", 40, 0, "on a CPU 224 px would take twelve times as long", "a CPU trains it in an hour"),
+    Rung(32, "resnet10_w32", 1, 250_000, _SHORT, "the time allows 250,000 images or more (docs/budget.md)"),
+    Rung(32, "resnet10_w16", 0, 0, _SHORT, "twice the width would see fewer than 250,000 images (docs/budget.md)"),
 )
 SMALL_VIEWS = 40
 """Pixels of views up to which the widest of these networks gains nothing, and blur of up to 2 px leaves little."""

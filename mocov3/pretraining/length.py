@@ -82,14 +82,17 @@ class Clock:
         (first, a), (last, b) = self._seen[0], self._seen[-1]
         return max(last - first, 1e-9) / max(b - a, 1)
 
-    def decay(self, step: int, decays: Sequence[Decay], share: float) -> int:
-        """Steps that the decay, or what is left of it, should take from here; 0 where nothing is to be decided."""
+    def possible(self) -> int:
+        """Steps that what is left of the budget has time for; 0 where the pace is not known yet."""
         if len(self._seen) < 2:
             return 0
-        left = self.budget - self.reserve - self.spent()
-        possible = max(int(left / self.pace()), 1)
+        return max(int((self.budget - self.reserve - self.spent()) / self.pace()), 1)
+
+    def decay(self, step: int, decays: Sequence[Decay], share: float) -> int:
+        """Steps that the decay, or what is left of it, should take from here; 0 where nothing is to be decided."""
+        possible = self.possible()
         if not decays:
-            return possible if left <= share * (self.budget - self.reserve) else 0
+            return possible if self.is_past(1 - share) else 0
         last = decays[-1]
         rest = last.end - step
         if rest < _FEW or step - last.step < _SETTLED * last.steps:
@@ -178,6 +181,13 @@ class Length:
         if self.decays:
             return position.step >= self.decays[-1].end
         return self.clock is None and position.epoch >= self.config.epochs
+
+    def expected(self, step: int) -> int:
+        """Steps of the whole run, as far as is known when ``step`` are done."""
+        if self.decays:
+            return self.decays[-1].end
+        possible = self.clock.possible() if self.clock is not None else 0
+        return step + possible if possible else self.config.epochs * self.iterations
 
     def due(self, position: Position) -> Decisions | None:
         """All decisions, where one is to be taken before the next step; the same on every rank, which all call it."""

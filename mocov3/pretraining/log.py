@@ -33,13 +33,14 @@ class PretrainingLog(TrainingLog):
         self.shown: MetricsLine | None = None
         """The last line of this process."""
 
-    def standing(self, epochs: int) -> str:
+    def standing(self, epochs: float) -> str:
         """Where the run stands after so many epochs, in words."""
+        done, of = (f"{round(count, 1):g}" for count in (epochs, self.terminal.clock.total / self.terminal.iterations))
         if self.shown is None:
-            return f"{epochs} epochs"
+            return f"{done} epochs"
         knn = f", k-NN {self._knn:.2f} %" if self._knn is not None else ""
         start, floor = f"start {self.start:.2f}", f"floor {self.floor:.2f}"
-        return f"{epochs} of {self.terminal.epochs} epochs, loss {self.shown.loss:.4f} ({start}, {floor}){knn}"
+        return f"{done} of {of} epochs, loss {self.shown.loss:.4f} ({start}, {floor}){knn}"
 
     def losses(self, history: Sequence[tuple[int, float, float]]) -> None:
         """Record (step, loss, lr) of steps, in order: TensorBoard's tag ``loss`` and the line's averages."""

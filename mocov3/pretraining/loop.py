@@ -227,6 +227,8 @@ class Pretraining(Run):
 
     def advance(self, batch: Batch, outcome: Outcome, lr: float, m: float) -> None:
         """Record the step and move the position past it."""
+        if self.length.decays or self.length.clock is not None:
+            self.log.terminal.expect(self.length.expected(self.position.step))
         self.recorder.step_done(batch, outcome, step=self.position.step, lr=lr, m=m, skipped=self.step.skipped)
         self.move_past(batch.work)
 
@@ -331,7 +333,7 @@ class Pretraining(Run):
 
     def result(self) -> None:
         """Say where the run stands, and whether to use what it made."""
-        self.log.result(f"{self.folder / self.saver.newest}: {self.log.standing(self.position.epoch)}")
+        self.log.result(f"{self.folder / self.saver.newest}: {self.log.standing(self.position.step / self.iterations)}")
         if conclusion := self.label_free.conclusion():
             for sentence in conclusion.sentences:
                 self.log.result(sentence)

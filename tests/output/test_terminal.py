@@ -156,6 +156,25 @@ def test_parts_are_left_out_from_the_end():
     assert fit(["a"], parts, ["z"], 3) == "a z"
 
 
+def test_a_run_whose_end_is_decided_on_the_way(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    terminal = Terminal("bar", epochs=2, iterations=10)
+    for done in range(1, 27):
+        if done == 15:
+            terminal.expect(26)
+        terminal.advance(done)
+        terminal.status([])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rsplit(" ", 1)[0] for line in (lines[13], lines[14], lines[25])] == [
+        "epoch 2/2 70%",
+        "epoch 2/3 57%",
+        "epoch 3/3 100%",
+    ]
+    assert not [line for line in lines if line.split()[-1].startswith("-1")]
+    terminal.clock.advance(30)  # later than was foreseen
+    assert terminal.clock.left == "0:00:00"
+
+
 def test_time_left():
     clock = Clock(total=100, done=40)
     assert clock.left == "-:--:--"

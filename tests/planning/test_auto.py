@@ -132,7 +132,7 @@ def test_a_budget_sets_epochs():
 
 def cpu_plan(times, **more):
     """(arch, side) on a CPU where an epoch of each takes so many seconds, in an hour."""
-    images = Images(50_000, more.pop("side", 375), "photos", "because", "0.5,0.25", gray=False)
+    images = Images(more.pop("count", 50_000), more.pop("side", 375), "photos", "because", "0.5,0.25", gray=False)
     asked = []
 
     def speed(values):
@@ -147,7 +147,8 @@ def cpu_plan(times, **more):
     return chosen
 
 
-SLOW = {"resnet10_w48": 600, "resnet10_w32": 200, "resnet10_w16": 80}
+SLOW = {"resnet10_w48": 600, "resnet10_w32": 800, "resnet10_w16": 400}
+"""5, 3 and 7 epochs of 50,000 images in the hour."""
 
 
 def test_a_cpu_takes_the_widest_that_sees_the_images_often_enough():
@@ -155,22 +156,52 @@ def test_a_cpu_takes_the_widest_that_sees_the_images_often_enough():
         "resnet10_w48",
         64,
     )
-    plan = cpu_plan({**SLOW, "resnet10_w32": 90})
+    plan = cpu_plan({**SLOW, "resnet10_w32": 600})  # 5 epochs, 250,000 images
     assert (plan["arch"], plan["image_size"]) == ("resnet10_w32", 32)
     assert cpu_plan(SLOW)["arch"] == "resnet10_w16"
     assert cpu_plan(SLOW, side=32)["arch"] == "resnet10_w16"
-    assert cpu_plan({"resnet10_w32": 90}, side=32)["arch"] == "resnet10_w32", "the widest is for larger images"
+    assert cpu_plan({"resnet10_w32": 600}, side=32)["arch"] == "resnet10_w32", "the widest is for larger images"
+    # few images: as many epochs as a run without a limit has are enough
+    assert cpu_plan(dict.fromkeys(SLOW, 3), side=32, count=300)["arch"] == "resnet10_w32"
     # what is given: few epochs that are wanted anyhow are no reason, and an arch stays
     assert cpu_plan(SLOW, epochs=5)["arch"] == "resnet10_w48"
     given = cpu_plan({"resnet18": 600}, arch="resnet18")
     assert given["image_size"] == 32
 
 
-def test_a_cpu_that_multiplies_16_bits_trains_vits_in_them():
+def test_a_cpu_that_multiplies_16_bits_trains_in_them():
     times = {"vit_micro": 60, **SLOW}
     assert cpu_plan(times, arch="vit_micro", bf16=True)["precision"] == "bf16"
     assert cpu_plan(times, arch="vit_micro")["precision"] == "auto"
-    assert cpu_plan(times, bf16=True)["precision"] == "auto"
+    assert cpu_plan(times, bf16=True)["precision"] == "bf16"
+
+
+def test_steps_have_two_cores_to_themselves_where_images_are_small():
+    cpu = MACHINES["cpu"]
+    two = dataclasses.replace(cpu, cores=2)
+    assert [planned(5_000, machine, side=32)[0].workers for machine in (two, dataclasses.replace(cpu, cores=4))] == [
+        0,
+        4,
+    ]
+    assert planned(5_000, two, side=375)[0].workers == 2  # a large file would stop the steps
+
+
+def test_judgements_are_two_minutes_apart():
+    cpu = MACHINES["cpu"]
+    assert planned(5_000, cpu, hours=1, seconds=60)[0].quality_every == 2
+    assert planned(5_000, cpu, hours=1, seconds=500)[0].quality_every == 1
+    assert planned(5_000, cpu, hours=100, seconds=1)[0].quality_every == 120
+
+
+def test_local_views_where_they_were_measured():
+    assert cpu_plan(SLOW, side=32)["local_views"] == "2:16"
+    assert cpu_plan(SLOW, side=28)["local_views"] == "2:14"
+    assert cpu_plan(SLOW, side=32, local_views="")["local_views"] == ""
+    times = {"vit_conv_micro": 60, "resnet18": 60, **SLOW}
+    others = [{"arch": "vit_conv_micro"}, {"arch": "resnet18"}, {"init": "weights.pth"}, {"view_preset": "gray"}]
+    for other in (*others, {"image_size": 64, "arch": "resnet10_w48"}):
+        assert "local_views" not in cpu_plan(times, **{"side": 32, **other}), other
+    assert not planned(5_000, MACHINES["12 GB"], side=32)[0].local_views
 
 
 def test_small_vits_take_what_was_measured_for_them():

@@ -85,7 +85,8 @@ def test_the_end_is_within_the_budget_though_the_machine_is_disturbed(disturbed,
         "from the decay on": lambda t: t > 0.8,
         "at the end": lambda t: t > 0.9,
     }[disturbed]
-    step, times = 0, []
+    step, times, expected = 0, [], []
+    assert length.expected(0) == config.epochs * 50  # until the pace is known
     while not length.is_over(at := Position(step // 50, step % 50, step)):
         cost = length.stage(at).image_size ** 2 / 32**2
         step += 1
@@ -94,7 +95,11 @@ def test_the_end_is_within_the_budget_though_the_machine_is_disturbed(disturbed,
             length.take(decisions)
             times.append(clock.spent())
             now.seconds += 0.3  # writing it
+        expected.append(length.expected(step))
     assert clock.spent() == pytest.approx(budget, rel=0.03)
+    assert expected[-1] == step
+    if disturbed == "never" and not cheap:
+        assert expected[len(expected) // 2 :] == pytest.approx([step] * (len(expected) - len(expected) // 2), rel=0.05)
     decays, ends = length.decisions
     assert 1 <= len(decays) <= 6
     shares = (0.3, 0.5, 0.8) if cheap else (0.8,)
