@@ -328,7 +328,7 @@ def _watching(settings: _Settings, images: Images, seconds: float) -> None:
     if apart or held >= _FEWEST_JUDGED:
         held = settings.choose("hold_out", held, reason)
         if apart or held:
-            apart_by = min(math.ceil(_BETWEEN / max(seconds, 1e-9)), epochs) if seconds > 0 else 1
+            apart_by = min(math.ceil(_BETWEEN / seconds), epochs) if seconds > 0 else 1
             every = max(epochs // 20, apart_by, 1)
             settings.choose(
                 "quality_every", every, "about twenty judgements, two minutes apart; keeps the best network"

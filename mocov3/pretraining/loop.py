@@ -227,8 +227,7 @@ class Pretraining(Run):
 
     def advance(self, batch: Batch, outcome: Outcome, lr: float, m: float) -> None:
         """Record the step and move the position past it."""
-        if self.length.decays or self.length.clock is not None:
-            self.log.terminal.expect(self.length.expected(self.position.step))
+        self.log.terminal.expect(self.length.expected(self.position.step))
         self.recorder.step_done(batch, outcome, step=self.position.step, lr=lr, m=m, skipped=self.step.skipped)
         self.move_past(batch.work)
 
