@@ -116,7 +116,7 @@ class Terminal:
 
         # standard error that goes elsewhere stays there
         self._live = Live(_Bar(self), refresh_per_second=_REFRESH, redirect_stderr=sys.stderr.isatty())
-        self._live.start()
+        self._live.start(refresh=True)  # drawn at once: what is said while a thread draws the first row lands behind it
 
     def row(self, width: int) -> tuple[str, int, str]:
         """What stands left of the bar, the columns left for it, what stands right of it."""
