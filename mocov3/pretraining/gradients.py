@@ -23,6 +23,7 @@ from mocov3.distributed.sharding import is_sharded, reduce_now
 from mocov3.models import Encoder, MoCo, Statistics
 from mocov3.models.precision import Precision
 from mocov3.pretraining.preserve import Preservation
+from mocov3.pretraining.side_by_side import SideBySide, goes_side_by_side
 
 if TYPE_CHECKING:
     from mocov3.models.depth import MaskedDropPath, Masks
@@ -228,10 +229,14 @@ class MicroBatches:
 
 def gradients_of(
     model: MoCo, *, world: World, precision: Precision, micro_batch: int, preservation: Preservation | None = None
-) -> WholeBatch | MicroBatches:
-    """How ``model`` is trained: in passes of ``micro_batch`` images, or, of 0, in one."""
+) -> WholeBatch | MicroBatches | SideBySide:
+    """How ``model`` is trained: in passes of ``micro_batch`` images, or, of 0, in one; by a process alone on a CPU
+    the views side by side.
+    """
     if micro_batch:
         return MicroBatches(model, world=world, precision=precision, size=micro_batch, preservation=preservation)
+    if world.size == 1 and preservation is None and not is_sharded(model) and goes_side_by_side(model):
+        return SideBySide(model, precision=precision)
     return WholeBatch(model, world=world, precision=precision, preservation=preservation)
 
 

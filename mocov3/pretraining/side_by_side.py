@@ -1,0 +1,167 @@
+"""Loss and gradients of one batch on a CPU: the views side by side, each in a thread with its share of the cores.
+
+Operations of small networks are too short for several cores, which wait for each other at the end of every one, and
+for the one that something else disturbs. The passes of view 1 and of view 2 meet in heads and loss alone. So each view
+goes through both backbones in a thread of its own, heads and loss follow with all cores, and the backward passes are
+apart again. Local views, one pass of a batch norm of their own, take all cores. What is computed is what ``WholeBatch``
+computes; sums are rounded otherwise, and alike in every run.
+"""
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mocov3.data.device.pixels import ViewBatch
+from mocov3.distributed.batch_norm import statistics_at_rest
+from mocov3.models import Encoder, MoCo, Statistics
+from mocov3.models.precision import Precision
+
+_Norm = nn.modules.batchnorm._BatchNorm
+_AT_ONCE = 2
+"""Threads: one a view."""
+
+
+def goes_side_by_side(model: MoCo) -> bool:
+    """Whether that is possible, and pays: on a CPU of more than one core.
+
+    Backbones that draw random numbers are left out: threads would take them in any order.
+    """
+    first = next(model.parameters())
+    cores = torch.get_num_threads() if first.device.type == "cpu" else 1
+    return cores >= _AT_ONCE and not any(_draws(module) for module in model.base_encoder.modules())
+
+
+class SideBySide:
+    """Loss and gradients, the views side by side.
+
+    Args:
+        model: in training mode, on the CPU; its modules stay what they are.
+        precision: arithmetic.
+    """
+
+    def __init__(self, model: MoCo, *, precision: Precision) -> None:
+        self.model, self.precision = model, precision
+        self._of_local = _Twin(model.base_encoder)
+        self._queries = _Twin(model.base_encoder)
+        self._keys = _Twin(model.momentum_encoder)
+        self._threads = _threads()
+
+    def __call__(
+        self, x1: ViewBatch, x2: ViewBatch, m: float, local: ViewBatch | None = None
+    ) -> tuple[Float[Tensor, ""], Statistics]:
+        """Loss and statistics; leaves the gradients in the parameters."""
+        model = self.model
+        for twin in (self._queries, self._keys, self._of_local):
+            twin.follow()
+        model.update_momentum_encoder(m)  # the queries' own weights stay what they are
+        (q1, k1), (q2, k2) = self._at_once(
+            lambda: self._view(x1, model.base_encoder, model.momentum_encoder),
+            lambda: self._view(x2, self._queries.network, self._keys.network),
+        )
+        outputs = [q1, q2, *([] if local is None else [self._local(local)])]
+        features = [f.detach().requires_grad_() for f in outputs]
+        with self.precision.autocast():
+            queries = [model.queries(f) for f in features[:2]]
+            local_queries = None
+            if local is not None:
+                with model.local_pass():
+                    local_queries = model.queries(features[2])
+            loss, statistics = model.loss(queries, [model.keys(k) for k in (k1, k2)], local_queries)
+        self.precision.scaler.scale(loss).backward()
+        tasks = [partial(torch.autograd.backward, f, given.grad) for f, given in zip(outputs, features, strict=True)]
+        self._at_once(*tasks[:2])
+        for task in tasks[2:]:
+            task()
+        for twin in (self._queries, self._of_local)[: len(features) - 1]:
+            twin.give_gradients()
+        for twin in (self._queries, self._keys):
+            twin.give_statistics()
+        return loss.detach(), statistics
+
+    def _view(self, x: ViewBatch, base: Encoder, momentum: Encoder) -> list[Tensor]:
+        """Features of a view by both backbones."""
+        images = x[:]
+        with self.precision.autocast():
+            query = base.features(images)
+            with torch.no_grad():
+                return [query, momentum.features(images)]
+
+    def _local(self, x: ViewBatch) -> Tensor:
+        """Features of all local views."""
+        network = self._of_local.network
+        with self.precision.autocast(), statistics_at_rest(network):
+            return network.features(x[:])
+
+    def _at_once(self, *tasks: Callable[[], Any]) -> list[Any]:
+        """Results of a task for each thread."""
+        return [future.result() for future in [self._threads.submit(task) for task in tasks]]
+
+
+def _draws(module: nn.Module) -> bool:
+    dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    return dropout or getattr(module, "drop_prob", 0.0) > 0
+
+
+class _Twin:
+    """A network with the weights of another, and gradients and batch statistics of its own."""
+
+    def __init__(self, original: Encoder) -> None:
+        self._original: Any = original
+        shared = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in original.parameters()}
+        self.network: Any = copy.deepcopy(original, dict(shared))
+        self._weights = [(p, shared[id(p)]) for p in original.parameters()]
+        self._modules = list(zip(original.modules(), self.network.modules(), strict=True))
+        heads = set(getattr(original, original.projector_name).modules())  # run for all views, by the original
+        norms = [
+            (a, b) for a, b in self._modules if isinstance(a, _Norm) and a.running_mean is not None and a not in heads
+        ]
+        self._norms: list[tuple[Any, Any]] = norms
+
+    def follow(self) -> None:
+        """What trains, and in which mode, is as in the original; statistics begin at nothing."""
+        for module, twin in self._modules:
+            twin.training = module.training
+        for weight, twin in self._weights:
+            twin.requires_grad_(weight.requires_grad)
+            twin.grad = None
+        for _, norm in self._norms:
+            if norm.training:
+                norm.running_mean.zero_()
+                norm.running_var.zero_()
+
+    def give_gradients(self) -> None:
+        """Add them to those of the original."""
+        pairs = [(w.grad, twin.grad) for w, twin in self._weights if w.grad is not None and twin.grad is not None]
+        torch._foreach_add_([whole for whole, _ in pairs], [part for _, part in pairs])
+
+    def give_statistics(self) -> None:
+        """Move running statistics of the original by those of the twin's pass, as if it had been the next."""
+        for norm, twin in self._norms:
+            if twin.training:
+                norm.running_mean.mul_(1 - norm.momentum).add_(twin.running_mean)
+                norm.running_var.mul_(1 - norm.momentum).add_(twin.running_var)
+                norm.num_batches_tracked += 1
+
+
+def _threads() -> ThreadPoolExecutor:
+    """Threads of which each computes with its share of the cores; this one keeps all."""
+    cores = torch.get_num_threads()
+    ready = Barrier(_AT_ONCE)
+
+    def begin() -> None:
+        torch.get_num_threads()  # what torch sets at a thread's first call must not come later
+        torch.set_num_threads(cores // _AT_ONCE)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(_AT_ONCE, "view", begin)
+    for started in [pool.submit(lambda: None) for _ in range(_AT_ONCE)]:
+        started.result()
+    torch.set_num_threads(cores)  # new threads begin with what was set last
+    return pool
