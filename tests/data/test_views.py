@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from mocov3.config import PRESETS, ViewPreset
 from mocov3.data import TwoViews
 from mocov3.data.views import native
-from mocov3.data.views.draws import Draw, draw
+from mocov3.data.views.draws import Draw, draw, draw_all
 from mocov3.data.views.operations import apply_draw
 
 CHINA = np.asarray(Image.open(GOLDEN / "images" / "china.jpg").convert("RGB"))
@@ -135,15 +136,39 @@ def test_kernel_takes_parts_of_images():
     assert np.array_equal(
         apply_draw(part, choice, 32, "native"), apply_draw(np.ascontiguousarray(part), choice, 32, "native")
     )
-    keep = {"flip": False, "jitter": None, "gray": False, "blur": 0.0, "solarize": False}
+
+    def view(pixels, box, out):
+        native.views(pixels, [native.View(box, flip=False, jitter=None, gray=False, blur=0.0, solarize=False)], [out])
+
     out = np.empty((8, 8, 3), np.uint8)
     for box in ((0, 0, 101, 10), (-1, 0, 5, 5), (0, 125, 5, 6), (0, 0, 0, 5)):
         with pytest.raises(ValueError, match="lie"):
-            native.view(part, box, out, **keep)
+            view(part, box, out)
     with pytest.raises(ValueError, match="pixels"):
-        native.view(CHINA[:, ::2], (0, 0, 5, 5), out, **keep)
+        view(CHINA[:, ::2], (0, 0, 5, 5), out)
     with pytest.raises(ValueError, match="out"):
-        native.view(CHINA, (0, 0, 5, 5), out[:, :, ::-1], **keep)
+        view(CHINA, (0, 0, 5, 5), out[:, :, ::-1])
+
+
+@built
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_kernel_draws_what_is_drawn_without_it(preset):
+    """To the last bit: of every shape, with ranges that leave no crop but the fallback's, far seeds and indices."""
+    rng = np.random.default_rng(0)
+    every = replace(
+        PRESETS[preset], turn_probability=0.7, vertical_flip_probability=0.5, solarize_probability=(0.3, 0.6)
+    )
+    for drawn in (PRESETS[preset], every, replace(every, ratio=(0.4, 0.5)), replace(every, ratio=(2.0, 3.0))):
+        crops = [(0.08, 1.0), (0.2, 1.0), (0.05, 0.4), (0.9, 1.0), (1.0, 1.0)]
+        for width, height in [(32, 32), (28, 28), (500, 375), (1, 1), (1, 90), (3000, 2), (17, 640)]:
+            for _ in range(8):
+                seed, epoch, index = (int(n) for n in rng.integers(0, [1 << 63, 1000, 1 << 40]))
+                where = {"seed": seed, "epoch": epoch, "index": index}
+                wanted = [
+                    draw(drawn, low, width, height, view=view, crop_max=most, **where)
+                    for view, (low, most) in enumerate(crops)
+                ]
+                assert draw_all(drawn, crops, width, height, **where) == wanted
 
 
 def test_large_images_are_decoded_smaller(tmp_path):

@@ -4,13 +4,17 @@ Nothing here depends on workers, ranks or what was drawn before, so any run can 
 apart from applying: ``mocov3.data.views.two_views`` turns a ``Draw`` into pixels.
 """
 
+import ctypes
+import functools
 import math
 import threading
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mocov3.config.presets import ViewPreset
+from mocov3.data.views import native
 
 _ORDER, _VIEW, _REPLACEMENT, _TOKENS = (0, 1, 2, 4)  # separate streams of one seed
 """Views add twice their number: the two views also use 3 and 6, local ones 5, 7, …"""
@@ -122,6 +126,71 @@ def draw(
         flip=c[13] < preset.flip_probability,
         flip_vertical=c[14] < preset.vertical_flip_probability,
         turns=1 + int(3 * c[15] / preset.turn_probability) if c[15] < preset.turn_probability else 0,
+    )
+
+
+def draw_all(
+    preset: ViewPreset,
+    crops: Sequence[tuple[float, float]],
+    width: int,
+    height: int,
+    *,
+    seed: int,
+    epoch: int,
+    index: int,
+) -> list[Draw]:
+    """The draws of all views of an image, as ``draw`` gives them; by the compiled kernel, where it was built.
+
+    Args:
+        preset: strengths and chances.
+        crops: for each view the smallest and largest share of the image's area.
+        width: of the image before padding.
+        height: likewise.
+        seed: of the run.
+        epoch: of the run.
+        index: of the image.
+    """
+    where = {"seed": seed, "epoch": epoch, "index": index}
+    if not native.available():
+        return [
+            draw(preset, low, width, height, view=view, crop_max=most, **where)
+            for view, (low, most) in enumerate(crops)
+        ]
+    pad = 2 * pad_pixels(preset, width, height)
+    numbers = native.draws(_settings(preset, tuple(crops)), len(crops), width + pad, height + pad, **where)
+    return [_from_numbers(numbers[at : at + native.DRAW]) for at in range(0, len(numbers), native.DRAW)]
+
+
+@functools.lru_cache(16)
+def _settings(preset: ViewPreset, crops: tuple[tuple[float, float], ...]) -> Any:
+    """What the kernel draws from."""
+    numbers: list[float] = []
+    for view, crop in enumerate(crops):
+        numbers += (_VIEW + 2 * view, *crop, *preset.ratio, *map(math.log, preset.ratio), preset.jitter_probability)
+        for strength in (preset.brightness, preset.contrast, preset.saturation):
+            numbers += (max(0.0, 1 - strength), 1 + strength)
+        numbers += (-preset.hue, preset.hue, preset.gray_probability)
+        numbers += (preset.blur_probability[view % 2], preset.solarize_probability[view % 2], preset.flip_probability)
+        numbers += (preset.vertical_flip_probability, preset.turn_probability, *preset.blur_sigma)
+    assert len(numbers) == native.SETTINGS * len(crops)
+    return (ctypes.c_double * len(numbers))(*numbers)
+
+
+def _from_numbers(numbers: Sequence[float]) -> Draw:
+    top, left, height, width, jitter, a, b, c, d, *factors, gray, blur, solarize, flip, upside_down, turns = numbers
+    order = (int(a), int(b), int(c), int(d))
+    return Draw(
+        int(top),
+        int(left),
+        int(height),
+        int(width),
+        (order, factors[0], factors[1], factors[2], factors[3]) if jitter else None,
+        gray != 0,
+        None if blur < 0 else blur,
+        solarize != 0,
+        flip != 0,
+        upside_down != 0,
+        int(turns),
     )
 
 

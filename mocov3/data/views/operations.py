@@ -5,6 +5,8 @@ the same draws by Pillow's resize, OpenCV and look-up tables, where the kernel w
 with the baseline. ``fast`` is the better of the two here.
 """
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -19,6 +21,39 @@ _FARTHEST = 40
 """Crops this many times larger than the view are resized by Pillow: the kernel's 16-bit sums are for fewer terms."""
 
 
+def apply_draws(
+    pixels: Pixels | Image.Image,
+    choices: Sequence[Draw],
+    sizes: Sequence[int],
+    backend: str = "pillow",
+    shrink: float | tuple[float, float] = 1,
+    out: Sequence[Pixels | None] = (),
+) -> tuple[Pixels, ...]:
+    """Views of a (padded) image, as (size, size, channels) each, written to ``out`` where that has a place.
+
+    Images of other than three channels know no saturation, hue or grey; their contrast is about the mean of all
+    channels.
+
+    Args:
+        pixels: of the image, ``shrink`` times smaller than what the draws were made for.
+        choices: what happens, for each view.
+        sizes: sides of the views in pixels.
+        backend: ``fast``, ``native``, ``library`` or ``pillow``.
+        shrink: 1, or by how much the image was decoded smaller, one number or one down and one across.
+        out: for each view ``None``, or where it goes: contiguous, (size, size, channels).
+    """
+    if isinstance(pixels, Image.Image):
+        pixels = np.asarray(pixels)
+    places = out or [None] * len(choices)
+    if backend in ("fast", "native") and pixels.shape[2] == 3 and native.available():
+        boxes = [_box(choice, shrink, pixels) for choice in choices]
+        near = all(max(box[2], box[3]) <= _FARTHEST * size for box, size in zip(boxes, sizes, strict=True))
+        if near and all(map(_kernel_takes, choices)):
+            return _by_kernel(pixels, choices, boxes, sizes, places)
+    given = zip(choices, sizes, places, strict=True)
+    return tuple(_applied(pixels, choice, size, backend, shrink, place) for choice, size, place in given)
+
+
 def apply_draw(
     pixels: Pixels | Image.Image,
     choice: Draw,
@@ -27,41 +62,42 @@ def apply_draw(
     shrink: float | tuple[float, float] = 1,
     out: Pixels | None = None,
 ) -> Pixels:
-    """One view of a (padded) image, as (size, size, channels), written to ``out`` if given.
+    """One view of an image; see ``apply_draws``."""
+    return apply_draws(pixels, [choice], [size], backend, shrink, [out])[0]
 
-    Images of other than three channels know no saturation, hue or grey; their contrast is about the mean of all
-    channels.
 
-    Args:
-        pixels: of the image, ``shrink`` times smaller than what the draw was made for.
-        choice: what happens.
-        size: side of the view in pixels.
-        backend: ``fast``, ``native``, ``library`` or ``pillow``.
-        shrink: 1, or by how much the image was decoded smaller, one number or one down and one across.
-        out: contiguous, (size, size, channels).
-    """
-    if isinstance(pixels, Image.Image):
-        pixels = np.asarray(pixels)
+def _by_kernel(
+    pixels: Pixels,
+    choices: Sequence[Draw],
+    boxes: Sequence[tuple[float, float, float, float]],
+    sizes: Sequence[int],
+    places: Sequence[Pixels | None],
+) -> tuple[Pixels, ...]:
+    wanted, views = [], []
+    for choice, box, size, place in zip(choices, boxes, sizes, places, strict=True):
+        in_place = place is not None and place.flags.c_contiguous and not (choice.flip_vertical or choice.turns)
+        views.append(place if place is not None and in_place else np.empty((size, size, 3), np.uint8))
+        blur = choice.blur_sigma or 0.0
+        wanted.append(native.View(box, choice.flip, choice.jitter, choice.gray, blur, choice.solarize))
+    native.views(pixels, wanted, views)
+    return tuple(
+        view if view is place else _put(turned(view, choice), place)
+        for view, choice, place in zip(views, choices, places, strict=True)
+    )
+
+
+def _applied(
+    pixels: Pixels, choice: Draw, size: int, backend: str, shrink: float | tuple[float, float], out: Pixels | None
+) -> Pixels:
+    """One view, not by the kernel unless its crop is first made smaller."""
     if pixels.shape[2] != 3:
         return _put(_without_colours(pixels, choice, size, backend, shrink), out)
     box = _box(choice, shrink, pixels)
     if backend in ("fast", "native") and native.available() and _kernel_takes(choice):
-        view = np.empty((size, size, 3), np.uint8)
-        if out is not None and out.flags.c_contiguous and not (choice.flip_vertical or choice.turns):
-            view = out
         if max(box[2], box[3]) > _FARTHEST * size:
             pixels, box = np.asarray(_resized(pixels, box, size)), (0, 0, size, size)
-        native.view(
-            pixels,
-            box,
-            view,
-            flip=choice.flip,
-            jitter=choice.jitter,
-            gray=choice.gray,
-            blur=choice.blur_sigma or 0.0,
-            solarize=choice.solarize,
-        )
-    elif backend == "pillow":
+        return _by_kernel(pixels, [choice], [box], [size], [out])[0]
+    if backend == "pillow":
         view = _by_pillow(_resized(pixels, box, size), choice)
     else:
         view = _by_library(np.asarray(_resized(pixels, box, size)), choice)

@@ -15,8 +15,8 @@ from mocov3.config.presets import PRESETS, RGB, Reading, ViewPreset
 from mocov3.data.views import native
 from mocov3.data.views.copies import Copies, factor_of
 from mocov3.data.views.decode import SHRINKS, ImageBytes
-from mocov3.data.views.draws import COLOUR_DRAWS, Draw, colour_draw, draw, pad_pixels, without_colour
-from mocov3.data.views.operations import Pixels, apply_draw
+from mocov3.data.views.draws import COLOUR_DRAWS, Draw, colour_draw, draw_all, pad_pixels, without_colour
+from mocov3.data.views.operations import Pixels, apply_draws
 
 _COMPILED = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 _TALL = 2
@@ -105,10 +105,7 @@ class TwoViews:
         places: list[Pixels | None] = [None] * len(choices)
         if out is not None:
             places = [*out, *(local_out if local_out is not None else places[2:])]
-        return tuple(
-            apply_draw(pixels, choice, side, self.backend, shrink, place)
-            for choice, side, place in zip(choices, sides, places, strict=True)
-        )
+        return apply_draws(pixels, choices, sides, self.backend, shrink, places)
 
     def _pixels(self, image: ImageBytes, choices: Sequence[Draw], sides: Sequence[int]) -> tuple[Pixels, float]:
         """Pixels for the draws, with the preset's border, and by how much they are smaller."""
@@ -128,14 +125,10 @@ class TwoViews:
 
     def _choices(self, width: int, height: int, *, seed: int, epoch: int, index: int) -> list[Draw]:
         """The draws of all views, local ones last."""
-        where, local = {"seed": seed, "epoch": epoch, "index": index}, self.local
-        choices = [draw(self._preset, self.crop_min, width, height, view=view, **where) for view in range(2)]
-        if local is not None:
-            choices += [
-                draw(self._preset, local.smallest, width, height, view=2 + i, crop_max=local.largest, **where)
-                for i in range(local.count)
-            ]
-        return choices
+        crops = [(self.crop_min, 1.0)] * 2
+        if self.local is not None:
+            crops += [(self.local.smallest, self.local.largest)] * self.local.count
+        return draw_all(self._preset, crops, width, height, seed=seed, epoch=epoch, index=index)
 
 
 def written(views: Sequence[Pixels], out: Sequence[Pixels] | np.ndarray | None) -> None:

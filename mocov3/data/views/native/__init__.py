@@ -1,4 +1,4 @@
-"""The compiled kernel of the views (``views.c``), where it was built; set MOCOV3_NATIVE=0 to disable it.
+"""The compiled kernel of views and draws (``views.c``), where it was built; set MOCOV3_NATIVE=0 to disable it.
 
 It is a plain library, not a Python module: found beside this file and called by ctypes, which releases the
 interpreter's lock meanwhile. Nothing outside the given arrays is read or written: bounds are checked here.
@@ -7,9 +7,10 @@ interpreter's lock meanwhile. Nothing outside the given arrays is read or writte
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,7 +44,8 @@ def _load(folder: str | None = None) -> Any:
         if file.is_file():
             try:
                 library = ctypes.CDLL(str(file))
-                library.mocov3_view.argtypes = [array, length, number, number, array, array, number, array, array]
+                library.mocov3_views.argtypes = [array, length, number, number, number, array, array]
+                library.mocov3_draws.argtypes = [ctypes.c_uint64] * 3 + [number, number, number, array, array]
                 library.mocov3_centre.argtypes = [array, length, *[number] * 6, array, number, number]
             except (OSError, AttributeError):  # of another machine, or of another version
                 continue
@@ -51,9 +53,10 @@ def _load(folder: str | None = None) -> Any:
     return None
 
 
-_What = ctypes.c_int * 8
-_How = ctypes.c_double * 5
-_Box = ctypes.c_double * 4
+DRAW, SETTINGS = 19, 24
+"""Numbers of a draw, and of what it is drawn from."""
+_JITTER = (0.0, 1.0, 2.0, 3.0), (1.0, 1.0, 1.0, 0.0)
+"""Order and factors where nothing is jittered."""
 
 
 def takes(factors: tuple[float, float, float], blur: float) -> bool:
@@ -61,58 +64,79 @@ def takes(factors: tuple[float, float, float], blur: float) -> bool:
     return max(factors) < 3.99 and min(factors) >= 0 and blur < _MOST_BLUR
 
 
-def view(
-    pixels: np.ndarray,
-    box: tuple[float, float, float, float],
-    out: np.ndarray,
-    *,
-    flip: bool,
-    jitter: tuple[tuple[int, int, int, int], float, float, float, float] | None,
-    gray: bool,
-    blur: float,
-    solarize: bool,
-) -> None:
-    """Write one view of ``pixels`` to ``out``.
+class View(NamedTuple):
+    """What is cut out of an image, and done to it, for one view."""
+
+    box: tuple[float, float, float, float]
+    """Top, left, height, width of the crop, in pixels; fractions are allowed."""
+    flip: bool
+    """Mirror left and right."""
+    jitter: tuple[tuple[int, int, int, int], float, float, float, float] | None
+    """Order and factors, as in ``Draw``."""
+    gray: bool
+    blur: float
+    """Standard deviation in pixels of the view; 0 for none."""
+    solarize: bool
+    """Invert values from 128 on."""
+
+
+def views(pixels: np.ndarray, wanted: Sequence[View], out: Sequence[np.ndarray]) -> None:
+    """Write views of ``pixels`` to ``out``.
 
     Args:
         pixels: uint8 (height, width, 3), whose pixels lie side by side; rows may be apart.
-        box: top, left, height, width of the crop, in pixels; fractions are allowed.
-        out: uint8 (size, size, 3), contiguous.
-        flip: mirror left and right.
-        jitter: order and factors, as in ``Draw``.
-        gray: make grey.
-        blur: standard deviation in pixels of the view; 0 for none.
-        solarize: invert values from 128 on.
+        wanted: the views.
+        out: for each uint8 (size, size, 3), contiguous.
 
     Raises:
-        ValueError: if an array is not as described or the box lies outside.
+        ValueError: if an array is not as described or a box lies outside.
         MemoryError: if there is none.
     """
-    size = out.shape[0]
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.strides[1:] != (3, 1):
         raise ValueError("pixels must be uint8 (height, width, 3), side by side")
-    if out.dtype != np.uint8 or out.shape != (size, size, 3) or not out.flags.c_contiguous or not out.flags.writeable:
-        raise ValueError("out must be uint8 (size, size, 3), contiguous and writable")
-    top, left, height, width = box
-    first, begin = int(top), int(left)
-    last, end = -int(-(top + height) // 1), -int(-(left + width) // 1)
-    if not (0 <= first < last <= pixels.shape[0] and 0 <= begin < end <= pixels.shape[1] and 0 < size <= _LARGEST_SIDE):
-        raise ValueError(f"box {box} does not lie in {pixels.shape[1]}×{pixels.shape[0]} pixels")
-    order, *factors = jitter or ((0, 1, 2, 3), 1.0, 1.0, 1.0, 0.0)
-    stride = pixels.strides[0]
-    failed = _load().mocov3_view(
-        pixels.__array_interface__["data"][0] + first * stride + 3 * begin,
-        stride,
-        last - first,
-        end - begin,
-        _Box(top - first, left - begin, height, width),
-        out.__array_interface__["data"][0],
-        size,
-        _What(flip, jitter is not None, gray, solarize, *order),
-        _How(*factors, blur),
+    numbers: list[float] = []
+    places = []
+    for (box, flip, jitter, gray, blur, solarize), place in zip(wanted, out, strict=True):
+        size = place.shape[0]
+        flags = place.flags
+        if place.dtype != np.uint8 or place.shape != (size, size, 3) or not (flags.c_contiguous and flags.writeable):
+            raise ValueError("out must be uint8 (size, size, 3), contiguous and writable")
+        if not 0 < size <= _LARGEST_SIDE:
+            raise ValueError(f"views have 1 to {_LARGEST_SIDE} pixels a side, not {size}")
+        order, *factors = jitter or (_JITTER[0], *_JITTER[1])
+        numbers += (size, *box, flip, jitter is not None, gray, solarize, *order, *factors, blur)
+        places.append(place.__array_interface__["data"][0])
+    height, width, _ = pixels.shape
+    failed = _load().mocov3_views(
+        pixels.__array_interface__["data"][0],
+        pixels.strides[0],
+        height,
+        width,
+        len(places),
+        (ctypes.c_double * len(numbers))(*numbers),
+        (ctypes.c_void_p * len(places))(*places),
     )
+    if failed == 2:
+        raise ValueError(f"a box of {[view.box for view in wanted]} does not lie in {width}×{height} pixels")
     if failed:
         raise MemoryError("no memory for a view")
+
+
+def draws(settings: Any, views: int, width: int, height: int, *, seed: int, epoch: int, index: int) -> list[float]:
+    """Numbers of the draws of ``views`` views of an image, as ``mocov3_draws`` in ``views.c`` describes them.
+
+    Args:
+        settings: an array of ctypes, ``SETTINGS`` numbers a view.
+        views: their number.
+        width: of the image.
+        height: likewise.
+        seed: with epoch and index, where the numbers come from.
+        epoch: see there.
+        index: see there.
+    """
+    numbers = (ctypes.c_double * (DRAW * views))()
+    _load().mocov3_draws(seed, index, epoch, width, height, views, settings, numbers)
+    return list(numbers)
 
 
 def centre(

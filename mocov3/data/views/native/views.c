@@ -1,4 +1,4 @@
-/* One augmented view in one call: crop, antialiased resize, flip, colour jitter, grey, blur, solarise.
+/* Augmented views in one call: crop, antialiased resize, flip, colour jitter, grey, blur, solarise.
 
    The operations are Pillow's (triangle filter, blends of the enhancers, its HSV, Gaussian blur by three box blurs),
    arranged so that a compiler turns every loop into vector instructions: planes instead of interleaved pixels, 16-bit
@@ -23,6 +23,11 @@
 #define FAST
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#ifdef _WIN32
+#define EXPORTED __declspec(dllexport)
+#else
+#define EXPORTED __attribute__((visibility("default")))
+#endif
 
 enum {
     BLOCK = 16,  /* rows that are resized together */
@@ -473,13 +478,8 @@ static void jitter(uint8_t *planes, int size, int pitch, const int *order, const
    how: the four jitter factors (of brightness, contrast, saturation: 0 ≤ factor < 4), then the blur's standard
    deviation in pixels (0: none).
    Returns 0, or 1 where memory is short or the blur too wide. */
-#ifdef _WIN32
-__declspec(dllexport)
-#else
-__attribute__((visibility("default")))
-#endif
-int mocov3_view(const uint8_t *crop, ptrdiff_t stride, int height, int width, const double *box, uint8_t *out, int size,
-                const int *what, const double *how) {
+static int view_of(const uint8_t *crop, ptrdiff_t stride, int height, int width, const double *box, uint8_t *out, int size,
+                   const int *what, const double *how) {
     int pitch = rounded_up(size), room = (3 * width + 7) / 8 * 8, failed = 1;
     size_t plane = (size_t)pitch * pitch;
     Axis down = {.taps = taps_of(box[2], size)}, across = {.taps = taps_of(box[3], size)};
@@ -520,6 +520,107 @@ int mocov3_view(const uint8_t *crop, ptrdiff_t stride, int height, int width, co
 end:
     free(memory);
     return failed;
+}
+
+/* Write the views of an image, (size, size, 3) bytes each.
+
+   pixels: RGB, height rows of width, `stride` bytes apart.
+   numbers: of each view its size, box (top, left, height, width, in pixels of the image), what and how, as above.
+   out: where each view goes.
+   Returns 0; 1 where memory is short or a blur too wide; 2 where a box lies outside. */
+EXPORTED int mocov3_views(const uint8_t *pixels, ptrdiff_t stride, int height, int width, int views,
+                          const double *numbers, uint8_t *const *out) {
+    enum { WHAT = 8, HOW = 5, NUMBERS = 1 + 4 + WHAT + HOW };
+    for (int i = 0; i < views; i++, numbers += NUMBERS) {
+        const double *seen = numbers + 1;
+        double top = floor(seen[0]), left = floor(seen[1]), bottom = ceil(seen[0] + seen[2]), right = ceil(seen[1] + seen[3]);
+        if (!(0 <= top && top < bottom && bottom <= height && 0 <= left && left < right && right <= width)) return 2;
+        double box[4] = {seen[0] - top, seen[1] - left, seen[2], seen[3]};
+        int what[WHAT];
+        for (int j = 0; j < WHAT; j++) what[j] = (int)numbers[5 + j];
+        if (view_of(pixels + (ptrdiff_t)top * stride + 3 * (ptrdiff_t)left, stride, (int)(bottom - top), (int)(right - left),
+                    box, out[i], (int)numbers[0], what, numbers + 5 + WHAT))
+            return 1;
+    }
+    return 0;
+}
+
+/* --- draws: mocov3/data/views/draws.py, to the last bit ----------------------------------------------------------- */
+
+enum { TRIES = 10, UNIFORM = 2 * TRIES + 18 };
+
+INLINE uint64_t product(uint64_t a, uint64_t b, uint64_t *upper) { /* of 64 bits each */
+    uint64_t low = (uint32_t)a * (uint64_t)(uint32_t)b, one = (a >> 32) * (uint32_t)b + (low >> 32);
+    uint64_t two = (uint32_t)a * (b >> 32) + (uint32_t)one;
+    *upper = (a >> 32) * (b >> 32) + (one >> 32) + (two >> 32);
+    return a * b;
+}
+
+/* Uniform numbers of numpy's Philox(key=[seed, stream], counter=[0, 0, index, epoch]): Philox 4×64 of ten rounds
+   (Salmon et al. 2011), 53 bits each. */
+static void fill_uniform(double *u, uint64_t seed, uint64_t stream, uint64_t index, uint64_t epoch) {
+    for (int block = 0; 4 * block < UNIFORM; block++) {
+        uint64_t c[4] = {(uint64_t)block + 1, 0, index, epoch}, key[2] = {seed, stream};
+        for (int round = 0; round < 10; round++) {
+            uint64_t above, over, first = product(0xD2E7470EE14C6C93u, c[0], &above);
+            uint64_t second = product(0xCA5A826395121157u, c[2], &over);
+            c[0] = over ^ c[1] ^ key[0], c[1] = second, c[2] = above ^ c[3] ^ key[1], c[3] = first;
+            key[0] += 0x9E3779B97F4A7C15u, key[1] += 0xBB67AE8584CAA73Bu;
+        }
+        for (int i = 0; i < 4 && 4 * block + i < UNIFORM; i++) u[4 * block + i] = (double)(c[i] >> 11) * 0x1p-53;
+    }
+}
+
+INLINE double between(double u, const double *pair) { return pair[0] + (pair[1] - pair[0]) * u; }
+
+/* The crop: as `_crop` of draws.py. shares: smallest, largest; ratio: smallest, largest, and their logarithms. */
+static void draw_crop(double *crop, const double *u, int width, int height, const double *shares, const double *ratio) {
+    double w = width, h = height, shape = (double)width / height;
+    for (int i = 0; i < TRIES; i++) {
+        double area = (double)width * height * between(u[2 * i], shares), r = exp(between(u[2 * i + 1], ratio + 2));
+        double across = rint(sqrt(area * r)), down = rint(sqrt(area / r));
+        if (0 < across && across <= width && 0 < down && down <= height) {
+            crop[0] = floor(u[2 * TRIES] * (height - down + 1)), crop[1] = floor(u[2 * TRIES + 1] * (width - across + 1));
+            crop[2] = down, crop[3] = across;
+            return;
+        }
+    }
+    if (shape < ratio[0])
+        h = fmin(rint(width / ratio[0]), height);
+    else if (shape > ratio[1])
+        w = fmin(rint(height * ratio[1]), width);
+    h = fmax(h, 1), w = fmax(w, 1);
+    crop[0] = floor((height - h) / 2), crop[1] = floor((width - w) / 2), crop[2] = h, crop[3] = w;
+}
+
+/* The draws of views of one image of width × height pixels, as `draw` of draws.py.
+
+   settings: of each view its stream, the shares and ratio of the crop as above, the chance of jitter and the lowest and
+   highest of its four factors, the chances of grey, blur, solarisation, both flips and turns, the blur's range.
+   out: of each view top, left, height, width; jitter, its order, its factors; grey, blur (−1: none), solarise, both
+   flips, quarter turns. */
+EXPORTED void mocov3_draws(uint64_t seed, uint64_t index, uint64_t epoch, int width, int height, int views,
+                           const double *settings, double *out) {
+    enum { SETTINGS = 24, NUMBERS = 19 };
+    for (int i = 0; i < views; i++, settings += SETTINGS, out += NUMBERS) {
+        double u[UNIFORM], *c = u + 2 * TRIES + 2;
+        const double *factors = settings + 8, *chances = settings + 16;
+        fill_uniform(u, seed, (uint64_t)settings[0], index, epoch);
+        draw_crop(out, u, width, height, settings + 1, settings + 3);
+        out[4] = c[0] < settings[7];
+        for (int j = 0; j < 4; j++) {
+            int before = 0; /* how many of the four come first */
+            for (int k = 0; k < 4; k++) before += c[1 + k] < c[1 + j] || (c[1 + k] == c[1 + j] && k < j);
+            out[5 + before] = j;
+            out[9 + j] = between(c[5 + j], factors + 2 * j);
+        }
+        out[13] = c[9] < chances[0];
+        out[14] = c[10] < chances[1] ? between(c[11], settings + 22) : -1;
+        out[15] = c[12] < chances[2];
+        out[16] = c[13] < chances[3];
+        out[17] = c[14] < chances[4];
+        out[18] = c[15] < chances[5] ? 1 + floor(3 * c[15] / chances[5]) : 0;
+    }
 }
 
 /* --- the centre of a resized image, to Pillow's last bit ------------------------------------------------------- */
@@ -601,12 +702,7 @@ FAST static void exact_column(uint8_t *restrict to, const uint8_t *restrict rows
 
 /* Write to `out`, (size, size, 3) bytes, the square at (top, left) of RGB pixels (height rows of width, `stride` bytes
    apart) resized to (tall, wide). Returns 0, or 1 where memory is short. */
-#ifdef _WIN32
-__declspec(dllexport)
-#else
-__attribute__((visibility("default")))
-#endif
-int mocov3_centre(const uint8_t *pixels, ptrdiff_t stride, int height, int width, int tall, int wide, int top, int left,
+EXPORTED int mocov3_centre(const uint8_t *pixels, ptrdiff_t stride, int height, int width, int tall, int wide, int top, int left,
                   uint8_t *out, int size, int cubic) {
     Exact down = {.taps = exact_taps(height, tall, cubic)}, across = {.taps = exact_taps(width, wide, cubic)};
     int most = down.taps > across.taps ? down.taps : across.taps;
