@@ -83,9 +83,14 @@ def images_per_second(config: PretrainConfig, batch: int) -> float:
     return batch / float(np.median(_step_times(config, pick_device(config.device, config.gpu), batch)))
 
 
-def total_seconds(training: float, loading: float, device: str) -> float:
-    """Time of an epoch: on a CPU both share the cores, elsewhere the slower one decides."""
-    return training + loading / 2 if device == "cpu" else max(training, loading)
+def total_seconds(training: float, loading: float, device: str, *, workers: int) -> float:
+    """Time of an epoch: on a CPU both share the cores, elsewhere the slower one decides.
+
+    ``workers`` processes load beside the steps; without any, images are loaded between them.
+    """
+    if device != "cpu":
+        return max(training, loading)
+    return training + (loading / 2 if workers else loading)
 
 
 def _step_times(config: PretrainConfig, device: torch.device, batch: int) -> list[float]:

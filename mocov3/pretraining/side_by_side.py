@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mocov3.data.device.pixels import ViewBatch
 from mocov3.distributed.batch_norm import statistics_at_rest
 from mocov3.models import Encoder, MoCo, Statistics
+from mocov3.models.compiled import CompiledFeatures
 from mocov3.models.precision import Precision
 
 _Norm = nn.modules.batchnorm._BatchNorm
@@ -31,11 +32,12 @@ _AT_ONCE = 2
 def goes_side_by_side(model: MoCo) -> bool:
     """Whether that is possible, and pays: on a CPU of more than one core.
 
-    Backbones that draw random numbers are left out: threads would take them in any order.
+    Backbones that draw random numbers are left out, since threads would take them in any order, and compiled ones.
     """
-    first = next(model.parameters())
-    cores = torch.get_num_threads() if first.device.type == "cpu" else 1
-    return cores >= _AT_ONCE and not any(_draws(module) for module in model.base_encoder.modules())
+    encoder = model.base_encoder
+    cores = torch.get_num_threads() if next(model.parameters()).device.type == "cpu" else 1
+    compiled = isinstance(encoder.features, CompiledFeatures)
+    return cores >= _AT_ONCE and not compiled and not any(map(_draws, encoder.modules()))
 
 
 class SideBySide:
@@ -125,10 +127,11 @@ class _Twin:
         self._norms: list[tuple[Any, Any]] = norms
 
     def follow(self) -> None:
-        """What trains, and in which mode, is as in the original; statistics begin at nothing."""
+        """Weights, what of them trains and the modes of layers are the original's; statistics begin at nothing."""
         for module, twin in self._modules:
             twin.training = module.training
         for weight, twin in self._weights:
+            twin.data = weight.data
             twin.requires_grad_(weight.requires_grad)
             twin.grad = None
         for _, norm in self._norms:

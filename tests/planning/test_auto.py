@@ -422,6 +422,13 @@ def test_small_photographs_are_not_blurred(side, given, blur):
     assert config.preset.blur_probability == ((0.0, 0.0) if blur else PRESETS[config.view_preset].blur_probability)
 
 
+def test_loading_takes_its_share_of_the_time():
+    """Between the steps where no process does it; on a CPU half a core otherwise; beside them on a GPU."""
+    assert speed.total_seconds(1.0, 0.5, "cpu", workers=0) == 1.5
+    assert speed.total_seconds(1.0, 0.5, "cpu", workers=2) == 1.25
+    assert speed.total_seconds(1.0, 0.5, "cuda", workers=2) == 1.0
+
+
 @pytest.mark.parametrize(("unseen", "held"), [(0, 24), (19, 24), (20, 0)])
 def test_a_validation_part_judges_in_place_of_training_images(unseen, held, tmp_path, monkeypatch):
     for i in range(240 + unseen):

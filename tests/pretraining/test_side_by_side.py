@@ -56,6 +56,8 @@ def test_as_one_pass_after_the_other(arch, local):
     first, second = SideBySide(model, precision=FP32), WholeBatch(other, world=WORLD, precision=FP32)
     for step in range(2):  # the second begins where batch statistics have moved
         frozen.requires_grad_(step == 0)  # as --freeze-epochs does on the way
+        if step == 1:  # weights of another tensor
+            frozen.data = frozen.data.clone()
         next(other.base_encoder.parameters()).requires_grad_(step == 0)
         got, wanted = results(model, first, images, local=local), results(other, second, images, local=local)
         assert got.keys() == wanted.keys()
@@ -109,5 +111,8 @@ def test_where_views_go_side_by_side():
     assert kind(model, micro_batch=2) is MicroBatches
     model.base_encoder.maxpool = nn.Dropout(0.1)
     assert not goes_side_by_side(model)
+    compiled = model_of("resnet10_w16")
+    compiled.compile_backbones("eager")
+    assert not goes_side_by_side(compiled)
     torch.set_num_threads(1)
     assert kind(model_of("resnet10_w16")) is WholeBatch
