@@ -197,7 +197,6 @@ def move(images: np.ndarray, seed: int) -> np.ndarray:
         scale = SCALE[0] + size * (SCALE[1] - SCALE[0])
         shift = SHIFT * (2 * np.array([across, down]) - 1)
         across, down = centre - scale * centre + shift
-        across, down = centre - scale * centre + shift
         matrix = np.array([[scale, 0, across], [0, scale, down]])
         warped = cv2.warpAffine(image, matrix, image.shape[::-1], flags=cv2.INTER_LINEAR)
         bright = BRIGHTNESS[0] + light * (BRIGHTNESS[1] - BRIGHTNESS[0])
