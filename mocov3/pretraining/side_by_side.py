@@ -77,12 +77,15 @@ class SideBySide:
                     local_queries = model.queries(features[2])
             loss, statistics = model.loss(queries, [model.keys(k) for k in (k1, k2)], local_queries)
         self.precision.scaler.scale(loss).backward()
-        tasks = [partial(torch.autograd.backward, f, given.grad) for f, given in zip(outputs, features, strict=True)]
-        self._at_once(*tasks[:2])
-        for task in tasks[2:]:
-            task()
-        for twin in (self._queries, self._of_local)[: len(features) - 1]:
-            twin.give_gradients()
+        if q1.requires_grad:  # not where all of the backbone is frozen
+            tasks = [
+                partial(torch.autograd.backward, f, given.grad) for f, given in zip(outputs, features, strict=True)
+            ]
+            self._at_once(*tasks[:2])
+            for task in tasks[2:]:
+                task()
+            for twin in (self._queries, self._of_local)[: len(features) - 1]:
+                twin.give_gradients()
         for twin in (self._queries, self._keys):
             twin.give_statistics()
         return loss.detach(), statistics

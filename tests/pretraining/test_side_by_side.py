@@ -75,6 +75,17 @@ def test_norms_that_rest_stay_at_rest():
     assert torch.equal(model.base_encoder.bn1.running_mean, before)
 
 
+def test_heads_alone_are_trained_where_the_backbone_is_frozen():
+    model = model_of("resnet10_w16")
+    model.base_encoder.requires_grad_(False)
+    model.base_encoder.fc.requires_grad_(True)
+    other = copy.deepcopy(model)
+    got = results(model, SideBySide(model, precision=FP32), views(), local=True)
+    wanted = results(other, WholeBatch(other, world=WORLD, precision=FP32), views(), local=True)
+    assert got.keys() == wanted.keys()
+    assert all(torch.allclose(got[name], value, rtol=1e-9, atol=1e-11) for name, value in wanted.items())
+
+
 def test_the_same_bits_every_time():
     once, again = (
         results(model, SideBySide(model, precision=FP32), views(torch.float32, 32), local=True)
