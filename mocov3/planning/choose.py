@@ -74,7 +74,6 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
     source, _, order = open_images(first)
     order.check()
     images = dataclasses.replace(look(source, first, facts), unseen=_unseen(first))
-    from mocov3.data.loading.loader import loader_workers
     from mocov3.distributed.launch import count_ranks
     from mocov3.planning import speed
     from mocov3.pretraining.assemble import count_memory
@@ -91,8 +90,8 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
         config.check()
         times["training"], times["loading"], batch = speed.epoch_seconds(config, source, len(source))
         fitted = {} if batch == config.batch_size or "batch_size" in fixed else {"batch_size": batch}
-        workers = loader_workers(config.workers, images=len(source))
-        return speed.total_seconds(times["training"], times["loading"], machine.device, workers=workers), fitted
+        seconds = speed.total_seconds(**times, device=machine.device, workers=config.workers)
+        return seconds, fitted
 
     @functools.cache
     def count(config: PretrainConfig) -> Footprint:

@@ -157,7 +157,7 @@ def draw_all(
             for view, (low, most) in enumerate(crops)
         ]
     pad = 2 * pad_pixels(preset, width, height)
-    numbers = native.draws(_settings(preset, tuple(crops)), len(crops), width + pad, height + pad, **where)
+    numbers = native.draws(_settings(preset, tuple(crops)), width + pad, height + pad, **where)
     return [_from_numbers(numbers[at : at + native.DRAW]) for at in range(0, len(numbers), native.DRAW)]
 
 

@@ -55,8 +55,7 @@ def _load(folder: str | None = None) -> Any:
 
 DRAW, SETTINGS = 19, 24
 """Numbers of a draw, and of what it is drawn from."""
-_JITTER = (0.0, 1.0, 2.0, 3.0), (1.0, 1.0, 1.0, 0.0)
-"""Order and factors where nothing is jittered."""
+_UNJITTERED = ((0, 1, 2, 3), 1.0, 1.0, 1.0, 0.0)
 
 
 def takes(factors: tuple[float, float, float], blur: float) -> bool:
@@ -103,7 +102,7 @@ def views(pixels: np.ndarray, wanted: Sequence[View], out: Sequence[np.ndarray])
             raise ValueError("out must be uint8 (size, size, 3), contiguous and writable")
         if not 0 < size <= _LARGEST_SIDE:
             raise ValueError(f"views have 1 to {_LARGEST_SIDE} pixels a side, not {size}")
-        order, *factors = jitter or (_JITTER[0], *_JITTER[1])
+        order, *factors = jitter or _UNJITTERED
         numbers += (size, *box, flip, jitter is not None, gray, solarize, *order, *factors, blur)
         places.append(place.__array_interface__["data"][0])
     height, width, _ = pixels.shape
@@ -122,18 +121,18 @@ def views(pixels: np.ndarray, wanted: Sequence[View], out: Sequence[np.ndarray])
         raise MemoryError("no memory for a view")
 
 
-def draws(settings: Any, views: int, width: int, height: int, *, seed: int, epoch: int, index: int) -> list[float]:
-    """Numbers of the draws of ``views`` views of an image, as ``mocov3_draws`` in ``views.c`` describes them.
+def draws(settings: Any, width: int, height: int, *, seed: int, epoch: int, index: int) -> list[float]:
+    """Numbers of the draws of all views of an image, as ``mocov3_draws`` in ``views.c`` describes them.
 
     Args:
         settings: an array of ctypes, ``SETTINGS`` numbers a view.
-        views: their number.
         width: of the image.
         height: likewise.
         seed: with epoch and index, where the numbers come from.
         epoch: see there.
         index: see there.
     """
+    views = len(settings) // SETTINGS
     numbers = (ctypes.c_double * (DRAW * views))()
     _load().mocov3_draws(seed, index, epoch, width, height, views, settings, numbers)
     return list(numbers)
