@@ -186,6 +186,13 @@ def statistics_at_rest(*modules: nn.Module) -> Iterator[None]:
             norm.track_running_stats = before
 
 
+def moving_norms(network: nn.Module, *, but: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Batch norms of ``network``, outside ``but``, whose running statistics move in training."""
+    left = set(but.modules())
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in left]
+    return [norm for norm in norms if norm.running_mean is not None and norm.training]
+
+
 def freeze_statistics(network: nn.Module, *, but: nn.Module) -> None:
     """Let the batch norms of ``network``, outside ``but``, normalise by their running statistics and keep them.
 

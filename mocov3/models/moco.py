@@ -142,13 +142,15 @@ class MoCo(nn.Module):
     ) -> tuple[Float[Tensor, ""], Statistics]:
         """``contrast``, of query features of both views that are there already."""
         queries = [self.queries(f) for f in features]
-        local_queries = None
-        if local is not None:
-            with self.local_pass():
-                local_queries = self.queries(self.features(local))
+        local_queries = None if local is None else self.local_queries(local)
         self.update_momentum_encoder(m)
         keys = [self.keys(f) for x in passes for f in self.key_features(x).chunk(2 // len(passes))]
         return self.loss(queries, keys, local_queries)
+
+    def local_queries(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
+        """Queries of local views, in a pass of their own."""
+        with self.local_pass():
+            return self.queries(self.features(x))
 
     def local_pass(self) -> AbstractContextManager[None]:
         """Around local views: their batch statistics normalise them, and do not move the running ones."""

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from mocov3.data.device.pixels import ViewBatch
 from mocov3.distributed import World
+from mocov3.distributed.batch_norm import moving_norms
 from mocov3.distributed.sharding import is_sharded, reduce_now
-from mocov3.models import Encoder, MoCo, Statistics
+from mocov3.models import MoCo, Statistics
 from mocov3.models.precision import Precision
 from mocov3.pretraining.preserve import Preservation
 from mocov3.pretraining.side_by_side import SideBySide, goes_side_by_side
@@ -105,7 +106,9 @@ class MicroBatches:
         if size < 1:
             raise ValueError(f"a micro-batch holds 1 image or more, not {size}")
         self.model, self.world, self.precision, self.size = model, world, precision, size
-        self._norms = [_norms(encoder) for encoder in (model.base_encoder, model.momentum_encoder)]
+        encoders = (model.base_encoder, model.momentum_encoder)
+        # those of the projector see the whole batch
+        self._norms = [moving_norms(encoder, but=getattr(encoder, encoder.projector_name)) for encoder in encoders]
         from mocov3.models import depth
 
         self._masks = depth.Masks
@@ -230,21 +233,12 @@ class MicroBatches:
 def gradients_of(
     model: MoCo, *, world: World, precision: Precision, micro_batch: int, preservation: Preservation | None = None
 ) -> WholeBatch | MicroBatches | SideBySide:
-    """How ``model`` is trained: in passes of ``micro_batch`` images, or, of 0, in one; by a process alone on a CPU
-    the views side by side.
-    """
+    """How ``model`` is trained: by micro-batches of so many images; of 0, whole, side by side where that pays."""
     if micro_batch:
         return MicroBatches(model, world=world, precision=precision, size=micro_batch, preservation=preservation)
     if world.size == 1 and preservation is None and not is_sharded(model) and goes_side_by_side(model):
         return SideBySide(model, precision=precision)
     return WholeBatch(model, world=world, precision=precision, preservation=preservation)
-
-
-def _norms(encoder: Encoder) -> list[_Norm]:
-    """Batch norms of the backbone that move; those of the projector see the whole batch."""
-    heads = set(getattr(encoder, encoder.projector_name).modules())
-    norms = [m for m in encoder.modules() if isinstance(m, _Norm) and m not in heads]
-    return [norm for norm in norms if norm.running_mean is not None and norm.training]
 
 
 @contextmanager

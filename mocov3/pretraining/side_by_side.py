@@ -3,7 +3,7 @@
 Operations of small networks are too short for several cores, which wait for each other at the end of every one, and
 for the one that something else disturbs. The passes of view 1 and of view 2 meet in heads and loss alone. So each view
 goes through both backbones in a thread of its own, heads and loss follow with all cores, and the backward passes are
-apart again. Local views, one pass of a batch norm of their own, take all cores. What is computed is what ``WholeBatch``
+apart again. Local views, one pass with a batch norm of its own, take all cores. What is computed is what ``WholeBatch``
 computes; sums are rounded otherwise, and alike in every run.
 """
 
@@ -19,12 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mocov3.data.device.pixels import ViewBatch
-from mocov3.distributed.batch_norm import statistics_at_rest
+from mocov3.distributed.batch_norm import moving_norms
 from mocov3.models import Encoder, MoCo, Statistics
 from mocov3.models.compiled import CompiledFeatures
 from mocov3.models.precision import Precision
 
-_Norm = nn.modules.batchnorm._BatchNorm
 _AT_ONCE = 2
 """Threads: one a view."""
 
@@ -50,9 +49,7 @@ class SideBySide:
 
     def __init__(self, model: MoCo, *, precision: Precision) -> None:
         self.model, self.precision = model, precision
-        self._of_local = _Twin(model.base_encoder)
-        self._queries = _Twin(model.base_encoder)
-        self._keys = _Twin(model.momentum_encoder)
+        self._queries, self._keys = _Twin(model.base_encoder), _Twin(model.momentum_encoder)
         self._threads = _threads()
 
     def __call__(
@@ -60,32 +57,22 @@ class SideBySide:
     ) -> tuple[Float[Tensor, ""], Statistics]:
         """Loss and statistics; leaves the gradients in the parameters."""
         model = self.model
-        for twin in (self._queries, self._keys, self._of_local):
+        for twin in (self._queries, self._keys):
             twin.follow()
         model.update_momentum_encoder(m)  # the queries' own weights stay what they are
         (q1, k1), (q2, k2) = self._at_once(
             lambda: self._view(x1, model.base_encoder, model.momentum_encoder),
             lambda: self._view(x2, self._queries.network, self._keys.network),
         )
-        outputs = [q1, q2, *([] if local is None else [self._local(local)])]
-        features = [f.detach().requires_grad_() for f in outputs]
+        f1, f2 = (q.detach().requires_grad_() for q in (q1, q2))
         with self.precision.autocast():
-            queries = [model.queries(f) for f in features[:2]]
-            local_queries = None
-            if local is not None:
-                with model.local_pass():
-                    local_queries = model.queries(features[2])
+            queries = [model.queries(f) for f in (f1, f2)]
+            local_queries = None if local is None else model.local_queries(local[:])
             loss, statistics = model.loss(queries, [model.keys(k) for k in (k1, k2)], local_queries)
         self.precision.scaler.scale(loss).backward()
         if q1.requires_grad:  # not where all of the backbone is frozen
-            tasks = [
-                partial(torch.autograd.backward, f, given.grad) for f, given in zip(outputs, features, strict=True)
-            ]
-            self._at_once(*tasks[:2])
-            for task in tasks[2:]:
-                task()
-            for twin in (self._queries, self._of_local)[: len(features) - 1]:
-                twin.give_gradients()
+            self._at_once(partial(torch.autograd.backward, q1, f1.grad), partial(torch.autograd.backward, q2, f2.grad))
+            self._queries.give_gradients()
         for twin in (self._queries, self._keys):
             twin.give_statistics()
         return loss.detach(), statistics
@@ -97,12 +84,6 @@ class SideBySide:
             query = base.features(images)
             with torch.no_grad():
                 return [query, momentum.features(images)]
-
-    def _local(self, x: ViewBatch) -> Tensor:
-        """Features of all local views."""
-        network = self._of_local.network
-        with self.precision.autocast(), statistics_at_rest(network):
-            return network.features(x[:])
 
     def _at_once(self, *tasks: Callable[[], Any]) -> list[Any]:
         """Results of a task for each thread."""
@@ -118,29 +99,24 @@ class _Twin:
     """A network with the weights of another, and gradients and batch statistics of its own."""
 
     def __init__(self, original: Encoder) -> None:
-        self._original: Any = original
-        shared = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in original.parameters()}
-        self.network: Any = copy.deepcopy(original, dict(shared))
-        self._weights = [(p, shared[id(p)]) for p in original.parameters()]
-        self._modules = list(zip(original.modules(), self.network.modules(), strict=True))
-        heads = set(getattr(original, original.projector_name).modules())  # run for all views, by the original
-        norms = [
-            (a, b) for a, b in self._modules if isinstance(a, _Norm) and a.running_mean is not None and a not in heads
-        ]
-        self._norms: list[tuple[Any, Any]] = norms
+        heads = getattr(original, original.projector_name)  # run for all views, by the original
+        norms = moving_norms(original, but=heads)
+        own = {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
+        weights = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in original.parameters()}
+        shared = {id(buffer): buffer for buffer in original.buffers() if id(buffer) not in own}
+        self.network: Any = copy.deepcopy(original, {**weights, **shared})
+        self._weights = [(p, weights[id(p)]) for p in original.parameters()]
+        copied = moving_norms(self.network, but=getattr(self.network, original.projector_name))
+        self._norms: list[tuple[Any, Any]] = list(zip(norms, copied, strict=True))
+        for norm in copied:
+            norm.momentum = 1.0  # what a pass leaves are its own statistics
 
     def follow(self) -> None:
-        """Weights, what of them trains and the modes of layers are the original's; statistics begin at nothing."""
-        for module, twin in self._modules:
-            twin.training = module.training
+        """Weights, and what of them trains, are the original's."""
         for weight, twin in self._weights:
             twin.data = weight.data
             twin.requires_grad_(weight.requires_grad)
             twin.grad = None
-        for _, norm in self._norms:
-            if norm.training:
-                norm.running_mean.zero_()
-                norm.running_var.zero_()
 
     def give_gradients(self) -> None:
         """Add them to those of the original."""
@@ -150,10 +126,9 @@ class _Twin:
     def give_statistics(self) -> None:
         """Move running statistics of the original by those of the twin's pass, as if it had been the next."""
         for norm, twin in self._norms:
-            if twin.training:
-                norm.running_mean.mul_(1 - norm.momentum).add_(twin.running_mean)
-                norm.running_var.mul_(1 - norm.momentum).add_(twin.running_var)
-                norm.num_batches_tracked += 1
+            norm.running_mean.lerp_(twin.running_mean, norm.momentum)
+            norm.running_var.lerp_(twin.running_var, norm.momentum)
+            norm.num_batches_tracked += 1
 
 
 def _threads() -> ThreadPoolExecutor:

@@ -55,7 +55,7 @@ def test_as_one_pass_after_the_other(arch, local):
     other, images = copy.deepcopy(model), views()
     first, second = SideBySide(model, precision=FP32), WholeBatch(other, world=WORLD, precision=FP32)
     for step in range(2):  # the second begins where batch statistics have moved
-        frozen.requires_grad_(step == 0)  # as --freeze-epochs does on the way
+        frozen.requires_grad_(step == 0)  # frozen on the way
         if step == 1:  # weights of another tensor
             frozen.data = frozen.data.clone()
         next(other.base_encoder.parameters()).requires_grad_(step == 0)
@@ -73,6 +73,19 @@ def test_norms_that_rest_stay_at_rest():
     before = model.base_encoder.bn1.running_mean.clone()
     results(model, SideBySide(model, precision=FP32), views(), local=True)
     assert torch.equal(model.base_encoder.bn1.running_mean, before)
+
+
+def test_statistics_that_rest_are_read_where_they_stand():
+    """A resume writes them into the network after its twin was made."""
+    model = model_of("resnet10_w16")
+    model.base_encoder.bn1.eval()
+    other = copy.deepcopy(model)
+    gradients = SideBySide(model, precision=FP32)
+    for network in (model, other):
+        network.base_encoder.bn1.running_var.fill_(3.0)
+    wanted = results(other, WholeBatch(other, world=WORLD, precision=FP32), views(), local=True)
+    got = results(model, gradients, views(), local=True)
+    assert all(torch.allclose(got[name], value, rtol=1e-9, atol=1e-11) for name, value in wanted.items())
 
 
 def test_heads_alone_are_trained_where_the_backbone_is_frozen():
