@@ -4,6 +4,10 @@ A 3×3 convolution of a 2×2 map spends more than half of its multiplications on
 are slow on such short rows. Such maps are the last stage of a ResNet on images of up to 64 px. Here the kernel is
 expanded to a matrix from all positions of the map to all positions, once for the whole batch. The
 order of the sums differs; weights and files do not change.
+
+A convolution that halves its map does so with a map of one position: there it is the kernel's middle. (oneDNN's
+gradient of its weights is garbage in bfloat16 on processors without instructions for it, so batches of any size come
+here.)
 """
 
 from typing import Any
@@ -32,19 +36,23 @@ class SmallMapConv2d(nn.Conv2d):
     def _worth_it(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False  # exported networks keep their convolutions
-        if x.device.type != "cpu" or x.ndim != 4 or len(x) < LEAST_BATCH or x.dtype == torch.float64:
+        if x.device.type != "cpu" or x.ndim != 4 or x.dtype == torch.float64:
             return False
-        return all(2 * side - 1 <= kernel for side, kernel in zip(x.shape[2:], self.kernel_size, strict=True))
+        if self.stride != (1, 1):
+            return x.shape[2:] == (1, 1)
+        fits = all(2 * side - 1 <= kernel for side, kernel in zip(x.shape[2:], self.kernel_size, strict=True))
+        return fits and len(x) >= LEAST_BATCH
 
 
 def use_whole_maps(network: nn.Module) -> None:
     """Make every convolution of a network for which it can pay a ``SmallMapConv2d``; parameters and names stay."""
     for module in network.modules():
-        if type(module) is nn.Conv2d and _keeps_size(module):
+        if type(module) is nn.Conv2d and _is_centred(module):
             module.__class__ = SmallMapConv2d
 
 
-def _keeps_size(layer: nn.Conv2d) -> bool:
+def _is_centred(layer: nn.Conv2d) -> bool:
+    """Whether its kernel lies around each position it computes; it keeps the size of maps, or halves it."""
     kernel = layer.kernel_size
     return (
         max(kernel) > 1
@@ -52,7 +60,8 @@ def _keeps_size(layer: nn.Conv2d) -> bool:
         and layer.padding == tuple(k // 2 for k in kernel)
         and layer.padding_mode == "zeros"
         and layer.bias is None
-        and (layer.stride, layer.dilation, layer.groups) == ((1, 1), (1, 1), 1)
+        and layer.stride in ((1, 1), (2, 2))
+        and (layer.dilation, layer.groups) == ((1, 1), 1)
     )
 
 
