@@ -26,7 +26,7 @@ _LEAST_BATCH = 64
 _FEWEST_JUDGED = 20
 """Images that quality without labels is measured on, at least."""
 _FEW_CORES = 2
-"""Cores that steps on small views use better alone."""
+"""Cores of which steps on small views leave enough for one loader process, and too little for two."""
 _BETWEEN = 120
 """Seconds between judgements, at least: each takes a few."""
 _WARMED = 3
@@ -247,7 +247,7 @@ def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory
     settings.choose("batch_size", max(size, 2), limit)
     workers = max(min(machine.cores, 16), 1)
     if machine.device == "cpu" and machine.cores <= _FEW_CORES and images.short_side <= _SMALL_SIDE:
-        workers, reason = 0, f"{machine.cores} cores: steps would wait for the one that loads (docs/budget.md)"
+        workers, reason = 1, f"{machine.cores} cores: steps leave enough of them for one (docs/budget.md)"
     elif machine.device == "cpu":
         reason = f"{machine.cores} cores, one of them for loading only while steps wait"
     else:

@@ -3,14 +3,14 @@
 Operations of small networks are too short for several cores, which wait for each other at the end of every one, and
 for the one that something else disturbs. The passes of view 1 and of view 2 meet in heads and loss alone. So each view
 goes through both backbones in a thread of its own, heads and loss follow with all cores, and the backward passes are
-apart again. Local views, one pass with a batch norm of its own, take all cores. What is computed is what ``WholeBatch``
-computes; sums are rounded otherwise, and alike in every run.
+apart again. Local views are one pass with a batch norm of its own: a third thread where a view has a single core, else
+all cores. What is computed is what ``WholeBatch`` computes; sums are rounded otherwise, and alike in every run.
 """
 
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from threading import Barrier
 from typing import Any
 
@@ -24,8 +24,8 @@ from mocov3.models import Encoder, MoCo, Statistics
 from mocov3.models.compiled import CompiledFeatures
 from mocov3.models.precision import Precision
 
-_AT_ONCE = 2
-"""Threads: one a view."""
+_VIEWS = 2
+"""Threads that share the cores."""
 
 
 def goes_side_by_side(model: MoCo) -> bool:
@@ -36,7 +36,7 @@ def goes_side_by_side(model: MoCo) -> bool:
     encoder = model.base_encoder
     cores = torch.get_num_threads() if next(model.parameters()).device.type == "cpu" else 1
     compiled = isinstance(encoder.features, CompiledFeatures)
-    return cores >= _AT_ONCE and not compiled and not any(map(_draws, encoder.modules()))
+    return cores >= _VIEWS and not compiled and not any(map(_draws, encoder.modules()))
 
 
 class SideBySide:
@@ -50,40 +50,63 @@ class SideBySide:
     def __init__(self, model: MoCo, *, precision: Precision) -> None:
         self.model, self.precision = model, precision
         self._queries, self._keys = _Twin(model.base_encoder), _Twin(model.momentum_encoder)
-        self._threads = _threads()
+        cores = torch.get_num_threads() // _VIEWS
+        self._local_beside = cores == 1
+        """Whether local views have a thread too: with more cores it would take some of those that views wait for."""
+        self._threads = _threads(_VIEWS + self._local_beside, cores)
+
+    @cached_property
+    def _local(self) -> "_Twin":
+        """For local views, whose batch statistics move nothing."""
+        return _Twin(self.model.base_encoder)
 
     def __call__(
         self, x1: ViewBatch, x2: ViewBatch, m: float, local: ViewBatch | None = None
     ) -> tuple[Float[Tensor, ""], Statistics]:
         """Loss and statistics; leaves the gradients in the parameters."""
-        model = self.model
-        for twin in (self._queries, self._keys):
+        model, beside = self.model, local is not None and self._local_beside
+        for twin in (self._queries, self._keys, *([self._local] if beside else [])):
             twin.follow()
         model.update_momentum_encoder(m)  # the queries' own weights stay what they are
-        (q1, k1), (q2, k2) = self._at_once(
+        passes: list[Callable[[], list[Tensor]]] = [
             lambda: self._view(x1, model.base_encoder, model.momentum_encoder),
             lambda: self._view(x2, self._queries.network, self._keys.network),
-        )
-        f1, f2 = (q.detach().requires_grad_() for q in (q1, q2))
+        ]
+        if local is not None and beside:
+            passes.append(lambda: self._view(local, self._local.network))
+        (q1, k1), (q2, k2), *others = self._at_once(*passes)
+        features = [q1, q2, *(q for (q,) in others)]
+        leaves = [q.detach().requires_grad_() for q in features]
         with self.precision.autocast():
-            queries = [model.queries(f) for f in (f1, f2)]
-            local_queries = None if local is None else model.local_queries(local[:])
+            queries = [model.queries(f) for f in leaves[:2]]
+            local_queries = None if local is None else self._local_queries(local, leaves[2:])
             loss, statistics = model.loss(queries, [model.keys(k) for k in (k1, k2)], local_queries)
         self.precision.scaler.scale(loss).backward()
         if q1.requires_grad:  # not where all of the backbone is frozen
-            self._at_once(partial(torch.autograd.backward, q1, f1.grad), partial(torch.autograd.backward, q2, f2.grad))
+            pairs = zip(features, leaves, strict=True)
+            self._at_once(*(partial(torch.autograd.backward, q, leaf.grad) for q, leaf in pairs))
             self._queries.give_gradients()
+            if beside:
+                self._local.give_gradients()
         for twin in (self._queries, self._keys):
             twin.give_statistics()
         return loss.detach(), statistics
 
-    def _view(self, x: ViewBatch, base: Encoder, momentum: Encoder) -> list[Tensor]:
-        """Features of a view by both backbones."""
+    def _view(self, x: ViewBatch, base: Encoder, momentum: Encoder | None = None) -> list[Tensor]:
+        """Features of a view by the backbones."""
         images = x[:]
         with self.precision.autocast():
             query = base.features(images)
             with torch.no_grad():
-                return [query, momentum.features(images)]
+                return [query, *([] if momentum is None else [momentum.features(images)])]
+
+    def _local_queries(self, x: ViewBatch, features: list[Tensor]) -> Tensor:
+        """Queries of local views, from their features where these are there already."""
+        model = self.model
+        if not features:
+            return model.local_queries(x[:])
+        with model.local_pass():
+            return model.queries(features[0])
 
     def _at_once(self, *tasks: Callable[[], Any]) -> list[Any]:
         """Results of a task for each thread."""
@@ -131,18 +154,18 @@ class _Twin:
             norm.num_batches_tracked += 1
 
 
-def _threads() -> ThreadPoolExecutor:
-    """Threads of which each computes with its share of the cores; this one keeps all."""
-    cores = torch.get_num_threads()
-    ready = Barrier(_AT_ONCE)
+def _threads(count: int, cores: int) -> ThreadPoolExecutor:
+    """Threads of which each computes with so many cores; this one keeps all."""
+    all_cores = torch.get_num_threads()
+    ready = Barrier(count)
 
     def begin() -> None:
         torch.get_num_threads()  # what torch sets at a thread's first call must not come later
-        torch.set_num_threads(cores // _AT_ONCE)
+        torch.set_num_threads(cores)
         ready.wait()
 
-    pool = ThreadPoolExecutor(_AT_ONCE, "view", begin)
-    for started in [pool.submit(lambda: None) for _ in range(_AT_ONCE)]:
+    pool = ThreadPoolExecutor(count, "view", begin)
+    for started in [pool.submit(lambda: None) for _ in range(count)]:
         started.result()
-    torch.set_num_threads(cores)  # new threads begin with what was set last
+    torch.set_num_threads(all_cores)  # new threads begin with what was set last
     return pool

@@ -47,9 +47,10 @@ def results(model, gradients, images, *, local):
     }
 
 
-@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize(("local", "cores"), [(False, 2), (True, 2), (True, 4)])  # local views: beside, by all cores
 @pytest.mark.parametrize("arch", ["resnet10_w16", "vit_conv_micro"])
-def test_as_one_pass_after_the_other(arch, local):
+def test_as_one_pass_after_the_other(arch, local, cores):
+    torch.set_num_threads(cores)
     model = model_of(arch)
     frozen = next(model.base_encoder.parameters())
     other, images = copy.deepcopy(model), views()
@@ -107,17 +108,19 @@ def test_the_same_bits_every_time():
     assert all(torch.equal(again[name], value) for name, value in once.items())
 
 
-def test_each_view_has_its_share_of_the_cores(monkeypatch):
-    torch.set_num_threads(4)
+@pytest.mark.parametrize(("cores", "wanted"), [(2, [1, 1, 1, 1, 1]), (4, [2, 2, 2, 2, 4])])
+def test_each_view_has_its_share_of_the_cores(monkeypatch, cores, wanted):
+    torch.set_num_threads(cores)
     model, seen = model_of("resnet10_w16"), []
     gradients = SideBySide(model, precision=FP32)
     features = type(model.base_encoder).features
     monkeypatch.setattr(
         type(model.base_encoder), "features", lambda *args: seen.append(torch.get_num_threads()) or features(*args)
     )
-    gradients(*views()[:2], 0.9)
-    assert seen == [2, 2, 2, 2]
-    assert torch.get_num_threads() == 4
+    x1, x2, local = views()
+    gradients(x1, x2, 0.9, local)
+    assert seen == wanted
+    assert torch.get_num_threads() == cores
 
 
 def test_what_fails_in_a_thread_is_raised():
