@@ -64,16 +64,17 @@ class SideBySide:
         self, x1: ViewBatch, x2: ViewBatch, m: float, local: ViewBatch | None = None
     ) -> tuple[Float[Tensor, ""], Statistics]:
         """Loss and statistics; leaves the gradients in the parameters."""
-        model, beside = self.model, local is not None and self._local_beside
-        for twin in (self._queries, self._keys, *([self._local] if beside else [])):
+        model, beside = self.model, local if self._local_beside else None
+        learning = [self._queries] if beside is None else [self._queries, self._local]
+        for twin in (*learning, self._keys):
             twin.follow()
         model.update_momentum_encoder(m)  # the queries' own weights stay what they are
         passes: list[Callable[[], list[Tensor]]] = [
             lambda: self._view(x1, model.base_encoder, model.momentum_encoder),
             lambda: self._view(x2, self._queries.network, self._keys.network),
         ]
-        if local is not None and beside:
-            passes.append(lambda: self._view(local, self._local.network))
+        if beside is not None:
+            passes.append(lambda: self._view(beside, self._local.network))
         (q1, k1), (q2, k2), *others = self._at_once(*passes)
         features = [q1, q2, *(q for (q,) in others)]
         leaves = [q.detach().requires_grad_() for q in features]
@@ -85,9 +86,8 @@ class SideBySide:
         if q1.requires_grad:  # not where all of the backbone is frozen
             pairs = zip(features, leaves, strict=True)
             self._at_once(*(partial(torch.autograd.backward, q, leaf.grad) for q, leaf in pairs))
-            self._queries.give_gradients()
-            if beside:
-                self._local.give_gradients()
+            for twin in learning:
+                twin.give_gradients()
         for twin in (self._queries, self._keys):
             twin.give_statistics()
         return loss.detach(), statistics

@@ -76,8 +76,10 @@ def test_norms_that_rest_stay_at_rest():
     assert torch.equal(model.base_encoder.bn1.running_mean, before)
 
 
-def test_statistics_that_rest_are_read_where_they_stand():
+@pytest.mark.parametrize("cores", [2, 4])
+def test_statistics_that_rest_are_read_where_they_stand(cores):
     """A resume writes them into the network after its twin was made."""
+    torch.set_num_threads(cores)
     model = model_of("resnet10_w16")
     model.base_encoder.bn1.eval()
     other = copy.deepcopy(model)
@@ -89,7 +91,9 @@ def test_statistics_that_rest_are_read_where_they_stand():
     assert all(torch.allclose(got[name], value, rtol=1e-9, atol=1e-11) for name, value in wanted.items())
 
 
-def test_heads_alone_are_trained_where_the_backbone_is_frozen():
+@pytest.mark.parametrize("cores", [2, 4])
+def test_heads_alone_are_trained_where_the_backbone_is_frozen(cores):
+    torch.set_num_threads(cores)
     model = model_of("resnet10_w16")
     model.base_encoder.requires_grad_(False)
     model.base_encoder.fc.requires_grad_(True)
