@@ -47,6 +47,9 @@ def test_tensorboard(tmp_path):
     from PIL import Image
 
     use(tmp_path, "tensorboard")
+    # TensorBoard reads event files by name: the second of their start, then the process, then how many it has opened
+    # (10 before 9). A resumed run starts in a process of its own, seconds later.
+    time.sleep(1.01 - time.time() % 1)
     use(tmp_path, "tensorboard", first_step=3, steps=range(3, 7))  # steps 3 and 4 never happened
     found = events(tmp_path)
     assert [(e.step, e.value) for e in found.Scalars("loss")] == [(i, 10.0 - i) for i in range(7)]
