@@ -5,7 +5,7 @@
     python benchmarks/choosing.py --rehearse
 
 A kind of images is NAME=TRAIN,JUDGED[,LABELS]: what two runs each train on, labelled images to judge by, and a list of
-their labels where they do not know them (``benchmarks/own_images.py`` makes the drawings). One run has the recipe of
+their labels where they do not know them (``benchmarks/own_images.py`` makes drawings). One run has the recipe of
 CPUs, the other nearly whole crops, which overfits. ``CHECKPOINTS`` of every run are judged by ``mocov3 compare``:
 k-NN is leave-one-out on at most 2,000 images, measures are of the same images without their labels.
 

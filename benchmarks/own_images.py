@@ -1,19 +1,24 @@
-"""Three folders of real images from what package registries ship, as a new user might bring them.
+"""Folders of real images from what package registries ship, as a new user might bring them.
 
     npm pack emoji-datasource-twitter@16
-    python benchmarks/own_images.py OUT emoji-datasource-twitter-16.0.0.tgz
+    python benchmarks/own_images.py OUT --emoji emoji-datasource-twitter-16.0.0.tgz
+    apt-get download openclipart-png && dpkg -x openclipart-png_*.deb DEB
+    python benchmarks/own_images.py OUT --clipart DEB/usr/share/openclipart/png
 
 OUT/photographs: 1,200 crops of eight photographs that scikit-learn and scikit-image ship, of several sizes, JPEG.
 OUT/drawings: the 64 px drawings of Twitter's emoji (CC-BY 4.0), PNG with transparency, from the named file.
 OUT/scans: the 1,797 scanned handwritten digits of scikit-learn (8×8 px), PNG.
-Each folder is flat; OUT/NAME.csv holds path,label (photograph, category, digit) of 100 images, drawn with seed 0, and
-OUT/NAME-all.csv of all.
+These folders are flat; OUT/NAME.csv holds path,label (photograph, category, digit) of 100 images, drawn with seed 0,
+and OUT/NAME-all.csv of all.
+OUT/clipart: links to the drawings of Debian's openclipart-png (public domain), to judge by, in a folder a category:
+those that have a name of their own (a sixth of the 8,121 are links), of categories of 60 or more, 250 of each at most.
+Category "unsorted" is none.
 """
 
+import argparse
 import csv
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -23,6 +28,7 @@ from PIL import Image
 _PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina", "china", "flower")
 _CROPS = 150
 _LABELLED = 100
+_FEWEST_OF_A_CATEGORY, _MOST_OF_A_CATEGORY = 60, 250
 
 
 def photographs(folder: Path) -> dict[str, str]:
@@ -73,26 +79,46 @@ def scans(folder: Path) -> dict[str, str]:
     return labels
 
 
-def main(out: Path, archive: Path) -> None:
-    """Write the three folders and their lists of labels."""
-    for name in ("photographs", "drawings", "scans"):
-        folder = out / name
+def clipart(folder: Path, png: Path) -> None:
+    """Links to what is judged, a folder a category."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    for category in sorted(path for path in png.iterdir() if path.is_dir() and path.name != "unsorted"):
+        files = sorted(file for file in category.rglob("*.png") if not file.is_symlink())
+        if len(files) >= _FEWEST_OF_A_CATEGORY:
+            (folder / category.name).mkdir()
+            for number in sorted(rng.permutation(len(files))[:_MOST_OF_A_CATEGORY].tolist()):
+                name = str(files[number].relative_to(category)).replace("/", "-")
+                (folder / category.name / name).symlink_to(files[number].resolve())
+
+
+def main() -> None:
+    """Write the folders and their lists of labels."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--emoji", type=Path, metavar="TGZ", help="photographs, drawings and scans")
+    parser.add_argument("--clipart", type=Path, metavar="DIR", help="clipart")
+    args = parser.parse_args()
+    if args.clipart:
+        folder = args.out / "clipart"
+        folder.mkdir(parents=True)
+        clipart(folder, args.clipart)
+        print(f"clipart: {len(list(folder.glob('*/*')))} images, {len(list(folder.iterdir()))} classes")
+    for name in ("photographs", "drawings", "scans") if args.emoji else ():
+        folder = args.out / name
         folder.mkdir(parents=True)
         labels = (
             {"photographs": photographs, "scans": scans}[name](folder)
             if name != "drawings"
-            else drawings(folder, archive)
+            else drawings(folder, args.emoji)
         )
         rng = np.random.Generator(np.random.PCG64(0))
         chosen = sorted(rng.choice(sorted(labels), _LABELLED, replace=False).tolist())
         for suffix, names in (("", chosen), ("-all", sorted(labels))):
             text = io.StringIO()
             csv.writer(text).writerows([("path", "label"), *((n, labels[n]) for n in names)])
-            (out / f"{name}{suffix}.csv").write_text(text.getvalue(), encoding="utf-8")
+            (args.out / f"{name}{suffix}.csv").write_text(text.getvalue(), encoding="utf-8")
         print(f"{name}: {len(labels)} images, {len(set(labels.values()))} classes")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()
