@@ -4,6 +4,8 @@ Sources of the measures: ``mocov3.evaluation.quality``. How each correlates with
 ``docs/own-images.md``.
 """
 
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from mocov3.data import Loader, Source, Work
 from mocov3.data.device.pixels import normalise
 from mocov3.data.sources.survey import scattered
+from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.sharding import gathered
 from mocov3.evaluation import quality
@@ -25,6 +28,11 @@ IMAGES = 2000
 """More images are not used: a draw of this many tells networks apart."""
 _PIXELS = 16
 _SEED = 0
+_KEPT = 256 << 20
+"""Bytes of views that are kept."""
+
+_Pixels = tuple[np.ndarray, np.ndarray]
+"""Pixels of some images, and the images' indices."""
 
 
 @dataclass(frozen=True)
@@ -71,29 +79,76 @@ def judge(views: Float[Tensor, "images views dim"], groups: np.ndarray | None = 
     )
 
 
-def features_of_views(
-    extractor: Extractor, source: Source, *, world: World, workers: int = 0, batch_size: int = 64
-) -> tuple[Float[Tensor, "images views dim"], np.ndarray]:
-    """Features of at most ``IMAGES`` images, all views of each, on every rank's CPU as float32, and the images'
-    indices; unreadable images are left out. The network is temporarily in evaluation mode.
+class ViewsToJudge:
+    """All views of at most ``IMAGES`` images of a source, for one network after the other: read once where they take
+    256 MB or less, else for every network again.
+
+    Args:
+        source: images.
+        view: how they are seen.
+        world: this rank; the images are divided among the ranks.
+        workers: loading processes.
+        batch_size: images at a time.
     """
-    chosen = scattered(len(source), IMAGES)
-    mine = np.array_split(chosen, world.size)[world.rank]
-    works = [Work(0, i, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-    network, features, view, mean, std = extractor
+
+    def __init__(
+        self, source: Source, view: ProbeViews, *, world: World, workers: int = 0, batch_size: int = 64
+    ) -> None:
+        self.source, self.view, self.world = source, view, world
+        self.workers, self.batch_size = workers, batch_size
+        self._mine = np.array_split(scattered(len(source), IMAGES), world.size)[world.rank]
+        size = len(self._mine) * view.count * view.image_size**2 * view.reading.channels
+        self._kept: list[_Pixels] | None = None
+        self._keeps = size <= _KEPT
+
+    def batches(self) -> Generator[_Pixels, None, None]:
+        """uint8 pixels (views, images, height, width, channels), valid until the next are asked for, and the images'
+        indices; unreadable images are left out.
+        """
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[_Pixels] = []
+        for pixels, indices in self._read():
+            if self._keeps:
+                kept.append((pixels.copy(), indices))
+            yield pixels, indices
+        self._kept = kept if self._keeps else None
+
+    def _read(self) -> Generator[_Pixels, None, None]:
+        size = self.batch_size
+        works = [Work(0, i, self._mine[i : i + size]) for i in range(0, len(self._mine), size)]
+        loader = Loader(
+            self.source, self.view, batch_size=size, seed=_SEED, workers=self.workers, replace=False, say=warn_once
+        )
+        with loader:
+            for batch in loader.run(works):
+                bad = [corrupt.index for corrupt in batch.corrupt]
+                keep = ~np.isin(batch.work.indices, bad)
+                if keep.any():
+                    yield batch.pixels[:, keep] if bad else batch.pixels, batch.work.indices[keep]
+
+
+def features_of_views(
+    extractor: Extractor, images: ViewsToJudge
+) -> tuple[Float[Tensor, "images views dim"], np.ndarray]:
+    """Features of all views, on every rank's CPU as float32, and the images' indices, on every rank those of all.
+
+    The network is temporarily in evaluation mode. Images are seen as ``images`` says, and normalised as ``extractor``.
+    """
+    network, features, _, mean, std = extractor
+    world = images.world
     arithmetic = frozen_precision("auto", world.device)
     training = network.training
     network.eval()
-    parts, read = [torch.empty(0)], [mine[:0]]
+    parts, read = [torch.empty(0)], [np.empty(0, dtype=np.int64)]
     try:
-        loader = Loader(source, view, batch_size=batch_size, seed=_SEED, workers=workers, replace=False, say=warn_once)
-        with torch.no_grad(), gathered(network), loader:
-            for batch in loader.run(works):
-                keep = ~np.isin(batch.work.indices, [bad.index for bad in batch.corrupt])
+        with torch.no_grad(), gathered(network), closing(images.batches()) as batches:
+            for pixels, indices in batches:
                 with arithmetic.autocast():
-                    rows = [features(normalise(p, world.device, mean, std)).float() for p in batch.pixels]
-                parts.append(torch.stack(rows, 1).cpu()[torch.from_numpy(keep)])
-                read.append(batch.work.indices[keep])
+                    rows = [features(normalise(p, world.device, mean, std)).float() for p in pixels]
+                parts.append(torch.stack(rows, 1).cpu())
+                read.append(indices)
     finally:
         network.train(training)
     everyone = world.gather((_joined(parts), np.concatenate(read)))

@@ -23,7 +23,7 @@ from mocov3.distributed.launch import pick_device
 from mocov3.errors import UserError
 from mocov3.evaluation.answers import Answers, answered
 from mocov3.evaluation.features import Extractor
-from mocov3.evaluation.label_free import features_of_views, judge, pixel_features
+from mocov3.evaluation.label_free import ViewsToJudge, features_of_views, judge, pixel_features
 from mocov3.metrics import JsonLine
 from mocov3.models import Encoder, build_backbone
 from mocov3.weights import Contents, checkpoint, trained_with
@@ -138,6 +138,7 @@ class _Judges:
         self.labelled = None if labels is None else Subset(whole, labels.indices)
         self.groups = groups_in(images, group_by)
         self.labelled_groups = None if self.labelled is None else groups_in(self.labelled, group_by)
+        self._kept: dict[tuple[bool, ProbeViews], ViewsToJudge] = {}
         self._beside: set[str] = set()
         self._starts: dict[str, tuple[Encoder, Answers | None]] = {}
 
@@ -179,6 +180,15 @@ class _Judges:
     def _place(self, config: Fields, settings: Built) -> str:
         return f"start {_start_of(config)} {settings}"
 
+    def _views(self, source: Source, view: ProbeViews) -> ViewsToJudge:
+        """The views of a source; those of the last networks are kept for the next."""
+        key = source is self.labelled, view
+        if key not in self._kept:
+            others = {k: v for k, v in self._kept.items() if k[0] != key[0]}
+            workers = self.workers if len(source) * view.image_size**2 > 500 * 64 * 64 else 0
+            self._kept = {**others, key: ViewsToJudge(source, view, world=self.world, workers=workers)}
+        return self._kept[key]
+
     def _row(
         self, name: str, kind: str, encoder: Encoder | None, config: Fields, size: int
     ) -> tuple[JsonLine, Answers | None]:
@@ -189,13 +199,8 @@ class _Judges:
         )
 
         def features(source: Source, probes: int) -> tuple[torch.Tensor, np.ndarray]:
-            view = ProbeViews(size, preset.evaluation_zoom, probes, preset.reading)
-            return features_of_views(
-                Extractor(network, made, view, preset.mean, preset.std),
-                source,
-                world=self.world,
-                workers=self.workers if len(source) * size**2 > 500 * 64 * 64 else 0,
-            )
+            images = self._views(source, ProbeViews(size, preset.evaluation_zoom, probes, preset.reading))
+            return features_of_views(Extractor(network, made, images.view, preset.mean, preset.std), images)
 
         views, found = features(self.images, 4)
         if len(views) < 10:

@@ -20,7 +20,7 @@ from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.evaluation.features import Extractor, collect
 from mocov3.evaluation.frozen import open_frozen
-from mocov3.evaluation.label_free import features_of_views
+from mocov3.evaluation.label_free import ViewsToJudge, features_of_views
 from mocov3.evaluation.neighbours import right_among, shared_neighbours
 from mocov3.evaluation.paired import Conclusion, Paired, conclude, kept, smallest_set
 from mocov3.metrics import GUARD, JsonLine
@@ -85,9 +85,8 @@ class AgainstStart:
         ).to(world.device)
         self._before = {name: self._right(start.extractor, name) for name in sets}
         view = ProbeViews(c.image_size, start.preset.evaluation_zoom, 0, start.preset.reading)
-        self._start = features_of_views(
-            Extractor(start.network, start.features, view, start.preset.mean, start.preset.std), unseen, world=world
-        )[0][:, 0]
+        extractor = Extractor(start.network, start.features, view, start.preset.mean, start.preset.std)
+        self._start = features_of_views(extractor, ViewsToJudge(unseen, view, world=world))[0][:, 0]
         if old and len(old[0]) < (enough := smallest_set(c.guard_drop)):
             self.log.say(
                 f"--guard: {len(old[0])} images decide and {len(old[1])} judge; to rule out a drop of {c.guard_drop:g} "

@@ -18,7 +18,14 @@ from mocov3.distributed import World
 from mocov3.distributed.sharding import whole
 from mocov3.errors import UserError
 from mocov3.evaluation.features import Extractor
-from mocov3.evaluation.label_free import IMAGES, LabelFreeQuality, features_of_views, judge, pixel_features
+from mocov3.evaluation.label_free import (
+    IMAGES,
+    LabelFreeQuality,
+    ViewsToJudge,
+    features_of_views,
+    judge,
+    pixel_features,
+)
 from mocov3.evaluation.paired import Conclusion
 from mocov3.metrics import QUALITY, JsonLine, plain
 from mocov3.models import Encoder, MoCo
@@ -58,6 +65,7 @@ class LabelFreeEvaluation:
         if not config.quality_every:
             return
         self.images = unseen_images(config)
+        self.views = self._views()
         self.groups = groups_in(self.images, config.group_by, needed=False)
         self.against_start = AgainstStart(config, world, model, log, unseen=self.images, start=start)
         self._reopen(self.against_start, start)
@@ -69,6 +77,16 @@ class LabelFreeEvaluation:
             if self.against_start.guards:
                 self.best = label_free.retrieval
                 self._keep(label_free, start)
+
+    def _views(self) -> ViewsToJudge:
+        c, preset = self.config, self.config.preset
+        parallel = min(len(self.images), IMAGES) * c.image_size**2 > _SMALL
+        return ViewsToJudge(
+            self.images,
+            ProbeViews(c.image_size, preset.evaluation_zoom, reading=preset.reading),
+            world=self.world,
+            workers=loader_workers(c.workers, self.world.local_size) if parallel else 0,
+        )
 
     def _reopen(self, against_start: AgainstStart, start: Position) -> None:
         """What a former process judged."""
@@ -126,17 +144,10 @@ class LabelFreeEvaluation:
 
     def _judge(self, network: Encoder | None) -> tuple[LabelFreeQuality, Tensor, np.ndarray | None]:
         """The measures, and the features of the evaluation view with the images' groups."""
-        c, preset = self.config, self.config.preset
-        images = min(len(self.images), IMAGES)
-        parallel = images * c.image_size**2 > _SMALL
-        view = ProbeViews(c.image_size, preset.evaluation_zoom, reading=preset.reading)
+        preset = self.config.preset
         module, features = (nn.Identity(), pixel_features) if network is None else (network, network.features)
-        views, read = features_of_views(
-            Extractor(module, features, view, preset.mean, preset.std),
-            self.images,
-            world=self.world,
-            workers=loader_workers(c.workers, self.world.local_size) if parallel else 0,
-        )
+        extractor = Extractor(module, features, self.views.view, preset.mean, preset.std)
+        views, read = features_of_views(extractor, self.views)
         if len(views) < 2:
             raise UserError("the quality without labels needs two or more readable images that are not trained on")
         groups = chosen(self.groups, read)

@@ -18,9 +18,10 @@ from mocov3.data import CentreView, Loader, Source, Work, open_source
 from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.errors import UserError
+from mocov3.evaluation import label_free
 from mocov3.evaluation.embed import embed
 from mocov3.evaluation.features import Extractor, collect
-from mocov3.evaluation.label_free import features_of_views
+from mocov3.evaluation.label_free import ViewsToJudge, features_of_views
 from mocov3.evaluation.neighbours import knn_accuracy
 from mocov3.finetuning.evaluate import evaluate
 from mocov3.models.precision import Precision
@@ -145,8 +146,28 @@ def same_as_alone(world: World, folder: str) -> int:
 
 
 def views(source, world=ONE):
-    extractor = Extractor(torch.nn.Identity(), flat, ProbeViews(SIZE, 1.0), *NORMAL.values())
-    return features_of_views(extractor, source, world=world, batch_size=8)
+    images = ViewsToJudge(source, ProbeViews(SIZE, 1.0), world=world, batch_size=8)
+    return features_of_views(Extractor(torch.nn.Identity(), flat, images.view, *NORMAL.values()), images)
+
+
+@pytest.mark.parametrize("room", [label_free._KEPT, 0])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_views_are_read_once_for_all_networks_where_there_is_room(sets, workers, room, monkeypatch):
+    monkeypatch.setattr(label_free, "_KEPT", room)
+    opened = []
+    source = open_source(str(sets[0]), "train")
+    images = ViewsToJudge(source, ProbeViews(SIZE, 1.0), world=ONE, workers=workers, batch_size=8)
+    run = Loader.run
+    monkeypatch.setattr(Loader, "run", lambda loader, works: opened.append(1) or run(loader, works))
+    first, second = (
+        features_of_views(Extractor(torch.nn.Identity(), made, images.view, *NORMAL.values()), images)
+        for made in (flat, lambda x: 2 * flat(x))
+    )
+    assert torch.equal(2 * first[0], second[0])
+    assert np.array_equal(first[1], second[1])
+    assert len(opened) == (1 if room else 2)
+    clean = open_source(str(sets[1]), "train")
+    assert [source.name(i) for i in first[1].tolist()] == [clean.name(i) for i in range(len(clean))]
 
 
 def counted(source, world=ONE):

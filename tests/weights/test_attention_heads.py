@@ -319,7 +319,7 @@ def loaded(monkeypatch):
     monkeypatch.setattr(
         network_scores,
         "features_of_views",
-        lambda _, source, *a, **k: (torch.randn(len(source), 4, 8), np.arange(len(source))),
+        lambda _, images: (torch.randn(len(images.source), 4, 8), np.arange(len(images.source))),
     )
     return found
 

@@ -435,7 +435,7 @@ def test_what_inspect_promises_runs(kind, tmp_path, images, monkeypatch):
     monkeypatch.setattr(
         network_scores,
         "features_of_views",
-        lambda _, source, *a, **k: (torch.randn(len(source), 4, 8), np.arange(len(source))),
+        lambda _, images: (torch.randn(len(images.source), 4, 8), np.arange(len(images.source))),
     )
     facts = describe(str(file))
     assert len(facts["good_for"]) == PROMISES[kind]
