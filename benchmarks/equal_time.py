@@ -2,6 +2,7 @@
 
     python benchmarks/equal_time.py local --train DIR/train.parquet --test DIR/test.parquet --readme docs/budget.md
     python benchmarks/equal_time.py vit --minutes 60 --train … --test …
+    python benchmarks/equal_time.py size --train OUT/textures --minutes 5 --seeds 1
     python benchmarks/equal_time.py schedule --rehearse
 
 Every way of a question trains by ``mocov3 pretrain``'s own loop, on one thread, for about ``--minutes`` of processor
@@ -50,6 +51,7 @@ RESNET = (
 SIXTEEN = f"{RESNET} --schedule wsd --precision bf16"
 NO_BLUR = "--blur-probability 0,0"
 PLAIN = f"{SIXTEEN} {NO_BLUR}"
+FREE = f"{RESNET} --schedule wsd"
 WIDER = PLAIN.replace("w16", "w32")
 VIT = "--recipe vit_small_images --warmup-epochs 1 --schedule wsd"
 VIT16 = f"{VIT} --precision bf16"
@@ -84,6 +86,15 @@ QUESTIONS: dict[str, dict[str, str]] = {
         "lr 16e-3": f"{PLAIN} --lr 16e-3",
         "batch 256": f"{PLAIN} -b 256",
         "m .97": f"{PLAIN} --moco-m .97",
+    },
+    "size": {
+        "32 px": FREE,
+        "32 px, 2 local": f"{FREE} --local-views 2:16",
+        "48 px": f"{FREE} --image-size 48",
+        "64 px": f"{FREE} --image-size 64",
+        "64 px, the first half at 32": f"{FREE} --image-size 64 --image-size-schedule 32:.5",
+        "64 px, the first 80 % at 32": f"{FREE} --image-size 64 --image-size-schedule 32:.8",
+        "64 px, resnet10_w32": f"{FREE} --image-size 64 -a resnet10_w32",
     },
     "vit_precision": {"32 bits": VIT, "16 bits": VIT16},
     "vit": {

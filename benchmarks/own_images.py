@@ -4,15 +4,19 @@
     python benchmarks/own_images.py OUT --emoji emoji-datasource-twitter-16.0.0.tgz
     apt-get download openclipart-png && dpkg -x openclipart-png_*.deb DEB
     python benchmarks/own_images.py OUT --clipart DEB/usr/share/openclipart/png
+    apt-get download openarena-081-textures && dpkg -x openarena-081-textures_*.deb DEB
+    python benchmarks/own_images.py OUT --textures DEB/usr/share/games/openarena/baseoa/pak4-textures.pk3
 
 OUT/photographs: 1,200 crops of eight photographs that scikit-learn and scikit-image ship, of several sizes, JPEG.
 OUT/drawings: the 64 px drawings of Twitter's emoji (CC-BY 4.0), PNG with transparency, from the named file.
 OUT/scans: the 1,797 scanned handwritten digits of scikit-learn (8×8 px), PNG.
 These folders are flat; OUT/NAME.csv holds path,label (photograph, category, digit) of 100 images, drawn with seed 0,
-and OUT/NAME-all.csv of all.
+OUT/NAME-all.csv of all, and of these OUT/NAME-asked.csv a fifth, OUT/NAME-bank.csv the others.
 OUT/clipart: links to the drawings of Debian's openclipart-png (public domain), to judge by, in a folder a category:
 those that have a name of their own (a sixth of the 8,121 are links), of categories of 60 or more, 250 of each at most.
 Category "unsorted" is none.
+OUT/textures: squares of 128 px cut out of OpenArena's textures (GPL-2) of 256 px or more, nine of each at most; what
+is to be told is which texture a square is of. OUT/textures/val has one of each, OUT/textures/train the others.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import csv
 import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +33,9 @@ from PIL import Image
 _PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina", "china", "flower")
 _CROPS = 150
 _LABELLED = 100
+_MOST_OF_A_TEXTURE = 9
+_FLAT = 4.0
+"""Standard deviation, of 255 levels, below which a square shows nothing."""
 _FEWEST_OF_A_CATEGORY, _MOST_OF_A_CATEGORY = 60, 250
 
 
@@ -91,18 +99,42 @@ def clipart(folder: Path, png: Path) -> None:
                 (folder / category.name / name).symlink_to(files[number].resolve())
 
 
+def textures(folder: Path, archive: Path) -> None:
+    """Squares of textures; skies and effects, which are mostly empty, are left out."""
+    with zipfile.ZipFile(archive) as pack:
+        for name in sorted(pack.namelist()):
+            parts = name.lower().split("/")
+            if parts[0] != "textures" or parts[1] in ("skies", "sfx", "flares") or not name.endswith((".jpg", ".tga")):
+                continue
+            image = Image.open(io.BytesIO(pack.read(name))).convert("RGB")
+            places = [(x, y) for y in range(0, image.height - 127, 128) for x in range(0, image.width - 127, 128)]
+            rng = np.random.Generator(np.random.PCG64(0))
+            chosen = [places[i] for i in rng.permutation(len(places))[:_MOST_OF_A_TEXTURE].tolist()]
+            squares = [image.crop((x, y, x + 128, y + 128)) for x, y in chosen]
+            if min(image.size) < 256 or min(np.asarray(square).std() for square in squares) < _FLAT:
+                continue
+            for number, square in enumerate(squares):
+                place = folder / ("val" if number == 0 else "train") / "-".join(parts[1:]).rpartition(".")[0]
+                place.mkdir(parents=True, exist_ok=True)
+                square.save(place / f"{number}.png")
+
+
 def main() -> None:
     """Write the folders and their lists of labels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--emoji", type=Path, metavar="TGZ", help="photographs, drawings and scans")
     parser.add_argument("--clipart", type=Path, metavar="DIR", help="clipart")
+    parser.add_argument("--textures", type=Path, metavar="PK3", help="textures")
     args = parser.parse_args()
     if args.clipart:
         folder = args.out / "clipart"
         folder.mkdir(parents=True)
         clipart(folder, args.clipart)
         print(f"clipart: {len(list(folder.glob('*/*')))} images, {len(list(folder.iterdir()))} classes")
+    if args.textures:
+        textures(args.out / "textures", args.textures)
+        print(f"textures: {len(list((args.out / 'textures').glob('*/*/*')))} squares")
     for name in ("photographs", "drawings", "scans") if args.emoji else ():
         folder = args.out / name
         folder.mkdir(parents=True)
@@ -113,7 +145,10 @@ def main() -> None:
         )
         rng = np.random.Generator(np.random.PCG64(0))
         chosen = sorted(rng.choice(sorted(labels), _LABELLED, replace=False).tolist())
-        for suffix, names in (("", chosen), ("-all", sorted(labels))):
+        everything = sorted(labels)
+        asked = sorted(everything[i] for i in rng.permutation(len(everything))[: len(everything) // 5].tolist())
+        bank = sorted({*everything} - {*asked})
+        for suffix, names in (("", chosen), ("-all", everything), ("-bank", bank), ("-asked", asked)):
             text = io.StringIO()
             csv.writer(text).writerows([("path", "label"), *((n, labels[n]) for n in names)])
             (args.out / f"{name}{suffix}.csv").write_text(text.getvalue(), encoding="utf-8")
