@@ -26,9 +26,11 @@ from mocov3.config.fields import Layers, Parser, path
 from mocov3.errors import UserError, printable
 
 
-def chosen(layers: Layers) -> PretrainConfig:
-    """The configuration of pre-training, with what is left to be chosen or measured on images and machine."""
-    config = _by_recipe(layers)
+def chosen(layers: Layers, began: float | None = None) -> PretrainConfig:
+    """The configuration of pre-training, with what is left to be chosen or measured on images and machine; ``began``:
+    when the command was called, by ``time.time``.
+    """
+    config = _by_recipe(layers, began)
     if config.mean_std == "auto":
         from mocov3.planning.choose import measured_normalisation
 
@@ -36,14 +38,14 @@ def chosen(layers: Layers) -> PretrainConfig:
     return config
 
 
-def _by_recipe(layers: Layers) -> PretrainConfig:
+def _by_recipe(layers: Layers, began: float | None) -> PretrainConfig:
     if folder := layers.given.get("prolong"):
         layers = Layers({**prolonged(folder), **layers.given}, {}, layers.defaults)
         return merged(layers)
     if layers.merged().get("recipe") in ("auto", "adapt"):
         from mocov3.planning.choose import choose
 
-        return choose(layers)
+        return choose(layers, began)
     return merged(layers)
 
 
@@ -53,7 +55,7 @@ def _pretrain(argv: list[str]) -> int:
     values = layers.merged()
     if values.get("resume") == "auto" and not values["output_dir"]:
         raise UserError("--resume auto: name the run to resume with --output-dir")
-    config = _once(lambda: _in_a_folder(chosen(layers)))
+    config = _once(lambda: _in_a_folder(chosen(layers, began)))
     from mocov3.pretraining.task import main
 
     return main(config, script_door=False, began=began)

@@ -4,6 +4,7 @@ Sources of the measures: ``mocov3.evaluation.quality``. How each correlates with
 ``docs/own-images.md``.
 """
 
+import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -99,6 +100,8 @@ class ViewsToJudge:
         self._mine = np.array_split(scattered(len(source), IMAGES), world.size)[world.rank]
         size = len(self._mine) * view.count * view.image_size**2 * view.reading.channels
         self._kept: list[_Pixels] | None = None
+        self.seconds_kept = 0.0
+        """How long reading took what is kept."""
         self._keeps = size <= _KEPT
 
     def batches(self) -> Generator[_Pixels, None, None]:
@@ -109,11 +112,15 @@ class ViewsToJudge:
             yield from self._kept
             return
         kept: list[_Pixels] = []
+        seconds, began = 0.0, time.monotonic()
         for pixels, indices in self._read():
             if self._keeps:
                 kept.append((pixels.copy(), indices))
+            seconds += time.monotonic() - began
             yield pixels, indices
-        self._kept = kept if self._keeps else None
+            began = time.monotonic()
+        if self._keeps:
+            self._kept, self.seconds_kept = kept, seconds + time.monotonic() - began
 
     def _read(self) -> Generator[_Pixels, None, None]:
         size = self.batch_size

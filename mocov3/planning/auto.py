@@ -21,6 +21,8 @@ _SMALL_SIDE = 96
 """Shorter side in pixels up to which images are used at their own size, by networks with a stem for it."""
 _PLANNED, _LATEST = 0.85, 1.2
 """Shares of the budget: what steps are planned to take (judging and writing take some too), and where a run is cut."""
+_BY_CLOCK = 0.95
+"""Share of what is left of the budget that steps take where the clock decides the end."""
 _LEAST_BATCH = 64
 """A contrastive step with fewer others to tell an image from teaches little."""
 _FEWEST_JUDGED = 20
@@ -65,6 +67,8 @@ class Images:
     gray: bool
     unseen: int = 0
     """Images of a validation part, which are not trained on."""
+    detail: float = 1.0
+    """Share of the energy of their edges that 32 px keep."""
 
 
 Speed = Callable[[Fields], tuple[float, Fields]]
@@ -82,6 +86,7 @@ def choose_settings(
     speed: Speed,
     memory: Memory,
     before: Sequence[Choice] = (),
+    spent: Callable[[], float] = lambda: 0.0,
 ) -> list[Choice]:
     """Every setting that ``given`` leaves open, in the order they depend on each other.
 
@@ -93,9 +98,10 @@ def choose_settings(
         speed: measures, or supposes, the time of an epoch.
         memory: counts what a step takes.
         before: choices of another table, which go before the rules here; its epochs are what the time may shorten.
+        spent: seconds of the budget that planning has taken so far.
     """
 
-    made, seen, seconds = _Settings(given, before), None, 0.0
+    made, seen, possible, seconds = _Settings(given, before), None, 0, 0.0
     asked = [n for n in (given.get("epochs"), *(c.value for c in before if c.name == "epochs")) if isinstance(n, int)]
     for rung in RUNGS:
         settings = _Settings(given, before)
@@ -103,13 +109,14 @@ def choose_settings(
         _network(settings, images, machine, memory, rung)
         what = settings["image_size"], settings["arch"]
         wide = rung is RUNGS[0] and "arch" not in given and settings["image_size"] <= SMALL_VIEWS
-        if what == seen or (wide and machine.device == "cpu"):
+        if machine.device == "cpu" and (wide or not rung.suits(settings["image_size"], images.detail)):
             continue
-        made, seen = settings, what
-        _optimisation(made)
-        _precision(made, machine)
-        _batch(made, images, machine, memory)
-        possible, seconds = _length(made, images, machine, hours, speed)
+        if what != seen:
+            made, seen = settings, what
+            _optimisation(made)
+            _precision(made, machine)
+            _batch(made, images, machine, memory)
+            possible, seconds = _length(made, images, machine, hours, speed, spent)
         if machine.device != "cpu" or rung.allowed(possible, images.count, min([_unlimited(images), *asked])):
             break
     _watching(made, images, seconds)
@@ -283,7 +290,7 @@ def _unlimited(images: Images) -> int:
 
 
 def _length(
-    settings: _Settings, images: Images, machine: Machine, hours: float | None, speed: Speed
+    settings: _Settings, images: Images, machine: Machine, hours: float | None, speed: Speed, spent: Callable[[], float]
 ) -> tuple[int, float]:
     """Choose the epochs; how many the time allows, and what one takes (seconds)."""
     budget = 3600 * (hours if hours is not None else DEFAULT_HOURS[machine.device])
@@ -294,13 +301,16 @@ def _length(
         settings.values[name] = value
         settings.choices = [c for c in settings.choices if c.name != name]
         settings.choices.append(Choice(name, value, "what fitted the memory when tried"))
-    possible = int(_PLANNED * budget / max(seconds, 1e-9))
+    seconds *= 1 - settings.given.get("hold_out", _kept_back(images)) / max(images.count, 1)
+    left = max(budget - (spent() if hours is not None else 0.0), 0.0) / max(seconds, 1e-9)
+    possible = int(_PLANNED * left)
     if hours is not None and asked is None and "epochs" not in settings.given and possible < wanted:
         settings.choose("schedule", "wsd", "uses the budget up: the clock decides when the rate falls (docs/budget.md)")
     if possible < 1:
         fewer = f"one pass takes {duration(seconds)}: take fewer images (DIR:0.1), a GPU or a longer --budget"
         epochs, reason = 1, fewer
     elif hours is not None and settings.values.get("schedule") == "wsd":
+        possible = int(_BY_CLOCK * left)
         epochs, reason = possible, f"about what {duration(budget)} allow; the clock decides the end"
     elif possible < wanted:
         epochs, reason = possible, f"what {duration(budget)} allow (without a limit: {wanted})"
@@ -320,10 +330,14 @@ def _length(
     return possible, seconds
 
 
+def _kept_back(images: Images) -> int:
+    """Images that are kept from training, to judge by."""
+    return min(2000, images.count // 10) if images.count >= 200 and images.unseen < _FEWEST_JUDGED else 0
+
+
 def _watching(settings: _Settings, images: Images, seconds: float) -> None:
     epochs, apart = settings["epochs"], images.unseen >= _FEWEST_JUDGED
-    held = min(2000, images.count // 10) if images.count >= 200 and not apart else 0
-    held = max(min(held, images.count - settings["batch_size"]), 0)
+    held = max(min(_kept_back(images), images.count - settings["batch_size"]), 0)
     reason = "the validation part is there to judge by" if apart else "kept from training, to judge without labels"
     if apart or held >= _FEWEST_JUDGED:
         held = settings.choose("hold_out", held, reason)

@@ -6,16 +6,20 @@ A resumed run takes the settings of its own ``config.yaml``: nothing is chosen t
 import dataclasses
 import functools
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from mocov3.config import PretrainConfig, read_yaml
 from mocov3.config.fields import Fields, Layers
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.config.schedule import budget_hours
 from mocov3.data import Source
+from mocov3.data.sources.detail import SIDES
 from mocov3.data.sources.opening import has_unseen, open_unseen
-from mocov3.data.sources.survey import Survey, propose, scattered, survey
+from mocov3.data.sources.survey import Survey, giants, propose, scattered, survey
 from mocov3.errors import UserError, no_file
 from mocov3.planning.adapting import choices_of, row_of
 from mocov3.planning.auto import Images, Machine, choose_settings
@@ -42,8 +46,9 @@ class Proposal:
     """Seconds of an epoch that the loader processes take."""
 
 
-def choose(layers: Layers) -> PretrainConfig:
-    """The configuration of ``--recipe auto`` (or ``adapt``), printed; a resumed run's is its own.
+def choose(layers: Layers, began: float | None = None) -> PretrainConfig:
+    """The configuration of ``--recipe auto`` (or ``adapt``), printed; a resumed run's is its own. ``began``: when the
+    command was called, by ``time.time``: planning takes of the budget too.
 
     Raises:
         UserError: for a bad value, before torch is imported; for images that can't be read.
@@ -53,13 +58,14 @@ def choose(layers: Layers) -> PretrainConfig:
         return PretrainConfig(**{**saved, **given})
     if given.get("config"):  # complete, or the user's own
         return PretrainConfig(**layers.merged())
-    proposal = propose_settings(layers)
+    proposal = propose_settings(layers, began=began)
     _show(proposal, layers)
     return proposal.config
 
 
-def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
-    """Settings for the images and the machine; ``facts`` saves looking at images again.
+def propose_settings(layers: Layers, facts: Survey | None = None, began: float | None = None) -> Proposal:
+    """Settings for the images and the machine; ``facts`` saves looking at images again, ``began`` is that of
+    ``choose``.
 
     Raises:
         UserError: as ``choose``.
@@ -105,7 +111,16 @@ def propose_settings(layers: Layers, facts: Survey | None = None) -> Proposal:
     if first.recipe == "adapt":  # what goes beside pairs, and what does not: PretrainConfig.check_own
         pairs = fixed.get("lora") != 0 and not (first.fsdp or first.freeze_until)
         table = beginning + choices_of(row_of(fixed["arch"], len(source), pairs=pairs))
-    choices = choose_settings(images, machine, hours, fixed, measured, counted, table)
+    choices = choose_settings(
+        images,
+        machine,
+        hours,
+        fixed,
+        measured,
+        counted,
+        table,
+        spent=lambda: time.time() - began if began is not None else 0.0,
+    )
     settings = {**_known(fixed), **_known({c.name: c.value for c in choices})}
     config = PretrainConfig(**layers.merged(settings))
     return Proposal(config, choices, images, machine, source, **times)
@@ -172,7 +187,7 @@ def look(source: Source, config: PretrainConfig, facts: Survey | None = None) ->
     Raises:
         UserError: if none of them can be read.
     """
-    facts = facts or survey(source, scattered(len(source), LOOKED_AT), workers=0, reading=config.preset.reading)
+    facts = facts or survey(source, _looked_at(source), workers=0, reading=config.preset.reading, detail=True)
     if not facts.readable:
         index, reason = facts.unreadable[0]
         raise UserError(
@@ -180,7 +195,22 @@ def look(source: Source, config: PretrainConfig, facts: Survey | None = None) ->
             f"{source.name(index)}: {reason}"
         )
     preset, reason = propose(facts)
-    return Images(len(source), facts.short_side[1], preset, reason, facts.mean_std, facts.gray_share > 0.95)
+    return Images(
+        len(source),
+        facts.short_side[1],
+        preset,
+        reason,
+        facts.mean_std,
+        facts.gray_share > 0.95,
+        detail=facts.detail.get(SIDES[0], 1.0),
+    )
+
+
+def _looked_at(source: Source) -> np.ndarray:
+    """Some images; without the few that would take longer than all others."""
+    drawn = scattered(len(source), LOOKED_AT)
+    quick = drawn[~giants(source, drawn)]
+    return quick if 2 * len(quick) > len(drawn) else drawn
 
 
 def _unseen(config: PretrainConfig) -> int:

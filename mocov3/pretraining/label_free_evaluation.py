@@ -11,8 +11,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from mocov3.config import PretrainConfig
+from mocov3.data import Source
 from mocov3.data.loading.loader import loader_workers
 from mocov3.data.sources.groups import chosen, groups_in
+from mocov3.data.sources.survey import giants, scattered
 from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
 from mocov3.distributed.sharding import whole
@@ -39,6 +41,7 @@ from mocov3.weights.find import summed
 from mocov3.weights.origin import origin_of_run
 
 BEST = "best_unlabelled.pth.tar"
+_HEADERS, _FEW_GIANTS = 50, 0.1
 _SMALL = 500 * 64 * 64  # pixels that one process reads before others have started
 
 
@@ -83,7 +86,7 @@ class LabelFreeEvaluation:
         parallel = min(len(self.images), IMAGES) * c.image_size**2 > _SMALL
         return ViewsToJudge(
             self.images,
-            ProbeViews(c.image_size, preset.evaluation_zoom, reading=preset.reading),
+            ProbeViews(c.image_size, preset.evaluation_zoom, reading=preset.reading, giants=_many_giants(self.images)),
             world=self.world,
             workers=loader_workers(c.workers, self.world.local_size) if parallel else 0,
         )
@@ -134,6 +137,11 @@ class LabelFreeEvaluation:
         return stop or not holds
 
     @property
+    def spared(self) -> float:
+        """Seconds of the judgements so far that the next one is spared: reading what is kept."""
+        return self.views.seconds_kept if self.config.quality_every else 0.0
+
+    @property
     def stopped(self) -> bool:
         """Whether the guard has stopped the run."""
         return self.against_start is not None and self.against_start.stopped
@@ -182,6 +190,11 @@ class LabelFreeEvaluation:
             checkpoint.write(self.file.with_name(BEST), contents)
         except OSError as error:
             warn(f"{BEST} could not be written ({error.strerror or error}); the run continues")
+
+
+def _many_giants(source: Source) -> bool:
+    """Whether more than a few images are giants, by the headers of some: else it is quicker to judge without them."""
+    return bool(giants(source, scattered(len(source), _HEADERS)).mean() > _FEW_GIANTS)
 
 
 def _reopened(path: Path, first_step: int) -> list[JsonLine]:

@@ -105,7 +105,7 @@ class Pretraining(Run):
         began = time.monotonic()
         self.label_free = LabelFreeEvaluation(c, world, self.model, self.log, start=self.position)
         if self.length.clock is not None:  # at the end it judges once more
-            self.length.clock.closing(time.monotonic() - began)
+            self.length.clock.closing(time.monotonic() - began - self.label_free.spared)
         self.report = ReportProcess(self.folder, c.report_every, self.log, active=world.main)
 
     def _start(self, resume_from: resume.ResumeFrom | None) -> Position:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 from PIL import Image
 from slow_images import Failing, Slow, Stamp
@@ -14,12 +15,19 @@ from slow_images import Failing, Slow, Stamp
 from mocov3.cli import main
 from mocov3.config.local_views import LocalViews
 from mocov3.config.presets import PRESETS, Reading, ViewPreset
-from mocov3.data import Loader, TwoViews
+from mocov3.data import Loader, TwoViews, open_source
 from mocov3.data.loading.dispatch import Follow
 from mocov3.data.loading.loader import batches, slots_ahead
+from mocov3.data.sources.survey import giants
 from mocov3.data.views import copies
 from mocov3.data.views.copies import Copies, factor_of, opened_copies, size_of, used
+from mocov3.data.views.probes import ProbeViews
+from mocov3.distributed import World
+from mocov3.evaluation.features import Extractor
+from mocov3.evaluation.label_free import ViewsToJudge, features_of_views, pixel_features
+from mocov3.planning.choose import _looked_at
 from mocov3.planning.reading import mean_seconds, parts_by_size
+from mocov3.pretraining.label_free_evaluation import _many_giants
 
 PLAIN = ViewPreset(jitter_probability=0, blur_probability=(0, 0), solarize_probability=(0, 0))
 ORIENTATION = 0x0112
@@ -132,6 +140,30 @@ def test_a_run_says_what_it_keeps(images, tmp_path, monkeypatch, capsys):
     assert main(["pretrain", *flags, "--output-dir", str(tmp_path / "b")]) == 0
     assert "1 smaller copies of large images, 0.0 MB of at most" in capsys.readouterr().out
     assert len(list((tmp_path / "cache" / "mocov3" / "smaller").glob("*/*.copy"))) == 1
+
+
+def test_a_look_and_judgements_go_without_a_few_giants(tmp_path, monkeypatch):
+    monkeypatch.setattr(copies, "GIANT", 40 * 40 - 1)
+    for number in range(24):
+        (tmp_path / f"{number:02d}.png").write_bytes(saved(drawing(16, 16, number), "PNG"))
+    (tmp_path / "03.png").write_bytes(saved(drawing(40, 40), "PNG"))
+    (tmp_path / "07.png").write_bytes(b"no image")
+    source, everything = open_source(str(tmp_path)), np.arange(24)
+    assert np.flatnonzero(giants(source, everything)).tolist() == [3]
+    assert _looked_at(source).tolist() == [n for n in range(24) if n != 3]
+    assert not _many_giants(source)
+    seen = [
+        features_of_views(
+            Extractor(torch.nn.Identity(), pixel_features, view, (0.5,) * 3, (0.2,) * 3),
+            ViewsToJudge(source, view, world=World(0, 1, torch.device("cpu"))),
+        )[1].tolist()
+        for view in (ProbeViews(16, giants=seen_too) for seen_too in (True, False))
+    ]
+    assert seen == [[n for n in range(24) if n != 7], [n for n in range(24) if n not in (3, 7)]]
+    for number in range(24):  # all of them: there is nothing else to look at
+        (tmp_path / f"{number:02d}.png").write_bytes(saved(drawing(40, 40, number), "PNG"))
+    assert _looked_at(source).tolist() == everything.tolist()
+    assert _many_giants(source)
 
 
 def test_a_slow_image_does_not_stop_the_others():

@@ -113,12 +113,13 @@ def test_plans_are_runnable(count, machine, side):
 
 def test_a_budget_sets_epochs():
     cpu = MACHINES["cpu"]
-    plan = planned(5_000, cpu, hours=1, seconds=60)[0]
-    assert (plan.epochs, plan.schedule) == (math.floor(0.85 * 60), "wsd")
+    plan = planned(5_000, cpu, hours=1, seconds=60)[0]  # an epoch is of 4,500, 500 are held out
+    assert (plan.epochs, plan.schedule) == (math.floor(0.95 * 3600 / 54), "wsd")
+    assert planned(5_000, cpu, hours=1, seconds=60, given={"hold_out": 0})[0].epochs == math.floor(0.95 * 60)
     for enough in (planned(5_000, cpu, hours=24, seconds=60)[0], planned(5_000, cpu, seconds=60)[0]):
         assert enough.schedule == "cosine"  # the time does not bind, or nobody named it
     assert planned(5_000, cpu, hours=1, seconds=60, given={"epochs": 20})[0].schedule == "cosine"
-    assert planned(5_000, cpu, seconds=60)[0].epochs == math.floor(0.85 * 60)  # an hour on a CPU unless told
+    assert planned(5_000, cpu, seconds=60)[0].epochs == math.floor(0.85 * 3600 / 54)  # an hour on a CPU unless told
     assert planned(5_000, MACHINES["8 GB"], seconds=60)[0].epochs > 400
     config, choices = planned(1_281_167, cpu, hours=2, seconds=90_000)
     assert (config.epochs, config.max_hours) == (1, 2.4)
@@ -133,11 +134,12 @@ def test_a_budget_sets_epochs():
 def cpu_plan(times, **more):
     """(arch, side) on a CPU where an epoch of each takes so many seconds, in an hour."""
     images = Images(more.pop("count", 50_000), more.pop("side", 375), "photos", "because", "0.5,0.25", gray=False)
+    images = dataclasses.replace(images, detail=more.pop("detail", 1.0))
     asked = []
 
     def speed(values):
         asked.append((values["arch"], values["image_size"]))
-        return times[values["arch"]], {}
+        return times.get(asked[-1]) or times[values["arch"]], {}
 
     machine = dataclasses.replace(MACHINES["cpu"], bf16=more.pop("bf16", False))
     choices = choose_settings(images, machine, 1, more, speed, lambda values, batch: 0.0)
@@ -169,6 +171,26 @@ def test_a_cpu_takes_the_widest_that_sees_the_images_often_enough():
     assert given["image_size"] == 32
 
 
+def test_larger_views_where_small_ones_lose_most_of_the_edges():
+    fast, slow = ({**SLOW, "resnet10_w32": 600, ("resnet10_w16", 64): seconds} for seconds in (3000, 7000))
+    plans = {
+        (0.2, "fast"): cpu_plan(fast, detail=0.2),  # an epoch of 50,000
+        (0.2, "slow"): cpu_plan(slow, detail=0.2),  # none
+        (0.2, "few"): cpu_plan({**SLOW, "resnet10_w48": 100, ("resnet10_w16", 64): 60}, detail=0.2, count=2000),
+        (0.7, "fast"): cpu_plan(fast, detail=0.7),
+    }
+    assert {what: (plan["arch"], plan["image_size"]) for what, plan in plans.items()} == {
+        (0.2, "fast"): ("resnet10_w16", 64),
+        (0.2, "slow"): ("resnet10_w32", 32),
+        (0.2, "few"): ("resnet10_w16", 64),  # 51 epochs of 2,000
+        (0.7, "fast"): ("resnet10_w32", 32),
+    }
+    # neither images that are small themselves nor a size or arch that is given ask for it
+    assert cpu_plan(fast, detail=0.2, side=32)["image_size"] == 32
+    assert cpu_plan(fast, detail=0.2, image_size=32)["arch"] == "resnet10_w32"
+    assert cpu_plan({"resnet18": 600, ("resnet18", 64): 2000}, detail=0.2, arch="resnet18")["image_size"] == 64
+
+
 def test_a_cpu_that_multiplies_16_bits_trains_in_them():
     times = {"vit_micro": 60, **SLOW}
     assert cpu_plan(times, arch="vit_micro", bf16=True)["precision"] == "bf16"
@@ -183,11 +205,25 @@ def test_one_process_loads_small_images_on_two_cores():
     assert planned(5_000, two, side=375)[0].workers == 2  # a large file would stop the steps
 
 
+def test_what_planning_took_is_not_planned_again():
+    cpu = MACHINES["cpu"]
+    images = Images(5_000, 375, "photos", "because", "0.5,0.25", gray=False)
+    plans = {}
+    for spent in (0.0, 600.0, 1e6):
+        choices = choose_settings(
+            images, cpu, 1, {}, lambda values: (60, {}), memory_on("cpu"), spent=lambda spent=spent: spent
+        )
+        plans[spent] = {c.name: c.value for c in choices}["epochs"]
+    assert plans == {0.0: 63, 600.0: 52, 1e6: 1}
+    choices = choose_settings(images, cpu, None, {}, lambda values: (60, {}), memory_on("cpu"), spent=lambda: 600.0)
+    assert {c.name: c.value for c in choices}["epochs"] == 56, "without a budget it does not count"
+
+
 def test_judgements_are_two_minutes_apart():
     cpu = MACHINES["cpu"]
-    assert planned(5_000, cpu, hours=1, seconds=60)[0].quality_every == 2
+    assert planned(5_000, cpu, hours=1, seconds=60)[0].quality_every == 3
     assert planned(5_000, cpu, hours=1, seconds=500)[0].quality_every == 1
-    assert planned(5_000, cpu, hours=100, seconds=1)[0].quality_every == 120
+    assert planned(5_000, cpu, hours=100, seconds=1)[0].quality_every == 134
 
 
 def test_local_views_where_they_were_measured():
@@ -293,6 +329,8 @@ def test_survey_tells_up_alike_and_near():
     assert propose(base)[0] == "photos"
     assert propose(dataclasses.replace(base, gray_share=1.0))[0] == "gray"
     assert propose(dataclasses.replace(base, upright=1.2))[0] == "aerial"
+    assert propose(dataclasses.replace(base, upright=2.4))[0] == "photos"
+    assert propose(dataclasses.replace(base, upright=1.2, examined=150))[0] == "photos", "too few to tell"
     assert propose(dataclasses.replace(base, alike=0.8))[0] == "inspection"
 
 

@@ -10,13 +10,18 @@ from mocov3.config.presets import RGB, Reading
 from mocov3.data.sources.detail import SIDES
 from mocov3.data.sources.facts import THUMB, Fact, examine
 from mocov3.data.sources.opening import Source
+from mocov3.data.views.copies import is_giant
+from mocov3.data.views.decode import DecodeError
 from mocov3.data.views.draws import permutation
 
 NEAR = 0.985
 """Correlation of 16×16 grey thumbnails from which two images count as nearly the same."""
 _RUN = 50  # images that follow each other by name are looked at together: copies mostly do
 _FLAT = 4.0  # standard deviation of grey levels under which a thumbnail says nothing
-_UPRIGHT = 4.0
+_UPRIGHT = 2.0
+"""Times chance; of randomly turned images 5 % or less reach it."""
+_ENOUGH = 200
+"""Images from which on a side that is up would show."""
 _ALIKE = 0.5
 _SEED = 5
 
@@ -86,6 +91,18 @@ def sample(n: int, limit: int) -> np.ndarray:
 def scattered(n: int, limit: int) -> np.ndarray:
     """At most ``limit`` indices below ``n``, increasing, drawn singly."""
     return np.arange(n) if n <= limit else np.sort(permutation(_SEED, 1, n)[:limit])
+
+
+def giants(source: Source, indices: np.ndarray) -> np.ndarray:
+    """Which of the images take seconds to decode, by their headers; none that cannot be read."""
+
+    def one(index: int) -> bool:
+        try:
+            return is_giant(source.read(index))
+        except (DecodeError, OSError):
+            return False
+
+    return np.array([one(index) for index in indices.tolist()], dtype=bool)
 
 
 def survey(
@@ -216,7 +233,7 @@ def propose(survey: Survey) -> tuple[str, str]:
     if survey.alike > _ALIKE:
         reason = f"the images resemble each other (mean correlation {survey.alike:.2f}, above {_ALIKE})"
         return "inspection", f"{reason}: small differences count"
-    if survey.readable >= 100 and survey.upright < _UPRIGHT:
+    if survey.readable >= _ENOUGH and survey.upright < _UPRIGHT:
         reason = f"no side is up (the mean image and its rotations differ by {survey.upright:.1f} × chance"
         return "aerial", f"{reason}, below {_UPRIGHT:.0f})"
     gray = f"{100 * survey.gray_share:.0f} % of the images are grey"

@@ -24,6 +24,9 @@ from mocov3.data.views.bare import JPEG, PNG
 from mocov3.data.views.decode import SHRINKS, ImageBytes
 from mocov3.data.views.formats import opened
 
+GIANT = 90_000_000
+"""Pixels of images that take seconds to decode."""
+
 MARGIN = 2.0
 """Pixels of the smallest crop for each of the view, a side; JPEGs are decoded down to 1.5."""
 LEAST = 4
@@ -133,6 +136,12 @@ def size_of(data: bytes) -> tuple[int, int] | None:
     except Exception:  # as in decode: whatever a malformed file makes its reader stumble over
         return None
     return None
+
+
+def is_giant(data: bytes | np.ndarray) -> bool:
+    """Whether an image has more than ``GIANT`` pixels, by its header; not where that does not tell."""
+    size = size_of(data) if isinstance(data, bytes) else None
+    return size is not None and size[0] * size[1] > GIANT
 
 
 def opened_copies(base: Path, processes: int) -> Copies:

@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 
 from mocov3.config.presets import RGB, Reading
+from mocov3.data.views.copies import GIANT, is_giant
+from mocov3.data.views.decode import DecodeError
 from mocov3.data.views.two_views import CentreView, written
 
 _STREAM = 2104  # apart from every stream of ``mocov3.data.views.draws``
@@ -38,6 +40,8 @@ class ProbeViews:
     zoom: float = 256 / 224
     probes: int = 4
     reading: Reading = RGB
+    giants: bool = True
+    """Whether images that take seconds to decode are seen; else they count as unreadable."""
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,8 +59,10 @@ class ProbeViews:
         """uint8 (side, side, channels) each, written to ``out`` if given; ``epoch`` changes nothing.
 
         Raises:
-            DecodeError: if the image cannot be read.
+            DecodeError: if the image cannot be read, or is a giant and these are not seen.
         """
+        if not self.giants and is_giant(data):
+            raise DecodeError(f"more than {GIANT / 1e6:.0f} million pixels")
         (centre,) = CentreView(self.image_size, self.zoom, reading=self.reading)(data)
         views = [centre, *(_changed(centre, seed, index, probe) for probe in range(self.probes))]
         written(views, out)
