@@ -174,21 +174,21 @@ def test_a_cpu_takes_the_widest_that_sees_the_images_often_enough():
 def test_larger_views_where_small_ones_lose_most_of_the_edges():
     fast, slow = ({**SLOW, "resnet10_w32": 600, ("resnet10_w16", 64): seconds} for seconds in (3000, 7000))
     plans = {
-        (0.2, "fast"): cpu_plan(fast, detail=0.2),  # an epoch of 50,000
-        (0.2, "slow"): cpu_plan(slow, detail=0.2),  # none
-        (0.2, "few"): cpu_plan({**SLOW, "resnet10_w48": 100, ("resnet10_w16", 64): 60}, detail=0.2, count=2000),
-        (0.7, "fast"): cpu_plan(fast, detail=0.7),
+        (0.1, "fast"): cpu_plan(fast, detail=0.1),  # an epoch of 50,000
+        (0.1, "slow"): cpu_plan(slow, detail=0.1),  # none
+        (0.1, "few"): cpu_plan({**SLOW, "resnet10_w48": 100, ("resnet10_w16", 64): 60}, detail=0.1, count=2000),
+        (0.25, "fast"): cpu_plan(fast, detail=0.25),
     }
     assert {what: (plan["arch"], plan["image_size"]) for what, plan in plans.items()} == {
-        (0.2, "fast"): ("resnet10_w16", 64),
-        (0.2, "slow"): ("resnet10_w32", 32),
-        (0.2, "few"): ("resnet10_w16", 64),  # 51 epochs of 2,000
-        (0.7, "fast"): ("resnet10_w32", 32),
+        (0.1, "fast"): ("resnet10_w16", 64),
+        (0.1, "slow"): ("resnet10_w32", 32),
+        (0.1, "few"): ("resnet10_w16", 64),  # 51 epochs of 2,000
+        (0.25, "fast"): ("resnet10_w32", 32),
     }
     # neither images that are small themselves nor a size or arch that is given ask for it
-    assert cpu_plan(fast, detail=0.2, side=32)["image_size"] == 32
-    assert cpu_plan(fast, detail=0.2, image_size=32)["arch"] == "resnet10_w32"
-    assert cpu_plan({"resnet18": 600, ("resnet18", 64): 2000}, detail=0.2, arch="resnet18")["image_size"] == 64
+    assert cpu_plan(fast, detail=0.1, side=32)["image_size"] == 32
+    assert cpu_plan(fast, detail=0.1, image_size=32)["arch"] == "resnet10_w32"
+    assert cpu_plan({"resnet18": 600, ("resnet18", 64): 2000}, detail=0.1, arch="resnet18")["image_size"] == 64
 
 
 def test_a_cpu_that_multiplies_16_bits_trains_in_them():
