@@ -88,7 +88,7 @@ def judged(folder: Path, labelled: str) -> Result:
 
 def table(results: dict[str, Result]) -> str:
     """A line a seed, in Markdown."""
-    names = [name for name in ("pixels", "untrained", "checkpoint") if any(name in r for r in results.values())]
+    names = [name for name in ("pixels", "untrained", "checkpoint") if all(name in r for r in results.values())]
     heads = [
         "seed",
         "seconds",

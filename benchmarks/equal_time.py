@@ -48,10 +48,10 @@ RESNET = (
     "-a resnet10_w16 --image-size 32 --crop-min .2 --optimizer adamw -b 128 --lr 8e-3 --wd .05 --moco-t .2 "
     "--moco-m-cos --moco-dim 128 --moco-mlp-dim 512 --warmup-epochs 1"
 )
-SIXTEEN = f"{RESNET} --schedule wsd --precision bf16"
+FREE = f"{RESNET} --schedule wsd"
+SIXTEEN = f"{FREE} --precision bf16"
 NO_BLUR = "--blur-probability 0,0"
 PLAIN = f"{SIXTEEN} {NO_BLUR}"
-FREE = f"{RESNET} --schedule wsd"
 WIDER = PLAIN.replace("w16", "w32")
 VIT = "--recipe vit_small_images --warmup-epochs 1 --schedule wsd"
 VIT16 = f"{VIT} --precision bf16"
@@ -72,7 +72,7 @@ QUESTIONS: dict[str, dict[str, str]] = {
         **{f"wsd, {share}": f"{RESNET} --schedule wsd --decay-share {share}" for share in (0.1, 0.2, 0.4)},
     },
     "width": {"resnet10_w16": PLAIN, "resnet10_w32": WIDER, "resnet10_w48": PLAIN.replace("w16", "w48")},
-    "precision": {"32 bits": f"{RESNET} --schedule wsd", "16 bits": SIXTEEN},
+    "precision": {"32 bits": FREE, "16 bits": SIXTEEN},
     "views": {
         "of the paper": SIXTEEN,
         "no blur": PLAIN,

@@ -29,6 +29,8 @@ IMAGES = 2000
 """More images are not used: a draw of this many tells networks apart."""
 _PIXELS = 16
 _SEED = 0
+_SMALL = 500 * 64 * 64
+"""Pixels that one process reads before others have started."""
 _KEPT = 256 << 20
 """Bytes of views that are kept."""
 
@@ -88,7 +90,7 @@ class ViewsToJudge:
         source: images.
         view: how they are seen.
         world: this rank; the images are divided among the ranks.
-        workers: loading processes.
+        workers: loading processes; none start for a few small views.
         batch_size: images at a time.
     """
 
@@ -96,8 +98,10 @@ class ViewsToJudge:
         self, source: Source, view: ProbeViews, *, world: World, workers: int = 0, batch_size: int = 64
     ) -> None:
         self.source, self.view, self.world = source, view, world
-        self.workers, self.batch_size = workers, batch_size
-        self._mine = np.array_split(scattered(len(source), IMAGES), world.size)[world.rank]
+        drawn = scattered(len(source), IMAGES)
+        self.workers = workers if len(drawn) * view.image_size**2 > _SMALL else 0
+        self.batch_size = batch_size
+        self._mine = np.array_split(drawn, world.size)[world.rank]
         size = len(self._mine) * view.count * view.image_size**2 * view.reading.channels
         self._kept: list[_Pixels] | None = None
         self.seconds_kept = 0.0

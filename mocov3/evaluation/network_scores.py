@@ -185,8 +185,7 @@ class _Judges:
         key = source is self.labelled, view
         if key not in self._kept:
             others = {k: v for k, v in self._kept.items() if k[0] != key[0]}
-            workers = self.workers if len(source) * view.image_size**2 > 500 * 64 * 64 else 0
-            self._kept = {**others, key: ViewsToJudge(source, view, world=self.world, workers=workers)}
+            self._kept = {**others, key: ViewsToJudge(source, view, world=self.world, workers=self.workers)}
         return self._kept[key]
 
     def _row(

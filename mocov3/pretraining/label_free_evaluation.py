@@ -20,14 +20,7 @@ from mocov3.distributed import World
 from mocov3.distributed.sharding import whole
 from mocov3.errors import UserError
 from mocov3.evaluation.features import Extractor
-from mocov3.evaluation.label_free import (
-    IMAGES,
-    LabelFreeQuality,
-    ViewsToJudge,
-    features_of_views,
-    judge,
-    pixel_features,
-)
+from mocov3.evaluation.label_free import LabelFreeQuality, ViewsToJudge, features_of_views, judge, pixel_features
 from mocov3.evaluation.paired import Conclusion
 from mocov3.metrics import QUALITY, JsonLine, plain
 from mocov3.models import Encoder, MoCo
@@ -42,7 +35,6 @@ from mocov3.weights.origin import origin_of_run
 
 BEST = "best_unlabelled.pth.tar"
 _HEADERS, _FEW_GIANTS = 50, 0.1
-_SMALL = 500 * 64 * 64  # pixels that one process reads before others have started
 
 
 class LabelFreeEvaluation:
@@ -83,12 +75,11 @@ class LabelFreeEvaluation:
 
     def _views(self) -> ViewsToJudge:
         c, preset = self.config, self.config.preset
-        parallel = min(len(self.images), IMAGES) * c.image_size**2 > _SMALL
         return ViewsToJudge(
             self.images,
             ProbeViews(c.image_size, preset.evaluation_zoom, reading=preset.reading, giants=_many_giants(self.images)),
             world=self.world,
-            workers=loader_workers(c.workers, self.world.local_size) if parallel else 0,
+            workers=loader_workers(c.workers, self.world.local_size),
         )
 
     def _reopen(self, against_start: AgainstStart, start: Position) -> None:

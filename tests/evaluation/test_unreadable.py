@@ -154,6 +154,7 @@ def views(source, world=ONE):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_views_are_read_once_for_all_networks_where_there_is_room(sets, workers, room, monkeypatch):
     monkeypatch.setattr(label_free, "_KEPT", room)
+    monkeypatch.setattr(label_free, "_SMALL", 0)  # else no process starts for so few
     opened = []
     source = open_source(str(sets[0]), "train")
     images = ViewsToJudge(source, ProbeViews(SIZE, 1.0), world=ONE, workers=workers, batch_size=8)
