@@ -6,7 +6,8 @@
 Printed for each seed: how long the run took of its budget; the epochs that were planned before the first step, and
 those that were done; the share of time that steps waited for images after the first epoch; the run's last line, which
 tells whether the schedule came to its end. With ``--judge`` (a folder of class folders) also k-NN accuracy of the last
-checkpoint, of the untrained network and of plain pixels: leave-one-out on at most 2,000 images (``mocov3 compare``).
+checkpoint, of the untrained network and of plain pixels: leave-one-out on at most 2,000 images (``mocov3
+compare``), with ``--group-by`` by those of other groups.
 ``--disturb`` keeps as many processes as there are cores busy for the second third of the budget. Results are kept in
 ``--results`` as they come: what was stopped goes on.
 """
@@ -79,10 +80,11 @@ def _share_waited(lines: Sequence[Result]) -> float:
     return waited / sum(seconds) if lines else float("nan")
 
 
-def judged(folder: Path, labelled: str) -> Result:
+def judged(folder: Path, labelled: str, group_by: str) -> Result:
     """k-NN accuracy of the last checkpoint, of the network untrained and of pixels, in %."""
     last = max(folder.glob("checkpoint_*.pth.tar"), key=lambda file: file.stat().st_mtime)
-    output, _ = mocov3("compare", last, labelled, "--json", threads=str(os.cpu_count()))
+    groups = ["--group-by", group_by] if group_by else []
+    output, _ = mocov3("compare", last, labelled, "--json", *groups, threads=str(os.cpu_count()))
     return {row["kind"]: row["knn"] for row in map(json.loads, output.splitlines()) if "knn" in row}
 
 
@@ -111,6 +113,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6.0, help="the budget")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--judge", default="", metavar="LABELLED", help="images in class folders")
+    parser.add_argument("--group-by", default="", metavar="GROUPS", help="judge by images of other groups")
     parser.add_argument("--disturb", action="store_true", help="for the second third of the budget")
     parser.add_argument("--results", type=Path, default=Path("budget.json"))
     args = parser.parse_args()
@@ -121,7 +124,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 results[seed] = trained(Path(folder, "run"), args, int(seed))
                 if args.judge:
-                    results[seed] |= judged(Path(folder, "run"), args.judge)
+                    results[seed] |= judged(Path(folder, "run"), args.judge, args.group_by)
             args.results.write_text(json.dumps(results, indent=1) + "\n")
         result = results[seed]
         off = 100 * (result["took"] / budget - 1)

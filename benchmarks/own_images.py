@@ -6,6 +6,8 @@
     python benchmarks/own_images.py OUT --clipart DEB/usr/share/openclipart/png
     apt-get download openarena-081-textures && dpkg -x openarena-081-textures_*.deb DEB
     python benchmarks/own_images.py OUT --textures DEB/usr/share/games/openarena/baseoa/pak4-textures.pk3
+    apt-get download wesnoth-1.16-data && dpkg -x wesnoth-1.16-data_*.deb DEB
+    python benchmarks/own_images.py OUT --sprites DEB/usr/share/games/wesnoth/1.16/data/core/images/units
 
 OUT/photographs: 1,200 crops of eight photographs that scikit-learn and scikit-image ship, of several sizes, JPEG.
 OUT/drawings: the 64 px drawings of Twitter's emoji (CC-BY 4.0), PNG with transparency, from the named file.
@@ -17,6 +19,9 @@ those that have a name of their own (a sixth of the 8,121 are links), of categor
 Category "unsorted" is none.
 OUT/textures: squares of 128 px cut out of OpenArena's textures (GPL-2) of 256 px or more, nine of each at most; what
 is to be told is which texture a square is of. OUT/textures/val has one of each, OUT/textures/train the others.
+OUT/sprites: links to the figures of The Battle for Wesnoth (GPL-2), mostly 72 px, PNG with transparency, in a folder a
+race, of races of 50 or more. A unit has many images, in motion: judge by other units of its race, with
+``--group-by '^([^/]+/[^-.]+)'``.
 """
 
 import argparse
@@ -37,6 +42,7 @@ _MOST_OF_A_TEXTURE = 9
 _FLAT = 4.0
 """Standard deviation, of 255 levels, below which a square shows nothing."""
 _FEWEST_OF_A_CATEGORY, _MOST_OF_A_CATEGORY = 60, 250
+_FEWEST_OF_A_RACE = 50
 
 
 def photographs(folder: Path) -> dict[str, str]:
@@ -119,6 +125,16 @@ def textures(folder: Path, archive: Path) -> None:
                 square.save(place / f"{number}.png")
 
 
+def sprites(folder: Path, units: Path) -> None:
+    """Links to all figures, a folder a race."""
+    for race in sorted(path for path in units.iterdir() if path.is_dir()):
+        files = sorted(race.rglob("*.png"))
+        if len(files) >= _FEWEST_OF_A_RACE:
+            (folder / race.name).mkdir()
+            for file in files:
+                (folder / race.name / str(file.relative_to(race)).replace("/", "_")).symlink_to(file.resolve())
+
+
 def main() -> None:
     """Write the folders and their lists of labels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,12 +142,14 @@ def main() -> None:
     parser.add_argument("--emoji", type=Path, metavar="TGZ", help="photographs, drawings and scans")
     parser.add_argument("--clipart", type=Path, metavar="DIR", help="clipart")
     parser.add_argument("--textures", type=Path, metavar="PK3", help="textures")
+    parser.add_argument("--sprites", type=Path, metavar="DIR", help="sprites")
     args = parser.parse_args()
-    if args.clipart:
-        folder = args.out / "clipart"
-        folder.mkdir(parents=True)
-        clipart(folder, args.clipart)
-        print(f"clipart: {len(list(folder.glob('*/*')))} images, {len(list(folder.iterdir()))} classes")
+    for name, link, source in (("clipart", clipart, args.clipart), ("sprites", sprites, args.sprites)):
+        if source:
+            folder = args.out / name
+            folder.mkdir(parents=True)
+            link(folder, source)
+            print(f"{name}: {len(list(folder.glob('*/*')))} images, {len(list(folder.iterdir()))} classes")
     if args.textures:
         textures(args.out / "textures", args.textures)
         print(f"textures: {len(list((args.out / 'textures').glob('*/*/*')))} squares")
