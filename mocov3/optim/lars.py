@@ -1,20 +1,15 @@
-"""Optimizers of MoCo v3: LARS (You et al. 2017, as the reference applies it) and torch's AdamW.
-
-The optimizer is given every parameter of the model, frozen and momentum ones included: they take numbers in the
-saved state, as in the reference's files, but never get state.
-"""
+"""LARS (You et al. 2017), as the reference applies it."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-Group = dict[str, Any]
-"""Parameters of an optimizer and how they are updated, as torch has them."""
+from mocov3.optim.memory import flat, in_memory_order
+from mocov3.optim.update import Group
 
 
 class LARS(torch.optim.Optimizer):
@@ -102,9 +97,9 @@ class LARS(torch.optim.Optimizer):
 
     def _on_device(self, params: list[Tensor], group: Group, scale: Tensor | None, found_inf: Tensor | None) -> None:
         """A few kernels for all parameters: about 25 for ResNet-50, momentum encoder not counted (docs/gpu.md)."""
-        mus = [_flat(self.state[p]["mu"], p) for p in params]
-        weights = [_flat(p, p) for p in params]
-        grads = [_flat(p.grad, p) for p in params if p.grad is not None]
+        mus = [flat(self.state[p]["mu"], p) for p in params]
+        weights = [flat(p, p) for p in params]
+        grads = [flat(p.grad, p) for p in params if p.grad is not None]
         if scale is not None:
             torch._foreach_mul_(grads, scale.reciprocal().to(grads[0].dtype))
         matrices = [i for i, p in enumerate(params) if p.ndim > 1]
@@ -161,78 +156,3 @@ class _Rows:
     def scale(self, factors: Tensor) -> None:
         """Multiply tensor i by ``factors[i]``."""
         self._buffer.mul_(factors[self._owner].unsqueeze(1))
-
-
-def in_memory_order(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` with its entries in the memory order of ``like``, of the same shape; a copy only where the order differs.
-
-    Fused updates go through weights, gradients and state by place in memory, not by index.
-    """
-    if all(a == b for a, b, n in zip(x.stride(), like.stride(), x.shape, strict=True) if n > 1):
-        return x
-    return torch.empty_like(like, dtype=x.dtype, device=x.device).copy_(x)
-
-
-def _flat(x: Tensor, like: Tensor) -> Tensor:
-    """The memory of ``x`` in one dimension, in the order of ``like``'s; a copy only where it lies in another order."""
-    return in_memory_order(x, like).as_strided((x.numel(),), (1,))
-
-
-def guarded_update(
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ok: Bool[Tensor, ""],
-    *,
-    buffers: Sequence[Tensor],
-    before: Float[Tensor, " numbers"],
-    device: torch.device,
-) -> None:
-    """Update, unless the step's numbers are not finite; then batch statistics go back to what they were.
-
-    Nothing is read from a GPU: LARS and fused AdamW leave the step out by themselves.
-
-    Args:
-        optimizer: its gradients are unscaled.
-        scaler: of the loss; it moves by the infinities that unscaling met.
-        ok: whether loss and gradients are finite.
-        buffers: floating-point ones of the networks, which the forward pass changed.
-        before: their numbers before that, one after the other.
-        device: of the networks.
-    """
-    if device.type == "cpu":
-        if bool(ok):  # reading costs nothing here
-            optimizer.step()
-            return
-    else:
-        optimizer.grad_scale, optimizer.found_inf = None, (~ok).float()  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-        if scaler.is_enabled():
-            scaler.update()
-    if not buffers:
-        return
-    # batch statistics of a step that does not count may hold NaN for ever
-    parts = torch.where(ok, flattened(buffers), before).split([b.numel() for b in buffers])
-    torch._foreach_copy_(list(buffers), [p.view_as(b) for p, b in zip(parts, buffers, strict=True)])
-
-
-def flattened(tensors: Sequence[Tensor]) -> Float[Tensor, " numbers"]:
-    """The numbers of all tensors, one after the other."""
-    return torch.cat([t.flatten() for t in tensors]) if tensors else torch.empty(0)
-
-
-def build_optimizer(params: ParamsT, name: str, *, weight_decay: float, momentum: float) -> torch.optim.Optimizer:
-    """``lars`` or ``adamw`` over all parameters in one group, as the reference builds it.
-
-    AdamW decays every parameter (biases, norms and cls token too) and is torch's fused one, which reads memory once
-    and can be told on the device to skip a step (``found_inf``). The learning rate is set each step.
-    """
-    if name == "lars":
-        return LARS(params, weight_decay=weight_decay, momentum=momentum)
-    return torch.optim.AdamW(params, lr=0.0, weight_decay=weight_decay, fused=True)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group, times the group's own ``lr_scale`` where it has one."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
