@@ -62,7 +62,7 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags, LocalFlags, ScheduleFlag
     moco_m_cos: bool = flag(False, "raise the momentum to 1 by a half cosine", group=METHOD)
     moco_t: float = flag(1.0, "temperature τ of the loss", group=METHOD, above=0)
     stop_grad_conv1: bool = flag(False, "keep the patch projection of a ViT as initialised", group=METHOD)
-    optimizer: str = flag("lars", "optimizer", choices=("lars", "adamw"), group=METHOD)
+    optimizer: str = flag("lars", "optimizer", choices=("lars", "adamw", "muon"), group=METHOD)
     warmup_epochs: int = flag(10, "epochs of linear warm-up", group=METHOD, low=0)
     crop_min: float = flag(0.08, "smallest crop as a share of the image", group=DATA, low=0, high=1)
     # --- ours ------------------------------------------------------------------------------------------
@@ -189,6 +189,8 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags, LocalFlags, ScheduleFlag
         self.check_own()
         self.check_schedule()
         logger_names(self.logger)
+        if self.optimizer == "muon" and self.fsdp:
+            raise UserError("--optimizer muon needs whole matrices, of which --fsdp gives each process a part")
         if self.compile and self.fsdp:
             raise UserError("--fsdp gathers weights block by block, which --compile cannot see; give one of them")
         if self.compile and self.deterministic:

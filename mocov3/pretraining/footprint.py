@@ -24,7 +24,7 @@ KEPT_FREE = 0.05
 """Share of the memory that ``fitting`` leaves."""
 _HELD = 1.12
 """What allocators hold for a byte asked for: pieces between tensors, scratch of libraries (measured on CPU)."""
-_STATES = {"lars": 1, "adamw": 2}
+_STATES = {"lars": 1, "adamw": 2, "muon": 1}
 _TRANSIENT = 3
 """Largest tensors alive at once beside what is kept: a layer's output, its gradient, its input's."""
 
@@ -109,7 +109,7 @@ def footprint(
     Args:
         build: makes the model.
         image_size: side of the views in pixels.
-        optimizer: lars or adamw.
+        optimizer: lars, adamw or muon.
         channels: of the views.
         local: local views, if there are any.
         sixteen_bits: whether networks run under autocast.

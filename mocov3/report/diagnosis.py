@@ -198,7 +198,7 @@ def _collapse_advice(f: _Facts) -> str:
         hints.append(f"a tenth of the learning rate (--lr {config.lr / 10:g})")
         if config.moco_m < 0.9:
             hints.append(f"a key encoder that moves slowly (--moco-m .99, not {config.moco_m:g})")
-        if config.weight_decay * config.peak_lr > 0.01 and config.optimizer == "adamw":
+        if config.weight_decay * config.peak_lr > 0.01 and config.optimizer in ("adamw", "muon"):
             hints.append(f"a smaller weight decay (--wd .1, not {config.weight_decay:g})")
         if config.warmup_epochs < 1:
             hints.append("a warm-up (--warmup-epochs)")

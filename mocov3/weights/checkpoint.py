@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mocov3.distributed.sharding import is_shard, like, whole
 from mocov3.errors import UserError
-from mocov3.optim import in_memory_order
+from mocov3.optim import in_memory_order, name_by_state, name_of
 from mocov3.weights import Contents, our_entry
 from mocov3.weights.tensorfiles import read, write
 
@@ -226,8 +226,7 @@ def _check_optimizer(saved: Contents, optimizer: torch.optim.Optimizer, path: Pa
     wanted = [len(group["params"]) for group in optimizer.param_groups]
     if counts != wanted:
         raise UserError(f"--resume {path}: its optimizer has {counts} parameters, this model {wanted}")
-    kind = "lars" if "mu" in names else "adamw"
-    ours = "adamw" if isinstance(optimizer, torch.optim.AdamW) else "lars"
+    kind, ours = name_by_state(names), name_of(optimizer)
     if names and kind != ours:
         raise UserError(f"--resume {path}: was trained with --optimizer {kind}, not {ours}")
     if not shapes_fit:

@@ -20,6 +20,7 @@ from mocov3.distributed.sharding import ON_CPU
 VIT = {"image_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
 CASES = {
     "resnet-lars": ("resnet10_w16", {}, "lars", 0.3),
+    "resnet-muon": ("resnet10_w16", {}, "muon", 1e-2),
     "vit-adamw": ("vit_small", VIT, "adamw", 1e-3),
     "vit-lars": ("vit_small", {**VIT, "stop_grad_conv1": True}, "lars", 0.3),
     "conv-vit-lars": ("vit_conv_small", {**VIT, "preserve": 2.0}, "lars", 0.3),
@@ -30,6 +31,7 @@ CASES = {
 MODES = ("one pass", "micro", *(("fsdp", "fsdp and micro") if ON_CPU else ()))
 MODES_OF = {
     "resnet-lars": ("one pass", *MODES[2:3]),
+    "resnet-muon": ("one pass",),
     "vit-adamw": MODES,
     "vit-lars": MODES,
     "conv-vit-lars": ("one pass",),

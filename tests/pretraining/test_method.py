@@ -130,7 +130,7 @@ def make_step(model, optimizer="adamw", precision="fp32"):
     return Step(model, made, world=World(0, 1, CPU), precision=Precision(precision, CPU))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "muon"])
 def test_numbers_that_are_not_finite_change_nothing(optimizer):
     model = tiny().train()
     step = make_step(model, optimizer)
@@ -151,7 +151,7 @@ def test_numbers_that_are_not_finite_change_nothing(optimizer):
     assert all(v.isfinite().all() for v in model.state_dict().values())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "muon"])
 def test_masked_update_of_gpus_is_the_plain_one(optimizer):
     # what runs on a GPU: an update told on the device whether to count, here on CPU tensors
     results = []

@@ -86,7 +86,7 @@ def test_torchs_own_classes_take_the_entries(optimizer, tmp_path):
     assert len(contents["optimizer"]["param_groups"][0]["params"]) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lars", "adamw", "muon"])
 def test_round_trip(optimizer, tmp_path):
     model, made = tiny(optimizer=optimizer)
     path = tmp_path / "checkpoint_0000.pth.tar"
