@@ -55,7 +55,8 @@ PLAIN = f"{SIXTEEN} {NO_BLUR}"
 WIDER = PLAIN.replace("w16", "w32")
 VIT = "--recipe vit_small_images --warmup-epochs 1 --schedule wsd"
 VIT16 = f"{VIT} --precision bf16"
-EQUAL_STEPS = ("schedule", "views", "settings", "precision", "vit_precision")
+BESIDE_LOCAL = f"{FREE} {NO_BLUR} --local-views 2:16"
+EQUAL_STEPS = ("schedule", "views", "settings", "precision", "vit_precision", "optimizer")
 """Questions whose ways all take the first one's epochs."""
 QUESTIONS: dict[str, dict[str, str]] = {
     "local": {
@@ -86,6 +87,11 @@ QUESTIONS: dict[str, dict[str, str]] = {
         "lr 16e-3": f"{PLAIN} --lr 16e-3",
         "batch 256": f"{PLAIN} -b 256",
         "m .97": f"{PLAIN} --moco-m .97",
+    },
+    "optimizer": {
+        "adamw": BESIDE_LOCAL,
+        **{f"muon, lr {lr}": f"{BESIDE_LOCAL} --optimizer muon --lr {lr}" for lr in ("8e-3", "1.6e-2", "3.2e-2")},
+        "adamw, lr 1.6e-2": f"{BESIDE_LOCAL} --lr 1.6e-2",
     },
     "size": {
         "32 px": FREE,

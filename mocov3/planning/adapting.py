@@ -24,6 +24,7 @@ class Row:
     lr: float
     """Highest rate, for 256 images a step."""
     epochs: int
+    optimizer: str = "adamw"
     lora: int = 0
     """Rank of pairs; 0: all weights are trained."""
     layer_decay: float = 1.0
@@ -38,7 +39,7 @@ class Row:
 
 VIT, SMALL_VIT, TINY, OTHER = "ViT", "small ViT of CPUs", "small ResNet of CPUs", "other network"
 _ON_A_SMALL_VIT = "measured on a small ViT (docs/own-images.md)"
-_PAIRS = ("lora", "layer_decay", "preserve", "freeze_epochs")
+_PAIRS = ("optimizer", "lora", "layer_decay", "preserve", "freeze_epochs")
 
 
 def _small_vit(most: float, epochs: int, *, length_measured: bool = True) -> Row:
@@ -61,11 +62,11 @@ TABLE = (
         lr=8e-3,
         epochs=20,
         layer_decay=0.75,
-        measured=("lr", "layer_decay", "preserve"),
+        measured=("optimizer", "lr", "layer_decay", "preserve"),
         where="measured on 4,000 images (docs/own-images.md)",
     ),
     Row(TINY, math.inf, lr=8e-3, epochs=20, layer_decay=0.75),
-    Row(OTHER, math.inf, lr=0.3, epochs=20, layer_decay=0.75),
+    Row(OTHER, math.inf, lr=0.3, epochs=20, optimizer="lars", layer_decay=0.75),
 )
 
 
@@ -90,6 +91,7 @@ def row_of(arch: str, images: int, *, pairs: bool = True) -> Row:
 def choices_of(row: Row) -> list[Choice]:
     """What a row says, each with whether that was measured."""
     what = {
+        "optimizer": "for training from existing weights",
         "lr": "higher than pre-training's, of few weights" if row.lora else "the rate this kind is pre-trained with",
         "lora": "pairs beside the matrices, which stay" if row.lora else "all weights are trained, no pairs",
         "layer_decay": "slower from block to block towards the input" if row.layer_decay < 1 else "all blocks alike",

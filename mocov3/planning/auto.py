@@ -273,8 +273,11 @@ def _optimisation(settings: _Settings) -> None:
         settings.choose("lr", 1.5e-4, "the paper's for ViTs")
         settings.choose("weight_decay", 0.1, "the paper's for ViTs")
     elif arch in SMALL_RESNETS:
-        settings.choose("optimizer", "adamw", "steadier than LARS at small batches (docs/demo.md)")
-        settings.choose("lr", 8e-3, "measured on the demo's images")
+        adamw = "adamw", "steadier than LARS at small batches (docs/demo.md)"
+        muon = "muon", "learns more from as many images than AdamW (docs/budget.md)"
+        chosen = settings.choose("optimizer", *(adamw if settings.given.get("fsdp") else muon))
+        rate, on = (1.6e-2, "CIFAR-10 (docs/budget.md)") if chosen == "muon" else (8e-3, "the demo's images")
+        settings.choose("lr", rate, f"measured on {on}")
         settings.choose("weight_decay", 0.05, "measured on the demo's images")
     else:
         settings.choose("optimizer", "lars", "the reference's for ResNets")

@@ -441,12 +441,27 @@ def test_held_backbones_and_frozen_blocks_stay():
 
 
 def kind_of(arch):
-    """(optimizer, highest base rate) that the kind of network was pre-trained with."""
+    """(optimizer, highest base rate) that the kind of network is adapted with."""
     if arch in SMALL_VITS:
         return "adamw", 1e-3
     if arch.startswith(("vit", "timm/")):
         return "adamw", 1.5e-4  # arXiv 2104.02057, appendix
     return ("adamw", 8e-3) if arch in SMALL_RESNETS else ("lars", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("given", "optimizer", "lr"),
+    [
+        ({}, "muon", 1.6e-2),
+        ({"optimizer": "adamw"}, "adamw", 8e-3),
+        ({"fsdp": True}, "adamw", 8e-3),
+        ({"arch": "resnet18"}, "lars", 0.3),
+    ],
+)
+def test_small_networks_take_muon_where_it_can_be(given, optimizer, lr):
+    config, _ = planned(50_000, MACHINES["cpu"], side=32, given=given)
+    config.check()
+    assert (config.optimizer, config.lr) == (optimizer, lr)
 
 
 @pytest.mark.parametrize(("side", "given", "blur"), [(32, {}, "0,0"), (375, {}, ""), (32, {"view_preset": "gray"}, "")])
