@@ -1,18 +1,18 @@
 """LARS (You et al. 2017), as the reference applies it."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mocov3.optim.memory import flat, in_memory_order
+from mocov3.optim.memory import flat
+from mocov3.optim.momentum import MomentumOptimizer
 from mocov3.optim.update import Group
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(MomentumOptimizer):
     """Layer-wise adaptive rate scaling for SGD with momentum.
 
     For tensors of two or more dimensions: g ← g + wd·w, then g ← g · η‖w‖/‖g‖ (factor 1 if either norm is 0);
@@ -41,9 +41,6 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         trust_coefficient: float = 0.001,
     ) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be 0 or more, not {value}")
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -52,26 +49,9 @@ class LARS(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                mu = self.state[p].get("mu")
-                # kept in the memory order of its parameter, whatever file it came from: updates go through memory
-                self.state[p]["mu"] = torch.zeros_like(p) if mu is None else in_memory_order(mu, p)
-            if params:
-                self._update(params, group, scale, found_inf)
-        return loss
-
     def _update(self, params: list[Tensor], group: Group, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        for p in params:
+            self._momentum(p)
         if found_inf is None and scale is None and all(p.device.type == "cpu" for p in params):
             self._on_cpu(params, group)
         else:

@@ -1,14 +1,12 @@
 """Muon (Jordan et al. 2024): momentum made orthogonal for matrices, AdamW for everything else."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from mocov3.optim.memory import in_memory_order
+from mocov3.optim.momentum import MomentumOptimizer
 from mocov3.optim.update import Group
 
 _POLYNOMIAL, _ROUNDS = (3.4445, -4.7750, 2.0315), 5
@@ -20,7 +18,7 @@ _MATRICES = (2, 4)
 """Dimensions of what is made orthogonal: tokens and tables of positions have three."""
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(MomentumOptimizer):
     """Muon for matrices and kernels of convolutions (a kernel a row); AdamW for biases, norms and tokens.
 
     μ ← β·μ + (1 − β)·g; o = ``orthogonal``((1 − β)·g + β·μ); w ← (1 − lr·wd)·w − lr·0.2·√max(rows, columns)·o.
@@ -37,34 +35,21 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params: ParamsT, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be 0 or more, not {value}")
         # "fused": what torch reads when it loads a state, to keep AdamW's count of steps on the device
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "fused": True}
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            self._muon([p for p in params if p.ndim in _MATRICES], group, found_inf)
-            self._adamw([p for p in params if p.ndim not in _MATRICES], group, found_inf)
-        return loss
+    def _update(self, params: list[Tensor], group: Group, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        # gradients were unscaled before: ``scale`` says nothing here
+        self._muon([p for p in params if p.ndim in _MATRICES], group, found_inf)
+        self._adamw([p for p in params if p.ndim not in _MATRICES], group, found_inf)
 
     def _muon(self, params: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         beta, lr = group["momentum"], group["lr"]
         alike: dict[object, list[tuple[Tensor, Tensor]]] = {}
         for p in params:
             assert p.grad is not None
-            mu = self.state[p].get("mu")
-            mu = torch.zeros_like(p) if mu is None else in_memory_order(mu, p)
+            mu = self._momentum(p)
             self.state[p]["mu"] = _unless(found_inf, mu.lerp(p.grad, 1 - beta), mu)
             wanted = _rows(p.grad.lerp(self.state[p]["mu"], beta))
             alike.setdefault((wanted.shape, wanted.dtype, wanted.device), []).append((p, wanted))

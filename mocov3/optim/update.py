@@ -22,7 +22,7 @@ def guarded_update(
 ) -> None:
     """Update, unless the step's numbers are not finite; then batch statistics go back to what they were.
 
-    Nothing is read from a GPU: LARS and fused AdamW leave the step out by themselves.
+    Nothing is read from a GPU: LARS, Muon and fused AdamW leave the step out by themselves.
 
     Args:
         optimizer: its gradients are unscaled.

@@ -40,7 +40,7 @@ class Footprint:
     heads_trained: int
     """The part of ``trained`` in projector and predictor."""
     states: int
-    """Tensors the optimizer keeps for a parameter: 1 (LARS), 2 (AdamW)."""
+    """Tensors the optimizer keeps for a parameter: 1 (LARS, Muon), 2 (AdamW)."""
     backbone: float
     """Kept for the backward pass of the backbone, an image and view."""
     heads: float

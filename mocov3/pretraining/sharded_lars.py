@@ -51,7 +51,7 @@ class ShardedLARS(LARS):
 
     def _update(self, params: list[Tensor], group: Group, scale: Tensor | None, found_inf: Tensor | None) -> None:
         # gradients were unscaled before: ``scale`` says nothing here
-        weights, mus = local(params), local(self.state[p]["mu"] for p in params)
+        weights, mus = local(params), local(self._momentum(p) for p in params)
         grads = local(p.grad for p in params if p.grad is not None)
         matrices = [i for i, p in enumerate(params) if p.ndim > 1]
         for i in matrices:
