@@ -40,6 +40,7 @@ from mocov3.data.sources.opening import Subset
 from mocov3.distributed import World
 from mocov3.evaluation.features import Extractor, extract
 from mocov3.evaluation.neighbours import knn_accuracy
+from mocov3.models.products import multiplies_bf16
 from mocov3.pretraining.loop import Pretraining
 from mocov3.running.folder import owned
 from mocov3.running.job import Job
@@ -55,6 +56,7 @@ PLAIN = f"{SIXTEEN} {NO_BLUR}"
 WIDER = PLAIN.replace("w16", "w32")
 VIT = "--recipe vit_small_images --warmup-epochs 1 --schedule wsd"
 VIT16 = f"{VIT} --precision bf16"
+VIT_HERE = VIT16 if multiplies_bf16() else VIT
 BESIDE_LOCAL = f"{FREE} {NO_BLUR} --local-views 2:16"
 EQUAL_STEPS = ("schedule", "views", "settings", "precision", "vit_precision", "optimizer")
 """Questions whose ways all take the first one's epochs."""
@@ -104,13 +106,14 @@ QUESTIONS: dict[str, dict[str, str]] = {
     },
     "vit_precision": {"32 bits": VIT, "16 bits": VIT16},
     "vit": {
-        "the recipe": VIT16,
-        "patches of 4": f"{VIT16} --patch-size 4",
-        "patches projected": f"{VIT16} -a vit_micro",
-        "projection frozen": f"{VIT16} -a vit_micro --stop-grad-conv1",
-        "patches of 4, projected, a quarter kept": f"{VIT16} -a vit_micro --patch-size 4 --token-keep .25:.8",
-        "lr 5e-4": f"{VIT16} --lr 5e-4",
-        "lr 2e-3": f"{VIT16} --lr 2e-3",
+        "the recipe": VIT_HERE,
+        "patches of 4": f"{VIT_HERE} --patch-size 4",
+        "patches projected": f"{VIT_HERE} -a vit_micro",
+        "projection frozen": f"{VIT_HERE} -a vit_micro --stop-grad-conv1",
+        "patches of 4, projected, a quarter kept": f"{VIT_HERE} -a vit_micro --patch-size 4 --token-keep .25:.8",
+        "lr 5e-4": f"{VIT_HERE} --lr 5e-4",
+        "lr 2e-3": f"{VIT_HERE} --lr 2e-3",
+        "muon": f"{VIT_HERE} --optimizer muon --lr 1.6e-2",
     },
 }
 COMMON = "-j 0 -p 1000000 --device cpu --quiet --checkpoint-every 1000000 --logger none"

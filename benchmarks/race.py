@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 import torchvision
-from equal_time import NO_BLUR, RESNET, Measurement, extractor_of, score, spread
+from equal_time import BESIDE_LOCAL, FREE, NO_BLUR, RESNET, Measurement, extractor_of, score, spread
 from PIL import Image
 from torch import Tensor, nn
 
@@ -58,13 +58,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE, LOCAL = 32, 16
 LOOK = 5000
 """Training images that settings are chosen on."""
-OURS = f"{RESNET} {NO_BLUR} --schedule wsd"
+OURS = f"{FREE} {NO_BLUR}"
 TRIALS: dict[str, list[Settings]] = {
     "ours": [
         {"flags": OURS},
         {"flags": f"{OURS} --lr 1.6e-2"},
-        {"flags": f"{OURS} --local-views 2:16"},
-        {"flags": f"{OURS} --local-views 2:16 --moco-m .97"},
+        {"flags": BESIDE_LOCAL},
+        {"flags": f"{BESIDE_LOCAL} --moco-m .97"},
     ],
     "SimCLR": [
         {"lr": 4e-3, "temperature": 0.5},
