@@ -165,9 +165,9 @@ def test_fractions_and_held_out_images_are_whole_groups(patients):
     train = open_source(str(patients / "data"), "train")
     patient = np.array([re.search(PATIENT, train.name(i))[1] for i in range(len(train))])
     small, large = stratified(train, 0.2, PATIENT), stratified(train, 0.5, PATIENT)
-    assert set(small.chosen) < set(large.chosen)
+    assert set(small.indices) < set(large.indices)
     for part, share in ((small, 0.2), (large, 0.5)):
-        inside = np.isin(np.arange(len(train)), part.chosen)
+        inside = np.isin(np.arange(len(train)), part.indices)
         assert not set(patient[inside]) & set(patient[~inside])
         for label in (0, 1):
             assert abs((part.labels == label).sum() - share * (train.labels == label).sum()) <= 2

@@ -276,11 +276,11 @@ def test_fractions_are_fixed_and_stratified():
     small, large = stratified(source, 0.01), stratified(source, 0.1)
     counts = np.bincount(source.labels)
     assert np.bincount(small.labels).tolist() == [round(0.01 * c) for c in counts]
-    assert set(small.chosen) < set(large.chosen)
+    assert set(small.indices) < set(large.indices)
     assert stratified(source, 1.0) is source
-    assert np.array_equal(stratified(source, 0.01).chosen, small.chosen)
-    assert np.array_equal(small.read(3), source.read(int(small.chosen[3])))
-    assert small.labels[3] == source.labels[small.chosen[3]]
+    assert np.array_equal(stratified(source, 0.01).indices, small.indices)
+    assert np.array_equal(small.read(3), source.read(int(small.indices[3])))
+    assert small.labels[3] == source.labels[small.indices[3]]
     assert set(stratified(source, 1e-6).labels.tolist()) == set(range(10))  # one of each at least
     thrice = Repeated(small, 3)
     assert len(thrice) == 3 * len(small)

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from mocov3.config.presets import RGB, Reading
 from mocov3.config.views import MOST_CHANNELS
 from mocov3.data.sources.groups import groups_in
-from mocov3.data.sources.opening import Source
+from mocov3.data.sources.opening import Source, Subset
 from mocov3.data.views.decode import ImageBytes
 from mocov3.data.views.draws import permutation
 from mocov3.data.views.operations import Pixels
@@ -30,42 +30,6 @@ _SUBSET_SEED = 20210405
 TRANSFER_CROP = 0.05
 """Smallest crop of the reference's transfer runs, as a share of the image."""
 _PADDED_UP_TO = 32  # DeiT crops images of at most this side out of a border of 4 instead of resizing them
-
-
-@dataclass(frozen=True)
-class Subset:
-    """Some images of a source."""
-
-    source: Source
-    chosen: np.ndarray
-    """Indices, ascending."""
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        """Their classes."""
-        labels = self.source.labels
-        return None if labels is None else labels[self.chosen]
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of all classes of the source."""
-        return self.source.classes
-
-    @property
-    def digest(self) -> str:
-        """The source's, and how many were chosen."""
-        return f"{self.source.digest}/{len(self.chosen)}"
-
-    def read(self, index: int) -> bytes | np.ndarray:
-        """As the source."""
-        return self.source.read(int(self.chosen[index]))
-
-    def name(self, index: int) -> str:
-        """As the source."""
-        return self.source.name(int(self.chosen[index]))
 
 
 def stratified(source: Source, fraction: float, group_by: str = "") -> Source:
