@@ -41,6 +41,7 @@ from mocov3.distributed import World
 from mocov3.evaluation.features import Extractor, extract
 from mocov3.evaluation.neighbours import knn_accuracy
 from mocov3.models.products import multiplies_bf16
+from mocov3.pretraining.length import Clock
 from mocov3.pretraining.loop import Pretraining
 from mocov3.running.folder import owned
 from mocov3.running.job import Job
@@ -165,14 +166,22 @@ class Measurement:
             if run.is_complete() or (self.args.rehearse and run.position.step >= 6):
                 return
 
-    def trained(self, flags: str, epochs: int, seed: int) -> tuple[dict[str, float], Pretraining, PretrainConfig]:
-        """A run: what it took, its end, and its settings."""
+    def trained(
+        self, flags: str, epochs: int, seed: int, *, budget: float = 0.0
+    ) -> tuple[dict[str, float], Pretraining, PretrainConfig]:
+        """A run, of so many epochs, or by ``--schedule wsd`` of so many processor seconds: what it took, its end, and
+        its settings.
+        """
+        flags += f" --budget {budget / 60}m" if budget else ""
         with tempfile.TemporaryDirectory() as folder:
             config = self.configuration(flags, epochs, seed, folder)
             with owned(self.world, folder) as owner, Pretraining(self.world, Job(config), owner) as run:
+                if budget:
+                    run.length.clock = Clock(budget, began=time.time(), now=time.process_time)
                 seconds = sum(self.steps(run))
-        images = run.position.step * config.batch_size
-        return {"seconds": seconds, "images": images, "epochs": epochs}, run, config
+        steps = run.position.step
+        result = {"seconds": seconds, "images": steps * config.batch_size, "epochs": steps / run.iterations}
+        return result, run, config
 
     def train(self, flags: str, epochs: int, seed: int) -> dict[str, float]:
         """A run, and what its features are worth."""

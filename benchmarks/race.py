@@ -58,6 +58,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE, LOCAL = 32, 16
 LOOK = 5000
 """Training images that settings are chosen on."""
+_EXPECTED = 10
+"""Epochs; the clock decides."""
 OURS = f"{FREE} {NO_BLUR}"
 TRIALS: dict[str, list[Settings]] = {
     "ours": [
@@ -240,13 +242,12 @@ class Race:
         return {"seconds": took, "images": steps * size, **score(extractor, train, judge)}
 
     def ours(self, settings: Settings, seconds: float, seed: int, *, look: bool) -> Result:
-        """Train ours by its own loop for about so many processor seconds, and judge it."""
+        """Train ours by its own loop for so many processor seconds, and judge it."""
         train, judge = self.sources(look=look)
         with tempfile.TemporaryDirectory() as folder:
             place = write(train, Path(folder, "train")) if look or self.rehearse else self.train
-            measurement = Measurement(argparse.Namespace(train=place, minutes=seconds / 60, rehearse=self.rehearse))
-            epochs = measurement.epochs(settings["flags"], seed)
-            result, run, config = measurement.trained(settings["flags"], epochs, seed)
+            measurement = Measurement(argparse.Namespace(train=place, rehearse=self.rehearse))
+            result, run, config = measurement.trained(settings["flags"], _EXPECTED, seed, budget=seconds)
         return {**result, **score(extractor_of(run, config), train, judge)}
 
     def command(self, minutes: float, seed: int) -> Result:
