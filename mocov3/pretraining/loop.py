@@ -5,7 +5,8 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 
 import torch
 
@@ -165,13 +166,14 @@ class Pretraining(Run):
             self.online_knn.show_views(0)
         while not self.is_complete():
             stage = self.length.stage(self.position)
-            for batch in self._batches_of(stage):
-                self.log.batch_came()
-                yield batch
-                if self.is_complete() or self.length.stage(self.position) != stage:  # other views from here on
-                    break
+            with closing(self._batches_of(stage)) as batches_of_stage:
+                for batch in batches_of_stage:
+                    self.log.batch_came()
+                    yield batch
+                    if self.is_complete() or self.length.stage(self.position) != stage:  # other views from here on
+                        break
 
-    def _batches_of(self, stage: Stage) -> Iterator[Batch]:
+    def _batches_of(self, stage: Stage) -> Generator[Batch, None, None]:
         """Batches from the present position to the end of a stage."""
         c, size = self.config, self.config.batch_size // self.world.size
         views = TwoViews(

@@ -7,7 +7,7 @@ limits that ranks agree on, a disk that is full or gone, images that cannot be r
 import dataclasses
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -141,7 +141,7 @@ class Run:
 
     def load(
         self, source: Source, transform: Transform, works: Iterable[Work], *, batch_size: int, seed: int
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Batches of ``works``, prepared ahead; a batch is valid until the next is asked for."""
         say = warn_once if self.world.main else None
         # steps on a CPU want its cores: one is lent to loading while they wait
@@ -149,9 +149,8 @@ class Run:
         spare = int(self.world.device.type == "cpu" and workers * self.world.local_size >= usable_cores())
         loader = Loader(source, transform, batch_size=batch_size, seed=seed, workers=workers, say=say, spare=spare)
         self._loader = loader
-        with page_locked(loader.memory, self.world.device):
+        with loader, page_locked(loader.memory, self.world.device):
             yield from until_sent(loader.run(works), self.world.device)
-        loader.close()
 
     def move_past(self, work: Work) -> None:
         """Move the position past a step."""
