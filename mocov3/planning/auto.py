@@ -264,25 +264,31 @@ def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory
 
 def _optimisation(settings: _Settings) -> None:
     arch = settings["arch"]
-    if arch in SMALL_VITS:
-        settings.choose("optimizer", "adamw", "the paper's for ViTs")
-        settings.choose("lr", 1e-3, "half and twice as much did not do better on CIFAR-10 (docs/budget.md)")
-        settings.choose("weight_decay", 0.05, "that of the small ResNets")
-    elif is_vit(arch) or arch.startswith("timm/"):
-        settings.choose("optimizer", "adamw", "the paper's for ViTs")
-        settings.choose("lr", 1.5e-4, "the paper's for ViTs")
-        settings.choose("weight_decay", 0.1, "the paper's for ViTs")
-    elif arch in SMALL_RESNETS:
-        adamw = "adamw", "steadier than LARS at small batches (docs/demo.md)"
-        muon = "muon", "learns more from as many images than AdamW (docs/budget.md)"
-        chosen = settings.choose("optimizer", *(adamw if settings.given.get("fsdp") else muon))
-        rate, on = (1.6e-2, "CIFAR-10 (docs/budget.md)") if chosen == "muon" else (8e-3, "the demo's images")
-        settings.choose("lr", rate, f"measured on {on}")
-        settings.choose("weight_decay", 0.05, "measured on the demo's images")
+    vit, small = is_vit(arch) or arch.startswith("timm/"), arch in SMALL_RESNETS
+    if vit:
+        optimizer = "adamw", "the paper's for ViTs"
+    elif small and settings.given.get("fsdp"):
+        optimizer = "adamw", "steadier than LARS at small batches (docs/demo.md)"
+    elif small:
+        optimizer = "muon", "learns more from as many images than AdamW (docs/budget.md)"
     else:
-        settings.choose("optimizer", "lars", "the reference's for ResNets")
-        settings.choose("lr", 0.3, "the reference's for long training")
-        settings.choose("weight_decay", 1e-6, "the reference's")
+        optimizer = "lars", "the reference's for ResNets"
+    chosen = settings.choose("optimizer", *optimizer)
+    if chosen == "lars":
+        rate, decay = (0.3, "the reference's for long training"), (1e-6, "the reference's")
+    elif arch in SMALL_VITS:
+        rate = 1e-3, "half and twice as much did not do better on CIFAR-10 (docs/budget.md)"
+        decay = 0.05, "that of the small ResNets"
+    elif vit:
+        rate, decay = (1.5e-4, "the paper's for ViTs"), (0.1, "the paper's for ViTs")
+    elif small:
+        muon = 1.6e-2, "measured on CIFAR-10 (docs/budget.md)"
+        rate = muon if chosen == "muon" else (8e-3, "measured on the demo's images")
+        decay = 0.05, "measured on the demo's images"
+    else:
+        rate, decay = (1e-3, f"usual for {chosen}; not measured here"), (0.05, "that of the small ResNets")
+    settings.choose("lr", *rate)
+    settings.choose("weight_decay", *decay)
     settings.choose("moco_t", 0.2, "τ 1 is for batches of thousands; 0.2 is the paper's for ViTs")
     settings.choose("moco_m_cos", True, "the reference's in every recipe")
 

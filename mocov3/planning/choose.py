@@ -110,7 +110,9 @@ def propose_settings(layers: Layers, facts: Survey | None = None, began: float |
     table = beginning
     if first.recipe == "adapt":  # what goes beside pairs, and what does not: PretrainConfig.check_own
         pairs = fixed.get("lora") != 0 and not (first.fsdp or first.freeze_until)
-        table = beginning + choices_of(row_of(fixed["arch"], len(source), pairs=pairs))
+        row = row_of(fixed["arch"], len(source), pairs=pairs)
+        of_another = {"lr"} if fixed.get("optimizer", row.optimizer) != row.optimizer else set()
+        table = beginning + [choice for choice in choices_of(row) if choice.name not in of_another]
     choices = choose_settings(
         images,
         machine,

@@ -271,7 +271,7 @@ def test_auto_runs_saves_and_goes_on(tmp_path, capsys):
         Image.fromarray(rng.integers(0, 256, (30, 36, 3), dtype=np.uint8)).save(data / f"{i}.png")
     run = tmp_path / "run"
     flags = ["--output-dir", str(run), "-j", "0", "--device", "cpu", "--seed", "3", "--moco-mlp-dim", "16"]
-    assert main(["pretrain", str(data), *flags, "--budget", "1h", "--max-steps", "9"]) == 0
+    assert main(["pretrain", str(data), *flags, "--budget", "12h", "--max-steps", "9"]) == 0
     out = capsys.readouterr().out
     for line in ("image-size", "28", "predicted time", "given by you", "Fewer than"):
         assert line in out
@@ -455,13 +455,19 @@ def kind_of(arch):
         ({}, "muon", 1.6e-2),
         ({"optimizer": "adamw"}, "adamw", 8e-3),
         ({"fsdp": True}, "adamw", 8e-3),
+        ({"optimizer": "lars"}, "lars", 0.3),
         ({"arch": "resnet18"}, "lars", 0.3),
+        ({"arch": "resnet18", "optimizer": "muon"}, "muon", 1e-3),
+        ({"arch": "resnet50", "optimizer": "adamw"}, "adamw", 1e-3),
+        ({"arch": "vit_micro", "optimizer": "lars"}, "lars", 0.3),
+        ({"arch": "vit_micro", "optimizer": "muon"}, "muon", 1e-3),
     ],
 )
-def test_small_networks_take_muon_where_it_can_be(given, optimizer, lr):
+def test_rates_are_those_of_the_optimizer_and_of_the_network(given, optimizer, lr):
     config, _ = planned(50_000, MACHINES["cpu"], side=32, given=given)
     config.check()
     assert (config.optimizer, config.lr) == (optimizer, lr)
+    assert config.weight_decay == 1e-6 if optimizer == "lars" else config.weight_decay >= 0.05
 
 
 @pytest.mark.parametrize(("side", "given", "blur"), [(32, {}, "0,0"), (375, {}, ""), (32, {"view_preset": "gray"}, "")])
@@ -539,6 +545,7 @@ def test_the_table_of_adapt_goes_before_the_rules_and_after_flags():
         ([], (3e-4, 1.0, 8, 4.0)),
         (["--lora", "0"], (1.5e-4, 0.75, 0, 0.0)),
         (["--freeze-until", "blocks.2"], (1.5e-4, 0.75, 0, 0.0)),
+        (["--optimizer", "muon"], (1.5e-4, 1.0, 8, 4.0)),  # the table's rate is AdamW's
     ],
 )
 def test_adapt_on_a_vit_from_the_command_line(images, tmp_path, more, expected):
@@ -568,7 +575,7 @@ def test_adapt_on_a_vit_from_the_command_line(images, tmp_path, more, expected):
     ]
     assert main(["pretrain", str(images), *map(str, flags), *more, "--output-dir", str(out)]) == 0
     saved = read_yaml(out / "config.yaml", PretrainConfig)
-    assert (saved["optimizer"], saved["warmup_epochs"]) == ("adamw", 1)
+    assert (saved["optimizer"], saved["warmup_epochs"]) == ("muon" if "muon" in more else "adamw", 1)
     assert (saved["lr"], saved["layer_decay"], saved["lora"], saved["preserve"]) == expected
 
 
