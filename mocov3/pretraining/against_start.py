@@ -54,14 +54,14 @@ class AgainstStart:
         model: its query backbone is compared.
         log: where judgements are told.
         unseen: the images of the quality without labels, whose neighbours are compared.
-        start: where the run begins or resumes; later lines of a former run are cut off.
+        kept_until: step up to which lines of a former process count; later ones are cut off.
 
     Raises:
         UserError: if the starting network or the images cannot be had.
     """
 
     def __init__(
-        self, config: PretrainConfig, world: World, model: MoCo, log: PretrainingLog, *, unseen: Source, start: Position
+        self, config: PretrainConfig, world: World, model: MoCo, log: PretrainingLog, *, unseen: Source, kept_until: int
     ) -> None:
         self.config, self.world, self.model, self.log = config, world, model, log
         self.active = bool(config.guard or config.new_labels)
@@ -69,7 +69,7 @@ class AgainstStart:
         if self.active:
             self._open(unseen)
             self._file, lines = log.open(
-                GUARD, lambda line: line["step"] <= start.step and {"chosen", "holds"} <= set(line)
+                GUARD, lambda line: line["step"] <= kept_until and {"chosen", "holds"} <= set(line)
             )
             self.lines = world.broadcast(lines)
 

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from mocov3.evaluation.label_free import LabelFreeQuality, ViewsToJudge, feature
 from mocov3.evaluation.paired import Conclusion
 from mocov3.metrics import QUALITY, JsonLine, plain
 from mocov3.models import Encoder, MoCo
-from mocov3.output.log import cut, warn
+from mocov3.output.log import warn
 from mocov3.pretraining.against_start import AgainstStart
 from mocov3.pretraining.inputs import unseen_images
 from mocov3.pretraining.log import PretrainingLog
@@ -45,25 +44,30 @@ class LabelFreeEvaluation:
         world: this rank; the images are divided among the ranks.
         model: judged through its query backbone.
         log: where judgements are told.
-        start: where the run begins or resumes; later lines of a former run are cut off.
+        start: where the run begins or resumes.
+        resumed: whether it resumes: lines up to ``start`` count, later ones are cut off; else all are.
 
     Raises:
         UserError: if there are no images to judge on.
     """
 
     def __init__(
-        self, config: PretrainConfig, world: World, model: MoCo, log: PretrainingLog, *, start: Position
+        self, config: PretrainConfig, world: World, model: MoCo, log: PretrainingLog, *, start: Position, resumed: bool
     ) -> None:
         self.config, self.world, self.model, self.log = config, world, model, log
-        self.file = Path(config.output_dir) / QUALITY
+        self.best_file = Path(config.output_dir) / BEST
         self.against_start: AgainstStart | None = None
         if not config.quality_every:
             return
         self.images = unseen_images(config)
         self.views = self._views()
         self.groups = groups_in(self.images, config.group_by, needed=False)
-        self.against_start = AgainstStart(config, world, model, log, unseen=self.images, start=start)
-        self._reopen(self.against_start, start)
+        kept_until = start.step if resumed else -1
+        self.against_start = AgainstStart(config, world, model, log, unseen=self.images, kept_until=kept_until)
+        self._file, lines = log.open(
+            QUALITY, lambda line: line["step"] <= kept_until and {"name", "retrieval"} <= set(line)
+        )
+        self._take_up(self.against_start, world.broadcast(lines))
         if not self.base:
             # a run that begins: what it starts from, and what a network must beat
             label_free = self._judge(model.base_encoder)[0]
@@ -82,9 +86,8 @@ class LabelFreeEvaluation:
             workers=loader_workers(c.workers, self.world.local_size),
         )
 
-    def _reopen(self, against_start: AgainstStart, start: Position) -> None:
+    def _take_up(self, against_start: AgainstStart, lines: list[JsonLine]) -> None:
         """What a former process judged."""
-        lines = self.world.broadcast(_reopened(self.file, start.step) if self.world.main else [])
         self.base = {line["name"]: line["retrieval"] for line in lines if line["name"] != "epoch"}
         past = [line["retrieval"] for line in lines if line["name"] == "epoch"]
         self.best = max(past, default=-1.0)
@@ -121,7 +124,7 @@ class LabelFreeEvaluation:
         if self.against_start and comparison:
             self.against_start.note(position, comparison, chosen=better)
         if last:
-            self.log.say(f"best without labels: {self.file.with_name(BEST)} ({self.best:.1f} % retrieved)")
+            self.log.say(f"best without labels: {self.best_file} ({self.best:.1f} % retrieved)")
         stop = bool(c.patience) and self.since_best >= c.patience and not last
         if stop:
             self.log.say(f"no improvement in {c.patience} judgements: stopping (--patience)")
@@ -139,7 +142,7 @@ class LabelFreeEvaluation:
 
     def conclusion(self) -> Conclusion | None:
         """Whether to use the network that was kept, as far as that was asked for."""
-        return self.against_start.conclusion(str(self.file.with_name(BEST))) if self.against_start else None
+        return self.against_start.conclusion(str(self.best_file)) if self.against_start else None
 
     def _judge(self, network: Encoder | None) -> tuple[LabelFreeQuality, Tensor, np.ndarray | None]:
         """The measures, and the features of the evaluation view with the images' groups."""
@@ -155,10 +158,7 @@ class LabelFreeEvaluation:
     def _note(self, name: str, label_free: LabelFreeQuality, position: Position) -> None:
         if name != "epoch":
             self.base[name] = label_free.retrieval
-        if self.world.main:
-            line = {"name": name, "epoch": position.epoch, "step": position.step, **label_free.as_dict()}
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(plain(line)) + "\n")
+        self._file.write({"name": name, "epoch": position.epoch, "step": position.step, **label_free.as_dict()})
 
     def _keep(self, label_free: LabelFreeQuality, position: Position) -> None:
         state = whole(self.model.state_dict(), keep=self.world.main)  # --fsdp: every rank gives its part
@@ -178,7 +178,7 @@ class LabelFreeEvaluation:
             },
         }
         try:
-            checkpoint.write(self.file.with_name(BEST), contents)
+            checkpoint.write(self.best_file, contents)
         except OSError as error:
             warn(f"{BEST} could not be written ({error.strerror or error}); the run continues")
 
@@ -186,8 +186,3 @@ class LabelFreeEvaluation:
 def _many_giants(source: Source) -> bool:
     """Whether more than a few images are giants, by the headers of some: else it is quicker to judge without them."""
     return bool(giants(source, scattered(len(source), _HEADERS)).mean() > _FEW_GIANTS)
-
-
-def _reopened(path: Path, first_step: int) -> list[JsonLine]:
-    """Lines of a former run up to where this one resumes; the rest is cut off."""
-    return cut(path, lambda line: line["step"] <= first_step and {"name", "retrieval"} <= set(line))

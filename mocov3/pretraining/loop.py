@@ -87,9 +87,11 @@ class Pretraining(Run):
         self.counters = resume.counters(resume_from, self.source, other_run=other_run)
         self.length = self._length(resume_from, job.began)
         self.log = self._open_log()
-        self._watch(dataclasses.replace(self.config, compile=self.parts.compiled), self._name_run(resume_from))
+        named = self._name_run(resume_from)
+        resumed = resume_from is not None and not other_run
+        self._watch(dataclasses.replace(self.config, compile=self.parts.compiled), named, resumed=resumed)
 
-    def _watch(self, c: PretrainConfig, name: str) -> None:
+    def _watch(self, c: PretrainConfig, name: str, *, resumed: bool) -> None:
         """Open what saves, records and judges the run."""
         world = self.world
         self.saver = Saver(world, c, name, self.source, self.parts.start)
@@ -104,7 +106,7 @@ class Pretraining(Run):
         )
         self.online_knn = OnlineKnn(c, world, self.model, self.source, self.log)
         began = time.monotonic()
-        self.label_free = LabelFreeEvaluation(c, world, self.model, self.log, start=self.position)
+        self.label_free = LabelFreeEvaluation(c, world, self.model, self.log, start=self.position, resumed=resumed)
         if self.length.clock is not None:  # at the end it judges once more
             self.length.clock.closing(time.monotonic() - began - self.label_free.spared)
         self.report = ReportProcess(self.folder, c.report_every, self.log, active=world.main)

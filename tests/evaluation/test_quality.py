@@ -182,6 +182,15 @@ def test_a_resumed_run_judges_on(watched, images, tmp_path):
     assert (folder / "quality.jsonl").read_text() == (watched / "quality.jsonl").read_text()
 
 
+def test_a_run_that_begins_judges_anew(watched, images, tmp_path):
+    """In the folder of a try that died before its first checkpoint, and had another start."""
+    other = {"name": "start", "epoch": 0, "step": 0, "retrieval": 99.0}
+    lines = [other, {**other, "name": "pixels"}, {**other, "name": "epoch"}]
+    (tmp_path / "quality.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["pretrain", str(images), *TINY, "--output-dir", str(tmp_path), "--quality-every", "1"]) == 0
+    assert (tmp_path / "quality.jsonl").read_text() == (watched / "quality.jsonl").read_text()
+
+
 def test_patience_stops_the_run(images, tmp_path, capsys):
     flags = [*TINY, "--epochs", "9", "--lr", "0", "--output-dir", str(tmp_path), "--quality-every", "1"]
     assert main(["pretrain", str(images), *flags, "--patience", "2", "--hold-out", "12", "-b", "8"]) == 0
