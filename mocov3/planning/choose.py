@@ -79,7 +79,8 @@ def propose_settings(layers: Layers, facts: Survey | None = None, began: float |
     hours = budget_hours(first.budget)
     source, _, order = open_images(first)
     order.check()
-    images = dataclasses.replace(look(source, first, facts), unseen=_unseen(first))
+    # fractions of folders (DIR:0.1) make epochs shorter
+    images = dataclasses.replace(look(source, first, facts), count=order.images, unseen=_unseen(first))
     from mocov3.distributed.launch import count_ranks
     from mocov3.planning import speed
     from mocov3.pretraining.assemble import count_memory
@@ -94,7 +95,7 @@ def propose_settings(layers: Layers, facts: Survey | None = None, began: float |
     def measured(values: Fields) -> tuple[float, Fields]:
         config = PretrainConfig(**{**lenient, **layers.merged(_known(values))})
         config.check()
-        times["training"], times["loading"], batch = speed.epoch_seconds(config, source, len(source))
+        times["training"], times["loading"], batch = speed.epoch_seconds(config, source, order.images)
         fitted = {} if batch == config.batch_size or "batch_size" in fixed else {"batch_size": batch}
         seconds = speed.total_seconds(**times, device=machine.device, workers=config.workers)
         return seconds, fitted

@@ -607,6 +607,27 @@ def test_adapting_reads_images_as_the_weights_know_them(trained, view_preset, nu
     assert asked.preset.mean == (0.5, 0.5, 0.5)
 
 
+def test_a_fraction_of_a_folder_makes_epochs_shorter(tmp_path, monkeypatch):
+    """And its time, its passes and its batches are planned so."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for i in range(400):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "data" / f"{i}.png")
+
+    def epoch_seconds(config, source, count):
+        return 0.05 * count, 0.0, config.batch_size
+
+    monkeypatch.setattr(speed, "epoch_seconds", epoch_seconds)
+    given = ["--recipe", "auto", "--device", "cpu", "--budget", "5m"]
+    whole, tenth = (
+        propose_settings(read_pretrain([f"{tmp_path / 'data'}{part}", *given], "x", None)).config
+        for part in ("", ":0.1")
+    )
+    assert 9 <= tenth.epochs / whole.epochs <= 13
+    assert tenth.batch_size <= 40
+    tenth.check()
+
+
 def test_timms_weights_are_read_by_their_own_normalisation():
     name, views = views_of_start("timm/vit_small_patch16_224.augreg_in21k_ft_in1k")
     assert (name, views.mean, views.std) == ("photos", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
