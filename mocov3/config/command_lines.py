@@ -12,19 +12,9 @@ from mocov3.config.lincls import LinclsConfig
 from mocov3.config.presets import PRESETS
 from mocov3.config.pretrain import PretrainConfig
 
-_OF_ONE_RUN = (
-    "output_dir",
-    "resume",
-    "config",
-    "budget",
-    "max_hours",
-    "max_steps",
-    "decay",
-    "stage_ends",
-    "prolong",
-    "quiet",
-    "json",
-)
+DECIDED = ("decay", "stage_ends", "max_hours")
+"""What a run decides about its length within ``--budget``."""
+_OF_ONE_RUN = ("output_dir", "resume", "config", "budget", "max_steps", *DECIDED, "prolong", "quiet", "json")
 
 
 def parse_pretrain(argv: Sequence[str], *, prog: str, defaults: Fields | None = None) -> PretrainConfig:
@@ -33,8 +23,11 @@ def parse_pretrain(argv: Sequence[str], *, prog: str, defaults: Fields | None = 
 
 
 def read_pretrain(argv: Sequence[str], prog: str, defaults: Fields | None) -> Layers:
-    """Command line of pre-training, as layers that are not merged yet."""
-    return read_layers(
+    """Command line of pre-training, as layers that are not merged yet.
+
+    Where flags ask for another length, what the run of ``--config`` decided about its own does not count.
+    """
+    layers = read_layers(
         PretrainConfig,
         argv,
         prog=prog,
@@ -43,6 +36,7 @@ def read_pretrain(argv: Sequence[str], prog: str, defaults: Fields | None) -> La
         recipes=recipes.settings(),
         epilog=recipes.listing(),
     )
+    return layers.without(*DECIDED) if {"budget", "prolong"} & set(layers.flags) else layers
 
 
 def merged(layers: Layers) -> PretrainConfig:

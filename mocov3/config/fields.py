@@ -211,6 +211,13 @@ class Layers:
     given: Fields
     recipe: Fields
     defaults: Fields
+    flags: Fields = dataclasses.field(default_factory=dict)
+    """Of ``given``, what is not of ``--config``."""
+
+    def without(self, *names: str) -> "Layers":
+        """Without what ``--config`` says of some fields."""
+        given = {name: value for name, value in self.given.items() if name not in names or name in self.flags}
+        return dataclasses.replace(self, given=given)
 
     def merged(self, between: Fields | None = None) -> Fields:
         """All values; ``between`` overrides the defaults and is overridden by the recipe."""
@@ -245,7 +252,7 @@ def read_layers(
     known = recipes or {}
     if recipe and recipe not in known:
         raise UserError(f"--recipe {recipe!r} is not known; {nearest(recipe, list(known))}")
-    return Layers(layers, known.get(recipe, {}), defaults)
+    return Layers(layers, known.get(recipe, {}), defaults, given)
 
 
 def parse(

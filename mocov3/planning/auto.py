@@ -333,10 +333,15 @@ def _length(
     warmup = min(40 if is_vit(settings["arch"]) else 10, max(round(epochs / 10), least))
     settings.choose("warmup_epochs", warmup, "a tenth, an epoch at least, at most the paper's")
     if hours is not None:
-        settings.choose("max_hours", round(_LATEST * hours, 4), "the budget and a fifth, should the machine slow down")
+        settings.choose("max_hours", latest(hours), "the budget and a fifth, should the machine slow down")
     how = f"{duration(seconds)} an epoch, by the steps just measured" if seconds > 0 else "not measured"
     settings.choices.append(Choice("(predicted time)", duration(seconds * epochs), how))
     return possible, seconds
+
+
+def latest(hours: float) -> float:
+    """``--max-hours`` of a budget."""
+    return round(_LATEST * hours, 4)
 
 
 def _kept_back(images: Images) -> int:

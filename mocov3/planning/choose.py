@@ -22,7 +22,7 @@ from mocov3.data.sources.opening import has_unseen, open_unseen
 from mocov3.data.sources.survey import Survey, giants, propose, scattered, survey
 from mocov3.errors import UserError, no_file
 from mocov3.planning.adapting import choices_of, row_of
-from mocov3.planning.auto import Images, Machine, choose_settings
+from mocov3.planning.auto import Images, Machine, choose_settings, latest
 from mocov3.planning.choices import Choice, block
 from mocov3.pretraining.inputs import open_images
 
@@ -55,9 +55,16 @@ def choose(layers: Layers, began: float | None = None) -> PretrainConfig:
     """
     given = {name: value for name, value in layers.given.items() if name != "recipe"}
     if saved := saved_fields(layers.merged()):
-        return PretrainConfig(**{**saved, **given})
+        limit = {"max_hours": latest(budget_hours(layers.flags["budget"]) or 0)} if "budget" in layers.flags else {}
+        return PretrainConfig(**{**saved, **limit, **given})
     if given.get("config"):  # complete, or the user's own
-        return PretrainConfig(**layers.merged())
+        config = PretrainConfig(**layers.merged())
+        if "budget" in layers.flags and config.schedule != "wsd":
+            raise UserError(
+                f"--budget beside --config {config.config}, which sets the length: give --schedule wsd too, by which "
+                "the clock ends the run, or leave --budget out"
+            )
+        return config
     proposal = propose_settings(layers, began=began)
     _show(proposal, layers)
     return proposal.config

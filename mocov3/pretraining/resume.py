@@ -69,7 +69,21 @@ def recorded(resume_from: ResumeFrom | None, config: PretrainConfig) -> tuple[Pr
     stage_ends = _longer(path, "--stage-ends", ends_of(config.stage_ends), ends_of(ends), ends_text)
     seconds = entry.get("seconds")
     config = dataclasses.replace(config, decay=decays, stage_ends=stage_ends)
-    return config, float(seconds) if isinstance(seconds, int | float) else None
+    if not isinstance(seconds, int | float):
+        _check_budget(path, config, saved)
+        return config, None
+    return config, float(seconds)
+
+
+def _check_budget(path: Path, config: PretrainConfig, saved: Contents) -> None:
+    """Refuse a budget for a run whose end the clock does not decide; one that it was planned for may be repeated."""
+    if config.budget and config.budget != saved.get("budget") and not config.decay:
+        cosine = config.schedule == "cosine"
+        raise UserError(
+            f"--resume {path}: the run's length was given by {'a cosine' if cosine else 'epochs'}, its time was not "
+            "counted; leave --budget out"
+            + ("" if cosine else f", or go on within it from the end of the stable part: --prolong {path.parent}")
+        )
 
 
 def _longer(path: Path, name: str, given: list[T], taken: list[T], text: Callable[[list[T]], str]) -> str:

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from doors import refused
 from killing import Process, assert_same_run, difference, kill_until_done, steady
 
 from mocov3.cli import main
+from mocov3.cli.commands import chosen
 from mocov3.config import PretrainConfig, read_yaml
 from mocov3.config.cheap import ends_of
+from mocov3.config.command_lines import read_pretrain
 from mocov3.config.schedule import STABLE, decays_of, decays_text
 from mocov3.distributed import World
 from mocov3.errors import UserError
@@ -213,6 +216,26 @@ def test_a_prolonged_run_keeps_the_cheap_parts_that_had_ended(images, tmp_path):
     on = ["--prolong", str(tmp_path / "a"), "--budget", "1h", "--max-steps", "8", "--output-dir", str(tmp_path / "b")]
     assert main(["pretrain", *on]) == 0
     assert (recorded(tmp_path / "b"), recorded(tmp_path / "b", "stage_ends")) == ("", "3")
+
+
+def test_another_budget_is_not_bound_by_what_a_run_decided(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("recipe: auto\nschedule: wsd\nbudget: 10m\ndecay: '6:2'\nmax_hours: 0.2\n")
+    known = ["data", "--config", str(file), "--output-dir", str(tmp_path)]
+    for more, expected in (([], ("10m", "6:2", 0.2)), (["--budget", "2h"], ("2h", "", 0.0))):
+        config = chosen(read_pretrain([*known, *more], "x", {"recipe": "auto"}))
+        assert (config.budget, config.decay, config.max_hours) == expected
+    resumed = ["data", "--resume", "auto", "--output-dir", str(tmp_path), "--budget", "1h"]
+    assert chosen(read_pretrain(resumed, "x", {"recipe": "auto"})).max_hours == pytest.approx(1.2)
+    file.write_text("recipe: auto\nepochs: 3\n")
+    with pytest.raises(UserError, match="give --schedule wsd too"):
+        chosen(read_pretrain([*known, "--budget", "2h"], "x", {"recipe": "auto"}))
+
+
+def test_a_run_by_epochs_takes_no_budget_when_it_goes_on(images, tmp_path):
+    flags = [str(images), *SMALL, "--output-dir", str(tmp_path), "--max-steps", "2"]
+    assert main(["pretrain", *flags]) == 0
+    assert "leave --budget out, or go on" in refused("pretrain", *flags, "--resume", "auto", "--budget", "1h")
 
 
 def test_a_decision_is_durable_before_it_is_followed(images, tmp_path, monkeypatch):
