@@ -120,7 +120,7 @@ class Pretraining(Run):
 
     def _length(self, resume_from: resume.ResumeFrom | None, began: float) -> Length:
         """The run's length and rates, with the decisions taken so far."""
-        self.config, seconds = resume.recorded(resume_from, self.config)
+        self.config, seconds = resume.recorded(resume_from, self.config, self.iterations)
         c, resumed = self.config, resume_from is not None and not resume.is_of_other_run(resume_from, self.config)
         return Length(c, self.world, self.iterations, clock_of(c, began=began, seconds=seconds, resumed=resumed))
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from mocov3.config import PretrainConfig
-from mocov3.config.cheap import ends_of, ends_text
+from mocov3.config.cheap import ends_of, ends_text, stages
 from mocov3.config.schedule import STABLE, decays_of, decays_text
 from mocov3.data import Source
 from mocov3.distributed import World
@@ -49,10 +49,17 @@ def is_of_other_run(resume_from: ResumeFrom | None, config: PretrainConfig) -> b
     return resume_from is not None and bool(config.prolong) and resume_from[0] == Path(config.prolong) / STABLE
 
 
-def recorded(resume_from: ResumeFrom | None, config: PretrainConfig) -> tuple[PretrainConfig, float | None]:
+def recorded(
+    resume_from: ResumeFrom | None, config: PretrainConfig, iterations: int
+) -> tuple[PretrainConfig, float | None]:
     """The configuration with the decisions so far, and the seconds that the run was up, where it counts them.
 
     A run that is prolonged keeps the ends of its cheap stages, and decides all else anew.
+
+    Args:
+        resume_from: a checkpoint, of this run or of the one that is prolonged.
+        config: as given.
+        iterations: steps of an epoch.
 
     Raises:
         UserError: if other decisions are given than the checkpoint was trained by.
@@ -63,7 +70,7 @@ def recorded(resume_from: ResumeFrom | None, config: PretrainConfig) -> tuple[Pr
     saved, entry = trained_with(contents), our_entry(contents)
     decay, ends = (value if isinstance(value := saved.get(name), str) else "" for name in ("decay", "stage_ends"))
     if is_of_other_run(resume_from, config):
-        kept = [end for end in ends_of(ends) if end < int(entry.get("step", 0))]
+        kept = _ended(config, saved, ends, int(entry.get("step", 0)), iterations)
         return dataclasses.replace(config, stage_ends=config.stage_ends or ends_text(kept)), None
     decays = _longer(path, "--decay", decays_of(config.decay), decays_of(decay), decays_text)
     stage_ends = _longer(path, "--stage-ends", ends_of(config.stage_ends), ends_of(ends), ends_text)
@@ -73,6 +80,23 @@ def recorded(resume_from: ResumeFrom | None, config: PretrainConfig) -> tuple[Pr
         _check_budget(path, config, saved)
         return config, None
     return config, float(seconds)
+
+
+def _ended(config: PretrainConfig, saved: Contents, ends: str, step: int, iterations: int) -> list[int]:
+    """Ends of the cheap stages of a run that is prolonged from ``step``; those to come too, where epochs say them."""
+
+    def planned(c: PretrainConfig) -> list[int]:
+        return [stage.end * iterations for stage in stages(c)[:-1]]
+
+    recorded = ends_of(ends)
+    if not recorded and not saved.get("budget"):  # by epochs
+        recorded = planned(dataclasses.replace(config, epochs=int(saved.get("epochs", config.epochs)), stage_ends=""))
+    kept = [end for end in recorded if end <= step]
+    if config.budget or not kept:
+        return kept
+    for end in planned(dataclasses.replace(config, stage_ends=""))[len(kept) :]:
+        kept.append(max(end, step, kept[-1] + 1))
+    return kept
 
 
 def _check_budget(path: Path, config: PretrainConfig, saved: Contents) -> None:

@@ -216,6 +216,19 @@ def test_a_prolonged_run_keeps_the_cheap_parts_that_had_ended(images, tmp_path):
     on = ["--prolong", str(tmp_path / "a"), "--budget", "1h", "--max-steps", "8", "--output-dir", str(tmp_path / "b")]
     assert main(["pretrain", *on]) == 0
     assert (recorded(tmp_path / "b"), recorded(tmp_path / "b", "stage_ends")) == ("", "3")
+    by_epochs = [*on[:2], "--epochs", "12", "--max-steps", "8", "--output-dir", str(tmp_path / "c")]
+    assert main(["pretrain", *by_epochs]) == 0  # the second part ends after 0.8 of the epochs
+    assert recorded(tmp_path / "c", "stage_ends") == "3,40"
+
+
+@pytest.mark.parametrize(("more", "ends"), [(["--budget", "1h"], "8"), (["--epochs", "20"], "8")])
+def test_a_run_by_epochs_does_not_go_back_to_its_cheap_part(images, tmp_path, more, ends):
+    flags = [*SMALL, "--image-size-schedule", "16:0.5", "--epochs", "4", "--decay-share", "0.25"]
+    assert main(["pretrain", str(images), *flags, "--output-dir", str(tmp_path / "a")]) == 0
+    assert read(tmp_path / "a" / STABLE)["mocov3"]["step"] == 12
+    on = ["--prolong", str(tmp_path / "a"), *more, "--max-steps", "14", "--output-dir", str(tmp_path / "b")]
+    assert main(["pretrain", *on]) == 0
+    assert recorded(tmp_path / "b", "stage_ends") == ends
 
 
 def test_another_budget_is_not_bound_by_what_a_run_decided(tmp_path):
