@@ -33,6 +33,8 @@ _SETTLED = 0.25
 """Share of a decision's steps before the next one."""
 _FEW = 8
 """Steps at the end that are not corrected any more."""
+_FORESEEN = 0.05
+"""Share of the budget after which what it allows is compared with the warm-up."""
 
 
 class Clock:
@@ -151,6 +153,7 @@ class Length:
         self.decisions = Decisions.of(config)
         self.stages = stages(config)
         self._stages_by_clock = clock is not None or bool(self.decisions.stage_ends)
+        self._looked_ahead = False
         if clock is not None or self.decisions.decays:  # the end is not known in epochs: the last stage lasts
             self.stages[-1] = self.stages[-1]._replace(end=ENDLESS)
 
@@ -219,6 +222,20 @@ class Length:
         begin = round((1 - self.config.decay_share) * end)
         decay = Decay(step, max(end - step, 1))
         return self.decisions._replace(decays=(decay,)) if step >= begin else None
+
+    def foreseen(self, step: int) -> str:
+        """Once, early on: that the clock will not leave time for the warm-up, where it won't; else nothing."""
+        if self.clock is None or self._looked_ahead or not self.clock.is_past(_FORESEEN):
+            return ""
+        self._looked_ahead = True
+        c, stable = self.config, (1 - self.config.decay_share) * self.expected(step) / self.iterations
+        frozen = f"--freeze-epochs {c.freeze_epochs} and " if c.freeze_epochs else ""
+        if self.decays or c.freeze_epochs + c.warmup_epochs <= stable:
+            return ""
+        return (
+            f"--budget {c.budget} leaves about {stable:.1f} epochs before the learning rate falls, less than {frozen}"
+            f"--warmup-epochs {c.warmup_epochs}: it will not come to its peak; give fewer of them, or a longer budget"
+        )
 
     def take(self, decisions: Decisions) -> None:
         """Go by these decisions."""

@@ -264,6 +264,8 @@ class Pretraining(Run):
         A decision is on the disk before the first step that follows it.
         """
         decisions, before = self.length.due(self.position), self.length.decisions
+        if self.world.main and (warning := self.length.foreseen(self.position.step)):
+            warn(warning)
         if decisions is None:
             return
         self._go_by(decisions)

@@ -231,6 +231,21 @@ def test_a_run_by_epochs_does_not_go_back_to_its_cheap_part(images, tmp_path, mo
     assert recorded(tmp_path / "b", "stage_ends") == ends
 
 
+@pytest.mark.parametrize(("warmup", "freeze", "warned"), [(1, 0, False), (10, 0, True), (1, 10, True)])
+def test_a_warm_up_that_the_clock_cuts_is_told_early(warmup, freeze, warned):
+    now = Watch()
+    config = PretrainConfig(schedule="wsd", warmup_epochs=warmup, freeze_epochs=freeze, recipe="auto", budget="100s")
+    length = Length(config, ALONE, 10, Clock(100.0, began=math.inf, now=now))
+    said = []
+    for step in range(1, 30):  # an epoch takes 10 seconds
+        now.seconds += 1
+        length.due(Position(0, 0, step))
+        if text := length.foreseen(step):
+            said.append((step, text))
+    assert [step for step, _ in said] == ([5] if warned else [])
+    assert all("about 7.9 epochs before the learning rate falls" in text for _, text in said)
+
+
 def test_another_budget_is_not_bound_by_what_a_run_decided(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("recipe: auto\nschedule: wsd\nbudget: 10m\ndecay: '6:2'\nmax_hours: 0.2\n")
