@@ -120,6 +120,15 @@ def stage_of(stages: list[Stage], epoch: int) -> Stage:
     return next(stage for stage in stages if epoch < stage.end)
 
 
+def sizes_of(text: str) -> list[float]:
+    """The pixels that ``--image-size-schedule`` names.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    return [pixels for _, pixels in _read("--image-size-schedule", text, 1 << 30)]
+
+
 def ends_of(text: str) -> list[int]:
     """The steps that ``--stage-ends`` holds.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mocov3.config.archs import CONV_VITS, SMALL_RESNETS, SMALL_VITS, VITS, is_resnet, is_vit
+from mocov3.config.cheap import sizes_of
 from mocov3.config.fields import Fields
 from mocov3.config.presets import PRESETS
 from mocov3.planning.choices import Choice, duration
@@ -111,6 +112,8 @@ def choose_settings(
         wide = rung is RUNGS[0] and "arch" not in given and settings["image_size"] <= SMALL_VIEWS
         if machine.device == "cpu" and (wide or not rung.suits(settings["image_size"], images.detail)):
             continue
+        if seen is not None and settings["image_size"] < max(_scheduled(settings), default=0):
+            continue  # the user's cheap part would be the larger
         if what != seen:
             made, seen = settings, what
             _optimisation(made)
@@ -217,7 +220,12 @@ def _network(settings: _Settings, images: Images, machine: Machine, memory: Memo
 def _takes_local_views(settings: _Settings, machine: Machine) -> bool:
     """Where they were measured: small views of photographs, a small ResNet from scratch on a CPU."""
     small = settings["view_preset"] == "photos" and settings["image_size"] <= SMALL_VIEWS
+    small = small and settings["image_size"] // 2 <= min(_scheduled(settings), default=math.inf)
     return small and machine.device == "cpu" and settings["arch"] in SMALL_RESNETS and not settings.values.get("init")
+
+
+def _scheduled(settings: _Settings) -> list[float]:
+    return sizes_of(settings.values.get("image_size_schedule", ""))
 
 
 def _fits(settings: Fields, batch: int, machine: Machine, memory: Memory) -> bool:

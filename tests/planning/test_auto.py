@@ -111,6 +111,17 @@ def test_plans_are_runnable(count, machine, side):
         assert config.quality_every
 
 
+@pytest.mark.parametrize(
+    ("side", "schedule", "size", "local"), [(375, "", 32, "2:16"), (375, "48:0.5", 64, ""), (32, "12:0.5", 32, "")]
+)
+def test_cheap_parts_of_the_user_bound_what_is_chosen(side, schedule, size, local):
+    """Full views are not smaller than those of the cheap part, and local views not larger."""
+    given = {"image_size_schedule": schedule} if schedule else {}
+    config, _ = planned(50_000, MACHINES["cpu"], side=side, given=given, hours=1, seconds=300)
+    config.check()
+    assert (config.image_size, config.local_views) == (size, local)
+
+
 def test_a_budget_sets_epochs():
     cpu = MACHINES["cpu"]
     plan = planned(5_000, cpu, hours=1, seconds=60)[0]  # an epoch is of 4,500, 500 are held out
