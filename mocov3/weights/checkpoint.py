@@ -4,6 +4,7 @@ Layout of a pre-training checkpoint: the reference's ``epoch, arch, state_dict, 
 more, ``mocov3``. Keys of ``state_dict`` begin with ``module.``, in the reference's order.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +105,10 @@ def prune(folder: Path, *, epoch_complete: int | None = None, keep_last: int = 0
     Mid-epoch checkpoints beyond the newest two, and those of epochs up to ``epoch_complete``; with ``keep_last`` also
     checkpoints of epochs beyond the newest so many, except after every ``keep_every``-th epoch.
     """
-    for partial in folder.glob(".checkpoint_*.partial"):  # left by a kill in the middle of writing
-        partial.unlink(missing_ok=True)
+    for partial in folder.glob(".*.pth.tar.*.partial"):  # left by a kill in the middle of writing
+        own = partial.name.endswith(f".{os.getpid()}.partial")  # of other files, which another thread may be writing
+        if not own or partial.name.startswith(".checkpoint_"):
+            partial.unlink(missing_ok=True)
     ends: list[tuple[Path, int]] = []
     middles: list[tuple[Path, int]] = []
     for path in listed(folder):

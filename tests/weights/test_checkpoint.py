@@ -1,6 +1,7 @@
 """Files of tensors: layout for the reference and torch, atomic writes, damaged and hostile files, retention."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -290,10 +291,13 @@ def test_newest_valid(tmp_path, file):
 
 def test_retention(tmp_path):
     names = [checkpoint.epoch_name(0), *(checkpoint.step_name(1, s) for s in (7, 8, 9, 10))]
-    for name in names:
+    left_by_kills = [f".{name}.1234567890.partial" for name in (names[-1], "stable.pth.tar", "best_unlabelled.pth.tar")]
+    being_written = f".best_unlabelled.pth.tar.{os.getpid()}.partial"
+    for name in (*names, *left_by_kills, being_written):
         (tmp_path / name).touch()
     checkpoint.prune(tmp_path, epoch_complete=0)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([names[0], *names[-2:]])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([names[0], *names[-2:], being_written])
+    (tmp_path / being_written).unlink()
     checkpoint.prune(tmp_path, epoch_complete=1)
     assert [p.name for p in tmp_path.iterdir()] == [names[0]]
 
