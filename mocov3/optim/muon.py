@@ -11,6 +11,8 @@ from mocov3.optim.update import Group
 
 _POLYNOMIAL, _ROUNDS = (3.4445, -4.7750, 2.0315), 5
 """Of Newton and Schulz, steep at 0 (Jordan et al. 2024)."""
+_LEAST = 1e-15
+"""Smallest norm that is divided by: the squares of numbers below 1e-19 are zero in float32, the numbers are not."""
 _SIZE = 0.2
 """Root mean square of an update for each unit of learning rate, about that of Adam (Liu et al. 2025)."""
 _BETAS, _EPS = (0.9, 0.999), 1e-8
@@ -95,7 +97,7 @@ def orthogonal(matrices: Float[Tensor, "count rows columns"]) -> Float[Tensor, "
     """
     turned = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if turned else matrices
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-30)
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(_LEAST)
     gram = x @ x.mT
     a, b, c = _POLYNOMIAL
     one = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
