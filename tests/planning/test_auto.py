@@ -556,7 +556,6 @@ def test_the_table_of_adapt_goes_before_the_rules_and_after_flags():
         ([], (3e-4, 1.0, 8, 4.0)),
         (["--lora", "0"], (1.5e-4, 0.75, 0, 0.0)),
         (["--freeze-until", "blocks.2"], (1.5e-4, 0.75, 0, 0.0)),
-        (["--optimizer", "muon"], (1.5e-4, 1.0, 8, 4.0)),  # the table's rate is AdamW's
     ],
 )
 def test_adapt_on_a_vit_from_the_command_line(images, tmp_path, more, expected):
@@ -586,7 +585,7 @@ def test_adapt_on_a_vit_from_the_command_line(images, tmp_path, more, expected):
     ]
     assert main(["pretrain", str(images), *map(str, flags), *more, "--output-dir", str(out)]) == 0
     saved = read_yaml(out / "config.yaml", PretrainConfig)
-    assert (saved["optimizer"], saved["warmup_epochs"]) == ("muon" if "muon" in more else "adamw", 1)
+    assert (saved["optimizer"], saved["warmup_epochs"]) == ("adamw", 1)
     assert (saved["lr"], saved["layer_decay"], saved["lora"], saved["preserve"]) == expected
 
 
@@ -616,6 +615,22 @@ def test_adapting_reads_images_as_the_weights_know_them(trained, view_preset, nu
     assert (*proposal.config.preset.mean, *proposal.config.preset.std) == pytest.approx(numbers)
     asked = propose_settings(read_pretrain([*given, "--mean-std", "0.5,0.5"], "x", None)).config
     assert asked.preset.mean == (0.5, 0.5, 0.5)
+
+
+def test_rates_of_the_table_are_of_its_optimizer(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for i in range(24):
+        Image.new("RGB", (32, 32), (i, 2 * i, 9)).save(tmp_path / "data" / f"{i}.png")
+    start = tmp_path / "start.pth.tar"
+    state = models.build("vit_micro", image_size=32, patch_size=8, dim=16, mlp_dim=32).state_dict()
+    checkpoint.write(start, {"arch": "vit_micro", "state_dict": {f"module.{k}": v for k, v in state.items()}})
+    monkeypatch.setattr(speed, "epoch_seconds", lambda config, source, count: (1.0, 0.1, config.batch_size))
+    given = [str(tmp_path / "data"), "--recipe", "adapt", "--init", str(start), "--device", "cpu"]
+    ours, theirs = (
+        propose_settings(read_pretrain([*given, *more], "x", None)).config for more in ([], ["--optimizer", "muon"])
+    )
+    assert (ours.optimizer, ours.lr, ours.lora) == ("adamw", 4e-3, 8)
+    assert (theirs.optimizer, theirs.lr, theirs.lora) == ("muon", 1e-3, 8)
 
 
 def test_a_fraction_of_a_folder_makes_epochs_shorter(tmp_path, monkeypatch):
