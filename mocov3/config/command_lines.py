@@ -12,9 +12,9 @@ from mocov3.config.lincls import LinclsConfig
 from mocov3.config.presets import PRESETS
 from mocov3.config.pretrain import PretrainConfig
 
-DECIDED = ("decay", "stage_ends", "max_hours")
+_DECIDED = ("decay", "stage_ends", "max_hours")
 """What a run decides about its length within ``--budget``."""
-_OF_ONE_RUN = ("output_dir", "resume", "config", "budget", "max_steps", *DECIDED, "prolong", "quiet", "json")
+_OF_ONE_RUN = ("output_dir", "resume", "config", "budget", "max_steps", *_DECIDED, "prolong", "quiet", "json")
 
 
 def parse_pretrain(argv: Sequence[str], *, prog: str, defaults: Fields | None = None) -> PretrainConfig:
@@ -36,7 +36,7 @@ def read_pretrain(argv: Sequence[str], prog: str, defaults: Fields | None) -> La
         recipes=recipes.settings(),
         epilog=recipes.listing(),
     )
-    return layers.without(*DECIDED) if {"budget", "prolong"} & set(layers.flags) else layers
+    return layers.without(*_DECIDED) if {"budget", "prolong"} & set(layers.flags) else layers
 
 
 def merged(layers: Layers) -> PretrainConfig:

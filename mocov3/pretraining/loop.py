@@ -83,18 +83,18 @@ class Pretraining(Run):
         self.model, self.step = self.parts.model, self.parts.step
         self.copies = copies_of(c, self.world.local_size * max(self.workers(), 1))
         self.position = self._start(resume_from)
-        other_run = resume.is_of_other_run(resume_from, c)
-        self.counters = resume.counters(resume_from, self.source, other_run=other_run)
-        self.length = self._length(resume_from, job.began)
+        own = None if resume.is_of_other_run(resume_from, c) else resume_from
+        self.counters = resume.counters(own, self.source)
+        self.length = self._length(resume_from, job.began, resumed=own is not None)
         self.log = self._open_log()
-        named = self._name_run(resume_from)
-        resumed = resume_from is not None and not other_run
-        self._watch(dataclasses.replace(self.config, compile=self.parts.compiled), named, resumed=resumed)
+        self.name = resume.saved_run(own) or new_run_name()
+        self._note_run(resume_from)
+        self._watch(dataclasses.replace(self.config, compile=self.parts.compiled), resumed=own is not None)
 
-    def _watch(self, c: PretrainConfig, name: str, *, resumed: bool) -> None:
+    def _watch(self, c: PretrainConfig, *, resumed: bool) -> None:
         """Open what saves, records and judges the run."""
         world = self.world
-        self.saver = Saver(world, c, name, self.source, self.parts.start)
+        self.saver = Saver(world, c, self.name, self.source, self.parts.start)
         self.recorder = Recorder(
             world,
             self.log,
@@ -118,22 +118,19 @@ class Pretraining(Run):
             return Position(c.start_epoch, 0, c.start_epoch * self.iterations)
         return resume.restore(resume_from, c.arch, self.model, self.parts.optimizer, self.step, self.iterations)
 
-    def _length(self, resume_from: resume.ResumeFrom | None, began: float) -> Length:
+    def _length(self, resume_from: resume.ResumeFrom | None, began: float, *, resumed: bool) -> Length:
         """The run's length and rates, with the decisions taken so far."""
         self.config, seconds = resume.recorded(resume_from, self.config, self.iterations)
-        c, resumed = self.config, resume_from is not None and not resume.is_of_other_run(resume_from, self.config)
-        return Length(c, self.world, self.iterations, clock_of(c, began=began, seconds=seconds, resumed=resumed))
+        clock = clock_of(self.config, began=began, seconds=seconds, resumed=resumed)
+        return Length(self.config, self.world, self.iterations, clock)
 
-    def _name_run(self, resume_from: resume.ResumeFrom | None) -> str:
-        """The run's name: the checkpoint's, or a new one; config.yaml and the list of images go with it."""
-        other_run = resume.is_of_other_run(resume_from, self.config)
-        self.name = name = (not other_run and resume.saved_run(resume_from)) or new_run_name()
+    def _note_run(self, resume_from: resume.ResumeFrom | None) -> None:
+        """Write config.yaml, the list of images, and that the run starts here."""
         self._write_config()
         if self.world.main:
             note_start(self.folder, self.world, self.position.step, self.step.precision.name)
             if resume_from is None or not (self.folder / IMAGES).exists():
                 write_images(self.source, self.folder)
-        return name
 
     def _write_config(self) -> None:
         self.write_config("config.yaml", f"run {self.name}; re-run by: mocov3 pretrain --config FILE")

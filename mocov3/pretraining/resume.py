@@ -85,16 +85,17 @@ def recorded(
 def _ended(config: PretrainConfig, saved: Contents, ends: str, step: int, iterations: int) -> list[int]:
     """Ends of the cheap stages of a run that is prolonged from ``step``; those to come too, where epochs say them."""
 
-    def planned(c: PretrainConfig) -> list[int]:
-        return [stage.end * iterations for stage in stages(c)[:-1]]
+    def planned(epochs: int) -> list[int]:
+        by_epochs = dataclasses.replace(config, epochs=epochs, stage_ends="")
+        return [stage.end * iterations for stage in stages(by_epochs)[:-1]]
 
     recorded = ends_of(ends)
     if not recorded and not saved.get("budget"):  # by epochs
-        recorded = planned(dataclasses.replace(config, epochs=int(saved.get("epochs", config.epochs)), stage_ends=""))
+        recorded = planned(int(saved.get("epochs", config.epochs)))
     kept = [end for end in recorded if end <= step]
     if config.budget or not kept:
         return kept
-    for end in planned(dataclasses.replace(config, stage_ends=""))[len(kept) :]:
+    for end in planned(config.epochs)[len(kept) :]:
         kept.append(max(end, step, kept[-1] + 1))
     return kept
 
@@ -191,9 +192,9 @@ def restore(
     return position if position.iteration < iterations else Position(position.epoch + 1, 0, position.step)
 
 
-def counters(resume_from: ResumeFrom | None, source: Source, *, other_run: bool = False) -> Counters:
-    """What was counted before, with one resume more."""
-    if resume_from is None or other_run:
+def counters(resume_from: ResumeFrom | None, source: Source) -> Counters:
+    """What this run counted before, with one resume more."""
+    if resume_from is None:
         return Counters()
     entry = our_entry(resume_from[1])
     corrupt = {int(i): source.name(int(i)) for i in entry.get("corrupt", []) if 0 <= int(i) < len(source)}

@@ -221,14 +221,14 @@ def test_a_prolonged_run_keeps_the_cheap_parts_that_had_ended(images, tmp_path):
     assert recorded(tmp_path / "c", "stage_ends") == "3,40"
 
 
-@pytest.mark.parametrize(("more", "ends"), [(["--budget", "1h"], "8"), (["--epochs", "20"], "8")])
-def test_a_run_by_epochs_does_not_go_back_to_its_cheap_part(images, tmp_path, more, ends):
+@pytest.mark.parametrize("more", [["--budget", "1h"], ["--epochs", "20"]])
+def test_a_run_by_epochs_does_not_go_back_to_its_cheap_part(images, tmp_path, more):
     flags = [*SMALL, "--image-size-schedule", "16:0.5", "--epochs", "4", "--decay-share", "0.25"]
     assert main(["pretrain", str(images), *flags, "--output-dir", str(tmp_path / "a")]) == 0
     assert read(tmp_path / "a" / STABLE)["mocov3"]["step"] == 12
     on = ["--prolong", str(tmp_path / "a"), *more, "--max-steps", "14", "--output-dir", str(tmp_path / "b")]
     assert main(["pretrain", *on]) == 0
-    assert recorded(tmp_path / "b", "stage_ends") == ends
+    assert recorded(tmp_path / "b", "stage_ends") == "8"
 
 
 @pytest.mark.parametrize(("warmup", "freeze", "warned"), [(1, 0, False), (10, 0, True), (1, 10, True)])
