@@ -40,6 +40,8 @@ def chosen(layers: Layers, began: float | None = None) -> PretrainConfig:
 
 def _by_recipe(layers: Layers, began: float | None) -> PretrainConfig:
     if folder := layers.given.get("prolong"):
+        if not {"budget", "epochs"} & set(layers.given):
+            raise UserError(f"--prolong {folder}: for how long? Give --budget, or --epochs of the whole run")
         layers = Layers({**prolonged(folder), **layers.given}, {}, layers.defaults)
         return merged(layers)
     if layers.merged().get("recipe") in ("auto", "adapt"):

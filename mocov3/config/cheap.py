@@ -20,9 +20,10 @@ CHEAP = "cheaper pre-training"
 
 
 class Stage(NamedTuple):
-    """Epochs that are trained in the same way."""
+    """A part of the run that is trained in the same way."""
 
     first: int
+    """Its first epoch; where the clock decides, about."""
     end: int
     """Epoch after the last."""
     image_size: int
@@ -31,6 +32,8 @@ class Stage(NamedTuple):
     """Share of the tokens of a view."""
     grid: int
     """Patches on a side of full views; 0 where views are taken as they are."""
+    share: float = 1.0
+    """Share of the run, or of its time, at which it ends."""
 
     @property
     def tokens(self) -> int:
@@ -76,17 +79,19 @@ class CheapFlags:
 
 
 def stages(config: "CheapFlags") -> list[Stage]:
-    """The run in order, by epochs; one stage where nothing is cheaper.
+    """The run in order: by whole epochs, or as shares of the time where the clock of ``--budget`` decides; one stage
+    where nothing is cheaper.
 
     Raises:
         UserError: for a schedule that cannot be read, or does not fit the network or the number of epochs.
     """
     values = vars(config)
     arch, epochs, size, patch = (values[name] for name in ("arch", "epochs", "image_size", "patch_size"))
+    whole = 0 if values["schedule"] == "wsd" and values["budget"] else epochs  # epochs that parts consist of
     plans = {
-        "--token-keep": (_read("--token-keep", config.token_keep, epochs), 1.0),
-        "--image-size-schedule": (_read("--image-size-schedule", config.image_size_schedule, epochs), size),
-        "--patch-size-schedule": (_read("--patch-size-schedule", config.patch_size_schedule, epochs), patch),
+        "--token-keep": (_read("--token-keep", config.token_keep, whole), 1.0),
+        "--image-size-schedule": (_read("--image-size-schedule", config.image_size_schedule, whole), size),
+        "--patch-size-schedule": (_read("--patch-size-schedule", config.patch_size_schedule, whole), patch),
     }
     for name, (plan, full) in plans.items():
         if plan and not (arch in VITS or (is_resnet(arch) and name == "--image-size-schedule")):
@@ -94,16 +99,17 @@ def stages(config: "CheapFlags") -> list[Stage]:
             raise UserError(f"{name} is for {able}, not {arch}")
         for _, value in plan:
             _check(name, value, full)
-    edges = sorted({0, epochs, *(end for plan, _ in plans.values() for end, _ in plan)})
+    edges = sorted({0.0, 1.0, *(share for plan, _ in plans.values() for share, _ in plan)})
     stage_list = []
-    for first, end in itertools.pairwise(edges):
-        keep, pixels, side = (next((v for until, v in plan if first < until), full) for plan, full in plans.values())
+    for begin, share in itertools.pairwise(edges):
+        keep, pixels, side = (next((v for until, v in plan if begin < until), full) for plan, full in plans.values())
         cheap = arch in VITS and (keep, pixels, side) != (1.0, size, patch)
-        stage = Stage(first, end, int(pixels), int(side), keep, size // patch if cheap else 0)
+        first, end = round(begin * epochs), round(share * epochs)
+        stage = Stage(first, end, int(pixels), int(side), keep, size // patch if cheap else 0, share)
         if arch in VITS and stage.image_size % stage.patch_size:
             raise UserError(
-                f"epochs {first}–{end - 1}: views of {stage.image_size} px do not divide into patches of "
-                f"{stage.patch_size} px; change --image-size-schedule or --patch-size-schedule"
+                f"from {begin:.0%} to {share:.0%} of the run views of {stage.image_size} px do not divide into patches "
+                f"of {stage.patch_size} px; change --image-size-schedule or --patch-size-schedule"
             )
         stage_list.append(stage)
     ends = ends_of(config.stage_ends)
@@ -126,7 +132,7 @@ def sizes_of(text: str) -> list[float]:
     Raises:
         UserError: if it cannot be read.
     """
-    return [pixels for _, pixels in _read("--image-size-schedule", text, 1 << 30)]
+    return [pixels for _, pixels in _read("--image-size-schedule", text, 0)]
 
 
 def ends_of(text: str) -> list[int]:
@@ -162,11 +168,11 @@ def _check(name: str, value: float, full: float) -> None:
         raise UserError(f"{name} {value:g} is smaller than --patch-size {full}: which would not be cheaper")
 
 
-def _read(name: str, text: str, epochs: int) -> list[tuple[int, float]]:
-    """(epoch it ends at, value) of each part."""
+def _read(name: str, text: str, epochs: int) -> list[tuple[float, float]]:
+    """(share of the run at which it ends, value) of each part, which consists of whole epochs unless these are 0."""
     if not text:
         return []
-    parts: list[tuple[int, float]] = []
+    parts: list[tuple[float, float]] = []
     done = 0.0
     for part in text.split(","):
         value, colon, share = part.partition(":")
@@ -183,7 +189,7 @@ def _read(name: str, text: str, epochs: int) -> list[tuple[int, float]]:
             raise UserError(
                 f"{name} '{printable(text)}': shares add up to {done:g}; they must leave epochs at full size"
             )
-        end = min(round(done * epochs), epochs - 1)
+        end = min(round(done * epochs), epochs - 1) / epochs if epochs else round(done, 9)
         if end > (parts[-1][0] if parts else 0):
             parts.append((end, number))
     if not parts:

@@ -7,6 +7,7 @@ views of 224; the defaults here keep that ratio.
 from dataclasses import dataclass
 
 from mocov3.config.archs import is_vit
+from mocov3.config.cheap import sizes_of
 from mocov3.config.fields import flag
 from mocov3.config.presets import PRESETS
 from mocov3.errors import UserError, printable
@@ -94,10 +95,9 @@ def _check(local: LocalViews, side: int, patch: int, preset: str) -> None:
 
 def _check_stages(values: dict[str, object], pixels: int) -> None:
     """Views of a cheap stage must not be smaller than the local ones."""
-    for part in str(values["image_size_schedule"] or "").split(","):
-        size = part.partition(":")[0]
-        if size.isdigit() and int(size) < pixels:
+    for size in sizes_of(str(values["image_size_schedule"] or "")):
+        if size < pixels:
             raise UserError(
-                f"--image-size-schedule {size} is smaller than local views of {pixels} px; lower --local-views, or "
+                f"--image-size-schedule {size:g} is smaller than local views of {pixels} px; lower --local-views, or "
                 "raise it"
             )

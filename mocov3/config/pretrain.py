@@ -199,12 +199,13 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags, LocalFlags, ScheduleFlag
             )
         if self.skip_spikes and not 1 < self.skip_spikes < float("inf"):
             raise UserError(f"--skip-spikes is a factor above 1, or 0 for none, not {self.skip_spikes}")
-        if self.warmup_epochs > self.epochs:
+        by_clock = self.schedule == "wsd" and self.budget  # what --epochs says is a guess then, which may be far off
+        if self.warmup_epochs > self.epochs and not by_clock:
             raise UserError(
                 f"--warmup-epochs {self.warmup_epochs} is longer than --epochs {self.epochs}; "
                 "lower the first or raise the second"
             )
-        if self.freeze_epochs >= self.epochs:
+        if self.freeze_epochs >= self.epochs and not by_clock:
             raise UserError(
                 f"--freeze-epochs {self.freeze_epochs} leaves none of the {self.epochs} epochs for the backbone; "
                 "lower it, or raise --epochs"

@@ -16,6 +16,7 @@ from mocov3.schedules import Decay
 
 STABLE = "stable.pth.tar"
 """A run's checkpoint of the end of its stable part."""
+_LATEST = 1.2
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,11 @@ def parse_budget(text: str) -> float:
     if not 0 < hours < math.inf:
         raise ValueError(text)
     return hours
+
+
+def latest(hours: float) -> float:
+    """Hours after which a run with a budget of ``hours`` is stopped."""
+    return round(_LATEST * hours, 4)
 
 
 def budget_hours(text: str) -> float | None:

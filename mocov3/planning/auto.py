@@ -14,14 +14,15 @@ from mocov3.config.archs import CONV_VITS, SMALL_RESNETS, SMALL_VITS, VITS, is_r
 from mocov3.config.cheap import sizes_of
 from mocov3.config.fields import Fields
 from mocov3.config.presets import PRESETS
+from mocov3.config.schedule import latest
 from mocov3.planning.choices import Choice, duration
 from mocov3.planning.rungs import RUNGS, SMALL_VIEWS, Rung
 
 GIB = 1 << 30
 _SMALL_SIDE = 96
 """Shorter side in pixels up to which images are used at their own size, by networks with a stem for it."""
-_PLANNED, _LATEST = 0.85, 1.2
-"""Shares of the budget: what steps are planned to take (judging and writing take some too), and where a run is cut."""
+_PLANNED = 0.85
+"""Share of the budget that steps are planned to take; judging and writing take some too."""
 _BY_CLOCK = 0.95
 """Share of what is left of the budget that steps take where the clock decides the end."""
 _LEAST_BATCH = 64
@@ -61,6 +62,7 @@ class Images:
     """What a look at some of the images showed."""
 
     count: int
+    """Of an epoch."""
     short_side: int
     preset: str
     reason: str
@@ -70,6 +72,13 @@ class Images:
     """Images of a validation part, which are not trained on."""
     detail: float = 1.0
     """Share of the energy of their edges that 32 px keep."""
+    whole: int = 0
+    """Images that an epoch is drawn from, where it takes a fraction of them (DIR:0.1)."""
+
+    @property
+    def everything(self) -> int:
+        """Images that are trained on, in one epoch or another."""
+        return max(self.whole, self.count)
 
 
 Speed = Callable[[Fields], tuple[float, Fields]]
@@ -318,7 +327,8 @@ def _length(
         settings.values[name] = value
         settings.choices = [c for c in settings.choices if c.name != name]
         settings.choices.append(Choice(name, value, "what fitted the memory when tried"))
-    seconds *= 1 - settings.given.get("hold_out", _kept_back(images)) / max(images.count, 1)
+    if "hold_out" not in settings.given:  # else they are not among the images
+        seconds *= 1 - _kept_back(images) / max(images.everything, 1)
     left = max(budget - (spent() if hours is not None else 0.0), 0.0) / max(seconds, 1e-9)
     possible = int(_PLANNED * left)
     if hours is not None and asked is None and "epochs" not in settings.given and possible < wanted:
@@ -347,19 +357,16 @@ def _length(
     return possible, seconds
 
 
-def latest(hours: float) -> float:
-    """``--max-hours`` of a budget."""
-    return round(_LATEST * hours, 4)
-
-
 def _kept_back(images: Images) -> int:
     """Images that are kept from training, to judge by."""
-    return min(2000, images.count // 10) if images.count >= 200 and images.unseen < _FEWEST_JUDGED else 0
+    whole = images.everything
+    return min(2000, whole // 10) if whole >= 200 and images.unseen < _FEWEST_JUDGED else 0
 
 
 def _watching(settings: _Settings, images: Images, seconds: float) -> None:
     epochs, apart = settings["epochs"], images.unseen >= _FEWEST_JUDGED
-    held = max(min(_kept_back(images), images.count - settings["batch_size"]), 0)
+    batch = math.ceil(settings["batch_size"] * images.everything / max(images.count, 1))  # an epoch has one at least
+    held = max(min(_kept_back(images), images.everything - batch), 0)
     reason = "the validation part is there to judge by" if apart else "kept from training, to judge without labels"
     if apart or held >= _FEWEST_JUDGED:
         held = settings.choose("hold_out", held, reason)

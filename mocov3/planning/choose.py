@@ -15,14 +15,14 @@ import numpy as np
 from mocov3.config import PretrainConfig, read_yaml
 from mocov3.config.fields import Fields, Layers
 from mocov3.config.presets import PRESETS, ViewPreset
-from mocov3.config.schedule import budget_hours
+from mocov3.config.schedule import budget_hours, latest
 from mocov3.data import Source
 from mocov3.data.sources.detail import SIDES
 from mocov3.data.sources.opening import has_unseen, open_unseen
 from mocov3.data.sources.survey import Survey, giants, propose, scattered, survey
 from mocov3.errors import UserError, no_file
 from mocov3.planning.adapting import choices_of, row_of
-from mocov3.planning.auto import Images, Machine, choose_settings, latest
+from mocov3.planning.auto import Images, Machine, choose_settings
 from mocov3.planning.choices import Choice, block
 from mocov3.pretraining.inputs import open_images
 
@@ -87,7 +87,8 @@ def propose_settings(layers: Layers, facts: Survey | None = None, began: float |
     source, _, order = open_images(first)
     order.check()
     # fractions of folders (DIR:0.1) make epochs shorter
-    images = dataclasses.replace(look(source, first, facts), count=order.images, unseen=_unseen(first))
+    seen = look(source, first, facts)
+    images = dataclasses.replace(seen, count=order.images, whole=seen.count, unseen=_unseen(first))
     from mocov3.distributed.launch import count_ranks
     from mocov3.planning import speed
     from mocov3.pretraining.assemble import count_memory

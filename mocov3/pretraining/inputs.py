@@ -17,7 +17,7 @@ from mocov3.data.sources.index import cache_folder
 from mocov3.data.sources.labels import matched, with_labels
 from mocov3.data.sources.opening import fractions, open_unseen
 from mocov3.data.views import native
-from mocov3.data.views.copies import Copies, limit, opened_copies, used
+from mocov3.data.views.copies import Copies, limit, not_kept, opened_copies, used
 from mocov3.errors import UserError, no_file
 from mocov3.output.log import warn, warn_left_out
 
@@ -89,8 +89,8 @@ def copies_of(config: PretrainConfig, processes: int) -> Copies | None:
         return None
     try:
         return opened_copies(cache_folder(), processes)
-    except (OSError, UserError):  # no cache
-        return None
+    except (OSError, UserError):
+        return not_kept()
 
 
 def say_copies(copies: Copies, say: Callable[[str], None]) -> bool:

@@ -68,14 +68,15 @@ class LabelFreeEvaluation:
             QUALITY, lambda line: line["step"] <= kept_until and {"name", "retrieval"} <= set(line)
         )
         self._take_up(self.against_start, world.broadcast(lines))
-        if not self.base:
-            # a run that begins: what it starts from, and what a network must beat
+        # a run that begins: what it starts from, and what a network must beat
+        if "start" not in self.base:
             label_free = self._judge(model.base_encoder)[0]
             self._note("start", label_free, start)
-            self._note("pixels", self._judge(None)[0], start)
             if self.against_start.guards:
                 self.best = label_free.retrieval
                 self._keep(label_free, start)
+        if "pixels" not in self.base:
+            self._note("pixels", self._judge(None)[0], start)
 
     def _views(self) -> ViewsToJudge:
         c, preset = self.config, self.config.preset
@@ -90,13 +91,13 @@ class LabelFreeEvaluation:
         """What a former process judged."""
         self.base = {line["name"]: line["retrieval"] for line in lines if line["name"] != "epoch"}
         past = [line["retrieval"] for line in lines if line["name"] == "epoch"]
-        self.best = max(past, default=-1.0)
+        self.best = max(past, default=0.0)  # of a network whose features say nothing, or are no numbers
         self.since_best = len(past) - 1 - past.index(self.best) if past else 0
         if against_start.guards:  # only what the guard let pass counts, and it must beat the start
             passed = {line["step"] for line in against_start.lines if line["chosen"]}
             judged = [line["step"] for line in lines if line["name"] == "epoch"]
             chosen = [i for i, step in enumerate(judged) if step in passed]
-            self.best = past[chosen[-1]] if chosen else self.base.get("start", -1.0)
+            self.best = past[chosen[-1]] if chosen else self.base.get("start", 0.0)
             self.since_best = len(past) - 1 - chosen[-1] if chosen else len(past)
 
     def epoch_ended(self, position: Position, *, last: bool) -> bool:
@@ -123,7 +124,7 @@ class LabelFreeEvaluation:
             self.since_best += 1
         if self.against_start and comparison:
             self.against_start.note(position, comparison, chosen=better)
-        if last:
+        if last and self.best:
             self.log.say(f"best without labels: {self.best_file} ({self.best:.1f} % retrieved)")
         stop = bool(c.patience) and self.since_best >= c.patience and not last
         if stop:

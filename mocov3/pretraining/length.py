@@ -33,6 +33,8 @@ _SETTLED = 0.25
 """Share of a decision's steps before the next one."""
 _FEW = 8
 """Steps at the end that are not corrected any more."""
+_AGAIN = 0.01
+"""Share of the decay after which what the disk refused is decided once more."""
 _FORESEEN = 0.05
 """Share of the budget after which what it allows is compared with the warm-up."""
 
@@ -55,6 +57,7 @@ class Clock:
         self.reserve = min(0.01 * budget, 1.0)
         """Seconds for what follows the last step: judging, writing."""
         self._seen: deque[tuple[float, int]] = deque()
+        self._not_before = 0.0
 
     def spent(self) -> float:
         """Seconds so far."""
@@ -63,6 +66,14 @@ class Clock:
     def closing(self, seconds: float) -> None:
         """Note that judging and writing took so long."""
         self.reserve = max(self.reserve, seconds)
+
+    def postpone(self, share: float) -> None:
+        """Decide nothing for a while; the decay takes ``share`` of the budget."""
+        self._not_before = self.spent() + _AGAIN * share * self.budget
+
+    def is_postponed(self) -> bool:
+        """Whether nothing is to be decided yet."""
+        return self.spent() < self._not_before
 
     def note(self, step: int) -> None:
         """Note that so many steps are done."""
@@ -154,6 +165,7 @@ class Length:
         self.stages = stages(config)
         self._stages_by_clock = clock is not None or bool(self.decisions.stage_ends)
         self._looked_ahead = False
+        self._not_before = 0
         if clock is not None or self.decisions.decays:  # the end is not known in epochs: the last stage lasts
             self.stages[-1] = self.stages[-1]._replace(end=ENDLESS)
 
@@ -203,16 +215,17 @@ class Length:
         if self.world.size > 1 and step % _ASKED:
             return None
         decays, ends = self.decisions
-        if len(ends) < len(self.stages) - 1 and self.world.any(int(self.world.main and self._stage_is_over())):
+        decides = self.world.main and not self.clock.is_postponed()
+        if len(ends) < len(self.stages) - 1 and self.world.any(int(decides and self._stage_is_over())):
             self.clock.forget_pace()
             return Decisions(decays, (*ends, step))
-        steps = self.clock.decay(step, decays, self.config.decay_share) if self.world.main else 0
+        steps = self.clock.decay(step, decays, self.config.decay_share) if decides else 0
         steps = self.world.any(steps)
         return Decisions((*decays, Decay(step, steps)), ends) if steps else None
 
     def _stage_is_over(self) -> bool:
         stage = self.stages[len(self.decisions.stage_ends)]
-        return self.clock is not None and self.clock.is_past(stage.end / self.config.epochs)
+        return self.clock is not None and self.clock.is_past(stage.share)
 
     def _planned(self, step: int) -> Decisions | None:
         """The decay of a run by epochs; of one with recorded decisions its first, so that its start is kept."""
@@ -221,7 +234,7 @@ class Length:
         end = self.config.epochs * self.iterations
         begin = round((1 - self.config.decay_share) * end)
         decay = Decay(step, max(end - step, 1))
-        return self.decisions._replace(decays=(decay,)) if step >= begin else None
+        return self.decisions._replace(decays=(decay,)) if step >= max(begin, self._not_before) else None
 
     def foreseen(self, step: int) -> str:
         """Once, early on: that the clock will not leave time for the warm-up, where it won't; else nothing."""
@@ -240,6 +253,14 @@ class Length:
     def take(self, decisions: Decisions) -> None:
         """Go by these decisions."""
         self.decisions = decisions
+
+    def postpone(self, decisions: Decisions, step: int) -> None:
+        """Go by ``decisions`` for a while yet: those to come could not be kept at ``step``."""
+        self.take(decisions)
+        share = self.config.decay_share
+        self._not_before = step + round(_AGAIN * share * self.config.epochs * self.iterations)
+        if self.clock is not None:
+            self.clock.postpone(share)
 
     def begins_decay(self, step: int) -> bool:
         """Whether the stable part ends before ``step``."""

@@ -13,11 +13,12 @@ import torch
 from mocov3 import schedules
 from mocov3.config import PretrainConfig
 from mocov3.config.cheap import Stage
-from mocov3.config.schedule import STABLE
+from mocov3.config.schedule import STABLE, budget_hours, latest
 from mocov3.data import Batch, TwoViews
 from mocov3.data.device.pixels import PixelViewBatch, ViewBatch
 from mocov3.data.device.token_strips import cheaper
 from mocov3.data.loading.loader import batches
+from mocov3.data.views.copies import Copies
 from mocov3.distributed import World
 from mocov3.errors import KEEP_YOURS
 from mocov3.output.log import warn
@@ -65,6 +66,8 @@ class Pretraining(Run):
 
     config: PretrainConfig
     log: PretrainingLog
+    copies: Copies | None = None
+    """Smaller copies of large images."""
     _said_copies = False
 
     def __init__(self, world: World, job: Job[PretrainConfig], owner: Owner) -> None:
@@ -81,7 +84,6 @@ class Pretraining(Run):
         # networks are drawn from the seed, and moved to the device, before a checkpoint is read into them
         self.parts = assemble.build(c, world, resume_from, script_door=job.script_door)
         self.model, self.step = self.parts.model, self.parts.step
-        self.copies = copies_of(c, self.world.local_size * max(self.workers(), 1))
         self.position = self._start(resume_from)
         own = None if resume.is_of_other_run(resume_from, c) else resume_from
         self.counters = resume.counters(own, self.source)
@@ -175,6 +177,7 @@ class Pretraining(Run):
     def _batches_of(self, stage: Stage) -> Generator[Batch, None, None]:
         """Batches from the present position to the end of a stage."""
         c, size = self.config, self.config.batch_size // self.world.size
+        self.copies = copies_of(c, self.world.local_size * max(self.workers(), 1))  # room is what is left by now
         views = TwoViews(
             stage.image_size, c.crop_min, self.preset, c.views, c.views_on == "device", c.local, self.copies
         )
@@ -267,15 +270,24 @@ class Pretraining(Run):
             return
         self._go_by(decisions)
         self.save(again=True)
-        if unsaved := self.flushed():
+        if unsaved := self.flushed() or self._unwritten_config():
             self._go_by(before)
+            self.length.postpone(before, self.position.step)
             if self.world.main:
                 warn(f"the next part waits for the disk ({unsaved}): a decision is kept before it is followed")
             return
-        self._write_config()
         for news in decisions.news(before, self.length.stages):
             self.log.say(news)
         self.log.restart_clock()
+
+    def _unwritten_config(self) -> str:
+        """Write config.yaml: why that could not be done, the same on every rank, or ''."""
+        reason = ""
+        try:
+            self._write_config()
+        except OSError as error:
+            reason = error.strerror or str(error)
+        return self.world.broadcast(reason)
 
     def _go_by(self, decisions: Decisions) -> None:
         self.length.take(decisions)
@@ -340,6 +352,12 @@ class Pretraining(Run):
             for sentence in conclusion.sentences:
                 self.log.result(sentence)
             self.code = KEEP_YOURS if conclusion.keep_yours else 0
+
+    @property
+    def longest(self) -> float:
+        """Hours after which the run is stopped: of a budget, should a full disk keep its decay from beginning."""
+        c = self.config
+        return c.max_hours or (latest(budget_hours(c.budget) or 0) if self.length.clock is not None else 0.0)
 
     def is_done(self) -> bool:
         """Whether nothing is left to do, which is said."""

@@ -70,6 +70,11 @@ def recorded(
     saved, entry = trained_with(contents), our_entry(contents)
     decay, ends = (value if isinstance(value := saved.get(name), str) else "" for name in ("decay", "stage_ends"))
     if is_of_other_run(resume_from, config):
+        if not config.budget and config.epochs * iterations <= int(entry.get("step", 0)):
+            raise UserError(
+                f"--epochs {config.epochs} ends before the stable part of --prolong {config.prolong} did, after "
+                f"{int(entry['step']) / iterations:.1f} epochs; give more, or --budget"
+            )
         kept = _ended(config, saved, ends, int(entry.get("step", 0)), iterations)
         return dataclasses.replace(config, stage_ends=config.stage_ends or ends_text(kept)), None
     decays = _longer(path, "--decay", decays_of(config.decay), decays_of(decay), decays_text)
@@ -86,7 +91,7 @@ def _ended(config: PretrainConfig, saved: Contents, ends: str, step: int, iterat
     """Ends of the cheap stages of a run that is prolonged from ``step``; those to come too, where epochs say them."""
 
     def planned(epochs: int) -> list[int]:
-        by_epochs = dataclasses.replace(config, epochs=epochs, stage_ends="")
+        by_epochs = dataclasses.replace(config, epochs=epochs, budget="", stage_ends="")
         return [stage.end * iterations for stage in stages(by_epochs)[:-1]]
 
     recorded = ends_of(ends)

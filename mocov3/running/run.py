@@ -127,6 +127,11 @@ class Run:
         if resumed:
             self.log.say(f"resumed at epoch {p.epoch}, iteration {p.iteration}")
 
+    @property
+    def longest(self) -> float:
+        """Hours after which the run is stopped (0: never)."""
+        return float(self.config.max_hours)
+
     def is_complete(self) -> bool:
         """Whether the schedule has come to its end."""
         return bool(self.position.epoch >= self.config.epochs)
@@ -214,7 +219,7 @@ class Run:
         return self.code
 
     def __enter__(self: R) -> R:
-        self._stop = Stop(max_steps=self.config.max_steps, max_hours=self.config.max_hours)
+        self._stop = Stop(max_steps=self.config.max_steps, max_hours=self.longest)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:

@@ -178,6 +178,8 @@ def test_large_index_is_shared(tmp_path, monkeypatch):
     sent = pickle.dumps(index)
     assert len(sent) < 1000
     assert pickle.loads(sent).path(999) == b"000999.jpg"
+    os.unlink(index.file)  # the cache is emptied while this process goes on
+    assert pickle.loads(pickle.dumps(index)).path(999) == b"000999.jpg"
     assert not list(tmp_path.rglob("*.partial"))
 
 

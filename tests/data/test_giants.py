@@ -13,6 +13,7 @@ from PIL import Image
 from slow_images import Failing, Slow, Stamp
 
 from mocov3.cli import main
+from mocov3.config import PretrainConfig
 from mocov3.config.local_views import LocalViews
 from mocov3.config.presets import PRESETS, Reading, ViewPreset
 from mocov3.data import Loader, TwoViews, open_source
@@ -23,10 +24,12 @@ from mocov3.data.views import copies
 from mocov3.data.views.copies import Copies, factor_of, opened_copies, size_of, used
 from mocov3.data.views.probes import ProbeViews
 from mocov3.distributed import World
+from mocov3.errors import UserError
 from mocov3.evaluation.features import Extractor
 from mocov3.evaluation.label_free import ViewsToJudge, features_of_views, pixel_features
 from mocov3.planning.choose import _looked_at
 from mocov3.planning.reading import mean_seconds, parts_by_size
+from mocov3.pretraining import inputs
 from mocov3.pretraining.label_free_evaluation import _many_giants
 
 PLAIN = ViewPreset(jitter_probability=0, blur_probability=(0, 0), solarize_probability=(0, 0))
@@ -126,6 +129,34 @@ def test_the_size_of_the_cache_is_bounded(tmp_path, monkeypatch):
     assert 0 < kept.added <= 800
     kept.pixels(saved(drawing(900, 900), "PNG"), Reading(), 9)
     assert kept.added <= 800
+
+
+@pytest.mark.parametrize("where", [".", "smaller", "smaller/??"])
+def test_no_cache_changes_no_view(tmp_path, monkeypatch, where):
+    """A file lies where a folder should, which also root cannot write into."""
+    data, draws = saved(drawing(1500, 1700), "PNG"), {"seed": 3, "epoch": 1, "index": 5}
+    kept = TwoViews(16, 0.3, PLAIN, copies=opened_copies(tmp_path, 1))(data, **draws)
+    base = tmp_path / "bad" / "mocov3"
+    for number in range(256 if "?" in where else 1):
+        file = base / where.replace("??", f"{number:02x}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"no folder")
+    monkeypatch.setattr(inputs, "cache_folder", lambda: base)
+    found = inputs.copies_of(PretrainConfig(), 1)
+    views = TwoViews(16, 0.3, PLAIN, copies=found)(data, **draws)
+    assert all(np.array_equal(a, b) for a, b in zip(kept, views, strict=True))
+    assert used(found.folder) == (0, 0)
+
+
+def test_without_any_folder_for_a_cache_views_are_the_same(monkeypatch, tmp_path):
+    def refuse():
+        raise UserError("nowhere can be written")
+
+    data, draws = saved(drawing(1500, 1700), "PNG"), {"seed": 3, "epoch": 1, "index": 5}
+    kept = TwoViews(16, 0.3, PLAIN, copies=opened_copies(tmp_path, 1))(data, **draws)
+    monkeypatch.setattr(inputs, "cache_folder", refuse)
+    views = TwoViews(16, 0.3, PLAIN, copies=inputs.copies_of(PretrainConfig(), 1))(data, **draws)
+    assert all(np.array_equal(a, b) for a, b in zip(kept, views, strict=True))
 
 
 def test_a_run_says_what_it_keeps(images, tmp_path, monkeypatch, capsys):

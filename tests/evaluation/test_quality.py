@@ -1,5 +1,6 @@
 """Judging without labels: measures against closed forms and numpy, during training, and side by side."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -20,6 +21,7 @@ from mocov3.evaluation import network_scores, quality
 from mocov3.evaluation.intervals import interval, rank_correlation
 from mocov3.evaluation.label_free import judge
 from mocov3.evaluation.neighbours import right_among
+from mocov3.pretraining import label_free_evaluation
 
 
 def gaussian(*shape, seed=0):
@@ -189,6 +191,15 @@ def test_a_run_that_begins_judges_anew(watched, images, tmp_path):
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["pretrain", str(images), *TINY, "--output-dir", str(tmp_path), "--quality-every", "1"]) == 0
     assert (tmp_path / "quality.jsonl").read_text() == (watched / "quality.jsonl").read_text()
+
+
+def test_a_network_that_says_nothing_is_not_the_best(images, tmp_path, monkeypatch, capsys):
+    """Features that collapsed, or are no numbers."""
+    nothing = {"retrieval": 0.0, "rankme": 0.0}
+    monkeypatch.setattr(label_free_evaluation, "judge", lambda *found: dataclasses.replace(judge(*found), **nothing))
+    assert main(["pretrain", str(images), *TINY, "--output-dir", str(tmp_path), "--quality-every", "1"]) == 0
+    assert not (tmp_path / "best_unlabelled.pth.tar").exists()
+    assert "best" not in capsys.readouterr().out
 
 
 def test_patience_stops_the_run(images, tmp_path, capsys):

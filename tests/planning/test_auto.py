@@ -82,8 +82,8 @@ def memory_by_pixels(arch):
     return lambda values, batch: counted.peak(batch) * (values.get("image_size", 224) / 64) ** 2
 
 
-def planned(count, machine, *, side=375, hours=None, given=None, seconds=0.0, before=(), memory=None):
-    images = Images(count, side, "photos", "because", "0.5,0.25", gray=False)
+def planned(count, machine, *, side=375, hours=None, given=None, seconds=0.0, before=(), memory=None, whole=0):
+    images = Images(count, side, "photos", "because", "0.5,0.25", gray=False, whole=whole)
     given = given or {}
     memory = memory or memory_on(machine.device)
     choices = choose_settings(images, machine, hours, given, lambda values: (seconds, {}), memory, before)
@@ -126,7 +126,12 @@ def test_a_budget_sets_epochs():
     cpu = MACHINES["cpu"]
     plan = planned(5_000, cpu, hours=1, seconds=60)[0]  # an epoch is of 4,500, 500 are held out
     assert (plan.epochs, plan.schedule) == (math.floor(0.95 * 3600 / 54), "wsd")
-    assert planned(5_000, cpu, hours=1, seconds=60, given={"hold_out": 0})[0].epochs == math.floor(0.95 * 60)
+    for held in (0, 2_500):  # 5,000 are without those that the user keeps
+        assert planned(5_000, cpu, hours=1, seconds=60, given={"hold_out": held})[0].epochs == math.floor(0.95 * 60)
+    fraction = planned(5_000, cpu, hours=1, seconds=60, whole=50_000)[0]  # 2,000 of 50,000, hence of 5,000 each time
+    assert (fraction.epochs, fraction.hold_out) == (math.floor(0.95 * 60 / 0.96), 2_000)
+    small = planned(200, cpu, hours=1, seconds=60, whole=2_000, given={"batch_size": 190})[0]
+    assert small.hold_out == 100  # an epoch of 190 is left
     for enough in (planned(5_000, cpu, hours=24, seconds=60)[0], planned(5_000, cpu, seconds=60)[0]):
         assert enough.schedule == "cosine"  # the time does not bind, or nobody named it
     assert planned(5_000, cpu, hours=1, seconds=60, given={"epochs": 20})[0].schedule == "cosine"

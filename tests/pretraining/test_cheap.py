@@ -147,18 +147,27 @@ def test_stages():
         return stages(PretrainConfig(arch=arch, epochs=epochs, **flags))
 
     assert made() == [Stage(0, 10, 224, 16, 1.0, 0)]
-    assert made(token_keep="0.25") == [Stage(0, 8, 224, 16, 0.25, 14), Stage(8, 10, 224, 16, 1.0, 0)]
+    assert made(token_keep="0.25") == [Stage(0, 8, 224, 16, 0.25, 14, 0.8), Stage(8, 10, 224, 16, 1.0, 0)]
     assert made("resnet50", image_size_schedule="128:0.3,160:0.4") == [
-        Stage(0, 3, 128, 16, 1.0, 0),
-        Stage(3, 7, 160, 16, 1.0, 0),
+        Stage(0, 3, 128, 16, 1.0, 0, 0.3),
+        Stage(3, 7, 160, 16, 1.0, 0, 0.7),
         Stage(7, 10, 224, 16, 1.0, 0),
     ]
     assert made(token_keep="0.5:0.6", patch_size_schedule="32:0.3") == [
-        Stage(0, 3, 224, 32, 0.5, 14),
-        Stage(3, 6, 224, 16, 0.5, 14),
+        Stage(0, 3, 224, 32, 0.5, 14, 0.3),
+        Stage(3, 6, 224, 16, 0.5, 14, 0.6),
         Stage(6, 10, 224, 16, 1.0, 0),
     ]
     assert made(epochs=2, token_keep="0.5:0.99")[0].end == 1
+    for epochs in (1, 2, 3, 5, 100):  # of the time, to which the expected epochs are nothing
+        clock = made(
+            epochs=epochs, schedule="wsd", budget="1h", token_keep="0.5:0.1,0.6:0.2", patch_size_schedule="32:.3"
+        )
+        assert [(stage.share, stage.keep, stage.patch_size) for stage in clock] == [
+            (0.1, 0.5, 32),
+            (0.3, 0.6, 32),
+            (1.0, 1.0, 16),
+        ]
     assert (made(token_keep="0.25")[0].tokens, made(token_keep="0.25")[0].kept) == (196, 49)
 
 
@@ -175,7 +184,7 @@ def test_stages():
         ({"token_keep": "0.5", "arch": "resnet50"}, "not resnet50"),
         ({"token_keep": "0.5", "arch": "vit_conv_small"}, "not vit_conv_small"),
         ({"image_size_schedule": "160", "arch": "timm/convnext_atto"}, "and ResNets"),
-        ({"image_size_schedule": "100"}, "do not divide"),
+        ({"image_size_schedule": "100"}, "from 0% to 80% of the run views of 100 px do not divide"),
         ({"image_size_schedule": "448"}, "would not be cheaper"),
         ({"image_size_schedule": "160.5"}, "whole numbers"),
         ({"image_size_schedule": "inf"}, "whole numbers"),

@@ -1,9 +1,11 @@
 """Warm-up, stable, decay: its rates, the clock that decides, decisions that survive kills, runs that are prolonged."""
 
+import itertools
 import json
 import math
 import random
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,14 +72,17 @@ class Watch:
         return self.seconds
 
 
+@pytest.mark.parametrize("epochs", [3, 100])  # expected; the clock's shares are of the time
 @pytest.mark.parametrize("cheap", ["", "16:0.3,24:0.2"])
 @pytest.mark.parametrize("disturbed", ["never", "early", "late", "in turns", "from the decay on", "at the end"])
-def test_the_end_is_within_the_budget_though_the_machine_is_disturbed(disturbed, cheap):
+def test_the_end_is_within_the_budget_though_the_machine_is_disturbed(disturbed, cheap, epochs):
     budget, now = 600.0, Watch()
     clock = Clock(budget, began=0, now=now)
     clock._start = now()  # whatever the time of day
     sizes = {"image_size": 32, "image_size_schedule": cheap}
-    config = PretrainConfig(schedule="wsd", batch_size=256, warmup_epochs=0, recipe="auto", budget="10m", **sizes)
+    config = PretrainConfig(
+        schedule="wsd", batch_size=256, epochs=epochs, warmup_epochs=0, recipe="auto", budget="10m", **sizes
+    )
     length = Length(config, ALONE, 50, clock)
     rng = random.Random(0)
     when = {
@@ -121,6 +126,35 @@ def test_time_down_does_not_count():
     assert clock.spent() - first == pytest.approx(5)
     fresh = Clock(100, began=0, now=now)
     assert clock.spent() - fresh.spent() == pytest.approx(35, abs=0.1)
+
+
+def test_a_decision_that_the_disk_refused_waits_a_while():
+    """Every rank is told the same; a tenth of a second is a hundredth of the decay here."""
+    now = Watch()
+    config = PretrainConfig(schedule="wsd", warmup_epochs=0, recipe="auto", budget="50s", decay_share=0.2)
+    length = Length(config, ALONE, 10, Clock(50.0, began=math.inf, now=now))
+    asked = []
+    for step in range(1, 900):  # no end: nothing is followed that is not kept
+        now.seconds += 0.05
+        before = length.decisions
+        if decisions := length.due(Position(0, 0, step)):
+            asked.append(now() - 1000)
+            length.take(decisions)
+            length.postpone(before, step)
+        assert not length.is_over(Position(0, 0, step))
+    assert asked[0] == pytest.approx(0.8 * 49.5, abs=0.1)
+    assert len(asked) >= 20
+    assert min(b - a for a, b in itertools.pairwise(asked)) >= 0.1
+
+
+def test_a_budget_is_not_exceeded_by_more_than_a_fifth(images, tmp_path, monkeypatch, capsys):
+    """The disk stays full, so that the decay never begins."""
+    monkeypatch.setattr(Pretraining, "flushed", lambda self: "full" if self.config.decay else "")
+    flags = [str(images), *SMALL, "--budget", "4s", "--epochs", "100000", "--output-dir", str(tmp_path)]
+    began = time.monotonic()
+    assert main(["pretrain", *flags]) == 0
+    assert 4 < time.monotonic() - began < 15
+    assert recorded(tmp_path) == ""
 
 
 def run(images, folder, *flags):
@@ -260,6 +294,16 @@ def test_another_budget_is_not_bound_by_what_a_run_decided(tmp_path):
         chosen(read_pretrain([*known, "--budget", "2h"], "x", {"recipe": "auto"}))
 
 
+def test_epochs_that_are_a_guess_refuse_no_warm_up():
+    PretrainConfig(schedule="wsd", recipe="auto", budget="10m", epochs=3, warmup_epochs=5, freeze_epochs=4).check()
+
+
+def test_prolonging_asks_for_how_long(plain, tmp_path):
+    prolong = ["pretrain", "--prolong", str(plain), "--output-dir", str(tmp_path)]
+    assert "for how long? Give --budget, or --epochs" in refused(*prolong)
+    assert "--epochs 3 ends before" in refused(*prolong, "--epochs", "3")
+
+
 def test_a_run_by_epochs_takes_no_budget_when_it_goes_on(images, tmp_path):
     flags = [str(images), *SMALL, "--output-dir", str(tmp_path), "--max-steps", "2"]
     assert main(["pretrain", *flags]) == 0
@@ -272,7 +316,7 @@ def test_a_decision_is_durable_before_it_is_followed(images, tmp_path, monkeypat
     class Killed(BaseException):
         pass
 
-    said, flushes, written = [], [], Pretraining._write_config
+    said, flushes, written, refusals = [], [], Pretraining._write_config, iter([1])
 
     def killed(self):
         if self.config.decay:
@@ -302,6 +346,19 @@ def test_a_decision_is_durable_before_it_is_followed(images, tmp_path, monkeypat
     lr = [json.loads(line)["lr"] for line in (full / "metrics.jsonl").read_text().splitlines()]
     assert lr[14] == lr[12]
 
+    monkeypatch.setattr(Pretraining, "flushed", flushed)
+
+    def refusing(self):
+        if self.config.decay and next(refusals, 0):
+            raise OSError(28, "No space left on device")
+        written(self)
+
+    monkeypatch.setattr(Pretraining, "_write_config", refusing)
+    full = tmp_path / "configless"
+    assert main([*flags[:-3], str(full), "--max-steps", "15"]) == 0
+    assert recorded(full) == "14:2"
+    assert "(No space left on device)" in said[-1]
+
 
 @pytest.mark.parametrize(
     ("flags", "message"),
@@ -312,6 +369,7 @@ def test_a_decision_is_durable_before_it_is_followed(images, tmp_path, monkeypat
         ({"schedule": "wsd", "decay": "5:0"}, "takes STEP:STEPS"),
         ({"schedule": "wsd", "warmup_epochs": 90}, "leaves no stable part of 100 epochs"),
         ({"schedule": "wsd", "budget": "soon"}, "write a time above 0"),
+        ({"warmup_epochs": 5, "epochs": 3}, "is longer than --epochs 3"),
         ({"schedule": "wsd", "stage_ends": "5,3"}, "whole numbers above 0 that rise"),
         ({"schedule": "wsd", "stage_ends": "5"}, "ends 1 cheap parts; with --schedule wsd 0 end by the clock"),
         ({"arch": "resnet18", "image_size_schedule": "112:0.5", "stage_ends": "5"}, "with --schedule cosine 0 end"),

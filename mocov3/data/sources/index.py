@@ -82,7 +82,9 @@ class Index:
         return Index(np.load(file, mmap_mode="r"), str(file), self.digest)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"array": None if self.file else self.array, "file": self.file, "known_digest": self.known_digest}
+        there = self.file is not None and os.path.exists(self.file)  # else the cache folder was emptied meanwhile
+        array = None if there else np.array(self.array)
+        return {"array": array, "file": self.file if there else None, "known_digest": self.known_digest}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.file = state["file"]  # type: ignore[assignment]

@@ -76,12 +76,14 @@ class Copies:
         if not done or self.added + len(png) > self.room:
             return
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        with suppress(OSError):  # a full disk: the image is decoded again next time
+        with suppress(OSError):  # a full disk, a folder of others: the image is decoded again next time
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(_HEAD.pack(_MAGIC, *size) + png.tobytes())
-            os.replace(partial, file)
-            self.added += _HEAD.size + len(png)
-        partial.unlink(missing_ok=True)
+            try:
+                partial.write_bytes(_HEAD.pack(_MAGIC, *size) + png.tobytes())
+                os.replace(partial, file)
+                self.added += _HEAD.size + len(png)
+            finally:
+                partial.unlink(missing_ok=True)
 
 
 def _read(file: Path) -> tuple[np.ndarray, tuple[int, int]] | None:
@@ -156,10 +158,16 @@ def opened_copies(base: Path, processes: int) -> Copies:
     kept.sort(reverse=True)
     for _, size, file in kept:
         if used + size > 0.75 * most:
-            file.unlink(missing_ok=True)
-        else:
-            used += size
+            with suppress(OSError):  # of another user
+                file.unlink()
+                continue
+        used += size
     return Copies(str(folder), max(most - used, 0) // max(processes, 1))
+
+
+def not_kept() -> Copies:
+    """Copies where there is no cache: views are cut from them as well, so that they are the same."""
+    return Copies(os.devnull, 0)
 
 
 def limit(base: Path) -> int:
