@@ -250,6 +250,8 @@ def time_step(machine: Machine, arch: str, batch: int, size: int, *, manner: str
     _release(machine)
     model = steps.build(arch, case, size, device) if size > 64 else _small(arch, size, device)
     x1, x2 = _views(machine, batch, size)
+    if manner == "reference":
+        x1, x2 = x1.contiguous(), x2.contiguous()
     halves = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(manner)  # as runs give pixels to networks
     x1, x2 = (x1, x2) if halves is None else (x1.to(halves), x2.to(halves))
     side: Any = (

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mocov3 import models
 from mocov3.distributed import World
 from mocov3.models import MoCo
+from mocov3.models.patches import PatchProjection
 from mocov3.models.precision import Precision
 from mocov3.models.products import TokenLinear
 from mocov3.models.small_maps import SmallMapConv2d
@@ -83,7 +84,7 @@ class Eager:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # timm's own switch
-            for ours, plain in ((TokenLinear, nn.Linear), (SmallMapConv2d, nn.Conv2d)):
+            for ours, plain in ((TokenLinear, nn.Linear), (SmallMapConv2d, nn.Conv2d), (PatchProjection, nn.Conv2d)):
                 if isinstance(module, ours):
                     module.__class__ = plain
         self.optimizer: Any

@@ -79,8 +79,9 @@ class _CudaNorm(torch.autograd.Function):
         count = torch.full((1,), x.numel() // x.shape[1], dtype=mean.dtype, device=x.device)
         parts = _all_gather(torch.cat([mean, inverse, count]))
         n = len(mean)
+        # the first argument only says in which type the rest is, if there are no running statistics to say it
         mean, inverse = torch.batch_norm_gather_stats_with_counts(
-            x, parts[:, :n], parts[:, n:-1], running_mean, running_var, rate, eps, parts[:, -1]
+            mean, parts[:, :n], parts[:, n:-1], running_mean, running_var, rate, eps, parts[:, -1]
         )
         ctx.save_for_backward(x, weight, mean, inverse, parts[:, -1].to(torch.int32))
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)

@@ -196,6 +196,9 @@ def _run(task: Task[P], payload: P, rank: int, size: int, here: int, device: tor
             reason = gone
             raise RankLost(f"{gone}; rank {rank} ends; continue with --resume auto") from None
         raise
+    except BaseException as error:  # whatever it is, the others would wait for this rank
+        reason = type(error).__name__
+        raise
     finally:
         world.finish(reason)
 

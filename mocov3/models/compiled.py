@@ -27,7 +27,7 @@ class CompiledFeatures:
         encoder: its method is replaced by this object.
         method: its name.
         backend: of ``torch.compile``.
-        say: told, once, when nothing can be compiled here.
+        say: told when nothing can be compiled here.
     """
 
     def __init__(
@@ -37,6 +37,11 @@ class CompiledFeatures:
         self._eager: Callable[..., Any] = getattr(encoder, method)
         # symbolic sizes would be slower: a run has few, and they are known from its start
         self._compiled: Callable[..., Any] | None = torch.compile(self._eager, backend=backend, dynamic=False)
+
+    @property
+    def works(self) -> bool:
+        """Whether it has been possible to compile so far."""
+        return self._compiled is not None
 
     def __call__(self, *args: object) -> Any:
         """Features of images, as the encoder's own method."""

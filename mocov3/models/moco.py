@@ -19,7 +19,7 @@ from mocov3.distributed import gather_keys
 from mocov3.distributed.batch_norm import statistics_at_rest
 from mocov3.distributed.sharding import local, reshard
 from mocov3.models.backbones import Encoder, build_encoder
-from mocov3.models.compiled import compile_features
+from mocov3.models.compiled import CompiledFeatures, compile_features
 from mocov3.models.lora import summed_parameters
 
 
@@ -155,6 +155,12 @@ class MoCo(nn.Module):
     def local_pass(self) -> AbstractContextManager[None]:
         """Around local views: their batch statistics normalise them, and do not move the running ones."""
         return statistics_at_rest(self.base_encoder, self.predictor)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether both backbones are compiled; not where that turned out to be impossible."""
+        makers = (self.base_encoder.features, self.momentum_encoder.features)
+        return all(isinstance(maker, CompiledFeatures) and maker.works for maker in makers)
 
     def compile_backbones(self, backend: str | Callable[..., object] = "inductor", **settings: Any) -> None:
         """Compile both backbones (``mocov3.models.compiled.compile_features``, whose ``settings`` these are)."""

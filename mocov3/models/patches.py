@@ -13,16 +13,27 @@ class PatchProjection(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
-        whole = input.device.type == "cuda" and not any(self.padding) and self.stride == self.kernel_size
+        whole = not any(self.padding) and self.stride == self.kernel_size
         if not whole or self.groups > 1 or input.shape[-2] % self.stride[0] or input.shape[-1] % self.stride[1]:
             return super().forward(input)
-        return project_patches(input, self.weight, self.bias).permute(0, 3, 1, 2)
+        return patch_maps(input, self.weight, self.bias)
 
 
 def use_patch_products(projection: nn.Module) -> None:
     """Make a plain convolution a ``PatchProjection``; parameters, names and hooks stay."""
     if type(projection) is nn.Conv2d:
         projection.__class__ = PatchProjection
+
+
+def patch_maps(
+    x: Float[Tensor, "batch channels height width"],
+    weight: Float[Tensor, "out channels side side"],
+    bias: Tensor | None,
+) -> Float[Tensor, "batch out rows columns"]:
+    """The convolution of patches that lie side by side, whatever is fastest on the device."""
+    if x.device.type == "cuda":
+        return project_patches(x, weight, bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, stride=weight.shape[-1])
 
 
 def project_patches(

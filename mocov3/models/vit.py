@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mocov3.config.archs import STEM_PARTS
 from mocov3.models.attention import attend
 from mocov3.models.gelu import use_fused_gelu
-from mocov3.models.patches import resized_kernel, sincos_of_places, use_patch_products
+from mocov3.models.patches import patch_maps, resized_kernel, sincos_of_places, use_patch_products
 from mocov3.models.positions import sincos_position_embedding
 from mocov3.models.products import token_linear, use_fast_products
 
@@ -137,14 +137,15 @@ class VisionTransformer(TimmVisionTransformer):
         weight = projection.weight
         if side != weight.shape[-1]:
             weight = resized_kernel(weight, side)
-        patches = F.conv2d(x[:, :-2], weight, projection.bias, stride=side).flatten(2).transpose(1, 2)
+        patches = patch_maps(x[:, :-2], weight, projection.bias).flatten(2).transpose(1, 2)
         return self._placed(patches, x[:, -2:, 0, ::side])
 
     def _tokens_of_size(self, x: Tensor) -> Tensor:
         maps: Tensor = self.patch_embed.proj(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
         # as in strips: the middles of the patches, in the grid of full views
         row, column = (
-            (torch.arange(count, device=x.device, dtype=x.dtype) + 0.5) * grid / count - 0.5
+            (torch.arange(count, device=x.device, dtype=wide) + 0.5) * grid / count - 0.5
             for count, grid in zip(maps.shape[-2:], self.patch_embed.grid_size, strict=True)
         )
         places = torch.stack(torch.meshgrid(row, column, indexing="ij")).flatten(1)

@@ -21,7 +21,7 @@ from mocov3.models.compiled import compile_features, pays
 from mocov3.models.lora import add_pairs
 from mocov3.models.precision import Precision, resolve_precision
 from mocov3.optim import build_optimizer
-from mocov3.output.log import warn
+from mocov3.output.log import warn, warn_once
 from mocov3.pretraining.footprint import Footprint, choose_micro_batch, footprint, free_memory
 from mocov3.pretraining.groups import freeze_until, parameter_groups
 from mocov3.pretraining.preserve import Preservation
@@ -74,9 +74,10 @@ def build(
     preservation, start = _start(c, world, resume_from)
     compiled = resolve_compile(c, world, micro_batch, resume_from)
     if compiled:
-        model.compile_backbones(say=warn)
+        say = warn_once if world.main else lambda _: None  # once, not for every backbone of every rank
+        model.compile_backbones(say=say)
         if preservation is not None:
-            compile_features([model.base_encoder, preservation.start], method="features_and_mean", say=warn)
+            compile_features([model.base_encoder, preservation.start], method="features_and_mean", say=say)
     groups = parameter_groups(model, c.layer_decay, staged=c.freeze_epochs > 0)
     optimizer = optimizer_of(model, groups, c, world)
     step = Step(
@@ -184,14 +185,18 @@ def resolve_compile(
     """Whether the backbones are compiled: as ``--compile`` says, else as the run to resume was, else where it pays.
 
     It pays on CUDA, but for the smallest images. A resumed run stays with its arithmetic, since the last bits depend
-    on it. Recomputed and sharded backbones, and runs that are to give the same bits again, are compiled when asked for.
+    on it, unless it goes on beside a flag that rules compiling out. Recomputed backbones are compiled when asked for.
     """
     c = config
     if c.compile is not None:
         return c.compile
+    ruled_out = "--fsdp" if c.fsdp else "--deterministic" if c.deterministic else ""
     if resume_from:
-        return bool(trained_with(resume_from[1]).get("compile"))
-    plain = not (c.fsdp or c.grad_checkpoint or c.deterministic)
+        before = bool(trained_with(resume_from[1]).get("compile"))
+        if before and ruled_out and world.main:
+            warn(f"the run was compiled so far; beside {ruled_out} it goes on eagerly, and its last bits are others")
+        return before and not ruled_out
+    plain = not (ruled_out or c.grad_checkpoint)
     return world.device.type == "cuda" and plain and pays(micro_batch or c.batch_size // world.size, c.image_size)
 
 

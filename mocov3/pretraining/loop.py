@@ -313,6 +313,8 @@ class Pretraining(Run):
         self.recorder.flush()
         self.counters.gather(self.world, self.log, self.position.epoch)
         clock, begins = self.length.clock, self.length.begins_decay(self.position.step)
+        if self.saver.config.compile and not self.model.compiled:  # which the first step shows
+            self.saver.config = dataclasses.replace(self.saver.config, compile=False)
         return self.saver.files(
             self.position,
             self.model,

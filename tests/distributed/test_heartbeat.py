@@ -1,14 +1,20 @@
 """A rank that is lost where calls hang instead of failing, as nccl's do: the others say which, and end."""
 
+import sys
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
+import mocov3.distributed.launch  # noqa: F401
 from mocov3.distributed import heartbeat
 from mocov3.distributed.heartbeat import Heartbeat
 from mocov3.errors import RankLost
+
+launch = sys.modules["mocov3.distributed.launch"]
 
 
 @pytest.fixture
@@ -53,6 +59,21 @@ def test_ranks_that_hang_end_and_name_the_lost_one(ends, capfd, announced):
     assert said.count("mocov3: error: ") == 2
     assert f"mocov3: error: {reason}" in said
     assert f"mocov3: error: rank 0 stopped: {reason}" in said
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, MemoryError, KeyError, RuntimeError, SystemExit])
+def test_a_rank_that_ends_by_any_error_says_so(monkeypatch, error):
+    """Else the others would wait for it: nothing but a reason tells an end from a regular one."""
+    left = []
+    world = SimpleNamespace(finish=left.append, blame=lambda: "")
+    monkeypatch.setattr(launch, "start", lambda *_, **__: world)
+
+    def task(*_):
+        raise error("broken")
+
+    with pytest.raises(error):
+        launch._run(task, None, 1, 2, 1, torch.device("cpu"), launch.Meeting("gloo", "", 1.0))
+    assert left == [error.__name__]
 
 
 def test_a_regular_end_and_a_rank_that_fails_by_itself_end_nobody(ends):

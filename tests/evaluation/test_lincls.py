@@ -14,6 +14,7 @@ from doors import refused
 from evaluating import ARCH, write_pretrained
 from killing import Process, assert_same_run, kill_until_done
 from PIL import Image
+from reads import Reads
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from starting import launch_ranks
@@ -135,6 +136,22 @@ def test_batch_norm_is_torchs_and_folds():
     folded = norm.fold(weight, bias)
     x = torch.randn(5, 6) * 3 + 2
     assert torch.allclose(torch.nn.functional.linear(x, *folded), norm(x) @ weight.T + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_step_of_heads_reads_nothing(size):
+    """On a GPU it would have to be waited for."""
+
+    class Alone(World):
+        def sum(self, x):
+            return x
+
+    world = Alone(0, size, ONE.device)
+    specs = [HeadSpec("linear", 0.1, 0.0), HeadSpec("bn-linear", 0.1, 0.0)]
+    heads = Heads(specs, width=6, classes=3, seed=0, momentum=0.9, world=world)
+    with Reads() as reads:
+        heads.step(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]), lr_factor=1.0)
+    assert not reads.found
 
 
 def test_files_are_the_references(run, pretrained, images, capsys):

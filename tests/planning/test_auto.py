@@ -23,6 +23,7 @@ from mocov3.config.command_lines import read_pretrain
 from mocov3.config.presets import PRESETS
 from mocov3.config.recipes import RECIPES
 from mocov3.config.schedule import parse_budget
+from mocov3.data import FashionMnist
 from mocov3.data.loading.order import Order
 from mocov3.data.sources.survey import Survey, alikeness, near_pairs, propose, uprightness
 from mocov3.distributed import World
@@ -499,6 +500,25 @@ def test_loading_takes_its_share_of_the_time():
     assert speed.total_seconds(1.0, 0.5, "cpu", workers=0) == 1.5
     assert speed.total_seconds(1.0, 0.5, "cpu", workers=2) == 1.25
     assert speed.total_seconds(1.0, 0.5, "cuda", workers=2) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "share"),
+    [
+        ("cuda", {}, 0.72),
+        ("cuda", {"compile": False}, 1),
+        ("cuda", {"image_size": 32}, 1),
+        ("cpu", {"compile": True}, 1),
+    ],
+)
+def test_an_epoch_of_compiled_steps_is_planned_as_such(monkeypatch, device, flags, share):
+    """Measured are eager ones: compiling takes up to a minute."""
+    monkeypatch.setattr(speed, "pick_device", lambda *_: torch.device(device))
+    monkeypatch.setattr(speed, "_step_times", lambda *_: [2.0, 3.0, 4.0])
+    monkeypatch.setattr(speed, "image_seconds", lambda *_: 0.0)
+    config = PretrainConfig(**{"batch_size": 512, **flags})
+    training, _, batch = speed.epoch_seconds(config, FashionMnist("val"), 5_120)
+    assert (training, batch) == (pytest.approx(10 * 3.0 * share), 512)
 
 
 @pytest.mark.parametrize(("unseen", "held"), [(0, 24), (19, 24), (20, 0)])

@@ -21,9 +21,10 @@ from mocov3.cli import main
 from mocov3.config import PretrainConfig
 from mocov3.data import Batch, Work
 from mocov3.data.device.pixels import normalise
+from mocov3.data.device.token_strips import strips
 from mocov3.distributed import World
 from mocov3.errors import UserError
-from mocov3.models import MoCo
+from mocov3.models import MoCo, vit
 from mocov3.models.compiled import compile_features
 from mocov3.models.gelu import gelu
 from mocov3.models.patches import project_patches
@@ -179,17 +180,27 @@ def test_where_nothing_compiles_the_backbone_runs_eagerly_and_says_so_once(monke
         ({"image_size": 32, "compile": True}, "cuda", None, True),
         ({"micro_batch": 16}, "cuda", None, False),
         ({"compile": False}, "cuda", {"compile": True}, False),
+        ({"grad_checkpoint": True}, "cuda", {"compile": True}, True),
+        ({"deterministic": True}, "cuda", {"compile": True}, False),  # which --compile refuses
+        ({"fsdp": True}, "cuda", {"compile": True}, False),
     ],
 )
-def test_what_is_compiled(flags, device, before, compiled):
+def test_what_is_compiled(flags, device, before, compiled, capsys):
     found = None if before is None else (Path("checkpoint"), {"mocov3": {"config": before}})
     config = PretrainConfig(**{"batch_size": 512, **flags})
     micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else 0
     assert resolve_compile(config, World(0, 1, torch.device(device)), micro_batch, found) == compiled
+    changed = before == {"compile": True} and not compiled and config.compile is None
+    assert ("goes on eagerly" in capsys.readouterr().err) == changed
 
 
-def test_a_run_stores_its_mode_and_leaves_the_choice_to_config_yaml(images, tmp_path, monkeypatch):
-    backbones = functools.partialmethod(MoCo.compile_backbones, backend="eager")
+@pytest.mark.parametrize("works", [True, False])
+def test_a_run_stores_its_mode_and_leaves_the_choice_to_config_yaml(images, tmp_path, monkeypatch, capsys, works):
+    def broken(*_):
+        raise RuntimeError("no C compiler")
+
+    torch._dynamo.reset()
+    backbones = functools.partialmethod(MoCo.compile_backbones, backend="eager" if works else broken)
     monkeypatch.setattr(MoCo, "compile_backbones", backbones)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     monkeypatch.setattr("mocov3.pretraining.assemble.resolve_compile", lambda *_: True)  # as on CUDA
@@ -197,7 +208,8 @@ def test_a_run_stores_its_mode_and_leaves_the_choice_to_config_yaml(images, tmp_
     flags += " --moco-dim 8 --moco-mlp-dim 8"
     assert main(["pretrain", str(images), *flags.split(), "--output-dir", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("checkpoint_*")
-    assert torch.load(path, weights_only=True)["mocov3"]["config"]["compile"] is True
+    assert torch.load(path, weights_only=True)["mocov3"]["config"]["compile"] is works
+    assert capsys.readouterr().err.count("no C compiler") == (not works)  # once, though there are two backbones
     assert "compile: null" in (tmp_path / "config.yaml").read_text()
 
 
@@ -281,6 +293,31 @@ def test_the_product_of_patches_is_the_convolution(layout):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("patch", [8, 16])
+def test_strips_are_projected_by_products_where_those_are_faster(monkeypatch, patch):
+    """As on a GPU, also of larger patches."""
+    torch.manual_seed(0)
+    model = models.build("vit_micro", image_size=32, patch_size=8, dim=8, mlp_dim=8).double()
+    tokens = torch.tensor([[3, 0], [1, 2]])
+    x = strips(torch.randn(2, 3, 32, 32, dtype=torch.float64), tokens, patch, 4)
+    expected = model.base_encoder.features(x)
+    monkeypatch.setattr(vit, "patch_maps", lambda *given: project_patches(*given).permute(0, 3, 1, 2))
+    torch.testing.assert_close(model.base_encoder.features(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_places_of_local_views_are_not_rounded_to_16_bits(monkeypatch):
+    """Views come in 16 bits on a GPU."""
+    model, asked = models.build("vit_micro", image_size=32, patch_size=8, dim=8, mlp_dim=8), []
+    table = vit.sincos_of_places
+    monkeypatch.setattr(vit, "sincos_of_places", lambda places, dim: asked.append(places) or table(places, dim))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.base_encoder.features(torch.randn(2, 3, 24, 24).bfloat16())
+    (places,) = asked
+    assert places.dtype == torch.float32
+    row = (torch.arange(3) + 0.5) * 4 / 3 - 0.5
+    torch.testing.assert_close(places[0, 0].view(3, 3), row[:, None].expand(3, 3))
 
 
 # --- the update ---------------------------------------------------------------------------------------------

@@ -48,10 +48,11 @@ class FeatureNorm:
         """Normalise by the statistics of the batch over all ranks, and move the running ones."""
         wide = x.to(self.mean.dtype)
         mean, variance, n = self._statistics(wide, world)
-        if n < 2:  # one image has no variance
-            return self(x)
-        self.mean.mul_(1 - self.rate).add_(mean, alpha=self.rate)
-        self.variance.mul_(1 - self.rate).add_(variance, alpha=self.rate * n / (n - 1))
+        several = n >= 2  # one image has no variance; how many there are is not read off the device
+        unbiased = variance * (n / (n - 1).clamp_min(1))
+        self.mean.copy_(torch.where(several, (1 - self.rate) * self.mean + self.rate * mean, self.mean))
+        self.variance.copy_(torch.where(several, (1 - self.rate) * self.variance + self.rate * unbiased, self.variance))
+        mean, variance = torch.where(several, mean, self.mean), torch.where(several, variance, self.variance)
         return ((wide - mean) * torch.rsqrt(variance + self.eps)).to(x.dtype)
 
     def measure(self, x: Float[Tensor, "batch width"], world: World) -> None:
@@ -60,12 +61,12 @@ class FeatureNorm:
         self.mean.copy_(mean)
         self.variance.copy_(variance)
 
-    def _statistics(self, wide: Tensor, world: World) -> tuple[Tensor, Tensor, float]:
+    def _statistics(self, wide: Tensor, world: World) -> tuple[Tensor, Tensor, Tensor]:
         count = torch.full((1,), len(wide), dtype=wide.dtype, device=wide.device)
         sums = world.sum(torch.cat([wide.sum(0), wide.square().sum(0), count]))
-        width, n = len(self.mean), float(sums[-1])
-        mean = sums[:width] / max(n, 1.0)
-        return mean, (sums[width:-1] / max(n, 1.0) - mean.square()).clamp_min(0), n
+        width, n = len(self.mean), sums[-1]
+        mean = sums[:width] / n.clamp_min(1)
+        return mean, (sums[width:-1] / n.clamp_min(1) - mean.square()).clamp_min(0), n
 
     def __call__(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
         """Normalise by the running statistics."""
@@ -156,11 +157,11 @@ class Heads:
 
     def _set_grads(self, parameters: list[Tensor], grads: list[Tensor], count: int) -> None:
         if self.world.size > 1:
-            n = torch.tensor([float(count)], dtype=grads[0].dtype, device=grads[0].device)
+            n = torch.full((1,), float(count), dtype=grads[0].dtype, device=grads[0].device)
             flat = self.world.sum(torch.cat([*(g.flatten() for g in grads), n]))
             parts = flat[:-1].split([g.numel() for g in grads])
             grads = [p.view_as(g) for p, g in zip(parts, grads, strict=True)]
-            torch._foreach_div_(grads, max(float(flat[-1]), 1.0))
+            torch._foreach_div_(grads, flat[-1].clamp_min(1.0))
         for p, g in zip(parameters, grads, strict=True):
             p.grad = g
 

@@ -15,7 +15,7 @@ from mocov3 import schedules
 from mocov3.config import LinclsConfig
 from mocov3.data import Batch
 from mocov3.data.device.pixels import normalise
-from mocov3.data.device.sending import Arriving
+from mocov3.data.device.sending import Arriving, send
 from mocov3.data.loading.labelled import CropView, open_labelled, plan_all
 from mocov3.data.loading.slots import Work
 from mocov3.distributed import World
@@ -171,7 +171,7 @@ class Evaluation(Run):
         if bad:
             keep = np.array([i not in bad for i in indices.tolist()], dtype=bool)
         if batch is None:
-            x = self._collect_train().features[torch.from_numpy(indices)].to(self.world.device)
+            x = send(self._collect_train().features[torch.from_numpy(indices)].numpy(), self.world.device)
         else:
             met = set(indices.tolist())
             self._note_unreadable("train", {c.index: c.reason for c in batch.corrupt if c.index in met})
@@ -184,7 +184,7 @@ class Evaluation(Run):
         if bad:
             x, indices = x[torch.from_numpy(keep).to(x.device)], indices[keep]
         self._unchecked.append((indices, Arriving(finite_rows(x))))
-        return x, self.labels[torch.from_numpy(indices).to(self.world.device)]
+        return x, self.labels[send(indices, self.world.device)]
 
     def _refuse_not_finite(self) -> None:
         """Refuse where a feature was not finite since the last time: read here, so no step waits for the device."""

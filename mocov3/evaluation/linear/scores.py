@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mocov3.config import LinclsConfig
 from mocov3.data import Source
+from mocov3.data.device.sending import send
 from mocov3.data.loading.labelled import open_evaluated, open_judged
 from mocov3.data.loading.loader import loader_workers
 from mocov3.data.sources.groups import chosen, groups_in
@@ -53,7 +54,7 @@ def validation_features(
     for part in stream(frozen.extractor, source, mine, device=world.device, workers=workers, autocast=autocast):
         refuse_not_finite(part, source)
         unreadable |= part.corrupt
-        x, index = part.features, torch.from_numpy(part.indices).to(world.device)
+        x, index = part.features, send(part.indices, world.device)
         if part.corrupt:
             keep = torch.from_numpy(part.readable).to(world.device)
             x, index = x[keep], index[keep]
