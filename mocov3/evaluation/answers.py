@@ -80,15 +80,21 @@ def _drop(first: Answers, second: Answers, weights: np.ndarray) -> float:
 
 
 def answered(
-    features: Float[Tensor, "images dim"], truth: np.ndarray, names: list[str], groups: np.ndarray | None
+    features: Float[Tensor, "images dim"],
+    truth: np.ndarray,
+    names: list[str],
+    groups: np.ndarray | None,
+    device: torch.device | None = None,
 ) -> Answers:
     """Every image answered by the vote of its nearest others (k 20, τ .07), its own group left out.
+
+    ``device`` is where they are searched for.
 
     Raises:
         UserError: if all images are of one group.
     """
     labels = torch.as_tensor(truth, dtype=torch.long)
-    found, k = nearest_others(features, groups)
+    found, k = nearest_others(features, groups, device=device)
     if labels.ndim == 2:
         return Answers(truth, shares(found, labels, k, TEMPERATURE).numpy(), groups, names, np.empty(0))
     voted = vote(found, labels, [k], [TEMPERATURE], classes=len(names))[k, TEMPERATURE]

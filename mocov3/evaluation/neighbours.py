@@ -247,9 +247,11 @@ def recalled(
 
 
 def nearest_others(
-    features: Float[Tensor, "images dim"], groups: np.ndarray | None, k: int = K
+    features: Float[Tensor, "images dim"], groups: np.ndarray | None, k: int = K, device: torch.device | None = None
 ) -> tuple[Neighbours, int]:
     """The nearest of every image among the others, its own group left out, and how many: k, or all that there are.
+
+    ``device`` is where they are searched for.
 
     Raises:
         UserError: if all images are of one group.
@@ -258,18 +260,23 @@ def nearest_others(
     if not own.available:
         raise UserError(f"all {len(features)} labelled images are of one group, so none can be judged by others")
     k = min(k, own.available)
-    return nearest(features, features, k, groups=own), k
+    return nearest(features, features, k, groups=own, device=device), k
 
 
 def right_among(
-    features: Float[Tensor, "images dim"], labels: Int[Tensor, "images"], groups: np.ndarray | None = None
+    features: Float[Tensor, "images dim"],
+    labels: Int[Tensor, "images"],
+    groups: np.ndarray | None = None,
+    device: torch.device | None = None,
 ) -> Bool[Tensor, "images"]:
     """Whether each image has the class that its nearest others vote for, others of its group left out with it.
+
+    ``device`` is where they are searched for.
 
     Raises:
         UserError: if all images are of one group.
     """
-    neighbours, k = nearest_others(features, groups)
+    neighbours, k = nearest_others(features, groups, device=device)
     return vote(neighbours, labels, [k], [TEMPERATURE], classes=int(labels.max()) + 1)[k, TEMPERATURE] == labels
 
 
@@ -279,10 +286,11 @@ def shared_neighbours(
     k: int = K,
     *,
     groups: np.ndarray | None = None,
+    device: torch.device | None = None,
 ) -> float:
     """Share in % of every image's k nearest others by the first features that are so by the second too; NaN where
     features are not finite. k is at most a quarter of the others, since all others would always be the same. Images of
-    an image's own group are no others.
+    an image's own group are no others. ``device`` is where they are searched for.
     """
     if not bool(torch.isfinite(first).all() & torch.isfinite(second).all()):
         return float("nan")
@@ -290,7 +298,7 @@ def shared_neighbours(
     if not own.available:
         return float("nan")
     k = min(k, max(own.available // 4, 1))
-    one, two = (nearest(x, x, k, groups=own).index for x in (first, second))
+    one, two = (nearest(x, x, k, groups=own, device=device).index for x in (first, second))
     return 100 * float((one[:, :, None] == two[:, None, :]).any(2).double().mean())
 
 

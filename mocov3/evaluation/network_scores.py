@@ -213,7 +213,7 @@ class _Judges:
             if len(read) < 2:
                 raise UserError(f"only {len(read)} of {len(labels.numbers)} labelled images can be read; label others")
             groups = chosen(self.labelled_groups, read)
-            answers = answered(labelled[:, 0], labels.numbers[read], labels.classes, groups)
+            answers = answered(labelled[:, 0], labels.numbers[read], labels.classes, groups, self.world.device)
             row |= answers.line(further=self.measures)
         return row, answers
 

@@ -105,7 +105,7 @@ class AgainstStart:
         features = collected.features[readable]
         if bool(torch.isfinite(features).all()):  # else nothing is right
             labels = torch.as_tensor(images.labels, dtype=torch.long)[readable]
-            right[readable] = right_among(features, labels, chosen(groups, collected.readable))
+            right[readable] = right_among(features, labels, chosen(groups, collected.readable), self.world.device)
         return right, readable
 
     @property
@@ -136,7 +136,9 @@ class AgainstStart:
             both = first & second
             pairs[name] = Paired.of(before[both], after[both], chosen(self.groups[name], both.numpy()))
         same = len(unseen) == len(self._start)
-        agreement = shared_neighbours(self._start, unseen, groups=groups) if same else float("nan")
+        agreement = (
+            shared_neighbours(self._start, unseen, groups=groups, device=self.world.device) if same else float("nan")
+        )
         return Comparison(pairs, agreement, OLD not in pairs or kept(pairs[OLD], c.guard_drop))
 
     def note(self, position: Position, comparison: Comparison, *, chosen: bool) -> None:

@@ -9,6 +9,9 @@ from mocov3.metrics import JsonLine, MetricsLine, measured
 from mocov3.output.log import SKIPPED, Session, TrainingLog, warn
 from mocov3.output.loggers import ImageBytes
 
+_BINDS = 0.2
+"""Share of the time spent waiting for images from which on loading, not training, says how fast a run is."""
+
 
 class PretrainingLog(TrainingLog):
     """Output of a pre-training run. On ranks that do not write, every call does nothing.
@@ -93,7 +96,7 @@ class PretrainingLog(TrainingLog):
             f"k-NN {self._knn:.1f}" if self._knn is not None else "",
             f"drift {line.drift:.3f}" if line.drift is not None else "",
             f"{line.images_per_second:.0f} img/s",
-            f"wait {100 * line.data_wait:.0f}%",
+            f"{'waits for data' if line.data_wait >= _BINDS else 'wait'} {100 * line.data_wait:.0f}%",
             f"found {100 * line.retrieval_accuracy:.0f}%",
         ]
 

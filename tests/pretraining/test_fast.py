@@ -24,6 +24,7 @@ from mocov3.data.device.pixels import normalise
 from mocov3.data.device.token_strips import strips
 from mocov3.distributed import World
 from mocov3.errors import UserError
+from mocov3.metrics import MetricsLine
 from mocov3.models import MoCo, vit
 from mocov3.models.compiled import compile_features
 from mocov3.models.gelu import gelu
@@ -440,6 +441,13 @@ def test_nothing_is_read_between_print_steps(arch, optimizer, late, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 4]
     assert any(not torch.equal(p, before) for p, before in zip(model.parameters(), weights, strict=True))
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.04, "wait 4%"), (0.29, "waits for data 29%")])
+def test_the_bar_says_when_the_loader_binds(tmp_path, share, told):
+    log = PretrainingLog(PretrainConfig(output_dir=str(tmp_path), quiet=True), Session(8, writes=False))
+    needed = [f.name for f in dataclasses.fields(MetricsLine) if f.default is dataclasses.MISSING]
+    assert told in log._parts(MetricsLine(**{**dict.fromkeys(needed, 0), "data_wait": share}))
 
 
 def test_a_told_step_changes_nothing():
