@@ -183,7 +183,9 @@ def _views(settings: _Settings, images: Images, machine: Machine, rung: Rung) ->
     else:
         settings.choose("crop_min", PRESETS[preset].crop_min, f"of the preset {preset}")
     if preset == "photos" and settings["image_size"] <= SMALL_VIEWS:
-        settings.choose("blur_probability", "0,0", "blur of up to 2 px is for views of 224 px (docs/budget.md)")
+        settings.choose(
+            "blur_probability", "0,0", "k-NN on CIFAR-10: 47.7 % without, 46.3 with blur of up to 2 px (docs/budget.md)"
+        )
     if preset != "photos" or images.gray:
         settings.choose("mean_std", images.mean_std, "measured on these images")
 
@@ -245,7 +247,9 @@ def _fits(settings: Fields, batch: int, machine: Machine, memory: Memory) -> boo
 def _precision(settings: _Settings, machine: Machine) -> None:
     if machine.device == "cpu" and machine.bf16:
         settings.choose(
-            "precision", "bf16", "this CPU multiplies 16-bit matrices: more steps in the time (docs/budget.md)"
+            "precision",
+            "bf16",
+            "this CPU multiplies 16-bit matrices: a third more steps, for 0.9 points of k-NN (docs/budget.md)",
         )
     else:
         settings.choose(
@@ -262,7 +266,11 @@ def _batch(settings: _Settings, images: Images, machine: Machine, memory: Memory
         cap = 1024 if is_vit(settings["arch"]) else 512
     useful = max(images.count // 8, 16)
     size = min(2 ** int(math.log2(min(cap, useful))), max(images.count, 1))
-    limit = "128 did better than 256 in the demo" if cap == 128 else "larger ones need other learning rates"
+    limit = (
+        "k-NN on CIFAR-10: 48.3 % by 128, 46.3 by 256 (docs/budget.md)"
+        if cap == 128
+        else "larger ones need other learning rates"
+    )
     if useful < cap:
         limit = f"{images.count} images give too few steps with more"
     while size > 2 and not _fits(settings.values, size, machine, memory):
@@ -287,7 +295,7 @@ def _optimisation(settings: _Settings) -> None:
     elif small and settings.given.get("fsdp"):
         optimizer = "adamw", "steadier than LARS at small batches (docs/demo.md)"
     elif small:
-        optimizer = "muon", "learns more from as many images than AdamW (docs/budget.md)"
+        optimizer = "muon", "k-NN on CIFAR-10: 56.2 % where AdamW has 51.4 (docs/budget.md)"
     else:
         optimizer = "lars", "the reference's for ResNets"
     chosen = settings.choose("optimizer", *optimizer)
