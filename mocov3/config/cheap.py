@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from mocov3.config.archs import VITS, is_resnet
 from mocov3.config.fields import flag
+from mocov3.config.schedule import ends_by_clock
 from mocov3.errors import UserError, printable
 
 SHARE = 0.8
@@ -87,7 +88,7 @@ def stages(config: "CheapFlags") -> list[Stage]:
     """
     values = vars(config)
     arch, epochs, size, patch = (values[name] for name in ("arch", "epochs", "image_size", "patch_size"))
-    whole = 0 if values["schedule"] == "wsd" and values["budget"] else epochs  # epochs that parts consist of
+    whole = 0 if ends_by_clock(values["schedule"], values["budget"]) else epochs  # epochs that parts consist of
     plans = {
         "--token-keep": (_read("--token-keep", config.token_keep, whole), 1.0),
         "--image-size-schedule": (_read("--image-size-schedule", config.image_size_schedule, whole), size),

@@ -13,7 +13,7 @@ from mocov3.config.loggers import logger_names
 from mocov3.config.presets import PRESETS, ViewPreset
 from mocov3.config.running import DATA, METHOD, MODEL, PRECISIONS, RANKS, RUN, RankFlags
 from mocov3.config.scale import ScaleFlags
-from mocov3.config.schedule import ScheduleFlags
+from mocov3.config.schedule import ScheduleFlags, ends_by_clock
 from mocov3.config.views import preset_of
 from mocov3.errors import UserError
 
@@ -199,7 +199,7 @@ class PretrainConfig(RankFlags, ScaleFlags, CheapFlags, LocalFlags, ScheduleFlag
             )
         if self.skip_spikes and not 1 < self.skip_spikes < float("inf"):
             raise UserError(f"--skip-spikes is a factor above 1, or 0 for none, not {self.skip_spikes}")
-        by_clock = self.schedule == "wsd" and self.budget  # what --epochs says is a guess then, which may be far off
+        by_clock = ends_by_clock(self.schedule, self.budget)
         if self.warmup_epochs > self.epochs and not by_clock:
             raise UserError(
                 f"--warmup-epochs {self.warmup_epochs} is longer than --epochs {self.epochs}; "

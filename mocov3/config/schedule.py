@@ -88,6 +88,11 @@ class ScheduleFlags:
             )
 
 
+def ends_by_clock(schedule: str, budget: str) -> bool:
+    """Whether the clock of ``--budget`` decides how long a run is; ``--epochs`` is a guess then."""
+    return schedule == "wsd" and bool(budget)
+
+
 def decays_of(text: str) -> list[Decay]:
     """The decisions that ``--decay`` holds.
 
