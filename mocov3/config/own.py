@@ -33,8 +33,8 @@ class OwnFlags(ViewFlags):
     hold_out: int = flag(0, "images kept from training, for the quality without labels", group=OWN, metavar="N", low=0)
     quality_every: int = flag(
         0,
-        "epochs between judgements without labels, on images of --hold-out or DIR/val (0: none); keeps the best "
-        "network as best_unlabelled.pth.tar",
+        "epochs between judgements without labels, on images of --hold-out or DIR/val (0: none); keeps the last "
+        "network that has not collapsed, with --guard the best, as best_unlabelled.pth.tar",
         result=False,
         group=OWN,
         metavar="EPOCHS",

@@ -44,7 +44,7 @@ class LabelFreeQuality:
 
     images: int
     retrieval: float
-    """Share in % of images retrieved among all by another view; the one that chooses ``best_unlabelled``."""
+    """Share in % of images retrieved among all by another view."""
     rankme: float
     alpha: float
     lidar: float

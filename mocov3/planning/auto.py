@@ -382,6 +382,6 @@ def _watching(settings: _Settings, images: Images, seconds: float) -> None:
             apart_by = min(math.ceil(_BETWEEN / seconds), epochs) if seconds > 0 else 1
             every = max(epochs // 20, apart_by, 1)
             settings.choose(
-                "quality_every", every, "about twenty judgements, two minutes apart; keeps the best network"
+                "quality_every", every, "about twenty, two minutes apart; a network that collapses is not kept"
             )
     settings.choose("checkpoint_every", max(epochs // 10, 1), "about ten files")

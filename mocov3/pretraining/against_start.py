@@ -173,6 +173,8 @@ class AgainstStart:
         if not (self.guards or self.config.new_labels) or not self.lines:
             return None
         chosen = [line for line in self.lines if line["chosen"]]
+        if not (chosen or self.guards):
+            return Conclusion(["Keep your weights: no network of this run tells images apart."], keep_yours=True)
         if not chosen:
             return Conclusion(
                 [

@@ -1,6 +1,8 @@
-"""Quality without labels during training: judged at epoch ends, written to ``quality.jsonl``, the best network kept.
+"""Quality without labels during training: judged at epoch ends, written to ``quality.jsonl``, a network kept.
 
-``best_unlabelled.pth.tar`` holds what evaluation, conversion and export read: arch, weights and configuration.
+``best_unlabelled.pth.tar`` holds what evaluation, conversion and export read: arch, weights and configuration. It is
+the last network that was judged, since no measure chooses a better one within a run (``benchmarks/choosing.py``,
+docs/own-images.md), unless it has collapsed; with ``--guard`` the one that finds most images again of those let pass.
 """
 
 import dataclasses
@@ -34,6 +36,8 @@ from mocov3.weights.origin import origin_of_run
 
 BEST = "best_unlabelled.pth.tar"
 _HEADERS, _FEW_GIANTS = 50, 0.1
+_COLLAPSED = 0.5
+"""A network that retrieves less than this share of what an earlier one did is not kept."""
 
 
 class LabelFreeEvaluation:
@@ -92,12 +96,13 @@ class LabelFreeEvaluation:
         self.base = {line["name"]: line["retrieval"] for line in lines if line["name"] != "epoch"}
         past = [line["retrieval"] for line in lines if line["name"] == "epoch"]
         self.best = max(past, default=0.0)  # of a network whose features say nothing, or are no numbers
+        self.kept = next((r for i, r in reversed([*enumerate(past)]) if _stands(r, max(past[: i + 1]))), 0.0)
         self.since_best = len(past) - 1 - past.index(self.best) if past else 0
         if against_start.guards:  # only what the guard let pass counts, and it must beat the start
             passed = {line["step"] for line in against_start.lines if line["chosen"]}
             judged = [line["step"] for line in lines if line["name"] == "epoch"]
             chosen = [i for i, step in enumerate(judged) if step in passed]
-            self.best = past[chosen[-1]] if chosen else self.base.get("start", 0.0)
+            self.best = self.kept = past[chosen[-1]] if chosen else self.base.get("start", 0.0)
             self.since_best = len(past) - 1 - chosen[-1] if chosen else len(past)
 
     def epoch_ended(self, position: Position, *, last: bool) -> bool:
@@ -112,20 +117,22 @@ class LabelFreeEvaluation:
         measures = {f"quality/{name}": value for name, value in label_free.as_dict().items() if name != "pictures"}
         self.log.scalars(measures, position.step - 1)
         better = holds and label_free.retrieval > self.best
+        guards = self.against_start is not None and self.against_start.guards
+        keeps = better if guards else _stands(label_free.retrieval, self.best)
+        other = f"less than half of what {self.best_file.name} does, which stays" if self.kept else "not kept"
         self.log.say(
             f"Epoch {done - 1}: without labels, {label_free.retrieval:.1f} % of {label_free.images} unseen images "
             f"retrieved (at the start {self.base.get('start', 0):.1f}, pixels {self.base.get('pixels', 0):.1f})"
-            + (", the best so far" if better else "")
+            + (", the most so far" if better else "")
+            + ("" if keeps or guards else f"; {other}")
         )
-        if better:
-            self.best, self.since_best = label_free.retrieval, 0
+        self.best, self.since_best = (label_free.retrieval, 0) if better else (self.best, self.since_best + 1)
+        if keeps:
             self._keep(label_free, position)
-        else:
-            self.since_best += 1
         if self.against_start and comparison:
-            self.against_start.note(position, comparison, chosen=better)
-        if last and self.best:
-            self.log.say(f"best without labels: {self.best_file} ({self.best:.1f} % retrieved)")
+            self.against_start.note(position, comparison, chosen=keeps)
+        if last and self.kept:
+            self.log.say(f"kept without labels: {self.best_file} ({self.kept:.1f} % retrieved)")
         stop = bool(c.patience) and self.since_best >= c.patience and not last
         if stop:
             self.log.say(f"no improvement in {c.patience} judgements: stopping (--patience)")
@@ -162,6 +169,7 @@ class LabelFreeEvaluation:
         self._file.write({"name": name, "epoch": position.epoch, "step": position.step, **label_free.as_dict()})
 
     def _keep(self, label_free: LabelFreeQuality, position: Position) -> None:
+        self.kept = label_free.retrieval
         state = whole(self.model.state_dict(), keep=self.world.main)  # --fsdp: every rank gives its part
         if not self.world.main:
             return
@@ -182,6 +190,11 @@ class LabelFreeEvaluation:
             checkpoint.write(self.best_file, contents)
         except OSError as error:
             warn(f"{BEST} could not be written ({error.strerror or error}); the run continues")
+
+
+def _stands(retrieval: float, best: float) -> bool:
+    """Whether a network has not collapsed; ``best`` is the most that was retrieved so far."""
+    return retrieval > 0 and retrieval >= _COLLAPSED * best
 
 
 def _many_giants(source: Source) -> bool:

@@ -156,9 +156,8 @@ def test_judgements_of_a_run(watched, images):
     lines = [json.loads(line) for line in (watched / "quality.jsonl").read_text().splitlines()]
     assert [(line["name"], line["step"]) for line in lines] == [("start", 0), ("pixels", 0), ("epoch", 4), ("epoch", 8)]
     best = torch.load(watched / "best_unlabelled.pth.tar", weights_only=True)
-    chosen = max(lines[2:], key=lambda line: line["retrieval"])
-    assert best["mocov3"]["step"] == chosen["step"]
-    assert best["mocov3"]["quality"]["retrieval"] == chosen["retrieval"]
+    assert best["mocov3"]["step"] == 8  # the last
+    assert best["mocov3"]["quality"]["retrieval"] == lines[-1]["retrieval"]
     assert best["mocov3"]["origin"] == "trained from scratch by mocov3"
     backbone = load_backbone(watched / "best_unlabelled.pth.tar")
     whole = load_backbone(watched / f"checkpoint_{best['epoch'] - 1:04d}.pth.tar")
@@ -199,7 +198,27 @@ def test_a_network_that_says_nothing_is_not_the_best(images, tmp_path, monkeypat
     monkeypatch.setattr(label_free_evaluation, "judge", lambda *found: dataclasses.replace(judge(*found), **nothing))
     assert main(["pretrain", str(images), *TINY, "--output-dir", str(tmp_path), "--quality-every", "1"]) == 0
     assert not (tmp_path / "best_unlabelled.pth.tar").exists()
-    assert "best" not in capsys.readouterr().out
+    assert "kept without labels" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    ("found", "kept"), [([40, 60, 31], 3), ([40, 60, 29], 2), ([60, 29, 31], 3), ([0, 0, 1], 3), ([1, 60, 20], 2)]
+)
+def test_the_last_network_is_kept_unless_it_has_collapsed(images, tmp_path, monkeypatch, capsys, found, kept, resumed):
+    shares = iter([5.0, 5.0, *map(float, found)])  # the start, pixels, three epochs
+    monkeypatch.setattr(
+        label_free_evaluation, "judge", lambda *given: dataclasses.replace(judge(*given), retrieval=next(shares))
+    )
+    flags = [str(images), *TINY, "--epochs", "3", "--output-dir", str(tmp_path), "--quality-every", "1"]
+    if resumed:
+        assert main(["pretrain", *flags, "--max-steps", "8"]) == 0
+    assert main(["pretrain", *flags, "--resume", "auto"]) == 0
+    best = torch.load(tmp_path / "best_unlabelled.pth.tar", weights_only=True)
+    assert (best["mocov3"]["step"], best["mocov3"]["quality"]["retrieval"]) == (4 * kept, found[kept - 1])
+    said = capsys.readouterr().out
+    assert f"best_unlabelled.pth.tar ({found[kept - 1]:.1f} % retrieved)" in said
+    assert ("which stays" in said) == (kept == 2 or found == [60, 29, 31])
 
 
 def test_patience_stops_the_run(images, tmp_path, capsys):
