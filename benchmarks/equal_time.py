@@ -270,6 +270,8 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(1)
     measurement = Measurement(args)
+    for place, part in ((args.train, "train"), (args.test, args.part)):
+        open_source(place, part)  # before anything is trained: a part may not be there
     results: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
     ways = QUESTIONS[args.question]
     for seed in range(args.seeds):
