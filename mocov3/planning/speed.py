@@ -77,8 +77,8 @@ def epoch_seconds(
     workers *= ranks.size
     loading = image_seconds(config, source) * images / workers
     step = min(times) if best else float(np.median(times))
-    micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else 0
-    if device.type == "cuda" and resolve_compile(config, World(0, ranks.size, device), micro_batch or batch, None):
+    part = _micro_batch(config) or batch
+    if device.type == "cuda" and resolve_compile(config, World(0, ranks.size, device), part, None):
         step *= _COMPILED
     batch *= ranks.size
     return step * max(images // batch, 1), loading, batch
@@ -108,14 +108,13 @@ def _step_times(config: PretrainConfig, device: torch.device, batch: int) -> lis
         optimizer = build_optimizer(model.parameters(), config.optimizer, weight_decay=0.0, momentum=0.9)
         precision = precision_of(config.precision, device)
         precision.suit(model)
-        micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else 0
         preservation = Preservation(copy.deepcopy(model.momentum_encoder), config.preserve) if config.preserve else None
         step = Step(
             model,
             optimizer,
             world=World(0, 1, device),
             precision=precision,
-            micro_batch=micro_batch,
+            micro_batch=_micro_batch(config),
             preservation=preservation,
         )
         x1, x2 = (
@@ -130,6 +129,10 @@ def _step_times(config: PretrainConfig, device: torch.device, batch: int) -> lis
             step(x1, x2, local, lr=0.0, m=1.0)
 
         return _times(run, device)
+
+
+def _micro_batch(config: PretrainConfig) -> int:
+    return config.micro_batch if isinstance(config.micro_batch, int) else 0
 
 
 def _times(run: Callable[[], None], device: torch.device) -> list[float]:

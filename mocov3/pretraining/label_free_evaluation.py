@@ -95,9 +95,10 @@ class LabelFreeEvaluation:
         """What a former process judged."""
         self.base = {line["name"]: line["retrieval"] for line in lines if line["name"] != "epoch"}
         past = [line["retrieval"] for line in lines if line["name"] == "epoch"]
-        self.best = max(past, default=0.0)  # of a network whose features say nothing, or are no numbers
-        self.kept = next((r for i, r in reversed([*enumerate(past)]) if _stands(r, max(past[: i + 1]))), 0.0)
-        self.since_best = len(past) - 1 - past.index(self.best) if past else 0
+        self.best, self.kept, self.since_best = 0.0, 0.0, 0  # 0: features that say nothing, or are no numbers
+        for found in past:
+            self.kept = found if _stands(found, self.best) else self.kept
+            self._count(found, better=found > self.best)
         if against_start.guards:  # only what the guard let pass counts, and it must beat the start
             passed = {line["step"] for line in against_start.lines if line["chosen"]}
             judged = [line["step"] for line in lines if line["name"] == "epoch"]
@@ -117,16 +118,15 @@ class LabelFreeEvaluation:
         measures = {f"quality/{name}": value for name, value in label_free.as_dict().items() if name != "pictures"}
         self.log.scalars(measures, position.step - 1)
         better = holds and label_free.retrieval > self.best
-        guards = self.against_start is not None and self.against_start.guards
-        keeps = better if guards else _stands(label_free.retrieval, self.best)
+        keeps = better if c.guards else _stands(label_free.retrieval, self.best)
         other = f"less than half of what {self.best_file.name} does, which stays" if self.kept else "not kept"
         self.log.say(
             f"Epoch {done - 1}: without labels, {label_free.retrieval:.1f} % of {label_free.images} unseen images "
             f"retrieved (at the start {self.base.get('start', 0):.1f}, pixels {self.base.get('pixels', 0):.1f})"
             + (", the most so far" if better else "")
-            + ("" if keeps or guards else f"; {other}")
+            + ("" if keeps or c.guards else f"; {other}")
         )
-        self.best, self.since_best = (label_free.retrieval, 0) if better else (self.best, self.since_best + 1)
+        self._count(label_free.retrieval, better=better)
         if keeps:
             self._keep(label_free, position)
         if self.against_start and comparison:
@@ -137,6 +137,9 @@ class LabelFreeEvaluation:
         if stop:
             self.log.say(f"no improvement in {c.patience} judgements: stopping (--patience)")
         return stop or not holds
+
+    def _count(self, retrieval: float, *, better: bool) -> None:
+        self.best, self.since_best = (retrieval, 0) if better else (self.best, self.since_best + 1)
 
     @property
     def spared(self) -> float:

@@ -254,9 +254,8 @@ class Length:
         """Go by these decisions."""
         self.decisions = decisions
 
-    def postpone(self, decisions: Decisions, step: int) -> None:
-        """Go by ``decisions`` for a while yet: those to come could not be kept at ``step``."""
-        self.take(decisions)
+    def postpone(self, step: int) -> None:
+        """Decide nothing for a while: what was decided at ``step`` could not be kept."""
         share = self.config.decay_share
         self._not_before = step + round(_AGAIN * share * self.config.epochs * self.iterations)
         if self.clock is not None:

@@ -272,7 +272,7 @@ class Pretraining(Run):
         self.save(again=True)
         if unsaved := self.flushed() or self._unwritten_config():
             self._go_by(before)
-            self.length.postpone(before, self.position.step)
+            self.length.postpone(self.position.step)
             if self.world.main:
                 warn(f"the next part waits for the disk ({unsaved}): a decision is kept before it is followed")
             return

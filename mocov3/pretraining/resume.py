@@ -70,12 +70,13 @@ def recorded(
     saved, entry = trained_with(contents), our_entry(contents)
     decay, ends = (value if isinstance(value := saved.get(name), str) else "" for name in ("decay", "stage_ends"))
     if is_of_other_run(resume_from, config):
-        if not config.budget and config.epochs * iterations <= int(entry.get("step", 0)):
+        step = int(entry.get("step", 0))
+        if not config.budget and config.epochs * iterations <= step:
             raise UserError(
                 f"--epochs {config.epochs} ends before the stable part of --prolong {config.prolong} did, after "
-                f"{int(entry['step']) / iterations:.1f} epochs; give more, or --budget"
+                f"{step / iterations:.1f} epochs; give more, or --budget"
             )
-        kept = _ended(config, saved, ends, int(entry.get("step", 0)), iterations)
+        kept = _ended(config, saved, ends, step, iterations)
         return dataclasses.replace(config, stage_ends=config.stage_ends or ends_text(kept)), None
     decays = _longer(path, "--decay", decays_of(config.decay), decays_of(decay), decays_text)
     stage_ends = _longer(path, "--stage-ends", ends_of(config.stage_ends), ends_of(ends), ends_text)

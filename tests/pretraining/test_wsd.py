@@ -140,7 +140,8 @@ def test_a_decision_that_the_disk_refused_waits_a_while():
         if decisions := length.due(Position(0, 0, step)):
             asked.append(now() - 1000)
             length.take(decisions)
-            length.postpone(before, step)
+            length.take(before)
+            length.postpone(step)
         assert not length.is_over(Position(0, 0, step))
     assert asked[0] == pytest.approx(0.8 * 49.5, abs=0.1)
     assert len(asked) >= 20
